@@ -1,0 +1,66 @@
+# The three stages, and what development needs. `make` alone lists the targets.
+PYTHON ?= python3
+RECIPE ?= demo
+SET ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEV_STAMP := $(VENV)/installed-dev
+SAIL := $(BIN)/sail
+PACKAGES := pipeline features align evaluate
+
+.DEFAULT_GOAL := help
+.PHONY: help install extract align eval demo test check format figures figures-gpu clean
+
+help: ## List these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@echo "  RECIPE=demo|sail-small|sail|sail-paper|path/to/run.toml   SET='--set section.key=value'"
+
+install: $(STAMP) ## Make .venv with what running needs
+
+extract: $(STAMP) ## Stage one: images and captions -> feature stores
+	$(SAIL) extract $(RECIPE) $(SET)
+
+align: $(STAMP) ## Stage two: feature stores -> trained head
+	$(SAIL) align $(RECIPE) $(SET)
+
+eval: $(STAMP) ## Stage three: stores and head -> results.json and report.html
+	$(SAIL) eval $(RECIPE) $(SET)
+
+demo: ## All three stages on the embedded demo world, offline, on a CPU
+	@$(MAKE) --no-print-directory extract align eval RECIPE=demo
+
+test: $(DEV_STAMP) ## Tests that need no network and no GPU
+	$(BIN)/pytest -m "not network and not gpu"
+
+check: $(DEV_STAMP) ## Lint, format and types, as CI runs them; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV_STAMP) ## Rewrite the code into the house style, and docs/recipes.md from the settings
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python -m pipeline.reference > docs/recipes.md.partial
+	mv docs/recipes.md.partial docs/recipes.md
+
+figures: $(DEV_STAMP) ## Measure what stands for our goals; writes docs/figures.json
+	$(BIN)/python -m tests.benchmarks.figures
+
+figures-gpu: ## The same on a CUDA machine (installs nothing)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.figures --gpu
+
+clean: ## Remove caches and build output; keeps .venv and runs
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+
+# The stamps make `make demo` do nothing a second time. Only pip's own wheels are installed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; call make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@

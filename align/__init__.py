@@ -1,0 +1,1 @@
+"""Stage two: the head that is trained over cached features."""

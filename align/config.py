@@ -1,0 +1,122 @@
+"""Settings of stage two: the head, the loss, the optimiser, and how long they run."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class HeadConfig(BaseModel):
+    """The trained network, one per modality."""
+
+    model_config = SETTINGS
+
+    kind: Literal["glu", "star", "linear"] = "glu"
+    """`glu`: the brief's stack of gated layers. `star`: the released one-block head. `linear`:
+    LayerNorm and one matrix (alignment probing)."""
+    dim: PositiveInt = 768
+    """Length of an embedding in the shared space."""
+    depth: PositiveInt = 8
+    """Gated layers of `glu`."""
+    width: PositiveInt | None = None
+    """Hidden width of `glu`; `dim` if not given."""
+    expansion: PositiveInt = 8
+    """Hidden width of `star`, as a multiple of the feature length."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after each gated layer of `glu`."""
+
+
+class LossConfig(BaseModel):
+    """The contrastive loss."""
+
+    model_config = SETTINGS
+
+    kind: Literal["sigmoid", "infonce"] = "sigmoid"
+    """Sigmoid over pairs (SigLIP), or softmax over rows and columns (CLIP)."""
+    positives: Literal["own", "identical"] = "own"
+    """`own`: an image's captions. `identical`: also equal captions of other images in the batch."""
+    normalise: Literal["image", "pair"] = "image"
+    """Divide the sum by the number of images, or by the number of pairs (the released code)."""
+    initial_scale: PositiveFloat = 10.0
+    """Inverse temperature t at the start; it is learned."""
+    initial_bias: float = -10.0
+    """Offset b at the start; it is learned."""
+    field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weight of a caption field in the loss; 1 where not given."""
+    block_rows: PositiveInt = 1024
+    """Images per block: the loss never holds more logits than this many rows."""
+
+
+class OptimizerConfig(BaseModel):
+    """The update rule and its schedule (linear warm-up, then cosine to zero)."""
+
+    model_config = SETTINGS
+
+    kind: Literal["adamw", "lion"] = "adamw"
+    """Which rule."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; on matrices only unless `decay_all`."""
+    decay_all: bool = False
+    """Decay LayerNorms, biases, scale and bias too, as the released code does."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    """Decay of the second moment (AdamW) or of the momentum (Lion, 0.99 in its paper)."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's floor of the denominator. With `loss.normalise = "pair"` gradients shrink with the
+    number of texts, and so should this."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises linearly."""
+    max_grad_norm: PositiveFloat | None = None
+    """Clip the gradient to this norm; off if not given."""
+
+
+class AlignConfig(BaseModel):
+    """How stage two runs."""
+
+    model_config = SETTINGS
+
+    split: str = "train"
+    """Split of `[data]` to train on."""
+    image: str | None = None
+    """Name of the image encoder; the only one of the recipe if not given."""
+    text: str | None = None
+    """Name of the text encoder; the only one of the recipe if not given."""
+    fields: tuple[str, ...] = ()
+    """Caption fields used as positives; all if empty."""
+    captions_per_image: PositiveInt | None = None
+    """Draw this many of the fields at random for each image and step; all of them if not given."""
+    batch_size: PositiveInt = 16_384
+    """Images per update; every other image's captions are negatives."""
+    epochs: PositiveFloat = 30
+    """Passes over the training rows; ignored when `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimiser updates of the whole run."""
+    holdout: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of rows kept from training by a hash of their key, to choose the best step."""
+    holdout_rows: PositiveInt = 5000
+    """At most this many held-out rows are scored."""
+    eval_every: PositiveInt | None = None
+    """Steps between scores on the held-out rows; once an epoch if not given."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; one a minute (and at the end) if not given."""
+    memory_mb: PositiveInt = 2048
+    """Memory for the loader's windows of chunks, in MiB, on the device that trains: larger shuffles
+    better. A store that fits in it is read once."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; `auto` is bfloat16 where a GPU has it. Weights stay float32."""
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _weights_name_fields(self) -> "AlignConfig":
+        unknown = sorted(set(self.loss.field_weights) - set(self.fields)) if self.fields else []
+        if unknown:
+            raise ValueError(
+                f"loss.field_weights names {unknown}, not among fields={list(self.fields)}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Measures over cached features, and the report that shows them."""

@@ -1,0 +1,1 @@
+"""Stage one: sources, index, frozen encoders, and the feature store they fill."""

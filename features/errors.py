@@ -1,0 +1,81 @@
+"""Every error this project raises on purpose.
+
+They live in `features` because it is the package all others may import::
+
+    SailError
+      ConfigError              the run file or an override is wrong
+      SourceError              the data that a run file names cannot be read
+      EncoderError             a frozen encoder cannot be loaded or used as asked
+      StoreError
+        StoreNotFoundError     nothing at that path
+        StoreMismatchError     made from other rows or by another encoder
+        StoreCorruptError      a chunk does not hold what was written
+      CheckpointError          a checkpoint is missing, incomplete, or from another head
+      TrainingError            the head cannot be trained as asked
+      EvaluationError          a measure cannot be computed from what is there
+
+A message says, in this order: what is wrong, with the value and the place; what was expected;
+the command or setting that puts it right.
+"""
+
+from pathlib import Path
+
+
+class SailError(Exception):
+    """Base of the errors that are the user's to put right; the CLI prints them without a trace."""
+
+
+class ConfigError(SailError):
+    """The run file, or an override on the command line, is not valid."""
+
+
+class SourceError(SailError):
+    """A source is missing, cut off, or changed since it was indexed."""
+
+
+class EncoderError(SailError):
+    """A frozen encoder cannot be loaded, or does not give what the recipe asks for."""
+
+
+class StoreError(SailError):
+    """A feature store cannot be used as asked."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no feature store at the path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"There is no feature store at {path}. Create it with `sail extract`.")
+
+
+class StoreMismatchError(StoreError):
+    """The store on disk is not the one the run describes."""
+
+    def __init__(self, place: str, field: str, *, found: object, expected: object) -> None:
+        super().__init__(
+            f"{place} has {field} = {found!r}, but this run expects {expected!r}. "
+            f"Give this run another `run.dir`, give the encoder another name in the recipe, "
+            f"or delete {place} to compute it again."
+        )
+
+
+class StoreCorruptError(StoreError):
+    """A chunk on disk is not what was written there."""
+
+    def __init__(self, chunk: Path, what: str) -> None:
+        super().__init__(
+            f"{chunk} is damaged: {what}. A whole chunk was expected. Delete the `status` chunk of "
+            f"the same number and run `sail extract` again to compute it anew."
+        )
+
+
+class CheckpointError(SailError):
+    """A checkpoint is missing, incomplete, or from another head."""
+
+
+class TrainingError(SailError):
+    """The head cannot be trained with these settings on these stores."""
+
+
+class EvaluationError(SailError):
+    """A measure cannot be computed from what the run holds."""

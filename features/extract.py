@@ -1,0 +1,315 @@
+"""Stage one: fills the pending chunks of a column, so that the encoder waits as little as can be.
+
+Workers read, decode and tokenise some batches ahead; the calling thread runs the encoder; a writer
+thread puts finished chunks on disk. What is ahead is bounded, so memory does not depend on how
+many rows there are.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Num, UInt8
+
+from features.column import Column
+from features.encoders.image import ImageEncoder
+from features.encoders.text import TextEncoder, Tokens
+from features.images import ImageFault, Preprocessing, decode
+from features.index import Index, SampleReader
+from features.status import Status
+from features.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+MAX_LOGGED_FAULTS = 20
+
+
+@dataclass
+class Phases:
+    """Seconds of work by phase. Workers run side by side, so their sum can exceed the clock."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+    wait: float = 0.0
+    """Seconds the encoder waited for the workers."""
+    rows: int = 0
+    faults: int = 0
+
+    def summary(self) -> str:
+        """Return one line for the log."""
+        return (
+            f"{self.rows} rows, {self.faults} not ok; seconds: read {self.read:.1f}, decode "
+            f"{self.decode:.1f}, encode {self.encode:.1f}, write {self.write:.1f}, encoder waited "
+            f"{self.wait:.1f}"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every column of one extraction shares."""
+
+    workers: int
+    max_pixels: int
+    should_stop: Callable[[], bool] = lambda: False
+    on_rows: Callable[[int], None] = lambda _: None
+
+
+@dataclass
+class _Images:
+    """A decoded batch: pixels of the rows that could be read, and the status of every row."""
+
+    start: int
+    status: UInt8[np.ndarray, "batch"]
+    pixels: Num[np.ndarray, "ok 3 height width"]
+    read_seconds: float
+    decode_seconds: float
+    faults: list[str] = field(default_factory=list)
+
+
+def extract_images(column: Column, index: Index, encoder: ImageEncoder, run: Run) -> Phases:
+    """Encode the images of every pending chunk of a column.
+
+    A row whose image cannot be read keeps its place: zeros, and a status that says why. When
+    `run.should_stop()` turns true the chunk at hand is finished first.
+    """
+    phases = Phases()
+    reader = SampleReader(index)
+    chunks = column.pending()
+
+    def load(batch: tuple[int, int]) -> _Images:
+        return _load_images(reader, *batch, encoder.preprocessing, run.max_pixels)
+
+    with ThreadPoolExecutor(run.workers) as pool, _Writer(column, phases) as writer:
+        batches = _batches(column, chunks, encoder.batch_size)
+        loaded = prefetch(pool, load, batches, ahead=run.workers + 2, phases=phases)
+        for chunk in chunks:
+            if run.should_stop():
+                break
+            features, status = _empty_chunk(column, chunk)
+            first = chunk * column.rows_per_chunk
+            for start in range(0, len(status), encoder.batch_size):
+                images = next(loaded)
+                rows = slice(start, start + len(images.status))
+                _encode_images(encoder, images, features[rows], phases)
+                status[rows] = images.status
+                _log_faults(images.faults, phases)
+                run.on_rows(len(images.status))
+            writer.put(chunk, features, _without_infinities(features, status, first, phases))
+    return phases
+
+
+def extract_captions(
+    store: FeatureStore, column: Column, index: Index, encoder: TextEncoder, run: Run
+) -> Phases:
+    """Encode one caption field for every pending chunk of a column; equal captions once a chunk."""
+    phases = Phases()
+    caption_field = column.name.rsplit("/", 1)[1]
+    chunks = column.pending()
+
+    def load(chunk: int) -> tuple[UInt8[np.ndarray, "batch"], np.ndarray, list[Tokens]]:
+        started = time.perf_counter()
+        start = chunk * column.rows_per_chunk
+        stop = start + column.chunk_rows(chunk)
+        captions = store.captions(caption_field, start, stop)
+        status = _caption_status(captions, index, start, stop)
+        distinct, inverse = np.unique(captions[status == Status.OK], return_inverse=True)
+        tokens = encoder.tokenise(distinct.tolist()) if len(distinct) else []
+        phases.decode += time.perf_counter() - started
+        return status, inverse, tokens
+
+    with ThreadPoolExecutor(1) as pool, _Writer(column, phases) as writer:
+        loaded = prefetch(pool, load, chunks, ahead=2, phases=phases)
+        for chunk in chunks:
+            if run.should_stop():
+                break
+            status, inverse, tokens = next(loaded)
+            features, _ = _empty_chunk(column, chunk)
+            started = time.perf_counter()
+            if tokens:
+                encoded = encoder.encode_tokens(
+                    tokens, on_texts=_scaled(run.on_rows, len(status), len(tokens))
+                )
+                features[status == Status.OK] = encoded.astype(np.float16)[inverse]
+            else:
+                run.on_rows(len(status))
+            phases.encode += time.perf_counter() - started
+            phases.rows += len(status)
+            phases.faults += int((status != Status.OK).sum())
+            first = chunk * column.rows_per_chunk
+            writer.put(chunk, features, _without_infinities(features, status, first, phases))
+    return phases
+
+
+def prefetch(
+    pool: ThreadPoolExecutor,
+    load: Callable[[Any], T],
+    items: Iterable[Any],
+    *,
+    ahead: int,
+    phases: Phases,
+) -> Iterator[T]:
+    """Yield `load(item)` in order, with at most `ahead` of them loaded or loading."""
+    waiting: deque[Future[T]] = deque()
+    remaining = iter(items)
+    try:
+        while True:
+            while len(waiting) < ahead and (item := next(remaining, None)) is not None:
+                waiting.append(pool.submit(load, item))
+            if not waiting:
+                return
+            started = time.perf_counter()
+            value = waiting.popleft().result()
+            phases.wait += time.perf_counter() - started
+            yield value
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+class _Writer:
+    """Writes chunks on a thread of its own; at most two wait, then `put` does."""
+
+    def __init__(self, column: Column, phases: Phases) -> None:
+        self._column = column
+        self._phases = phases
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True)
+        if exception[0] is None:
+            for future in self._waiting:
+                future.result()  # a full disk is an error, not a warning
+
+    def put(
+        self,
+        chunk: int,
+        features: Float16[np.ndarray, "batch dim"],
+        status: UInt8[np.ndarray, "batch"],
+    ) -> None:
+        """Hand over a chunk; its arrays must not be changed afterwards."""
+        while len(self._waiting) >= 2:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write, chunk, features, status))
+
+    def _write(self, chunk: int, features: np.ndarray, status: np.ndarray) -> None:
+        started = time.perf_counter()
+        self._column.write(chunk, features, status)
+        self._phases.write += time.perf_counter() - started
+
+
+def _batches(column: Column, chunks: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    for chunk in chunks:
+        first = chunk * column.rows_per_chunk
+        stop = first + column.chunk_rows(chunk)
+        for start in range(first, stop, size):
+            yield start, min(start + size, stop)
+
+
+def _load_images(
+    reader: SampleReader, start: int, stop: int, preprocessing: Preprocessing, max_pixels: int
+) -> _Images:
+    """Read and decode rows `start` to `stop`; runs in a worker."""
+    begun = time.perf_counter()
+    samples = reader.read(start, stop)
+    problems = reader.index.rows_between(start, stop).column("problem").to_numpy()
+    read_seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    status = np.full(len(samples), Status.OK, dtype=np.uint8)
+    pixels: list[np.ndarray] = []
+    faults: list[str] = []
+    for i, data in enumerate(samples):
+        if problems[i] or data is None:
+            status[i] = problems[i] or Status.MISSING_IMAGE
+            faults.append(f"row {start + i}: {Status(int(status[i])).label}")
+            continue
+        try:
+            pixels.append(preprocessing.apply(decode(data, max_pixels=max_pixels)))
+        except ImageFault as fault:
+            status[i] = fault.status
+            faults.append(f"row {start + i}: {fault.status.label} ({fault.reason})")
+    stacked = np.stack(pixels) if pixels else np.empty((0, 3, 1, 1), dtype=np.uint8)
+    decode_seconds = time.perf_counter() - begun
+    return _Images(start, status, stacked, read_seconds, decode_seconds, faults)
+
+
+def _encode_images(
+    encoder: ImageEncoder,
+    images: _Images,
+    features: Float16[np.ndarray, "batch dim"],
+    phases: Phases,
+) -> None:
+    """Encode a batch into the rows of `features` that could be decoded."""
+    started = time.perf_counter()
+    if len(images.pixels):
+        encoded = encoder.encode(torch.from_numpy(images.pixels))
+        features[images.status == Status.OK] = encoded.half().cpu().numpy()
+    phases.encode += time.perf_counter() - started
+    phases.read += images.read_seconds
+    phases.decode += images.decode_seconds
+    phases.rows += len(images.status)
+    phases.faults += len(images.faults)
+
+
+def _caption_status(
+    captions: np.ndarray, index: Index, start: int, stop: int
+) -> UInt8[np.ndarray, "batch"]:
+    status = np.full(len(captions), Status.OK, dtype=np.uint8)
+    status[np.strings.str_len(np.strings.strip(captions)) == 0] = Status.MISSING_CAPTION
+    problems = index.rows_between(start, stop).column("problem").to_numpy()
+    status[problems == Status.DUPLICATE_KEY] = Status.DUPLICATE_KEY
+    return status
+
+
+def _empty_chunk(
+    column: Column, chunk: int
+) -> tuple[Float16[np.ndarray, "batch dim"], UInt8[np.ndarray, "batch"]]:
+    rows = column.chunk_rows(chunk)
+    return np.zeros((rows, column.dim), dtype=np.float16), np.zeros(rows, dtype=np.uint8)
+
+
+def _without_infinities(
+    features: Float16[np.ndarray, "batch dim"],
+    status: UInt8[np.ndarray, "batch"],
+    first: int,
+    phases: Phases,
+) -> UInt8[np.ndarray, "batch"]:
+    """Quarantine the rows that hold NaN, or a value that float16 cannot hold."""
+    broken = ~np.isfinite(features).all(axis=1)
+    if broken.any():
+        features[broken] = 0
+        status[broken] = Status.NOT_FINITE
+        _log_faults([f"row {first + i}: not finite" for i in np.flatnonzero(broken)], phases)
+        phases.faults += int(broken.sum())
+    return status
+
+
+def _log_faults(faults: Sequence[str], phases: Phases) -> None:
+    """Name the first faults of a column in the log; `sail inspect` counts them all."""
+    for line in faults[: max(0, MAX_LOGGED_FAULTS - phases.faults)]:
+        logger.warning("quarantined %s", line)
+
+
+def _scaled(on_rows: Callable[[int], None], rows: int, texts: int) -> Callable[[int], None]:
+    """Turn "so many distinct texts are done" into rows of the chunk, exact at its end."""
+    done = reported = 0
+
+    def on_texts(count: int) -> None:
+        nonlocal done, reported
+        done += count
+        target = rows * done // texts
+        on_rows(target - reported)
+        reported = target
+
+    return on_texts

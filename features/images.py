@@ -1,0 +1,217 @@
+"""Decodes images safely, and prepares them as an encoder's checkpoint asks, without torchvision.
+
+The pixels equal those of the Pillow processors of transformers: see tests/parity/test_images.py.
+"""
+
+import functools
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Num
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from features.errors import EncoderError
+from features.processors import BILINEAR, read_processor
+from features.status import Status
+
+# Our own limit is checked before any pixel is decoded; Pillow's would warn, and is global.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow warns of odd metadata, which no pixel depends on. Once and for all, since the filters
+# belong to the whole process: `catch_warnings` around each image would let threads mix them up.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# Only these are opened. Others of Pillow's are not of photographs, or start a program (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
+# What Pillow's decoders raise when bytes are not what they should be.
+DECODER_ERRORS = (
+    OSError,  # with UnidentifiedImageError
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,  # with NotImplementedError
+    struct.error,
+    zlib.error,
+)
+# An image of one pixel's width, resized by its shorter side, could take all memory there is.
+MAX_RESIZED_PIXELS = 1 << 26
+
+
+class ImageFault(Exception):  # noqa: N818 - the row is quarantined; nothing goes wrong
+    """An image that cannot be used, and why."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Decode an encoded image to RGB, exactly as the Hugging Face processors see it.
+
+    Greyscale, palette, 16-bit, CMYK and alpha are converted by Pillow's `convert("RGB")`. EXIF
+    orientation is not applied, since theirs does not. The content decides, not the file's name; of
+    an animation the first frame is taken.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Width times height that is still decoded.
+
+    Raises:
+        ImageFault: There are no bytes, they are no image, they end too early or are damaged, or
+            the image has more than `max_pixels` pixels (checked before anything is decoded).
+    """
+    if not data:
+        raise ImageFault(Status.EMPTY_IMAGE, "it has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except DECODER_ERRORS as error:
+        if _begins_as_image(data):
+            reason = f"it begins as an image, but cannot be read ({_reason(error)})"
+            raise ImageFault(Status.TRUNCATED_IMAGE, reason) from error
+        raise ImageFault(Status.NOT_AN_IMAGE, "it is no image that can be read") from error
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise ImageFault(Status.NOT_AN_IMAGE, "it has no pixels")
+    if pixels > max_pixels:
+        size = f"{image.width} × {image.height} pixels, more than {max_pixels}"
+        raise ImageFault(Status.IMAGE_TOO_LARGE, size)
+    try:
+        return image.convert("RGB")
+    except DECODER_ERRORS as error:
+        raise ImageFault(Status.TRUNCATED_IMAGE, _reason(error)) from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and normalise, as read from a preprocessor_config.json."""
+
+    processor: str
+    resize: tuple[int, int] | None
+    """Height and width that the image is stretched to."""
+    shortest_edge: int | None
+    """Or: the length of its shorter side, keeping its shape."""
+    crop: tuple[int, int] | None
+    """Height and width that are cut from the middle."""
+    resample: int
+    """Pillow's number of the filter."""
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_float: bool = False
+    """DINOv3 rescales first and resizes in float32, with torch's antialiased filter."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Preprocessing":
+        """Read the settings of a processor; those left out have that processor's defaults.
+
+        Raises:
+            EncoderError: The processor, its filter or its size is not one we know.
+        """
+        return cls(**read_processor(config))
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of what the encoder gets.
+
+        Raises:
+            EncoderError: It would differ from image to image, so that none could share a batch.
+        """
+        size = self.crop or self.resize
+        if size is None:
+            raise EncoderError(
+                f"{self.processor} here neither crops nor resizes to a fixed size. One was "
+                f"expected. Set `do_center_crop` or a height and width in preprocessor_config.json."
+            )
+        return size
+
+    def apply(self, image: Image.Image) -> Num[np.ndarray, "3 height width"]:
+        """Resize and crop an RGB image; uint8, or float32 in [0, 1] when `in_float`.
+
+        Raises:
+            ImageFault: The image is so long and thin that it would grow beyond all measure.
+        """
+        if self.in_float:
+            return self._resize_in_float(np.asarray(image))
+        if self.resize is not None:
+            image = image.resize(self.resize[::-1], self.resample, reducing_gap=None)
+        elif self.shortest_edge is not None:
+            width, height = _fit(image.size, self.shortest_edge)
+            if width * height > MAX_RESIZED_PIXELS:
+                size = f"{image.width} × {image.height} pixels, {width} × {height} when resized"
+                raise ImageFault(Status.IMAGE_TOO_LARGE, size)
+            image = image.resize((width, height), self.resample)
+        pixels = np.asarray(image)
+        if self.crop is not None:
+            pixels = _center_crop(pixels, *self.crop)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def normalise(
+        self, pixels: Num[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Rescale and standardise a batch, on the device it is on."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        scale = 1.0 if self.in_float else self.rescale
+        return (pixels.float() * scale - mean) / std
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data, for the fingerprint of a column."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    def _resize_in_float(self, pixels: np.ndarray) -> Float[np.ndarray, "3 height width"]:
+        tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() * self.rescale
+        mode = "bilinear" if self.resample == BILINEAR else "bicubic"
+        resized = F.interpolate(tensor, self.output_size, mode=mode, antialias=True)
+        return np.asarray(resized[0].numpy())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _begins_as_image(data: bytes) -> bool:
+    return data.startswith(SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def _fit(size: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
+    """Return (width, height) with the given shorter side; the longer is rounded down."""
+    width, height = size
+    if width <= height:
+        return shortest_edge, int(shortest_edge * height / width)
+    return int(shortest_edge * width / height), shortest_edge
+
+
+def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut the middle; where the image is smaller, black is added around it."""
+    rows, columns = pixels.shape[:2]
+    if rows < height or columns < width:
+        padded = np.zeros((max(rows, height), max(columns, width), 3), dtype=pixels.dtype)
+        top, left = -(-(len(padded) - rows) // 2), -(-(padded.shape[1] - columns) // 2)
+        padded[top : top + rows, left : left + columns] = pixels
+        pixels = padded
+        rows, columns = pixels.shape[:2]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

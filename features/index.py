@@ -1,0 +1,227 @@
+"""The index: one parquet file per split that gives every sample a row before anything is encoded.
+
+So the number of rows is known, work can be cut into chunk-aligned units, and images are read by
+place. Columns: `key`, `path`, `offset`, `size`, `problem`, `label`, `group`, `caption/<field>`; see
+`features.sources.sample.Sample`. The metadata of the file hold the source's settings, its files
+with size and time, and counts of everything that was handled by rule.
+"""
+
+import itertools
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from features.config import Source
+from features.errors import SourceError
+from features.index_builder import METADATA_KEY, ROWS_PER_GROUP, VERSION, build_index, settings_of
+from features.sources import open_source
+from features.sources.parquet import ParquetImages
+from features.status import Status
+
+GROUPS_KEPT = 4
+
+
+class Index:
+    """An index on disk; any number of threads may share one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = pq.ParquetFile(path)
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[tuple[int, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        about = json.loads(self._file.metadata.metadata[METADATA_KEY])
+        if about["version"] != VERSION:
+            raise ValueError(f"it has version {about['version']}, this program reads {VERSION}")
+        self.rows: int = self._file.metadata.num_rows
+        self.fields: tuple[str, ...] = tuple(about["fields"])
+        self.class_names: tuple[str, ...] | None = (
+            tuple(about["class_names"]) if about["class_names"] else None
+        )
+        self.has_labels: bool = about["has_labels"]
+        self.has_groups: bool = about["has_groups"]
+        self.counts: dict[str, int] = about["counts"]
+        """How many members, samples and captions were handled by which rule."""
+        self.source: dict[str, Any] = about["source"]
+        self.shards: list[dict[str, Any]] = about["shards"]
+
+    @classmethod
+    def open(cls, path: Path) -> "Index":
+        """Open an index.
+
+        Raises:
+            SourceError: It is missing, damaged, or was not written by this program.
+        """
+        try:
+            return cls(path)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            raise SourceError(
+                f"The index {path} cannot be read ({error}). An index written by `sail extract` "
+                f"was expected. Delete it and run `sail extract` again."
+            ) from error
+
+    @classmethod
+    def build(
+        cls, source: Source, path: Path, *, on_progress: Callable[[int], None] | None = None
+    ) -> "Index":
+        """List every sample of a source, and write the index: all of it, or nothing.
+
+        Args:
+            source: What to list.
+            path: Where the index goes.
+            on_progress: Called now and then with the number of samples since the last call.
+
+        Raises:
+            SourceError: A shard is damaged, or there is no sample at all.
+        """
+        build_index(source, path, on_progress or (lambda _: None))
+        return cls.open(path)
+
+    def matches(self, source: Source) -> bool:
+        """Return whether the index was built from these settings."""
+        return bool(self.source == settings_of(source))
+
+    def check_shards(self) -> None:
+        """Refuse files that changed, went or came since they were indexed.
+
+        Raises:
+            SourceError: Naming the file.
+        """
+        for shard in self.shards:
+            path = Path(shard["path"])
+            found = path.stat() if path.exists() else None
+            if found is None or [found.st_size, found.st_mtime_ns] != shard["size_and_time"]:
+                what = "is gone" if found is None else "has changed"
+                raise SourceError(
+                    f"{path} {what} since it was indexed in {self.path}. The same file was "
+                    f"expected. Restore it, or delete the index and the store to start again."
+                )
+        source: Source = TypeAdapter(Source).validate_python(self.source)
+        known = {shard["path"] for shard in self.shards}
+        added = [file for file in open_source(source).files if str(file) not in known]
+        if known and added:
+            raise SourceError(
+                f"{len(added)} files match {self.source['path']} that were not there when it was "
+                f"indexed in {self.path}: {added[0]} is the first. The same files were expected. "
+                f"Narrow `path` of the source, or delete the index and the store to start again."
+            )
+
+    def batches(self, rows: int) -> Iterator[pa.Table]:
+        """Yield tables of `rows` rows, in order, the last one shorter."""
+        for start in range(0, self.rows, rows):
+            yield self.rows_between(start, min(start + rows, self.rows))
+
+    def rows_between(
+        self, start: int, stop: int, columns: tuple[str, ...] | None = None
+    ) -> pa.Table:
+        """Return rows `start` to `stop` without reading the rest of the file.
+
+        Args:
+            start: First row.
+            stop: Row behind the last.
+            columns: Names of the columns to read; all if not given.
+        """
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"rows {start} to {stop} of an index of {self.rows} rows")
+        first = min(start, self.rows - 1) // ROWS_PER_GROUP
+        last = max(first + 1, -(-stop // ROWS_PER_GROUP))
+        tables = [self._group(number, columns) for number in range(first, last)]
+        return pa.concat_tables(tables).slice(start - first * ROWS_PER_GROUP, stop - start)
+
+    def _group(self, number: int, columns: tuple[str, ...] | None) -> pa.Table:
+        wanted = (number, columns)
+        with self._lock:
+            if wanted not in self._groups:
+                while len(self._groups) >= GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+                self._groups[wanted] = self._file.read_row_group(
+                    number, columns=None if columns is None else list(columns)
+                )
+            self._groups.move_to_end(wanted)
+            return self._groups[wanted]
+
+
+class SampleReader:
+    """Reads the image bytes of rows, by place; any number of threads may share one."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._lock = threading.Lock()
+        self._parquet: ParquetImages | None = None
+        if index.source["kind"] == "parquet":
+            self._parquet = ParquetImages(index.source["image"])
+
+    def read(self, start: int, stop: int) -> list[bytes | None]:
+        """Return the encoded image of each row, None where the index has none.
+
+        Each file is opened once, and read from its front to its back.
+
+        Raises:
+            SourceError: A file is missing or shorter than it was when it was indexed.
+        """
+        table = self.index.rows_between(start, stop, ("path", "offset", "size", "problem"))
+        images: list[bytes | None] = [None] * table.num_rows
+        places = enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        there = (
+            (i, path, offset, size)
+            for i, (path, offset, size, problem) in places
+            if offset >= 0 and problem != Status.MISSING_IMAGE
+        )
+        for path, group in itertools.groupby(there, key=lambda place: place[1]):
+            rows, _, offsets, sizes = zip(*group, strict=True)
+            if self._parquet is not None:
+                with self._lock:
+                    found: Sequence[bytes | None] = self._parquet.read(path, offsets)
+            else:
+                found = self._read_file(path, offsets, sizes)
+            for row, image in zip(rows, found, strict=True):
+                images[row] = image
+        return images
+
+    def read_row(self, row: int) -> bytes | None:
+        """Return the encoded image of one row, None where the index has none."""
+        return self.read(row, row + 1)[0]
+
+    def _read_file(
+        self, path: str, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> list[bytes | None]:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be opened ({error.strerror}). The file of the index "
+                f"{self.index.path} was expected. Restore it, or index again."
+            ) from error
+        try:
+            return [
+                self._range(file, path, offset, size)
+                for offset, size in zip(offsets, sizes, strict=True)
+            ]
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read ({error.strerror}). The file of the index "
+                f"{self.index.path} was expected. Check the disk, and run the command again."
+            ) from error
+        finally:
+            os.close(file)
+
+    def _range(self, file: int, path: str, offset: int, size: int) -> bytes:
+        image = os.pread(file, size, offset)
+        if len(image) != size:
+            raise self._changed(path, f"ends at byte {offset + len(image)}, within an image")
+        if offset == 0 and os.fstat(file).st_size != size:  # within a tar, offsets are from 512
+            raise self._changed(path, f"has {os.fstat(file).st_size} bytes and had {size}")
+        return image
+
+    def _changed(self, path: str, what: str) -> SourceError:
+        return SourceError(
+            f"{path} {what}. The file as it was when {self.index.path} was written was expected. "
+            f"Restore it, or delete the index and the store to start again."
+        )

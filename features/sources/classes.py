@@ -1,0 +1,61 @@
+"""One folder of images per class (ImageFolder)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from features.config import ClassFolderSource
+from features.errors import SourceError
+from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, split_image_suffix
+
+
+class ClassFolders:
+    """The sorted names of the folders are the classes 0, 1, …; a JSON file can name them better."""
+
+    def __init__(self, source: ClassFolderSource) -> None:
+        folders = source.path.iterdir() if source.path.is_dir() else iter(())
+        self.files = sorted(path for path in folders if path.is_dir() and path.name[0] != ".")
+        self._source = source
+        if not self.files:
+            raise SourceError(
+                f"{source.path} has no folders. One folder of images per class was expected. "
+                f"Correct `path` of the source."
+            )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return one readable name per folder.
+
+        Raises:
+            SourceError: The file of names lacks a folder.
+        """
+        names = {folder.name: folder.name.replace("_", " ") for folder in self.files}
+        path = self._source.names
+        if path is None:
+            return tuple(names.values())
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            classes = document["classes"]
+            given = dict(zip(document.get("folders", classes), classes, strict=True))
+            return tuple(str(given[name]) for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"The class names {path} do not fit the folders of {self._source.path}: "
+                f"{type(error).__name__} {error}. `folders` and `classes` of equal length (or "
+                f"`classes` alone, the folders' names), with every folder, were expected. Correct "
+                f"the file."
+            ) from error
+
+    def check(self) -> None:
+        """Accept any settings: there are no captions to look for."""
+
+    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+        """Yield the images of one class folder, sorted by name."""
+        label = self.files.index(file)
+        keys = Keys(file.name, counts)
+        for path in sorted(file.iterdir()):
+            if path.suffix[1:].lower() not in IMAGE_SUFFIXES or not path.is_file():
+                counts["files that are no images (ignored)"] += 1
+                continue
+            key, problem = keys.of(*split_image_suffix(path.name))
+            size = path.stat().st_size
+            yield Sample(key, str(path), offset=0, size=size, problem=problem, label=label)

@@ -1,0 +1,251 @@
+"""What every source gives: samples with a key, a place, captions, and what was wrong with them."""
+
+import difflib
+import glob
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, runtime_checkable
+
+from features.errors import SourceError
+from features.status import Status
+
+Counts = Counter[str]
+AUTOMATIC = ("caption", "captions", "short", "long", "txt")
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+NO_PLACE = -1
+RECORDS_LOOKED_AT = 1000
+MAX_NAMES_LISTED = 20
+
+
+@dataclass(slots=True)
+class Sample:
+    """One row of the index."""
+
+    key: str
+    path: str = ""
+    """File that holds the image: a shard, or the image file itself."""
+    offset: int = NO_PLACE
+    """First byte of the image in the file; in a parquet file, the number of its row."""
+    size: int = NO_PLACE
+    """Bytes of the image; -1 in a parquet file, or where there is no image."""
+    problem: int = 0
+    """A `Status` that quarantines the row whatever its bytes, or 0."""
+    label: int = -1
+    group: int = -1
+    captions: dict[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+@runtime_checkable
+class Shards(Protocol):
+    """A source: its files in a stated order, and the samples of each."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Files or folders, in the order in which they are read."""
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the labels, where the source has them."""
+
+    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+        """Yield the samples of one file in their order, and count what was handled by rule."""
+
+    def check(self) -> None:
+        """Refuse settings that no sample fitted; called when all samples have been read.
+
+        Raises:
+            SourceError: Naming the setting.
+        """
+
+
+class CaptionPicker:
+    """Takes the captions out of a record (a JSON object, a row of a table)."""
+
+    def __init__(self, names: Sequence[str], place: str) -> None:
+        self._names = tuple(names) or AUTOMATIC
+        self._explicit = bool(names)
+        self._place = place
+        self._found: set[str] = set()
+        self._seen: dict[str, None] = {}
+        self._records = 0
+        for name in names:
+            _check_field_name(name)
+
+    def pick(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """Return the captions of a record by field; a list gives the fields 0, 1, and on.
+
+        Raises:
+            SourceError: Two of the names hold lists, so that both would be field 0.
+        """
+        if self._records < RECORDS_LOOKED_AT:
+            self._records += 1
+            self._seen |= dict.fromkeys(str(name) for name in record)
+        captions: dict[str, str] = {}
+        list_name = None
+        for name in self._names:
+            value = record.get(name)
+            if value is None:
+                continue
+            self._found.add(name)
+            if isinstance(value, str):
+                captions[name] = as_text(value)
+            elif isinstance(value, (list, tuple)):
+                if list_name is not None:
+                    raise self._two_lists(list_name, name)
+                list_name = name
+                texts = enumerate(value)
+                captions |= {str(i): as_text(text) for i, text in texts if isinstance(text, str)}
+        return captions
+
+    def check(self) -> None:
+        """Refuse a name of captions that no record had.
+
+        Raises:
+            SourceError: With what the records have instead.
+        """
+        missing = [name for name in self._names if name not in self._found]
+        if self._explicit and missing:
+            close = difflib.get_close_matches(missing[0], self._seen, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SourceError(
+                f"No sample of {self._place} has captions under {missing[0]!r}.{hint} One of "
+                f"{list(self._seen)[:MAX_NAMES_LISTED]} was expected. Correct `captions` of the "
+                f"source."
+            )
+
+    def _two_lists(self, first: str, second: str) -> SourceError:
+        return SourceError(
+            f"A sample of {self._place} has lists of captions under {first!r} and {second!r}. One "
+            f"list was expected, since its items become the fields 0, 1, and on. Name one of them "
+            f"in `captions` of the source."
+        )
+
+
+class Keys:
+    """Gives the samples of one shard unique keys, `<shard>/<name>`."""
+
+    def __init__(self, shard: str, counts: Counts) -> None:
+        self._shard = shard
+        self._counts = counts
+        self._suffixes: dict[str, str] = {}
+        self._repeats: Counter[str] = Counter()
+
+    def of(self, name: str, suffix: str = "") -> tuple[str, int]:
+        """Return the key of a name, and a problem if the name came before.
+
+        A name that comes again is numbered (`#2`) and quarantined.
+
+        Args:
+            name: Name within the shard.
+            suffix: What was taken off the name to make it short. Where two names differ in it
+                only, the later keeps it: it is no duplicate.
+        """
+        earlier = self._suffixes.get(name)
+        if earlier is not None and earlier != suffix:
+            name, suffix = name + suffix, ""
+            earlier = self._suffixes.get(name)
+        if earlier is None:
+            self._suffixes[name] = suffix
+            return f"{self._shard}/{name}", 0
+        self._counts["duplicate keys (quarantined)"] += 1
+        return f"{self._shard}/{self._numbered(name)}", int(Status.DUPLICATE_KEY)
+
+    def _numbered(self, name: str) -> str:
+        while True:
+            self._repeats[name] += 1
+            numbered = f"{name}#{self._repeats[name] + 1}"
+            if numbered not in self._suffixes:
+                self._suffixes[numbered] = ""
+                return numbered
+
+
+def split_image_suffix(name: str) -> tuple[str, str]:
+    """Split a path before its last suffix, if that is one of an image."""
+    suffix = PurePosixPath(name).suffix
+    if suffix[1:].lower() not in IMAGE_SUFFIXES:
+        return name, ""
+    return name.removesuffix(suffix), suffix
+
+
+def matching_files(patterns: str | Sequence[str]) -> list[Path]:
+    """Return the files of glob patterns, sorted within each, each once.
+
+    Raises:
+        SourceError: A pattern matches no file.
+    """
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - takes absolute ones
+        matches = [path for path in matches if Path(path).is_file()]
+        if not matches:
+            raise SourceError(
+                f"No file matches {pattern}. At least one was expected. Correct `path` of the "
+                f"source; it is relative to the run file."
+            )
+        found |= dict.fromkeys(matches)
+    return [Path(path) for path in found]
+
+
+def distinct_stems(files: Sequence[Path]) -> dict[Path, str]:
+    """Return a short name for each file: its stem, with as many folders as make all distinct."""
+    for depth in range(1, max((len(file.absolute().parts) for file in files), default=0)):
+        names = {file: _tail(file, depth) for file in files}
+        if len(set(names.values())) == len(files):
+            return names
+    return {file: file.absolute().as_posix() for file in files}  # they differ in the suffix only
+
+
+def whole_number(value: Any, counts: Counts) -> int:
+    """Return a label or group number, or -1 for none; anything else is counted."""
+    if value is None or value == "":
+        return -1
+    try:
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            number = -2
+    except (TypeError, ValueError, OverflowError):
+        number = -2
+    if -1 <= number < 2**31:
+        return number
+    counts["labels or groups that are no whole number from 0 (taken as unknown)"] += 1
+    return -1
+
+
+def read_class_names(path: Path | None) -> tuple[str, ...] | None:
+    """Return the lines of a file of class names.
+
+    Raises:
+        SourceError: The file is not there.
+    """
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"The class names {path} cannot be read ({error}). A text file with one name a line "
+            f"was expected. Correct `class_names` of the source."
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def as_text(value: str) -> str:
+    """Return a string that can be stored: JSON may hold halves of characters, UTF-8 may not."""
+    if value.isascii():
+        return value
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _check_field_name(name: str) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise SourceError(
+            f"The name {name!r} in `captions` of the source cannot be a caption field, since "
+            f"fields name folders of the feature store. A name without `/` that does not begin "
+            f"with a dot was expected. Rename it in the data."
+        )
+
+
+def _tail(file: Path, depth: int) -> str:
+    return str(PurePosixPath(*file.absolute().with_suffix("").parts[-depth:]))

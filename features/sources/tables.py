@@ -1,0 +1,158 @@
+"""Tables of captions that name image files beside them."""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.config import FolderSource
+from features.errors import SourceError
+from features.sources.sample import (
+    CaptionPicker,
+    Counts,
+    Keys,
+    Sample,
+    read_class_names,
+    split_image_suffix,
+    whole_number,
+)
+from features.status import Status
+
+ROWS_AT_ONCE = 4096
+
+
+class CaptionTable:
+    """A `.jsonl`, `.csv` or `.parquet` of captions that names image files in its folder.
+
+    Rules: rows of the same image that follow each other are one sample, their captions the fields
+    0, 1, and on (if that happens anywhere in the table); an image that comes again later is a
+    duplicate, quarantined. Label and group are those of its first row. A file that is not there
+    keeps a quarantined row. A path that leads out of the folder is refused, also by a link.
+    """
+
+    def __init__(self, source: FolderSource) -> None:
+        if not source.path.is_file():
+            raise SourceError(
+                f"There is no table {source.path}. A .jsonl, .csv or .parquet file with a column "
+                f"{source.image!r} was expected. Correct `path` of the source."
+            )
+        self.files = [source.path]
+        self.picker = CaptionPicker(source.captions, str(source.path))
+        self._source = source
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the labels, where the recipe gives them."""
+        return read_class_names(self._source.class_names)
+
+    def check(self) -> None:
+        """Refuse a name of captions that no row had."""
+        self.picker.check()
+
+    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+        """Yield one sample per image of the table.
+
+        Raises:
+            SourceError: The table cannot be read, or a row names no image, or one elsewhere.
+        """
+        folder = file.parent.resolve()
+        keys = Keys(file.stem, counts)
+        several = self._has_rows_of_one_image(file)
+        for name, group in itertools.groupby(table_rows(file), self._image_name):
+            rows = list(group)
+            captions = [self.picker.pick(row) for row in rows]
+            key, problem = keys.of(*split_image_suffix(name))
+            sample = Sample(key, problem=problem, captions=captions[0])
+            if several:
+                texts = [text for each in captions for text in each.values()]
+                sample.captions = {str(i): text for i, text in enumerate(texts)}
+            sample.label = whole_number(rows[0].get(self._source.label or ""), counts)
+            sample.group = whole_number(rows[0].get(self._source.group or ""), counts)
+            self._place(sample, folder, name, counts)
+            yield sample
+
+    def _image_name(self, row: dict[str, Any]) -> str:
+        name = row.get(self._source.image)
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise SourceError(
+                f"A row of {self._source.path} has {self._source.image} = {name!r}; its columns "
+                f"are {list(row)[:20]}. The path of an image was expected. Correct `image` of the "
+                f"source."
+            )
+        return name
+
+    def _has_rows_of_one_image(self, file: Path) -> bool:
+        names = (self._image_name(row) for row in table_rows(file))
+        return any(a == b for a, b in itertools.pairwise(names))
+
+    def _place(self, sample: Sample, folder: Path, name: str, counts: Counts) -> None:
+        path = folder / name
+        try:
+            if not path.resolve().is_relative_to(folder):
+                raise SourceError(
+                    f"{self._source.path} names the image {name!r}, which is not inside {folder}. "
+                    f"Paths within the table's folder were expected. Correct the table."
+                )
+            size = path.stat().st_size if path.is_file() else None
+        except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
+            size = None
+        sample.path = str(path)
+        if size is not None:
+            sample.offset, sample.size = 0, size
+            return
+        counts["image files that are not there (quarantined)"] += 1
+        sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+
+
+def table_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table as dictionaries, without holding it in memory.
+
+    Raises:
+        SourceError: It is of no kind we read, or damaged.
+    """
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if file.suffix not in readers:
+        raise SourceError(
+            f"The table {file} ends in {file.suffix!r}. One of {', '.join(readers)} was expected. "
+            f"Convert it."
+        )
+    try:
+        yield from readers[file.suffix](file)
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise SourceError(
+            f"The table {file} cannot be read: {error}. A whole {file.suffix} file in UTF-8 was "
+            f"expected. Correct it, or fetch it again."
+        ) from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise SourceError(
+                    f"Line {number} of {file} is not a JSON object. One object a line was "
+                    f"expected. Correct the line."
+                )
+            yield row
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines):
+            yield {name: value for name, value in row.items() if name is not None}
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(ROWS_AT_ONCE):
+            yield from batch.to_pylist()

@@ -1,0 +1,234 @@
+"""The feature store: one Zarr v3 group, one row per image–text pair.
+
+The layout is documented in docs/store.md. Two ideas carry it:
+
+* Features are uncompressed little-endian blocks with a crc32c behind them, one chunk per file, so
+  that a reader can `readinto` a chunk at the speed of the disk, and any Zarr reader can open it.
+* The status chunk of some rows is written after their features chunk. A chunk without status is
+  not done. Each file appears by an atomic rename, so a killed run leaves whole chunks only.
+"""
+
+import hashlib
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Int32
+
+from features.column import Column, create_column
+from features.errors import (
+    StoreError,
+    StoreMismatchError,
+    StoreNotFoundError,
+)
+from features.index import Index
+
+FORMAT = "sail-features"
+FORMAT_VERSION = 1
+STRINGS = np.dtypes.StringDType()
+NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to compute again
+
+
+class FeatureStore:
+    """A store on disk: keys, captions and labels, and the columns of features over them."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+        attributes: dict[str, Any] = dict(group.attrs.asdict())
+        self.rows = int(attributes["rows"])
+        self.rows_per_chunk = int(attributes["rows_per_chunk"])
+        self.keys_sha256 = str(attributes["keys_sha256"])
+        self.source: dict[str, Any] = attributes["source"]
+
+    @classmethod
+    def open(cls, path: Path) -> "FeatureStore":
+        """Open a store for reading and for writing of its pending chunks.
+
+        Raises:
+            StoreNotFoundError: There is nothing at `path`.
+            StoreError: What is there is not a feature store of this format.
+        """
+        if not (path / "zarr.json").is_file():
+            raise StoreNotFoundError(path)
+        group = zarr.open_group(path, mode="r")
+        found = (group.attrs.get("format"), group.attrs.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise StoreError(
+                f"{path} has format {found[0]!r}, version {found[1]!r}. This program reads "
+                f"{FORMAT!r}, version {FORMAT_VERSION}. Check the path, or extract again."
+            )
+        return cls(path, group)
+
+    @classmethod
+    def create(cls, path: Path, index: Index, *, rows_per_chunk: int) -> "FeatureStore":
+        """Write the rows of an index as a new store without columns: all of it, or nothing."""
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        group = zarr.create_group(partial)
+        row_array: dict[str, Any] = {
+            "shape": (index.rows,),
+            "chunks": (rows_per_chunk,),
+            "dimension_names": ["row"],
+        }
+        for name in ["key", *(f"caption/{field}" for field in index.fields)]:
+            group.create_array(name, dtype="string", **row_array)
+        if index.has_labels:
+            group.create_array("label", dtype="int32", fill_value=-1, **row_array)
+            if index.class_names:
+                group["label"].attrs["class_names"] = list(index.class_names)
+        if index.has_groups:
+            group.create_array("group", dtype="int32", fill_value=-1, **row_array)
+        group.create_group("image")
+        group.create_group("text")
+        digest = _write_rows(group, index, rows_per_chunk)
+        group.attrs.update(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "rows": index.rows,
+                "rows_per_chunk": rows_per_chunk,
+                "keys_sha256": digest,
+                "source": index.source,
+            }
+        )
+        partial.rename(path)
+        return cls.open(path)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of every row array."""
+        return -(-self.rows // self.rows_per_chunk)
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Caption fields, in the order of their names (numbers by value)."""
+        captions = self.path / "caption"
+        names = [entry.name for entry in captions.iterdir()] if captions.is_dir() else []
+        names = [name for name in names if (captions / name / "zarr.json").is_file()]
+        return tuple(sorted(names, key=lambda name: (not name.isdigit(), len(name), name)))
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the labels, where the source gave them."""
+        names = self._group["label"].attrs.get("class_names") if "label" in self._group else None
+        return tuple(str(name) for name in names) if isinstance(names, list) else None
+
+    def keys(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the keys of rows `start` to `stop` as a numpy string array."""
+        return np.asarray(_array(self._group, "key")[start:stop])
+
+    def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return one caption per row, empty where there is none, as a numpy string array."""
+        if field not in self.fields:
+            raise StoreError(
+                f"{self.path} has no caption field {field!r}; it has {list(self.fields)}. "
+                f"Name one of these."
+            )
+        return np.asarray(_array(self._group, f"caption/{field}")[start:stop])
+
+    def labels(self) -> Int32[np.ndarray, "rows"] | None:
+        """Return the class of every row, -1 where unknown."""
+        return np.asarray(_array(self._group, "label")[:]) if "label" in self._group else None
+
+    def groups(self) -> Int32[np.ndarray, "rows"] | None:
+        """Return the compositional example each row belongs to, -1 for none."""
+        return np.asarray(_array(self._group, "group")[:]) if "group" in self._group else None
+
+    def columns(self) -> list[str]:
+        """Names of the feature columns: `image/<encoder>` and `text/<encoder>/<field>`."""
+        found = [
+            *sorted(self.path.glob("image/*/features/zarr.json")),
+            *sorted(self.path.glob("text/*/*/features/zarr.json")),
+        ]
+        return [file.parent.parent.relative_to(self.path).as_posix() for file in found]
+
+    def column(self, name: str) -> Column:
+        """Open one column.
+
+        Raises:
+            StoreError: There is none of that name.
+        """
+        if name not in (columns := self.columns()):
+            raise StoreError(
+                f"{self.path} has no column {name!r}; it has {columns or 'none'}. "
+                f"Name one of these, or add the encoder to the recipe and run `sail extract`."
+            )
+        return Column(self.path, name)
+
+    def add_encoder(self, name: str, fingerprint: dict[str, Any], *, dim: int) -> None:
+        """Make the empty columns of an encoder, or check that those there are of the same one.
+
+        Args:
+            name: `image/<encoder>` or `text/<encoder>`; a text encoder has a column per field.
+            fingerprint: What decides the features; see `features.encoders`.
+            dim: Length of a feature vector.
+
+        Raises:
+            StoreMismatchError: The column was made by something else; the field is named.
+        """
+        target = self.path / name
+        if (target / "zarr.json").is_file():
+            self._check_fingerprint(name, fingerprint)
+            return
+        partial = self.path / ".partial" / name
+        shutil.rmtree(partial, ignore_errors=True)
+        group = zarr.create_group(partial, attributes=fingerprint)
+        columns = [group]
+        if name.startswith("text/"):
+            columns = [group.create_group(field) for field in self.fields]
+        for column in columns:
+            create_column(column, self.rows, dim, self.rows_per_chunk)
+        target.parent.mkdir(exist_ok=True)
+        partial.rename(target)
+        shutil.rmtree(self.path / ".partial", ignore_errors=True)
+
+    def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
+        found = zarr.open_group(self.path / name, mode="r").attrs.asdict()
+        for field in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
+            if found.get(field) != expected.get(field):
+                raise StoreMismatchError(
+                    str(self.path / name),
+                    field,
+                    found=found.get(field),
+                    expected=expected.get(field),
+                )
+
+
+def keys_digest(index: Index) -> str:
+    """Return the sha256 over all keys, each ended by a newline: equal keys in equal order."""
+    digest = hashlib.sha256()
+    for table in index.batches(65_536):
+        _add_keys(digest, table.column("key").to_pylist())
+    return digest.hexdigest()
+
+
+def _add_keys(digest: Any, keys: list[str]) -> None:
+    digest.update(("\n".join(keys) + "\n").encode() if keys else b"")
+
+
+def _write_rows(group: zarr.Group, index: Index, rows_per_chunk: int) -> str:
+    digest = hashlib.sha256()
+    start = 0
+    for table in index.batches(rows_per_chunk):
+        stop = start + table.num_rows
+        _add_keys(digest, table.column("key").to_pylist())
+        for name in ["key", *(f"caption/{field}" for field in index.fields)]:
+            _array(group, name)[start:stop] = np.array(
+                table.column(name).to_pylist(), dtype=STRINGS
+            )
+        for name in [name for name in ("label", "group") if name in group]:
+            _array(group, name)[start:stop] = table.column(name).to_numpy().astype(np.int32)
+        start = stop
+    return digest.hexdigest()
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"{name!r} of {group.store_path} is a group, not an array. Extract again.")
+    return array

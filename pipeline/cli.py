@@ -1,0 +1,201 @@
+"""The `sail` command. Options are parsed here; the work is done elsewhere in `pipeline`.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from features.errors import SailError
+
+
+class Commands(click.Group):
+    """A command group that reports what a user can put right in one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:  # noqa: D102
+        try:
+            return super().invoke(ctx)
+        except SailError as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = f" {error.filename}:" if error.filename else ""
+            raise click.ClickException(
+                f"The operating system refused:{place} {error.strerror or error}. A place that can "
+                f"be read and written, with room on the disk, was expected. Check `run.dir` and "
+                f"the paths of the recipe; what was done is kept."
+            ) from error
+
+
+def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument and the options that all stages share."""
+    options = [
+        click.argument("recipe"),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override a setting of the recipe; may be repeated.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--verbose", is_flag=True, help="Log more."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sail")
+def cli() -> None:
+    """Align a frozen image encoder with a frozen text encoder.
+
+    RECIPE is the path of a TOML file, or the name of one that ships with the program: demo,
+    sail-small, sail, sail-paper. docs/recipes.md lists every setting.
+    """
+
+
+@cli.command()
+@stage
+def extract(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """Encode images and captions into feature stores (stage one).
+
+    Resumes by itself: what is on disk is not computed again. Prints the path of each store.
+
+    \b
+    Examples:
+      sail extract demo
+      sail extract my.toml --set encoders.image.dinov2.batch_size=256
+    """
+    from pipeline import run
+
+    def work(config: Any, stop: Any) -> list[str]:
+        return [str(path) for path in run.extract(config, stop)]
+
+    _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+
+
+@cli.command()
+@stage
+def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """Train the head on the feature stores (stage two).
+
+    Resumes by itself from its last checkpoint. Prints the path of the best checkpoint.
+
+    \b
+    Examples:
+      sail align demo
+      sail align my.toml --set align.head.kind=linear --set run.seed=1
+    """
+    from pipeline.training import align_run
+
+    def work(config: Any, stop: Any) -> list[str]:
+        return [str(align_run(config, stop))]
+
+    _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+
+
+@cli.command(name="eval")
+@stage
+def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """Measure the trained head on the stores; write results.json and report.html.
+
+    \b
+    Examples:
+      sail eval demo
+      sail eval my.toml --json | jq '.results[] | [.task, .metric, .value]'
+    """
+    from pipeline.evaluation import evaluate_run, results_table
+
+    def work(config: Any, stop: Any) -> Path:
+        return Path(evaluate_run(config, stop))
+
+    results = _run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
+    if as_json:
+        click.echo(results.read_text(encoding="utf-8"))
+    else:
+        click.echo(results_table(results))
+        click.echo(f"{results}\n{results.with_name('report.html')}")
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--row", type=int, help="Show this row instead of the whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(store: Path, row: int | None, as_json: bool) -> None:
+    """Show what a store holds: columns, rows per status, norms, sizes.
+
+    \b
+    Examples:
+      sail inspect runs/demo/features/train.zarr
+      sail inspect runs/demo/features/train.zarr --row 7 --json
+    """
+    from pipeline.inspection import describe_row, describe_store
+    from pipeline.tables import row_table, store_table
+
+    description = describe_store(store) if row is None else describe_row(store, row)
+    if as_json:
+        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+    else:
+        click.echo(store_table(description) if row is None else row_table(description))
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+def verify(store: Path) -> None:
+    """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
+
+    \b
+    Example:
+      sail verify runs/demo/features/train.zarr
+    """
+    from pipeline.inspection import verify_store
+
+    faults = verify_store(store)
+    if faults:
+        for fault in faults:
+            click.echo(fault, err=True)
+        raise click.ClickException(
+            f"{store} has {len(faults)} faults, named above. A whole store was expected. Each "
+            f"line says what to do."
+        )
+    click.echo(f"{store} is whole.")
+
+
+def _run_stage(
+    recipe: str,
+    overrides: tuple[str, ...],
+    work: Callable[[Any, Any], Any],
+    *,
+    as_json: bool | None,
+    verbose: bool,
+) -> Any:
+    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns."""
+    from pipeline.config import load_config
+    from pipeline.interrupt import stop_on_signal
+    from pipeline.memory import keep_freed_memory
+    from pipeline.progress import start_log
+
+    start_log(verbose=verbose)
+    keep_freed_memory()
+    config = load_config(recipe, overrides)
+    from pipeline.run import Stopped  # torch loads here: a fault in the recipe is told before
+
+    with stop_on_signal() as stop:
+        try:
+            result = work(config, stop)
+        except Stopped:
+            click.echo(
+                "Stopped; what is done is saved. The same command goes on from here.", err=True
+            )
+            sys.exit(stop.exit_code)
+    if as_json is not None:
+        click.echo(json.dumps(result) if as_json else "\n".join(result))
+    return result

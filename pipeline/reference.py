@@ -1,0 +1,124 @@
+"""Writes docs/recipes.md, the reference of the run file, from the settings themselves."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import PurePath
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
+from evaluate.config import EvalConfig
+from features.config import (
+    ClassFolderSource,
+    ExtractConfig,
+    FolderSource,
+    ImageEncoderConfig,
+    ParquetSource,
+    ScenesSource,
+    TextEncoderConfig,
+    WebdatasetSource,
+)
+from pipeline.config import ReportConfig, RunSettings
+
+INTRODUCTION = """\
+# The run file
+
+One TOML file describes a run. `sail extract`, `sail align` and `sail eval` take its path, or the
+name of one that ships with the program: `demo`, `sail-small`, `sail`, `sail-paper` (in
+`pipeline/recipes`). `--set section.key=value` overrides a setting. The resolved file, every default
+written out, is kept as `config.toml` in the run folder.
+
+Paths of sources and encoders are relative to the run file; `run.dir` is relative to where the
+command is called.
+
+This page is generated from the settings (`make format`); a test fails when it is stale.
+"""
+SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("[run]", RunSettings),
+    ('[data.SPLIT] with kind = "webdataset"', WebdatasetSource),
+    ('[data.SPLIT] with kind = "folder"', FolderSource),
+    ('[data.SPLIT] with kind = "parquet"', ParquetSource),
+    ('[data.SPLIT] with kind = "classes"', ClassFolderSource),
+    ('[data.SPLIT] with kind = "scenes"', ScenesSource),
+    ("[encoders.image.NAME]", ImageEncoderConfig),
+    ("[encoders.text.NAME]", TextEncoderConfig),
+    ("[extract]", ExtractConfig),
+    ("[align]", AlignConfig),
+    ("[align.head]", HeadConfig),
+    ("[align.loss]", LossConfig),
+    ("[align.optimizer]", OptimizerConfig),
+    ("[eval]", EvalConfig),
+    ("[report]", ReportConfig),
+]
+
+
+def reference() -> str:
+    """Return docs/recipes.md."""
+    return "\n".join([INTRODUCTION, *(_section(title, model) for title, model in SECTIONS)])
+
+
+def _section(title: str, model: type[BaseModel]) -> str:
+    lines = [f"## `{title}`", "", " ".join((model.__doc__ or "").split()), ""]
+    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *_rows(model), ""])
+
+
+def _rows(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            continue  # a section of its own
+        meaning = " ".join((field.description or "").split())
+        yield f"| `{name}` | {_type(annotation, field)} | {_default(field)} | {meaning} |"
+
+
+def _type(annotation: Any, field: FieldInfo | None = None) -> str:
+    """Return the type of a setting in words."""
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        text = " \\| ".join(f'`"{choice}"`' for choice in arguments)
+    elif origin in (Union, UnionType):
+        text = " \\| ".join(_type(member) for member in arguments if member is not type(None))
+    elif origin is Annotated:
+        text = _type(arguments[0])
+    elif origin is tuple:
+        text = f"list of {_type(arguments[0])}"
+    elif origin is dict:
+        text = f"table of {_type(arguments[1])}"
+    else:
+        name = getattr(annotation, "__name__", str(annotation))
+        text = words.get(name, name.lower()) + (_bounds(field) if field else "")
+    return text
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, sign in signs.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return f" {', '.join(found)}" if found else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "–"
+    value = field.get_default()
+    if isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -1,0 +1,121 @@
+"""The run file: what is accepted, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from features.errors import ConfigError
+from pipeline.config import dump_config, load_config
+from pipeline.reference import reference
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """
+[data.train]
+kind = "webdataset"
+path = "shards/*.tar"
+[encoders.image.tiny]
+model = "weights"
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "my-run.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "sail-small", "sail", "sail-paper"])
+def test_shipped_recipe_is_valid_and_its_resolved_copy_is_the_same_run(
+    recipe: str, tmp_path: Path
+) -> None:
+    config = load_config(recipe)
+    copy = tmp_path / "config.toml"
+    copy.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(str(copy)) == config
+
+
+def test_all_faults_are_listed_at_once_with_place_and_suggestion(tmp_path: Path) -> None:
+    text = MINIMAL + "poolling = 'cls'\n[align]\nbatch_size = 0\n[data.test]\nkind = 'folder'\n"
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    message = str(error.value)
+    assert (
+        "encoders.image.tiny.poolling: there is no such setting. Did you mean 'pooling'?" in message
+    )
+    assert "align.batch_size: Input should be greater than 0, got 0" in message
+    assert "data.test.path: Field required" in message
+
+
+def test_a_single_fault_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, MINIMAL + "[algn]\n"))
+    assert "\n" not in str(error.value)
+    assert "algn: there is no such setting. Did you mean 'align'?" in str(error.value)
+
+
+def test_an_override_is_read_as_toml_and_a_bare_word_as_text(tmp_path: Path) -> None:
+    overrides = [
+        "align.batch_size=32",
+        "encoders.image.tiny.pooling=mean",
+        "align.fields=['a','b']",
+    ]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert config.align.batch_size == 32
+    assert config.encoders.image["tiny"].pooling == "mean"
+    assert config.align.fields == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"), [("align.batch_size", "has no value"), ("run.name.x=1", "not a section")]
+)
+def test_a_wrong_override_says_what_was_expected(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(tmp_path, MINIMAL + "[run]\nname = 'x'\n"), [override])
+
+
+def test_paths_are_relative_to_the_run_file_and_the_run_is_named_after_it(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.data["train"].path == str(tmp_path / "shards/*.tar")
+    assert config.encoders.image["tiny"].model == str(tmp_path / "weights")
+    assert config.run.dir == Path("runs/my-run")
+
+
+def test_a_hub_id_is_left_alone_when_no_such_folder_exists(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"weights"', '"facebook/dinov2-large"')
+    assert (
+        load_config(write(tmp_path, text)).encoders.image["tiny"].model == "facebook/dinov2-large"
+    )
+
+
+def test_an_unknown_recipe_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'demo'"):
+        load_config("demoo")
+
+
+def test_a_file_that_is_not_toml_is_refused_with_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 1"):
+        load_config(write(tmp_path, "this is not toml"))
+
+
+def test_a_split_that_is_not_in_the_data_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"align\.split names the split 'trian'"):
+        load_config(write(tmp_path, MINIMAL + "[align]\nsplit = 'trian'\n"))
+
+
+def test_choosing_among_several_encoders_is_left_to_the_user(tmp_path: Path) -> None:
+    text = MINIMAL + "[encoders.image.other]\nmodel = 'x'\n"
+    with pytest.raises(ConfigError, match=r"2 image encoders \(tiny, other\)"):
+        load_config(write(tmp_path, text)).aligned_encoder("image")
+
+
+def test_the_reference_of_the_run_file_is_not_stale() -> None:
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == reference(), (
+        "run `make format`"
+    )
+
+
+def test_every_setting_is_documented() -> None:
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    undocumented = [row for row in rows if row.rstrip(" |").endswith("|") or "|  |" in row]
+    assert [row for row in undocumented if not row.startswith("| `kind`")] == []

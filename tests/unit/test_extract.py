@@ -1,0 +1,188 @@
+"""Stage one from tars to stores, with small real encoders."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
+
+from features.errors import SourceError, StoreMismatchError
+from features.status import Status
+from features.store import FeatureStore
+from pipeline.config import load_config
+from pipeline.inspection import describe_row, describe_store, verify_store
+from pipeline.interrupt import StopRequest
+from pipeline.run import Stopped, extract
+from tests import tiny
+
+
+def extracted(run_file: Path, *overrides: str) -> FeatureStore:
+    """Run stage one and open the training store."""
+    stores = extract(load_config(str(run_file), overrides), StopRequest())
+    return FeatureStore.open(stores[0])
+
+
+def test_image_features_are_those_of_transformers_called_directly(tmp_path: Path) -> None:
+    store = extracted(tiny.world(tmp_path))
+    model = AutoModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False).eval()
+    processor = ViTImageProcessorPil.from_pretrained(tmp_path / "vit")
+    # What a JPEG decodes to is what counts, so the picture goes through its file form here too.
+    images = [
+        Image.open(io.BytesIO(tiny.encoded(tiny.picture(seed)))) for seed in (0, 33)
+    ]
+    with torch.inference_mode():
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        expected = model(pixel_values=pixels).last_hidden_state[:, 0].numpy()
+    features = store.column("image/vit").read(0, store.rows)
+    np.testing.assert_allclose(features[[0, 33]].astype(np.float32), expected, atol=2e-3)
+
+
+def test_caption_features_are_the_masked_mean_of_transformers(tmp_path: Path) -> None:
+    store = extracted(tiny.world(tmp_path))
+    model = AutoModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    features = store.column("text/bert/long").read(0, store.rows)
+    for row in (0, 7, 39):
+        with torch.inference_mode():
+            tokens = tokenizer([tiny.caption(row)], return_tensors="pt")
+            output = model(input_ids=tokens["input_ids"]).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(features[row].astype(np.float32), output, atol=2e-3)
+
+
+def test_rows_keep_the_order_of_shards_with_key_captions_label_and_group(tmp_path: Path) -> None:
+    store = extracted(tiny.world(tmp_path))
+    assert store.keys(19, 21).tolist() == ["train-0/00019", "train-1/00020"]
+    assert store.fields == ("long", "short")
+    assert store.captions("long", 20, 21).tolist() == [tiny.caption(20)]
+    labels, groups = store.labels(), store.groups()
+    assert labels is not None
+    assert groups is not None
+    assert labels[:6].tolist() == [0, 1, 2, 3, 4, 0]
+    assert groups[:4].tolist() == [0, 0, 1, 1]
+    assert store.class_names == ("one", "two", "three", "four", "five")
+
+
+def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_file = tiny.world(tmp_path)
+    extracted(run_file)
+    monkeypatch.setattr("features.column.Column.write", None)  # a call would be a TypeError
+    extracted(run_file)
+
+
+def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    jpeg = tiny.encoded(tiny.picture(3, 64, 64))
+    huge = tiny.encoded(Image.new("L", (400, 300)), "PNG")
+    tiny.write_tar(
+        tmp_path / "shards" / "train-1.tar",
+        [
+            ("cut.jpg", jpeg[: len(jpeg) // 2]),
+            ("cut.json", b'{"short": "a", "long": "b"}'),
+            ("text.jpg", b"this is no picture"),
+            ("text.json", b'{"short": "a", "long": "b"}'),
+            ("empty.jpg", b""),
+            ("empty.json", b'{"short": "a", "long": "b"}'),
+            ("mute.jpg", jpeg),
+            ("huge.png", huge),
+            ("huge.json", b'{"short": "a", "long": "b"}'),
+            ("twin.jpg", jpeg),
+            ("twin.json", b'{"short": "a", "long": "b"}'),
+            ("blind.json", b'{"short": "a", "long": "b"}'),
+            ("twin.jpg", jpeg),
+            ("twin.json", b'{"short": "a", "long": "b"}'),
+        ],
+    )
+    store = extracted(run_file, "extract.max_pixels=100000")
+    status = dict(zip(store.keys().tolist(), store.column("image/vit").status(), strict=True))
+    expected = {
+        "cut": Status.TRUNCATED_IMAGE,
+        "text": Status.NOT_AN_IMAGE,
+        "empty": Status.EMPTY_IMAGE,
+        "mute": Status.OK,
+        "huge": Status.IMAGE_TOO_LARGE,
+        "twin": Status.OK,
+        "blind": Status.MISSING_IMAGE,
+        "twin#2": Status.DUPLICATE_KEY,
+    }
+    assert {name: status[f"train-1/{name}"] for name in expected} == expected
+    texts = dict(zip(store.keys().tolist(), store.column("text/bert/long").status(), strict=True))
+    assert texts["train-1/mute"] == Status.MISSING_CAPTION
+    assert texts["train-1/twin#2"] == Status.DUPLICATE_KEY
+    assert texts["train-1/blind"] == Status.OK
+    counts = describe_store(store.path)["columns"]["image/vit"]["status"]
+    assert sum(counts.values()) == store.rows == 28
+    assert counts["truncated image"] == 1
+    assert verify_store(store.path) == []
+    bad = store.keys().tolist().index("train-1/empty")
+    assert describe_row(store.path, bad)["columns"]["image/vit"]["status"] == "empty image"
+
+
+def test_another_pooling_is_refused_by_name(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    extracted(run_file)
+    with pytest.raises(StoreMismatchError, match=r"image/vit has dim = 16, .* expects 32"):
+        extracted(run_file, "encoders.image.vit.pooling='cls+mean'")
+    with pytest.raises(StoreMismatchError, match=r"pooling = 'cls', .* expects 'mean'"):
+        extracted(run_file, "encoders.image.vit.pooling='mean'")
+
+
+def test_other_weights_are_refused_by_name(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    extracted(run_file)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = ViTConfig.from_pretrained(tmp_path / "vit")
+        ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    with pytest.raises(StoreMismatchError, match="weights_sha256"):
+        extracted(run_file)
+
+
+def test_a_shard_that_changed_after_indexing_is_refused_by_name(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    extracted(run_file)
+    tiny.write_tar(tmp_path / "shards" / "train-1.tar", tiny.samples(21, first=50))
+    with pytest.raises(SourceError, match=r"train-1\.tar has changed since it was indexed"):
+        extracted(run_file)
+
+
+def test_too_many_bad_rows_stop_the_run_when_asked_to(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    tiny.write_tar(tmp_path / "shards" / "train-0.tar", [("x.jpg", b""), ("x.txt", b"a")])
+    with pytest.raises(SourceError, match="1 of 21 rows"):
+        extracted(run_file, "extract.max_bad_fraction=0.01", "data.train.captions=['long']")
+
+
+def test_a_stop_request_ends_after_the_chunk_at_hand_and_the_next_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    run_file = tiny.world(tmp_path)
+    whole = extracted(run_file)
+    expected = whole.column("image/vit").read(0, whole.rows)
+
+    config = load_config(str(run_file), [f"run.dir='{tmp_path / 'other'}'"])
+    request = StopRequest(signal_number=15)
+    with pytest.raises(Stopped):
+        extract(config, request)
+    store = FeatureStore.open(tmp_path / "other" / "features" / "train.zarr")
+    assert len(store.column("image/vit").pending()) == 5
+    extract(config, StopRequest())
+    np.testing.assert_array_equal(store.column("image/vit").read(0, store.rows), expected)
+
+
+def test_features_that_are_not_finite_are_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(model: object, pixels: torch.Tensor, pooling: str) -> torch.Tensor:
+        features = pixels.flatten(1)[:, :16] * 1.0
+        features[0] = 1e6  # more than float16 holds
+        return features
+
+    monkeypatch.setattr("features.encoders.image.pool_image", overflow)
+    store = extracted(tiny.world(tmp_path))
+    column = store.column("image/vit")
+    assert (column.status()[::4] == Status.NOT_FINITE).all()
+    assert not column.read(0, 1).any()
+    assert verify_store(store.path) == []
