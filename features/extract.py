@@ -223,7 +223,7 @@ def _load_images(
     """Read and decode rows `start` to `stop`; runs in a worker."""
     begun = time.perf_counter()
     samples = reader.read(start, stop)
-    problems = reader.index.rows_between(start, stop).column("problem").to_numpy()
+    problems = reader.index.rows_between(start, stop, ("problem",)).column("problem").to_numpy()
     read_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     status = np.full(len(samples), Status.OK, dtype=np.uint8)
@@ -267,7 +267,7 @@ def _caption_status(
 ) -> UInt8[np.ndarray, "batch"]:
     status = np.full(len(captions), Status.OK, dtype=np.uint8)
     status[np.strings.str_len(np.strings.strip(captions)) == 0] = Status.MISSING_CAPTION
-    problems = index.rows_between(start, stop).column("problem").to_numpy()
+    problems = index.rows_between(start, stop, ("problem",)).column("problem").to_numpy()
     status[problems == Status.DUPLICATE_KEY] = Status.DUPLICATE_KEY
     return status
 

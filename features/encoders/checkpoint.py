@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_log
 
 from features.errors import EncoderError
 
@@ -108,6 +109,8 @@ def load_weights(model_class: Any, folder: Path, *, optional: str, **options: An
     Raises:
         EncoderError: Weights are missing; transformers would fill them with random numbers.
     """
+    transformers_log.set_verbosity_error()  # what is missing is told by our own error, below
+    transformers_log.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             folder,

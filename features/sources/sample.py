@@ -107,7 +107,7 @@ class CaptionPicker:
         """
         missing = [name for name in self._names if name not in self._found]
         if self._explicit and missing:
-            close = difflib.get_close_matches(missing[0], self._seen, n=1)
+            close = difflib.get_close_matches(missing[0], self._seen, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SourceError(
                 f"No sample of {self._place} has captions under {missing[0]!r}.{hint} One of "

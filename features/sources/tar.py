@@ -107,7 +107,7 @@ class TarFile:
 
     def _header(self, offset: int) -> bytes:
         header = self.read(offset, BLOCK)
-        if len(header) == BLOCK and (header == ZEROS or _checksum_is_right(header)):
+        if len(header) == BLOCK and (_checksum_is_right(header) or header == ZEROS):
             return header
         if offset == 0:
             raise TarFault(_what_it_is(header))
@@ -167,7 +167,7 @@ def _checksum_is_right(header: bytes) -> bool:
     """
     field = header[148:156]
     try:
-        stated = int(field.strip(b" \0"), 8)
+        stated = int(field.strip(b" \0"), 8)  # of a block of zeros: no number
     except ValueError:
         return False
     difference = sum(field) - 8 * ord(" ")

@@ -41,7 +41,7 @@ class TarShards:
         self.picker = CaptionPicker(source.captions, str(source.path))
         self._names = distinct_stems(self.files)
         self._source = source
-        self._texts = {"json", "txt", *source.captions} | {source.label or "txt"}
+        self._of_use = {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the labels, where the recipe gives them."""
@@ -90,7 +90,7 @@ class TarShards:
                 base, sample = name, None
                 suffixes.clear()
             suffixes.add(suffix)
-            if not self._is_of_use(suffix):
+            if suffix not in self._of_use:
                 _count_suffix(suffix, counts)
                 continue
             if sample is None:
@@ -99,9 +99,6 @@ class TarShards:
             self._add(sample, member, suffix, tar, counts)
         if sample is not None:
             yield _finished(sample, counts)
-
-    def _is_of_use(self, suffix: str) -> bool:
-        return suffix in IMAGE_SUFFIXES or suffix in self._texts
 
     def _add(
         self, sample: Sample, member: Member, suffix: str, tar: TarFile, counts: Counts
@@ -175,16 +172,15 @@ def _count_suffix(suffix: str, counts: Counts) -> None:
 
 def _worded(fault: TarFault, file: Path, whole_samples: int) -> SourceError:
     if fault.cut_off:
+        what = "cut off"
+    elif fault.byte:
+        what = "damaged"
+    else:
         return SourceError(
-            f"{file} is cut off at byte {fault.byte}, after {whole_samples} whole samples: "
-            f"{fault.reason}. A whole tar was expected. Fetch it again, or take it out of `path`."
-        )
-    if fault.byte:
-        return SourceError(
-            f"{file} is damaged at byte {fault.byte}, after {whole_samples} whole samples: "
-            f"{fault.reason}. A whole tar was expected. Fetch it again, or take it out of `path`."
+            f"{file} cannot be read as a tar: {fault.reason}. An uncompressed tar was expected. "
+            f"Unpack a compressed one once, fetch a damaged one again, or take it out of `path`."
         )
     return SourceError(
-        f"{file} cannot be read as a tar: {fault.reason}. An uncompressed tar was expected. Unpack "
-        f"a compressed one once, fetch a damaged one again, or take it out of `path`."
+        f"{file} is {what} at byte {fault.byte} (whole samples before it: {whole_samples}): "
+        f"{fault.reason}. A whole tar was expected. Fetch it again, or take it out of `path`."
     )

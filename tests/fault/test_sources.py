@@ -1,0 +1,157 @@
+"""What is left when shards are damaged, files change, or indexing stops half way."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.config import ClassFolderSource, FolderSource, ParquetSource, WebdatasetSource
+from features.errors import SourceError
+from features.index import Index, SampleReader
+from features.index_builder import ROWS_PER_GROUP
+from tests import tiny
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no `except Exception` may catch it."""
+
+
+def shard(path: Path, count: int = 5) -> WebdatasetSource:
+    tiny.write_tar(path / "s.tar", tiny.samples(count))
+    return WebdatasetSource(kind="webdataset", path=str(path / "s.tar"))
+
+
+def test_a_tar_cut_off_says_where_and_how_many_samples_were_whole(tmp_path: Path) -> None:
+    source = shard(tmp_path)
+    tar = tmp_path / "s.tar"
+    tar.write_bytes(tar.read_bytes()[:6000])
+    with pytest.raises(SourceError, match=r"byte 6000 \(whole samples before it: 1\)"):
+        Index.build(source, tmp_path / "index.parquet")
+    assert list(tmp_path.iterdir()) == [tar]
+
+
+def test_a_tar_cut_off_between_two_members_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    source = shard(tmp_path)
+    tar = tmp_path / "s.tar"
+    tar.write_bytes(tar.read_bytes().rstrip(b"\0") + bytes(512 - len(tar.read_bytes()) % 512))
+    content = tar.read_bytes()
+    tar.write_bytes(content[: len(content) // 512 * 512])
+    with pytest.raises(SourceError, match="is cut off at byte"):
+        Index.build(source, tmp_path / "index.parquet")
+
+
+def test_a_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
+    source = shard(tmp_path)
+    tar = tmp_path / "s.tar"
+    content = bytearray(tar.read_bytes())
+    content[content.index(b"00003.json")] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(SourceError, match=r"damaged at byte \d+ \(whole .* it: 3\)"):
+        Index.build(source, tmp_path / "index.parquet")
+
+
+def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(b"\x1f\x8b\x08" + bytes(2000))
+    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "s.tar"))
+    with pytest.raises(SourceError, match=r"compressed with gzip.*Unpack a compressed one once"):
+        Index.build(source, tmp_path / "index.parquet")
+
+
+def test_an_index_that_was_not_finished_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shard(tmp_path)
+    Index.build(source, tmp_path / "index.parquet")
+    before = (tmp_path / "index.parquet").read_bytes()
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "add_key_value_metadata", die)
+        with pytest.raises(Killed):
+            Index.build(source, tmp_path / "index.parquet")
+    assert (tmp_path / "index.parquet").read_bytes() == before
+    assert Index.build(source, tmp_path / "index.parquet").rows == 5
+
+
+@pytest.mark.parametrize("part", [0, 100, 0.5])
+def test_a_damaged_index_is_refused_by_name(tmp_path: Path, part: float) -> None:
+    path = Index.build(shard(tmp_path), tmp_path / "index.parquet").path
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content)) if part < 1 else int(part)])
+    with pytest.raises(SourceError, match=r"index\.parquet cannot be read"):
+        Index.open(path)
+
+
+def test_a_parquet_file_of_someone_else_is_no_index(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(SourceError, match=r"other\.parquet cannot be read"):
+        Index.open(tmp_path / "other.parquet")
+
+
+def test_a_shard_cut_off_after_indexing_is_named(tmp_path: Path) -> None:
+    reader = SampleReader(Index.build(shard(tmp_path), tmp_path / "index.parquet"))
+    tar = tmp_path / "s.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(SourceError, match=r"s\.tar ends at byte \d+, within an image"):
+        reader.read(0, 5)
+    tar.unlink()
+    with pytest.raises(SourceError, match=r"s\.tar cannot be opened \(No such file"):
+        reader.read(0, 5)
+
+
+def test_an_image_file_that_grew_after_indexing_is_named(tmp_path: Path) -> None:
+    image = tmp_path / "images" / "a" / "1.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"image")
+    source = ClassFolderSource(kind="classes", path=tmp_path / "images")
+    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    image.write_bytes(b"image and more")
+    with pytest.raises(SourceError, match=r"1\.jpg has 14 bytes and had 5"):
+        reader.read_row(0)
+
+
+def test_a_parquet_file_that_lost_rows_after_indexing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), path)
+    source = ParquetSource(kind="parquet", path=str(path))
+    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    pq.write_table(pa.table({"image": [b"1"]}), path)
+    with pytest.raises(SourceError, match=r"p\.parquet cannot be read as it was indexed.*1 rows"):
+        reader.read(0, 2)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(SourceError, match=r"p\.parquet cannot be read as parquet"):
+        Index.build(
+            ParquetSource(kind="parquet", path=str(tmp_path / "*.parquet")), tmp_path / "i.parquet"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.jsonl", b'{"image": "1.jpg"}\n{"image"', "Line 2 of .* is not a JSON object"),
+        ("t.jsonl", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+        ("t.csv", b'image\n"' + b"x" * 200_000, "cannot be read: field larger"),
+        ("t.parquet", b"PAR1", r"t\.parquet cannot be read"),
+        ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, \.csv, \.parquet"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=reason):
+        Index.build(FolderSource(kind="folder", path=tmp_path / name), tmp_path / "index.parquet")
+
+
+def test_a_bad_shard_behind_good_ones_leaves_no_index(tmp_path: Path) -> None:
+    members = [(f"{row}.jpg", b"image") for row in range(ROWS_PER_GROUP + 1)]
+    tiny.write_tar(tmp_path / "s-0.tar", members)
+    (tmp_path / "s-1.tar").write_bytes(bytes(700))
+    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "s-*.tar"))
+    with pytest.raises(SourceError, match=r"s-1\.tar"):
+        Index.build(source, tmp_path / "out" / "index.parquet")
+    assert not list((tmp_path / "out").iterdir())

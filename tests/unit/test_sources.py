@@ -1,0 +1,291 @@
+"""What becomes a sample, and under which key, for each kind of source."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from features.config import ScenesSource, Source
+from features.errors import SourceError
+from features.sources import Sample, open_source
+from features.status import Status
+from tests import tiny
+
+IMAGE = tiny.encoded(tiny.picture(0))
+
+
+def listed(counts: Counter[str] | None = None, **settings: Any) -> list[Sample]:
+    """All samples of a source given as in a run file."""
+    source: Source = TypeAdapter(Source).validate_python(settings)
+    shards = open_source(source)
+    counts = Counter() if counts is None else counts
+    samples = [sample for file in shards.files for sample in shards.samples(file, counts)]
+    shards.check()
+    return samples
+
+
+def tar(path: Path, *members: tuple[str, bytes | str]) -> dict[str, Any]:
+    """Write a tar, and return the settings that name it."""
+    encoded = [(name, text.encode() if isinstance(text, str) else text) for name, text in members]
+    return {"kind": "webdataset", "path": str(tiny.write_tar(path, encoded))}
+
+
+class TestWebdataset:
+    def test_members_of_one_base_name_are_one_sample(self, tmp_path: Path) -> None:
+        record = {"caption": "a cat", "label": 3, "group": 7}
+        source = tar(tmp_path / "s-0.tar", ("a/1.jpg", IMAGE), ("a/1.json", json.dumps(record)))
+        (sample,) = listed(**source)
+        assert sample.key == "s-0/a/1"
+        assert sample.captions == {"caption": "a cat"}
+        assert (sample.label, sample.group, sample.problem) == (3, 7, 0)
+        with Path(sample.path).open("rb") as file:
+            file.seek(sample.offset)
+            assert file.read(sample.size) == IMAGE
+
+    def test_the_base_name_ends_at_the_first_dot_so_that_a_mask_is_no_image(
+        self, tmp_path: Path
+    ) -> None:
+        counts = Counter[str]()
+        source = tar(tmp_path / "s.tar", ("1.mask.png", b"mask"), ("1.JPG", IMAGE))
+        (sample,) = listed(counts, **source)
+        assert (sample.key, sample.size) == ("s/1", len(IMAGE))
+        assert counts == {"members .mask.png (not used)": 1}
+
+    def test_text_members_are_captions_too(self, tmp_path: Path) -> None:
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.txt", "\ufeffa cat\n"))
+        assert listed(**source)[0].captions == {"txt": "a cat"}
+
+    def test_a_list_of_captions_becomes_numbered_fields(self, tmp_path: Path) -> None:
+        record = json.dumps({"captions": ["one", None, "three"]})
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
+        assert listed(**source)[0].captions == {"0": "one", "2": "three"}
+
+    def test_two_lists_of_captions_are_refused(self, tmp_path: Path) -> None:
+        record = json.dumps({"caption": ["a"], "captions": ["b"]})
+        with pytest.raises(SourceError, match="lists of captions under 'caption' and 'captions'"):
+            listed(**tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record)))
+
+    def test_a_class_member_is_the_label_if_asked_for(self, tmp_path: Path) -> None:
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.cls", "12"))
+        assert listed(**source, label="cls")[0].label == 12
+
+    def test_a_base_name_that_comes_again_is_numbered_and_quarantined(self, tmp_path: Path) -> None:
+        names = ["1.jpg", "2.jpg", "1.jpg", "1.jpg", "2.txt"]
+        samples = listed(**tar(tmp_path / "s.tar", *((name, IMAGE) for name in names)))
+        assert [(sample.key, sample.problem) for sample in samples] == [
+            ("s/1", 0),
+            ("s/2", 0),
+            ("s/1#2", Status.DUPLICATE_KEY),
+            ("s/1#3", Status.DUPLICATE_KEY),
+            ("s/2#2", Status.DUPLICATE_KEY),
+        ]
+
+    def test_captions_without_an_image_keep_a_quarantined_row(self, tmp_path: Path) -> None:
+        counts = Counter[str]()
+        source = tar(tmp_path / "s.tar", ("1.txt", "a cat"), ("2.jpg", IMAGE))
+        assert [sample.problem for sample in listed(counts, **source)] == [Status.MISSING_IMAGE, 0]
+        assert counts == {"samples without an image (quarantined)": 1}
+
+    def test_what_belongs_to_no_sample_makes_no_row_and_is_counted(self, tmp_path: Path) -> None:
+        names = ["README", "__MACOSX/._1.jpg", "/etc/1.jpg", "../1.jpg", "a/../1.jpg", "notes.md"]
+        counts = Counter[str]()
+        members = [(name, b"?") for name in names] + [("1.jpg", IMAGE)]
+        assert [sample.key for sample in listed(counts, **tar(tmp_path / "s.tar", *members))] == [
+            "s/1"
+        ]
+        assert counts.total() == len(names)
+
+    def test_json_that_cannot_be_read_leaves_the_captions_missing(self, tmp_path: Path) -> None:
+        for text in ("{", "[1]", "[" * 100_000, '{"caption": 3}', "\0"):
+            (sample,) = listed(**tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", text)))
+            assert sample.captions == {}
+
+    def test_half_a_character_in_json_is_replaced(self, tmp_path: Path) -> None:
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", r'{"caption": "é\ud800"}'))
+        assert listed(**source)[0].captions == {"caption": "é?"}
+
+    @pytest.mark.parametrize("value", ["cat", 1.5, "NaN", "Infinity", -5, 2**31, [1]])
+    def test_a_label_that_is_no_whole_number_is_unknown_and_counted(
+        self, tmp_path: Path, value: object
+    ) -> None:
+        record = '{"label": %s}' % (value if value in ("NaN", "Infinity") else json.dumps(value))
+        counts = Counter[str]()
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
+        assert listed(counts, **source)[0].label == -1
+        assert counts.total() == 1
+
+    def test_shards_of_one_name_are_told_apart_by_their_folders(self, tmp_path: Path) -> None:
+        for folder in ("x/a", "x/b", "y/a"):
+            tar(tmp_path / folder / "s.tar", ("1.jpg", IMAGE))
+        samples = listed(kind="webdataset", path=str(tmp_path / "**/*.tar"))
+        assert [sample.key for sample in samples] == ["x/a/s/1", "x/b/s/1", "y/a/s/1"]
+
+    def test_a_pattern_that_matches_nothing_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match=r"No file matches .*nothing-\*\.tar"):
+            listed(kind="webdataset", path=str(tmp_path / "nothing-*.tar"))
+
+    def test_a_caption_name_that_no_sample_has_is_met_with_the_nearest(
+        self, tmp_path: Path
+    ) -> None:
+        record = json.dumps({"caption_long": "a cat", "width": 3})
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
+        with pytest.raises(SourceError, match=r"'long_caption'\. Did you mean 'caption_long'"):
+            listed(**source, captions=("long_caption",))
+
+    def test_a_caption_name_that_would_leave_its_folder_is_refused(self, tmp_path: Path) -> None:
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE))
+        with pytest.raises(SourceError, match=r"'\.\./x' in `captions`"):
+            listed(**source, captions=("../x",))
+
+
+def folder_of_images(path: Path, *names: str) -> None:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(IMAGE)
+
+
+class TestFolder:
+    def table(self, path: Path, rows: list[dict[str, Any]], suffix: str) -> dict[str, Any]:
+        file = path / f"table{suffix}"
+        if suffix == ".jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        elif suffix == ".csv":
+            with file.open("w", encoding="utf-8", newline="") as lines:
+                writer = csv.DictWriter(lines, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        return {"kind": "folder", "path": str(file)}
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+    def test_a_row_names_a_file_its_caption_and_label(self, tmp_path: Path, suffix: str) -> None:
+        folder_of_images(tmp_path, "images/é 1.jpg")
+        row = {"image": "images/é 1.jpg", "caption": "a cat", "label": 2}
+        (sample,) = listed(**self.table(tmp_path, [row], suffix))
+        assert sample.key == "table/images/é 1"
+        assert (sample.captions, sample.label) == ({"caption": "a cat"}, 2)
+        assert (sample.path, sample.offset, sample.size) == (
+            str(tmp_path / "images/é 1.jpg"),
+            0,
+            len(IMAGE),
+        )
+
+    def test_rows_of_one_image_are_one_sample_with_several_captions(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "1.jpg", "2.jpg")
+        rows = [
+            {"image": f"{i}.jpg", "caption": text} for i, text in [(1, "a"), (1, "b"), (2, "c")]
+        ]
+        samples = listed(**self.table(tmp_path, rows, ".csv"))
+        assert [sample.captions for sample in samples] == [{"0": "a", "1": "b"}, {"0": "c"}]
+
+    def test_an_image_that_comes_again_later_is_a_duplicate(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "1.jpg", "2.jpg")
+        rows = [{"image": name, "caption": "a"} for name in ("1.jpg", "2.jpg", "1.jpg")]
+        samples = listed(**self.table(tmp_path, rows, ".jsonl"))
+        assert [(sample.key, sample.problem) for sample in samples][2] == (
+            "table/1#2",
+            Status.DUPLICATE_KEY,
+        )
+
+    def test_names_that_differ_in_the_suffix_only_keep_it(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "1.jpg", "1.png", "1.v2")
+        rows = [{"image": name, "caption": "a"} for name in ("1.jpg", "1.png", "1.v2")]
+        samples = listed(**self.table(tmp_path, rows, ".jsonl"))
+        assert [sample.key for sample in samples] == ["table/1", "table/1.png", "table/1.v2"]
+        assert not any(sample.problem for sample in samples)
+
+    @pytest.mark.parametrize("name", ["gone.jpg", "x" * 5000])
+    def test_a_file_that_is_not_there_keeps_a_quarantined_row(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        (sample,) = listed(**self.table(tmp_path, [{"image": name, "caption": "a"}], ".jsonl"))
+        assert (sample.problem, sample.size) == (Status.MISSING_IMAGE, -1)
+
+    @pytest.mark.parametrize("name", ["../1.jpg", "/etc/hostname", "out/1.jpg", "a/../../1.jpg"])
+    def test_a_path_that_leaves_the_folder_is_refused(self, tmp_path: Path, name: str) -> None:
+        folder_of_images(tmp_path, "1.jpg", "data/a/2.jpg")
+        (tmp_path / "data/out").symlink_to(tmp_path)
+        source = self.table(tmp_path / "data", [{"image": name, "caption": "a"}], ".jsonl")
+        with pytest.raises(SourceError, match="which is not inside"):
+            listed(**source)
+
+    def test_a_row_without_an_image_lists_its_columns(self, tmp_path: Path) -> None:
+        source = self.table(tmp_path, [{"file": "1.jpg", "caption": "a"}], ".csv")
+        with pytest.raises(SourceError, match=r"columns are \['file', 'caption'\]"):
+            listed(**source)
+
+
+class TestParquet:
+    def files(self, path: Path, images: list[Any], **columns: list[Any]) -> dict[str, Any]:
+        path.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": images} | columns), path / "p.parquet", row_group_size=3)
+        return {"kind": "parquet", "path": str(path / "*.parquet")}
+
+    def test_rows_are_found_again_by_their_number(self, tmp_path: Path) -> None:
+        source = self.files(tmp_path, [IMAGE] * 4, caption=list("abcd"), label=[0, 1, 2, None])
+        samples = listed(**source)
+        assert [sample.key for sample in samples][-1] == "p/000000003"
+        assert [sample.offset for sample in samples] == [0, 1, 2, 3]
+        assert [sample.label for sample in samples] == [0, 1, 2, -1]
+        assert samples[1].captions == {"caption": "b"}
+
+    def test_a_column_may_give_the_keys(self, tmp_path: Path) -> None:
+        samples = listed(**self.files(tmp_path, [IMAGE] * 2, id=[7, 7]), key="id")
+        assert [sample.key for sample in samples] == ["p/7", "p/7#2"]
+
+    def test_a_file_of_images_alone_has_rows(self, tmp_path: Path) -> None:
+        assert len(listed(**self.files(tmp_path, [IMAGE] * 5))) == 5
+
+    def test_a_column_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        source = self.files(tmp_path, ["1.jpg"])
+        with pytest.raises(SourceError, match=r"'image' of .* holds string"):
+            listed(**source)
+        with pytest.raises(SourceError, match=r"no column 'picture'; it has \['image'\]"):
+            listed(**source, image="picture")
+
+
+class TestClassFolders:
+    def test_sorted_folders_are_the_labels(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "dog/1.jpg", "cat/2.PNG", "cat/1.jpg", ".cache/1.jpg")
+        (tmp_path / "cat/notes.txt").write_text("?")
+        counts = Counter[str]()
+        samples = listed(counts, kind="classes", path=str(tmp_path))
+        assert [(sample.key, sample.label) for sample in samples] == [
+            ("cat/1", 0),
+            ("cat/2", 0),
+            ("dog/1", 1),
+        ]
+        assert counts == {"files that are no images (ignored)": 1}
+
+    @pytest.mark.parametrize(
+        "names", [{"folders": ["b", "a"], "classes": ["Bee", "Ape"]}, {"classes": ["a", "b"]}]
+    )
+    def test_a_file_may_name_the_classes(self, tmp_path: Path, names: dict[str, Any]) -> None:
+        folder_of_images(tmp_path, "images/a/1.jpg", "images/b/1.jpg")
+        (tmp_path / "names.json").write_text(json.dumps(names))
+        source = TypeAdapter(Source).validate_python(
+            {"kind": "classes", "path": tmp_path / "images", "names": tmp_path / "names.json"}
+        )
+        expected = ("Ape", "Bee") if "folders" in names else ("a", "b")
+        assert open_source(source).class_names() == expected
+
+    def test_a_file_of_names_that_lacks_a_folder_is_refused(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "images/a/1.jpg")
+        (tmp_path / "names.json").write_text('{"folders": ["b"], "classes": ["Bee"]}')
+        source = TypeAdapter(Source).validate_python(
+            {"kind": "classes", "path": tmp_path / "images", "names": tmp_path / "names.json"}
+        )
+        with pytest.raises(SourceError, match="do not fit the folders"):
+            open_source(source).class_names()
+
+
+def test_scenes_must_have_been_drawn_first() -> None:
+    with pytest.raises(ValueError, match="is drawn before it is indexed"):
+        open_source(ScenesSource(kind="scenes", split="train", rows=1))
