@@ -1,0 +1,280 @@
+"""Checkpoints of the head: written whole or not at all, and loaded without running any code.
+
+    run_dir/last, run_dir/best       symbolic links into `checkpoints`, replaced atomically
+    run_dir/checkpoints/step-00000120/
+        model.safetensors            the weights of both heads, scale and bias
+        config.json                  everything needed to build and to judge them
+        state.safetensors            the optimizer's state; only where training goes on from (last)
+
+A folder gets its name after all its files are on the disk, and a link moves after the folder it
+points to, so that a run killed at any moment leaves what it had.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.config import HeadConfig, LossConfig
+from align.head import AlignmentModel, build_model
+from features.errors import CheckpointError
+
+FORMAT = "sail-head"
+FORMAT_VERSION = 1
+NOT_COMPARED = {"versions", "licence", "checkpoint_every"}  # they do not change the result
+MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What config.json says about a checkpoint."""
+
+    path: Path
+    """The folder itself, links resolved."""
+    metadata: dict[str, Any]
+    """config.json: step, epoch, finished, heldout, and under `run` what the training was given."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the description of a checkpoint.
+
+        Raises:
+            CheckpointError: There is none, or it is of another format.
+        """
+        try:
+            metadata = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(
+                f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
+                f"Train one with `sail align`."
+            ) from error
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path / CONFIG} is not JSON: {error}. {REMEDY}") from error
+        found = (metadata.get("format"), metadata.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise CheckpointError(
+                f"{path} has format {found[0]!r}, version {found[1]!r}. {FORMAT!r}, version "
+                f"{FORMAT_VERSION}, was expected. Check the path, or train again."
+            )
+        return cls(path.resolve(), metadata)
+
+    @property
+    def step(self) -> int:
+        """Updates that were made."""
+        return int(self.metadata["step"])
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What the training was given: `align`, `seed`, `image`, `text`, `store`."""
+        run: dict[str, Any] = self.metadata["run"]
+        return run
+
+    @property
+    def head(self) -> HeadConfig:
+        """The network of both modalities."""
+        return HeadConfig.model_validate(self.run["align"]["head"])
+
+    @property
+    def image(self) -> dict[str, Any]:
+        """The image encoder: `name`, `dim`, `fingerprint`."""
+        encoder: dict[str, Any] = self.run["image"]
+        return encoder
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The text encoder: `name`, `dim`, `fingerprint`."""
+        encoder: dict[str, Any] = self.run["text"]
+        return encoder
+
+    @property
+    def heldout(self) -> dict[str, float]:
+        """Scores on the held-out rows, empty where none were taken at this step."""
+        scores: dict[str, float] = self.metadata["heldout"]
+        return scores
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        with (self.path / MODEL).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_aligned(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[AlignmentModel, Checkpoint]:
+    """Load a trained model, ready to embed (no dropout, no gradients).
+
+    Args:
+        path: Folder of a checkpoint, such as `runs/demo/align/best`.
+        device: Where to put the weights.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint at `path`, or its weights are of another head.
+    """
+    checkpoint = Checkpoint.open(path)
+    model = build_model(
+        checkpoint.head,
+        LossConfig(),
+        image_dim=checkpoint.image["dim"],
+        text_dim=checkpoint.text["dim"],
+    )
+    load_weights(model, checkpoint)
+    return model.requires_grad_(False).eval().to(device), checkpoint
+
+
+def load_weights(model: AlignmentModel, checkpoint: Checkpoint) -> None:
+    """Put the weights of a checkpoint into a model of the same form.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or has other weights.
+    """
+    tensors = read_tensors(checkpoint.path / MODEL)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        name = min(name for name in found | expected if found.get(name) != expected.get(name))
+        raise CheckpointError(
+            f"{checkpoint.path / MODEL} has {name} of shape {found.get(name)}, but the head in its "
+            f"{CONFIG} has {expected.get(name)}. {REMEDY}"
+        )
+    model.load_state_dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file into memory.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. A whole safetensors file was expected. {REMEDY}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights at a step, with what config.json is to say about them."""
+
+    step: int
+    weights: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: the last one, and the best one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.last = run_dir / "last"
+        self.best = run_dir / "best"
+        self._steps = run_dir / "checkpoints"
+
+    def resume(self, run: dict[str, Any]) -> Checkpoint | None:
+        """Return the last checkpoint, or None; finish or undo what a killed run left half done.
+
+        Args:
+            run: What this training is given; that of the checkpoint must be equal.
+
+        Raises:
+            CheckpointError: The checkpoint is of a training with other settings or features.
+        """
+        self._steps.mkdir(parents=True, exist_ok=True)
+        if not self.last.is_symlink():
+            self._clean()
+            return None
+        checkpoint = Checkpoint.open(self.last)
+        for name, found, expected in differences(checkpoint.run, run):
+            if not NOT_COMPARED.isdisjoint(name.split(".")):
+                continue
+            raise CheckpointError(
+                f"{self.last} was trained with {name} = {found!r}, but this run has {expected!r}. "
+                f"Equal settings were expected, to go on from it. Give this run another "
+                f"`run.dir`, or delete {self.run_dir} to train anew."
+            )
+        self._point(self.best, checkpoint.metadata["best_step"])
+        self._clean()
+        return checkpoint
+
+    def save(self, snapshot: Snapshot, state: dict[str, Tensor], best: Snapshot | None) -> None:
+        """Write the last checkpoint, and the best one if it is new, and remove the ones before.
+
+        Args:
+            snapshot: The last weights; its metadata names the step of the best ones.
+            state: The optimizer's state.
+            best: The best weights, if they are not on disk yet.
+        """
+        if best is not None and best.step != snapshot.step:
+            self._write(best, None)
+        self._write(snapshot, state)
+        self._point(self.last, snapshot.step)  # from here on the new one counts
+        self._point(self.best, snapshot.metadata["best_step"])
+        self._clean()
+
+    def _write(self, snapshot: Snapshot, state: dict[str, Tensor] | None) -> None:
+        partial = self._steps / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(snapshot.weights, partial / MODEL)
+        if state is not None:
+            save_file(state, partial / STATE)
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **snapshot.metadata}
+        text = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        target = self._folder(snapshot.step)
+        shutil.rmtree(target, ignore_errors=True)  # nothing points to it: see `resume`
+        partial.rename(target)
+        _sync(self._steps)
+
+    def _point(self, link: Path, step: int) -> None:
+        partial = link.with_name(f".{link.name}.partial")
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(self._folder(step).relative_to(self.run_dir), target_is_directory=True)
+        partial.replace(link)
+        _sync(self.run_dir)
+
+    def _clean(self) -> None:
+        """Remove every folder but those pointed to, and the state of one that is only the best."""
+        last, best = (os.path.realpath(link) for link in (self.last, self.best))
+        for path in self._steps.iterdir():
+            if os.path.realpath(path) not in (last, best):
+                shutil.rmtree(path)
+        if best != last:
+            (self.best / STATE).unlink(missing_ok=True)
+
+    def _folder(self, step: int) -> Path:
+        return self._steps / f"step-{step:08d}"
+
+
+def differences(found: Any, expected: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the leaves in which two JSON values differ: their dotted name and both values."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted(found.keys() | expected.keys())
+        pairs = [(f"{name}.{key}".lstrip("."), found.get(key), expected.get(key)) for key in keys]
+        return [each for key, old, new in pairs for each in differences(old, new, key)]
+    return [] if found == expected else [(name, found, expected)]
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+REMEDY = "Delete the folder of this training and run `sail align` again."

@@ -1,0 +1,190 @@
+"""The alignment head: one small network per modality, a scale and a bias, all that is trained."""
+
+import math
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from align.config import HeadConfig, LossConfig
+
+MAX_LOG_SCALE = math.log(100)
+GATE_LIMIT = 1000.0  # the released code clamps both gate inputs to it
+
+
+class FrozenInputLinear(nn.Module):
+    """LayerNorm with its own weights, then linear maps, for an input that needs no gradient.
+
+    With x̂ the normalised input, W·(γ⊙x̂ + β) + b is computed as (W⊙γ)·x̂ + (b + W·β). The gradients
+    of W, γ and β then come from products the size of W, and the input-gradient product, a third
+    of the work of this layer, is never formed.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def normalise(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """Return the input with mean 0 and variance 1 in every row."""
+        return F.layer_norm(features, (self.features,))
+
+    def forward(
+        self, normalised: Float[Tensor, "batch dim"], linear: nn.Linear
+    ) -> Float[Tensor, "batch out"]:
+        """Apply the LayerNorm's weights and a linear layer to a normalised input."""
+        shift = (linear.weight * self.bias).sum(dim=1)  # a sum, not a product: stays float32
+        return F.linear(normalised, linear.weight * self.weight, linear.bias + shift)
+
+
+class GLULayer(nn.Module):
+    """One gated layer: x ↦ skip(x) + (W₁x̂+b₁) ⊙ σ(W₂x̂+b₂), with x̂ = LayerNorm(x).
+
+    Where the length changes, `skip` is a matrix of its own applied to x̂. The LayerNorm of the
+    first layer has no weights: the matrices behind it can express them, and so its gradient with
+    respect to the frozen features is never asked for.
+    """
+
+    def __init__(self, dim: int, out: int, *, first: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=not first)
+        self.gated = nn.Linear(dim, 2 * out)  # W₁ above W₂: one product for both
+        self.skip = nn.Linear(dim, out, bias=False) if dim != out else None
+        self.dropout = dropout
+
+    def forward(self, inputs: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Apply the layer."""
+        normalised = self.norm(inputs)
+        passed = F.glu(self.gated(normalised), dim=-1)
+        if self.dropout:
+            passed = F.dropout(passed, self.dropout, training=self.training)
+        kept: Tensor = inputs if self.skip is None else self.skip(normalised)
+        return kept + passed
+
+
+class GLUHead(nn.Module):
+    """A stack of gated layers with LayerNorm and residual in each.
+
+    The residual stream is never normalised in place (pre-norm), so that eight layers train at the
+    learning rate of one.
+
+    Reference:
+        Gated units: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202 (without its
+        second projection). Pre-norm: Xiong et al. 2020, arXiv:2002.04745.
+    """
+
+    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        width = config.width or config.dim
+        sizes = [feature_dim, *[width] * (config.depth - 1), config.dim]
+        self.layers = nn.ModuleList(
+            GLULayer(dim, out, first=number == 0, dropout=config.dropout)
+            for number, (dim, out) in enumerate(pairwise(sizes))
+        )
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed a batch of features; the embedding is not normalised."""
+        for layer in self.layers:
+            features = layer(features)
+        return features
+
+
+class StarHead(nn.Module):
+    """The released head: g(ReLU6(f1·LN(x)) ⊙ f2·LN(x)), hidden width a multiple of the input's.
+
+    Reference:
+        Zhang et al. 2025, Assessing and Learning Alignment of Unimodal Vision and Language Models,
+        arXiv:2412.04616, and its code (lezhang7/SAIL at b39de67, model/linear.py).
+    """
+
+    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        hidden = config.expansion * feature_dim
+        self.norm = FrozenInputLinear(feature_dim)
+        self.f1 = nn.Linear(feature_dim, hidden)
+        self.f2 = nn.Linear(feature_dim, hidden)
+        self.g = nn.Linear(hidden, config.dim)
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed a batch of features; the embedding is not normalised."""
+        normalised = self.norm.normalise(features)
+        gate = F.relu6(self.norm(normalised, self.f1))  # the released clamp changes nothing here
+        value = self.norm(normalised, self.f2).clamp(-GATE_LIMIT, GATE_LIMIT)
+        embedding: Tensor = self.g(gate * value)
+        return embedding
+
+
+class LinearHead(nn.Module):
+    """LayerNorm and one matrix: what alignment probing trains."""
+
+    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.norm = FrozenInputLinear(feature_dim)
+        self.linear = nn.Linear(feature_dim, config.dim)
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed a batch of features; the embedding is not normalised."""
+        embedding: Tensor = self.norm(self.norm.normalise(features), self.linear)
+        return embedding
+
+
+HEADS: dict[str, type[GLUHead] | type[StarHead] | type[LinearHead]] = {
+    "glu": GLUHead,
+    "star": StarHead,
+    "linear": LinearHead,
+}
+
+
+class AlignmentModel(nn.Module):
+    """Two heads into one shared space, and the scale and bias that turn cosines into logits.
+
+    Logits are exp(log_scale)·cosine + bias. Embeddings are not normalised; losses and measures do
+    that.
+    """
+
+    def __init__(
+        self, image_head: nn.Module, text_head: nn.Module, *, log_scale: float, bias: float
+    ) -> None:
+        super().__init__()
+        self.image_head = image_head
+        self.text_head = text_head
+        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def embed_image(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed the features of images, of any floating type, in the shared space."""
+        embedding: Tensor = self.image_head(features.to(self.log_scale.dtype))
+        return embedding
+
+    def embed_text(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed the features of captions or prompts, of any floating type, in the shared space."""
+        embedding: Tensor = self.text_head(features.to(self.log_scale.dtype))
+        return embedding
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep the scale at 100 at most, as CLIP does; called after every update."""
+        self.log_scale.clamp_(max=MAX_LOG_SCALE)
+
+
+def build_model(
+    head: HeadConfig, loss: LossConfig, *, image_dim: int, text_dim: int
+) -> AlignmentModel:
+    """Return a new model with random weights from torch's global generator.
+
+    Args:
+        head: The network of both modalities.
+        loss: Gives the initial scale and bias.
+        image_dim: Length of an image feature.
+        text_dim: Length of a text feature.
+    """
+    kind = HEADS[head.kind]
+    return AlignmentModel(
+        kind(image_dim, head),
+        kind(text_dim, head),
+        log_scale=math.log(loss.initial_scale),
+        bias=loss.initial_bias,
+    )

@@ -1,0 +1,136 @@
+"""Retrieval on the held-out rows during training: what the best checkpoint is chosen by."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from align.head import AlignmentModel
+from align.loss import Pairs
+from align.selection import Columns, key_hashes
+from features.column import Column
+
+RECALL_AT = (1, 5, 10)
+BLOCK_ROWS = 1024
+
+
+class HeldOut:
+    """The features of the held-out rows, in memory, and what is right for each of them."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        rows: Int64[np.ndarray, "queries"],
+        text_ok: Bool[np.ndarray, "queries fields"],
+        *,
+        identical: bool,
+        device: torch.device,
+    ) -> None:
+        """Read the rows.
+
+        Args:
+            columns: What is read.
+            rows: Rows of the store, in order.
+            text_ok: Their captions that can be used.
+            identical: Whether a caption with the same words is as right as the image's own.
+            device: Where the features are kept.
+        """
+        self.device = device
+        texts = [_read_rows(column, rows) for column in columns.text]
+        self._image = torch.from_numpy(_read_rows(columns.image, rows)).to(device)
+        self._text = torch.from_numpy(np.stack(texts, axis=1)).flatten(0, 1).to(device)
+        ids = None
+        if identical:
+            ids = torch.from_numpy(_caption_ids(columns, rows)).to(device)
+        weights = torch.from_numpy(text_ok.reshape(-1).astype(np.float32)).to(device)
+        self._pairs = Pairs(len(columns.text), weights, ids)
+
+    def __len__(self) -> int:
+        return len(self._image)
+
+    @torch.no_grad()
+    def score(self, model: AlignmentModel) -> dict[str, float]:
+        """Return recall@k as fractions, each way and the mean of both ways.
+
+        An image is right if one of its captions is among the k nearest of all captions; a caption
+        is right if its image is among the k nearest of all images. A wrong one that is equally
+        near counts as nearer.
+        """
+        was_training = model.training
+        model.eval()
+        image = self._embed(model.embed_image, self._image)
+        text = self._embed(model.embed_text, self._text)
+        model.train(was_training)
+        by_image, by_text = _ranks(image, text, self._pairs)
+        by_text = by_text[self._pairs.weights > 0]
+        scores = {}
+        for k in RECALL_AT:
+            both = [(ranks < k).double().mean().item() for ranks in (by_image, by_text)]
+            scores[f"recall@{k}"] = sum(both) / 2
+            scores[f"recall@{k}/image_to_text"], scores[f"recall@{k}/text_to_image"] = both
+        return scores
+
+    def _embed(
+        self, embed: Callable[[Tensor], Tensor], features: Float16[Tensor, "rows dim"]
+    ) -> Tensor:
+        blocks = [embed(block) for block in torch.split(features, BLOCK_ROWS)]
+        return F.normalize(torch.cat(blocks).float(), dim=-1)
+
+
+def _ranks(
+    image: Float[Tensor, "queries dim"], text: Float[Tensor, "texts dim"], pairs: Pairs
+) -> tuple[Int64[Tensor, "queries"], Int64[Tensor, "texts"]]:
+    """For each image and each text, count the wrong ones as near as its nearest right one.
+
+    A cosine that is not a number counts as near, so that a broken model never scores.
+
+    Goes over the images in blocks, twice: the nearest right image of a text is known only after
+    the first time.
+    """
+    unused = pairs.weights == 0
+    by_image = [torch.empty(0, dtype=torch.int64, device=image.device)]
+    nearest = torch.full((len(text),), -torch.inf, device=image.device)
+    by_text = torch.zeros(len(text), dtype=torch.int64, device=image.device)
+    for start in range(0, len(image), BLOCK_ROWS):
+        right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
+        cosine = (image[start : start + BLOCK_ROWS] @ text.T).masked_fill_(unused, -torch.inf)
+        own = cosine.masked_fill(~right, -torch.inf)
+        by_image.append((~(cosine < own.amax(dim=1, keepdim=True)) & ~right).sum(dim=1))
+        nearest = torch.maximum(nearest, own.amax(dim=0))
+    for start in range(0, len(image), BLOCK_ROWS):
+        right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
+        cosine = image[start : start + BLOCK_ROWS] @ text.T
+        by_text += (~(cosine < nearest) & ~right).sum(dim=0)
+    return torch.cat(by_image), by_text
+
+
+def _read_rows(
+    column: Column, rows: Int64[np.ndarray, "queries"]
+) -> Float16[np.ndarray, "queries dim"]:
+    """Read scattered rows, chunk by chunk; of a chunk only what lies between the first and last."""
+    features = np.empty((len(rows), column.dim), dtype=np.float16)
+    for part in _by_chunk(rows, column.rows_per_chunk):
+        first, last = int(rows[part][0]), int(rows[part][-1])
+        features[part] = column.read(first, last + 1)[rows[part] - first]
+    return features
+
+
+def _caption_ids(
+    columns: Columns, rows: Int64[np.ndarray, "queries"]
+) -> Int64[np.ndarray, "queries fields"]:
+    ids = np.empty((len(rows), len(columns.fields)), dtype=np.int64)
+    for part in _by_chunk(rows, columns.image.rows_per_chunk):
+        first, last = int(rows[part][0]), int(rows[part][-1])
+        for field, name in enumerate(columns.fields):
+            captions = columns.store.captions(name, first, last + 1)[rows[part] - first]
+            ids[part, field] = key_hashes(captions, len(captions)).view(np.int64)
+    return ids
+
+
+def _by_chunk(rows: Int64[np.ndarray, "queries"], rows_per_chunk: int) -> list[slice]:
+    """Return the slices of sorted rows that lie in one chunk each."""
+    starts = np.flatnonzero(np.diff(rows // rows_per_chunk, prepend=-1)).tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)]

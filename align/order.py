@@ -1,0 +1,116 @@
+"""The order in which rows are trained on: a function of the seed and the step, without any data.
+
+An epoch goes through all chunks in random order. As many as fit in memory form a window, whose
+rows are shuffled as a whole, so that a row meets rows of that many random chunks. Batches are cut
+from the windows one after the other and may span two. What is left at the end of an epoch and does
+not fill a batch is dropped; the next epoch drops others.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+CHUNKS, ROWS = 0, 1  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Window:
+    """Chunks that are in memory at the same time, and which of their rows come in what order."""
+
+    chunks: Integer[np.ndarray, "slots"]
+    """Chunks of the store; the n-th is in slot n."""
+    positions: Int64[np.ndarray, "positions"]
+    """Rows in the order of their use; slot · rows_per_chunk + row in the chunk."""
+
+
+class Order:
+    """The windows of every epoch."""
+
+    def __init__(
+        self,
+        usable: Bool[np.ndarray, "rows"],
+        *,
+        rows_per_chunk: int,
+        chunks_per_window: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Count the rows of each chunk.
+
+        Args:
+            usable: Rows to go through.
+            rows_per_chunk: Rows of one chunk of the store.
+            chunks_per_window: Chunks that are in memory at the same time. If it is all there
+                are, every window has all chunks in the same slots, and need not be read again.
+            batch_size: Rows per step.
+            seed: Of the order; the same seed gives the same order.
+        """
+        self.usable = usable
+        self.rows_per_chunk = rows_per_chunk
+        self.batch_size = batch_size
+        self.seed = seed
+        starts = np.arange(0, len(usable), rows_per_chunk)
+        counts = np.add.reduceat(usable.astype(np.int64), starts) if len(starts) else starts
+        self._chunks = np.flatnonzero(counts)  # a chunk without a row to use is never read
+        self._counts = counts
+        self.chunks_per_window = min(chunks_per_window, len(self._chunks))
+        self.steps_per_epoch = int(counts.sum()) // batch_size
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether one window holds every row."""
+        return self.chunks_per_window == len(self._chunks)
+
+    def windows(self, first_step: int, stop_step: int) -> Iterator[Window]:
+        """Yield the windows of some steps, epoch after epoch.
+
+        Their positions are exactly the rows of these steps: those of the first window begin with
+        the first row of `first_step`, and rows that fill no batch are left out.
+        """
+        size = self.batch_size
+        while first_step < stop_step:
+            epoch, done = divmod(first_step, self.steps_per_epoch)
+            steps = min(self.steps_per_epoch, done + stop_step - first_step)
+            yield from self._epoch(epoch, done * size, steps * size)
+            first_step += steps - done
+
+    def rows(self, step: int) -> Int64[np.ndarray, "batch"]:
+        """Return the rows of the store that a step is made of, without reading any."""
+        windows = self.windows(step, step + 1)
+        return np.concatenate([self.store_rows(each, each.positions) for each in windows])
+
+    def store_rows(
+        self, window: Window, positions: Int64[np.ndarray, "batch"]
+    ) -> Int64[np.ndarray, "batch"]:
+        """Return the rows of the store at positions in a window."""
+        slots, rows = np.divmod(positions, self.rows_per_chunk)
+        return window.chunks[slots] * self.rows_per_chunk + rows
+
+    def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Window]:
+        """Yield the windows of the rows `start` to `stop` of an epoch."""
+        chunks = self._chunks
+        if not self.is_resident:
+            chunks = self._generator(CHUNKS, epoch, 0).permutation(chunks)
+        before = 0
+        for number, slot in enumerate(range(0, len(chunks), self.chunks_per_window)):
+            members = chunks[slot : slot + self.chunks_per_window]
+            rows = int(self._counts[members].sum())
+            first, last = max(start - before, 0), min(stop - before, rows)
+            if first < last:
+                positions = self._generator(ROWS, epoch, number).permutation(self._usable(members))
+                yield Window(members, positions[first:last])
+            before += rows
+
+    def _usable(self, chunks: Integer[np.ndarray, "slots"]) -> Int64[np.ndarray, "positions"]:
+        size = self.rows_per_chunk
+        return np.concatenate(
+            [
+                slot * size + np.flatnonzero(self.usable[chunk * size : (chunk + 1) * size])
+                for slot, chunk in enumerate(chunks.tolist())
+            ]
+        )
+
+    def _generator(self, stream: int, epoch: int, number: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, stream, epoch, number]))

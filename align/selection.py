@@ -1,0 +1,142 @@
+"""Which rows of a store are trained on, which are held out, and why the others are not used."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped
+
+from align.config import AlignConfig
+from features.column import Column
+from features.errors import TrainingError
+from features.status import Status
+from features.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+HASH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one image encoder and one text encoder, a text column per caption field."""
+
+    store: FeatureStore
+    image: Column
+    text: tuple[Column, ...]
+    fields: tuple[str, ...]
+
+    @classmethod
+    def open(cls, store: FeatureStore, config: AlignConfig, image: str, text: str) -> "Columns":
+        """Open the columns that a training reads.
+
+        Raises:
+            StoreError: A column is not there.
+            TrainingError: The store has not the caption fields that the settings name.
+        """
+        fields = config.fields or store.fields
+        named = {"align.fields": fields, "align.loss.field_weights": config.loss.field_weights}
+        for setting, names in named.items():
+            if unknown := sorted(set(names) - set(store.fields)):
+                raise TrainingError(
+                    f"{setting} names {unknown}, but {store.path} has the caption fields "
+                    f"{list(store.fields)}. Names among these were expected. Correct {setting}."
+                )
+        if not fields:
+            raise TrainingError(
+                f"{store.path} has no captions. At least one caption field was expected. Train on "
+                f"a split whose source has captions: set align.split."
+            )
+        return cls(
+            store=store,
+            image=store.column(f"image/{image}"),
+            text=tuple(store.column(f"text/{text}/{field}") for field in fields),
+            fields=tuple(fields),
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The use of every row of a store."""
+
+    train: Bool[np.ndarray, "rows"]
+    """Rows to train on."""
+    heldout: Int64[np.ndarray, "queries"]
+    """Rows that are scored during training, in order."""
+    text_ok: Bool[np.ndarray, "rows fields"]
+    """Captions that can be used."""
+    skipped: dict[str, int]
+    """How many rows are not used, by reason."""
+
+
+def select_rows(columns: Columns, *, holdout: float, holdout_rows: int) -> Selection:
+    """Decide on every row by its status and the hash of its key.
+
+    A row is used when its image is ok and at least one of its captions is; captions that are not
+    are left out of the loss. Of the rows held out, those with the smallest hashes are scored.
+
+    Args:
+        columns: What is trained on.
+        holdout: Fraction of rows kept from training.
+        holdout_rows: At most this many of them are scored.
+
+    Raises:
+        TrainingError: No row is left to train on.
+    """
+    status = columns.image.status()
+    text_ok = np.stack([column.status() == Status.OK for column in columns.text], axis=1)
+    usable = (status == Status.OK) & text_ok.any(axis=1)
+    counts = Counter(status[status != Status.OK].tolist())
+    skipped = {f"image: {Status(code).label}": count for code, count in sorted(counts.items())}
+    if without := int(((status == Status.OK) & ~usable).sum()):
+        skipped["no caption that can be used"] = without
+    for reason, count in skipped.items():
+        logger.info("%d rows of %s are not used: %s", count, columns.store.path, reason)
+    held = np.zeros_like(usable)
+    heldout = np.empty(0, dtype=np.int64)
+    if holdout > 0:
+        hashes = key_hashes(_all_keys(columns.store), columns.store.rows)
+        held = below_fraction(hashes, holdout) & usable
+        heldout = np.flatnonzero(held)
+        heldout = np.sort(heldout[np.argsort(hashes[heldout], kind="stable")[:holdout_rows]])
+    train = usable & ~held
+    if not train.any():
+        raise TrainingError(
+            f"No row of {columns.store.path} is left to train on: {int(held.sum())} are held out, "
+            f"and {sum(skipped.values())} cannot be used. At least align.batch_size rows were "
+            f"expected. Lower align.holdout, or see why with `sail inspect {columns.store.path}`."
+        )
+    return Selection(train, heldout, text_ok, skipped)
+
+
+def holdout_mask(keys: Iterable[str], fraction: float) -> Bool[np.ndarray, "rows"]:
+    """Return which keys are held out: the same ones in every run, machine and order of the rows.
+
+    Args:
+        keys: Keys of the rows.
+        fraction: Fraction that is held out, on average; a larger one keeps those of a smaller one.
+    """
+    listed = list(keys)
+    return below_fraction(key_hashes(listed, len(listed)), fraction)
+
+
+def key_hashes(keys: Iterable[str], count: int) -> Shaped[np.ndarray, "rows"]:
+    """Return the first 8 bytes of the blake2b of each string as an unsigned number."""
+    blake2b = hashlib.blake2b
+    joined = b"".join(blake2b(str(key).encode(), digest_size=HASH_BYTES).digest() for key in keys)
+    hashes = np.frombuffer(joined, dtype="<u8")
+    if len(hashes) != count:
+        raise ValueError(f"Got {len(hashes)} keys where {count} were said to come.")
+    return hashes
+
+
+def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:
+    """Return which hashes lie in the first fraction of all numbers of their size."""
+    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+
+
+def _all_keys(store: FeatureStore) -> Iterable[str]:
+    for start in range(0, store.rows, store.rows_per_chunk):
+        yield from store.keys(start, start + store.rows_per_chunk)

@@ -1,0 +1,137 @@
+"""A training killed at any moment leaves a whole checkpoint, and goes on to the same end."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import align.checkpoint
+from align.checkpoint import Checkpoint, load_aligned
+from align.config import AlignConfig, HeadConfig
+from align.trainer import train
+from features.store import FeatureStore
+from tests.feature_stores import IMAGE, TEXT, make_store
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = AlignConfig(
+    batch_size=32,
+    steps=6,
+    holdout=0.2,
+    memory_mb=1,
+    eval_every=2,
+    checkpoint_every=1,
+    head=HeadConfig(dim=4, depth=2, dropout=0.1),
+)
+LONG = CONFIG.model_copy(update={"steps": 120, "eval_every": 20, "checkpoint_every": 5})
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from tests.fault.test_training_killed import LONG, run
+from features.store import FeatureStore
+
+torch.set_num_threads(int(sys.argv[3]))
+run(FeatureStore.open(Path(sys.argv[1])), Path(sys.argv[2]), LONG)
+"""
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no `except Exception` may catch it."""
+
+
+def run(store: FeatureStore, run_dir: Path, config: AlignConfig = CONFIG) -> Path | None:
+    cpu = torch.device("cpu")
+    return train(store, config, image=IMAGE, text=TEXT, run_dir=run_dir, device=cpu, seed=3)
+
+
+def weights(run_dir: Path, name: str) -> bytes:
+    return (run_dir / name / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return make_store(tmp_path_factory.mktemp("killed") / "s.zarr", bad_images=(2,))
+
+
+def test_a_kill_between_any_two_writes_leaves_whole_checkpoints_and_the_same_end(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(store, tmp_path / "whole")
+    moment = 0
+    while True:
+        run_dir = tmp_path / "killed"
+        if not _run_until(monkeypatch, store, run_dir, moment):
+            break
+        moment += 7  # a save has about twenty calls: over six saves, all kinds are met
+        for name in ("last", "best"):
+            if (run_dir / name).exists():
+                load_aligned(run_dir / name)  # raises if it is not whole
+        assert run(store, run_dir) is not None
+        for name in ("last", "best"):
+            assert weights(run_dir, name) == weights(tmp_path / "whole", name)
+        shutil.rmtree(run_dir)
+    assert moment > 30
+
+
+def _run_until(
+    monkeypatch: pytest.MonkeyPatch, store: FeatureStore, run_dir: Path, moment: int
+) -> bool:
+    """Run, and die before a given call that changes files; return whether it died."""
+    calls = 0
+
+    def counted(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            if calls == moment:
+                raise Killed
+            calls += 1
+            return original(*arguments, **named)
+
+        patch.setattr(owner, name, call)
+
+    with monkeypatch.context() as patch:
+        for name in ("_sync", "save_file"):
+            counted(align.checkpoint, name)
+        for name in ("rename", "replace", "symlink_to", "unlink", "mkdir"):
+            counted(Path, name)
+        counted(shutil, "rmtree")
+        try:
+            run(store, run_dir)
+        except Killed:
+            return True
+    return False
+
+
+def test_a_process_killed_by_sigkill_goes_on_to_the_same_weights(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    arguments = [str(store.path), str(run_dir), str(torch.get_num_threads())]
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while _lines(run_dir / "metrics.jsonl") < 30:
+            assert child.poll() is None, "the child ended by itself"
+            assert time.monotonic() < deadline, "the child did not get anywhere"
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    reached = Checkpoint.open(run_dir / "last")
+    assert 20 <= reached.step < 120
+    load_aligned(run_dir / "best")
+    run(store, run_dir, LONG)
+    run(store, tmp_path / "whole", LONG)
+    for name in ("last", "best"):
+        assert weights(run_dir, name) == weights(tmp_path / "whole", name)
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else 0

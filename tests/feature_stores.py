@@ -1,0 +1,85 @@
+"""Small feature stores on disk whose images and captions share what there is to learn."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from features.column import create_column
+from features.status import Status
+from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+
+IMAGE, TEXT = "eye", "reader"
+LATENT = 6
+
+
+def make_store(
+    path: Path,
+    *,
+    rows: int = 200,
+    rows_per_chunk: int = 16,
+    image_dim: int = 8,
+    text_dim: int = 10,
+    fields: tuple[str, ...] = ("bare", "long"),
+    bad_images: tuple[int, ...] = (),
+    bad_captions: tuple[tuple[int, int], ...] = (),
+    captions: dict[str, list[str]] | None = None,
+    seed: int = 0,
+) -> FeatureStore:
+    """Write a store of which every chunk is done.
+
+    The features of a pair are two random maps of one latent vector, with a little noise.
+
+    `bad_images` are rows whose image is quarantined, `bad_captions` pairs of a row and the number
+    of a field. The words of the captions are all different unless given, by field.
+    """
+    generator = np.random.default_rng(seed)
+    keys = [f"shard/{row:06d}" for row in range(rows)]
+    group = zarr.create_group(path)
+    _strings(group, "key", keys, rows_per_chunk)
+    for field in fields:
+        words = captions[field] if captions else [f"{field} of {row}" for row in range(rows)]
+        _strings(group, f"caption/{field}", words, rows_per_chunk)
+    for name, dim in [(f"image/{IMAGE}", image_dim), (f"text/{TEXT}", text_dim)]:
+        encoder = zarr.create_group(path / name, attributes={"model": name, "dim": dim})
+        for column in [encoder] if name.startswith("image") else map(encoder.create_group, fields):
+            create_column(column, rows, dim, rows_per_chunk)
+    group.attrs.update(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "rows": rows,
+            "rows_per_chunk": rows_per_chunk,
+            "keys_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+            "source": {},
+        }
+    )
+    store = FeatureStore.open(path)
+    latent = generator.standard_normal((rows, LATENT))
+    names = [f"image/{IMAGE}", *(f"text/{TEXT}/{field}" for field in fields)]
+    for number, name in enumerate(names):
+        dim = image_dim if number == 0 else text_dim
+        features = np.tanh(latent @ generator.standard_normal((LATENT, dim)))
+        features += 0.05 * generator.standard_normal(features.shape)
+        status = np.full(rows, Status.OK, dtype=np.uint8)
+        if number == 0:
+            status[list(bad_images)] = Status.NOT_AN_IMAGE
+        else:
+            bad = [row for row, field in bad_captions if field == number - 1]
+            status[bad] = Status.MISSING_CAPTION
+        features[status != Status.OK] = 0
+        _write(store, name, features.astype(np.float16), status)
+    return store
+
+
+def _strings(group: zarr.Group, name: str, values: list[str], rows_per_chunk: int) -> None:
+    array = group.create_array(name, shape=(len(values),), chunks=(rows_per_chunk,), dtype="string")
+    array[:] = np.array(values, dtype=np.dtypes.StringDType())
+
+
+def _write(store: FeatureStore, name: str, features: np.ndarray, status: np.ndarray) -> None:
+    column = store.column(name)
+    for chunk in range(column.num_chunks):
+        part = slice(chunk * column.rows_per_chunk, (chunk + 1) * column.rows_per_chunk)
+        column.write(chunk, features[part], status[part])

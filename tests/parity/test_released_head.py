@@ -1,0 +1,94 @@
+"""Outputs, losses and gradients of the released code, from its tiny checkpoints in shared/."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from align.head import AlignmentModel
+from align.loss import LossOptions, Pairs, contrastive_loss
+from align.released import _renamed, load_released
+
+GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"
+pytestmark = pytest.mark.skipif(
+    not GOLDENS.is_dir(), reason="the goldens lie in shared/, beside the checkout; they are absent"
+)
+KINDS = ["star", "linear"]
+
+
+def golden(kind: str) -> tuple[AlignmentModel, dict[str, Tensor]]:
+    prefix = f"{kind}."
+    cases = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(GOLDENS / "cases.safetensors").items()
+        if name.startswith(prefix)
+    }
+    return load_released(GOLDENS / f"head_{kind}.pt").requires_grad_(), cases
+
+
+def loss_of(
+    model: AlignmentModel, cases: dict[str, Tensor], texts: list[str], options: LossOptions
+) -> Tensor:
+    text = torch.stack([cases[name] for name in texts], dim=1)
+    count, fields = text.shape[:2]
+    return contrastive_loss(
+        model.embed_image(cases["image"]),
+        model.embed_text(text.flatten(0, 1)).view(count, fields, -1),
+        log_scale=model.log_scale,
+        bias=model.bias,
+        pairs=Pairs(fields, torch.ones(count * fields), None),
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_equal_those_of_the_released_head(kind: str) -> None:
+    model, cases = golden(kind)
+    found = {
+        "image_embeddings": model.embed_image(cases["image"]),
+        "text_embeddings": model.embed_text(cases["text"]),
+        "extra_text_embeddings": model.embed_text(cases["extra_text"]),
+    }
+    for name, embeddings in found.items():
+        torch.testing.assert_close(embeddings, cases[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_those_of_the_released_head(kind: str) -> None:
+    model, cases = golden(kind)
+    image = torch.nn.functional.normalize(model.embed_image(cases["image"]), dim=-1)
+    text = torch.nn.functional.normalize(model.embed_text(cases["text"]), dim=-1)
+    logits = model.log_scale.exp() * text @ image.T + model.bias
+    torch.testing.assert_close(logits, cases["logits_per_text"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("case", "texts"), [("single", ["text"]), ("multi", ["text", "extra_text"])]
+)
+def test_sigmoid_loss_and_gradients_equal_those_of_the_released_code(
+    kind: str, case: str, texts: list[str]
+) -> None:
+    model, cases = golden(kind)
+    loss = loss_of(model, cases, texts, LossOptions("sigmoid", "pair", 5))
+    torch.testing.assert_close(loss, cases[f"{case}.loss"][0], rtol=1e-5, atol=0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    weights = dict(model.named_parameters())
+    prefix = f"{case}.grad."
+    names = [name for name in cases if name.startswith(prefix)]
+    assert len(names) == len(weights)
+    for name in names:
+        gradient = weights[_renamed(name.removeprefix(prefix), is_star=kind == "star")].grad
+        assert gradient is not None
+        torch.testing.assert_close(
+            gradient.reshape(cases[name].shape), cases[name], rtol=1e-4, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_softmax_loss_equals_that_of_the_released_code(kind: str) -> None:
+    model, cases = golden(kind)
+    loss = loss_of(model, cases, ["text"], LossOptions("infonce", "image", 5))
+    torch.testing.assert_close(loss, cases["infonce.loss"][0], rtol=1e-5, atol=0)

@@ -1,0 +1,121 @@
+"""Loading a checkpoint, and being told what is wrong with one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.checkpoint import CheckpointFolder, Snapshot, differences, load_aligned
+from align.config import AlignConfig, HeadConfig, LossConfig
+from align.head import AlignmentModel, build_model
+from align.released import load_released
+from features.errors import CheckpointError
+
+HEAD = HeadConfig(dim=4, depth=2, dropout=0.5)
+RUN = {
+    "align": AlignConfig(head=HEAD).model_dump(mode="json"),
+    "image": {"name": "eye", "dim": 3, "fingerprint": {"model": "m", "versions": {"torch": "2"}}},
+    "text": {"name": "reader", "dim": 5, "fingerprint": {}},
+}
+
+
+def write(path: Path, step: int = 10, best_step: int = 10) -> AlignmentModel:
+    model = build_model(HEAD, LossConfig(), image_dim=3, text_dim=5)
+    metadata = {"step": step, "best_step": best_step, "finished": False, "heldout": {}, "run": RUN}
+    snapshot = Snapshot(step, dict(model.state_dict()), metadata)
+    folder = CheckpointFolder(path)
+    folder.resume(RUN)
+    folder.save(snapshot, {"0/step": torch.tensor(1.0)}, None)
+    return model
+
+
+def test_a_loaded_model_embeds_as_the_saved_one_without_dropout(tmp_path: Path) -> None:
+    model = write(tmp_path).eval()
+    loaded, checkpoint = load_aligned(tmp_path / "best")
+    image, text = torch.randn(6, 3), torch.randn(6, 5)
+    assert torch.equal(loaded.embed_image(image), model.embed_image(image))
+    assert torch.equal(loaded.embed_text(text), model.embed_text(text))
+    assert not loaded.training
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    assert (checkpoint.step, checkpoint.image["name"], checkpoint.head) == (10, "eye", HEAD)
+    assert len(checkpoint.sha256) == 64
+
+
+def test_a_path_without_a_checkpoint_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"There is no checkpoint at .*Train one with `sail al"
+    ):
+        load_aligned(tmp_path / "best")
+
+
+def test_a_checkpoint_cut_off_is_said_so(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "best" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_aligned(tmp_path / "best")
+
+
+def test_weights_of_another_head_are_refused_by_name_and_shape(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "best" / "model.safetensors"
+    weights = load_file(file)
+    weights["text_head.layers.0.gated.bias"] = torch.zeros(7)
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"gated\.bias of shape \(7,\), but .* has \(8,\)"):
+        load_aligned(tmp_path / "best")
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "best" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 9}))
+    with pytest.raises(CheckpointError, match="version 9"):
+        load_aligned(tmp_path / "best")
+
+
+def test_only_the_last_and_the_best_are_kept_and_only_the_last_can_be_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, step=1, best_step=1)
+    write(tmp_path, step=2, best_step=1)
+    write(tmp_path, step=3, best_step=1)
+    folders = {path.name: {file.name for file in path.iterdir()} for path in
+               (tmp_path / "checkpoints").iterdir()}  # fmt: skip
+    assert folders == {
+        "step-00000001": {"model.safetensors", "config.json"},
+        "step-00000003": {"model.safetensors", "config.json", "state.safetensors"},
+    }
+    assert load_aligned(tmp_path / "best")[1].step == 1
+    assert load_aligned(tmp_path / "last")[1].step == 3
+
+
+def test_other_library_versions_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    write(tmp_path)
+    image = {"name": "eye", "dim": 3, "fingerprint": {"model": "m", "versions": {"torch": "3"}}}
+    assert CheckpointFolder(tmp_path).resume({**RUN, "image": image}) is not None
+    image["fingerprint"] = {"model": "another"}
+    with pytest.raises(CheckpointError, match=r"image\.fingerprint\.model = 'm'.*'another'"):
+        CheckpointFolder(tmp_path).resume({**RUN, "image": image})
+
+
+def test_differences_are_named_by_their_place() -> None:
+    found = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+    assert differences(found, {"a": {"b": 2, "c": [1, 2]}}) == [("a.b", 1, 2), ("d", 4, None)]
+
+
+def test_a_file_that_is_no_released_head_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="is not a released SAIL head"):
+        load_released(tmp_path / "other.pt")
+    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_released(tmp_path / "junk.pt")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": Path("/tmp")}, tmp_path / "code.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_released(tmp_path / "code.pt")

@@ -1,0 +1,115 @@
+"""The heads: their form, and that their shortcuts change nothing."""
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from align.config import HeadConfig, LossConfig
+from align.head import AlignmentModel, GLUHead, GLULayer, LinearHead, StarHead, build_model
+
+Kind = Literal["glu", "star", "linear"]
+
+
+def model(kind: Kind = "glu", **settings: int) -> AlignmentModel:
+    torch.manual_seed(0)
+    config = HeadConfig.model_validate({"kind": kind, "dim": 6, "depth": 3, **settings})
+    return build_model(config, LossConfig(), image_dim=5, text_dim=9)
+
+
+@pytest.mark.parametrize("kind", ["glu", "star", "linear"])
+def test_both_modalities_come_to_the_shared_space_from_float16_features(kind: Kind) -> None:
+    heads = model(kind)
+    assert heads.embed_image(torch.randn(4, 5).half()).shape == (4, 6)
+    assert heads.embed_text(torch.randn(7, 9).half()).shape == (7, 6)
+
+
+def test_a_layer_is_its_formula() -> None:
+    layer = GLULayer(4, 4, first=False, dropout=0.0)
+    x = torch.randn(3, 4)
+    w1, w2 = layer.gated.weight.chunk(2)
+    b1, b2 = layer.gated.bias.chunk(2)
+    normal = layer.norm(x)
+    expected = x + (normal @ w1.T + b1) * torch.sigmoid(normal @ w2.T + b2)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_preset_has_eight_layers_each_with_a_norm_and_a_residual() -> None:
+    head = GLUHead(1024, HeadConfig(kind="glu", dim=768, depth=8))
+    layers = [layer for layer in head.layers if isinstance(layer, GLULayer)]
+    assert len(layers) == 8
+    assert layers[0].skip is not None
+    assert all(layer.skip is None for layer in layers[1:])
+    assert all(isinstance(layer.norm, nn.LayerNorm) for layer in layers)
+
+
+def test_width_is_the_hidden_length_only() -> None:
+    head = GLUHead(5, HeadConfig(kind="glu", dim=6, depth=3, width=11))
+    sizes = [layer.gated.out_features for layer in head.layers if isinstance(layer, GLULayer)]
+    assert sizes == [22, 22, 12]
+
+
+@pytest.mark.parametrize("kind", [StarHead, LinearHead])
+def test_the_folded_norm_has_the_gradients_of_the_plain_one(
+    kind: type[StarHead] | type[LinearHead],
+) -> None:
+    torch.manual_seed(0)
+    head = kind(5, HeadConfig(kind="star", dim=3, expansion=4)).double()
+    nn.init.normal_(head.norm.weight)
+    nn.init.normal_(head.norm.bias)
+    x = torch.randn(8, 5, dtype=torch.float64)
+    normal = F.layer_norm(x, (5,), head.norm.weight, head.norm.bias)
+    if isinstance(head, StarHead):
+        plain = head.g(F.relu6(head.f1(normal)) * head.f2(normal))
+    else:
+        plain = head.linear(normal)
+    weights = list(head.parameters())
+    expected = torch.autograd.grad(plain.square().sum(), weights)
+    found = torch.autograd.grad(head(x).square().sum(), weights)
+    torch.testing.assert_close(head(x), plain)
+    torch.testing.assert_close(found, expected)
+
+
+def test_star_values_are_clamped_as_in_the_released_code() -> None:
+    head = StarHead(2, HeadConfig(kind="star", dim=1, expansion=1))
+    with torch.no_grad():
+        head.f1.weight.zero_()
+        head.f1.bias.fill_(1e6)  # the gate is 6 at most
+        head.f2.weight.zero_()
+        head.f2.bias.fill_(1e6)  # the value 1000
+        head.g.weight.fill_(1.0)
+        head.g.bias.zero_()
+    assert head(torch.randn(1, 2)).item() == pytest.approx(2 * 6 * 1000)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    heads = model("glu").train()
+    dropped = build_model(
+        HeadConfig(dim=6, depth=3, dropout=0.5), LossConfig(), image_dim=5, text_dim=9
+    )
+    x = torch.randn(4, 5)
+    assert torch.equal(heads.embed_image(x), heads.embed_image(x))
+    assert not torch.equal(dropped.embed_image(x), dropped.embed_image(x))
+    dropped.eval()
+    assert torch.equal(dropped.embed_image(x), dropped.embed_image(x))
+
+
+def test_the_scale_never_exceeds_a_hundred() -> None:
+    heads = model()
+    with torch.no_grad():
+        heads.log_scale.fill_(9.0)
+    heads.clamp_scale()
+    assert heads.log_scale.exp().item() == pytest.approx(100)
+    heads.log_scale.data.fill_(-3.0)
+    heads.clamp_scale()
+    assert heads.log_scale.item() == -3.0
+
+
+def test_scale_and_bias_begin_where_the_settings_say() -> None:
+    loss = LossConfig(initial_scale=20, initial_bias=-7)
+    heads = build_model(HeadConfig(dim=6, depth=1), loss, image_dim=5, text_dim=9)
+    assert heads.log_scale.item() == pytest.approx(math.log(20))
+    assert heads.bias.item() == -7

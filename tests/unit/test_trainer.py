@@ -1,0 +1,235 @@
+"""A training learns, chooses its best step, writes down how it went, and refuses what cannot be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.checkpoint import Checkpoint, load_aligned
+from align.config import AlignConfig
+from align.trainer import train
+from align.training import Training
+from features.errors import CheckpointError, TrainingError
+from features.store import FeatureStore
+from tests.feature_stores import IMAGE, TEXT, make_store
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: Any) -> AlignConfig:
+    given = {
+        "batch_size": 32,
+        "steps": 8,
+        "holdout": 0.2,
+        "memory_mb": 1,
+        "head": {"dim": 8, "depth": 2},
+        **changes,
+    }
+    return AlignConfig.model_validate(given)
+
+
+def run(store: FeatureStore, path: Path, config: AlignConfig, **given: Any) -> Path | None:
+    options = {"image": IMAGE, "text": TEXT, "device": CPU, "seed": 0, **given}
+    return train(store, config, run_dir=path, **options)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return make_store(tmp_path / "s.zarr", bad_images=(2,), bad_captions=((5, 0), (6, 1)))
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["glu", "star", "linear"])
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_every_head_learns_with_every_loss(
+    store: FeatureStore, tmp_path: Path, kind: str, loss: str
+) -> None:
+    config = settings(
+        steps=50,
+        eval_every=50,
+        head={"kind": kind, "dim": 8, "depth": 2},
+        loss={"kind": loss},
+        optimizer={"learning_rate": 0.02},
+    )
+    best = run(store, tmp_path / "a", config)
+    assert best is not None
+    _, checkpoint = load_aligned(best)
+    assert checkpoint.heldout["recall@10"] > 0.6  # chance is 10 of about 40
+
+
+@pytest.mark.parametrize("positives", ["own", "identical"])
+def test_lion_learns(store: FeatureStore, tmp_path: Path, positives: str) -> None:
+    config = settings(
+        steps=60,
+        optimizer={"kind": "lion", "learning_rate": 3e-3, "beta2": 0.99},
+        loss={"positives": positives},
+    )
+    best = run(store, tmp_path / "a", config)
+    assert best is not None
+    assert load_aligned(best)[1].heldout["recall@10"] > 0.6
+
+
+def test_the_best_checkpoint_is_the_earliest_of_the_highest_recall(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    run(store, tmp_path / "a", settings(steps=30, eval_every=2))
+    scores = {line["step"]: line["heldout/recall@10"] for line in lines(tmp_path / "a")
+              if "heldout/recall@10" in line}  # fmt: skip
+    highest = max(scores.values())
+    expected = min(step for step, score in scores.items() if score == highest)
+    best = Checkpoint.open(tmp_path / "a" / "best")
+    assert best.step == expected
+    assert best.heldout["recall@10"] == highest
+    assert Checkpoint.open(tmp_path / "a" / "last").step == 30
+
+
+def test_without_held_out_rows_the_best_checkpoint_is_the_last(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    best = run(store, tmp_path / "a", settings(holdout=0.0))
+    assert best is not None
+    assert Checkpoint.open(best).step == 8
+
+
+def test_metrics_are_one_json_object_per_step_with_units(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    run(store, tmp_path / "a", settings(eval_every=4))
+    training = [line for line in lines(tmp_path / "a") if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    expected = {"step", "epoch", "loss", "learning_rate", "scale", "bias"}
+    assert set(training[0]) == expected | {"images_per_second", "wait_for_data_seconds"}
+    heldout = [line for line in lines(tmp_path / "a") if "heldout/recall@10" in line]
+    assert [line["step"] for line in heldout] == [4, 8]
+    assert list((tmp_path / "a" / "tensorboard").glob("events*"))
+
+
+def test_every_step_is_told(store: FeatureStore, tmp_path: Path) -> None:
+    told = list[tuple[int, int]]()
+    run(
+        store, tmp_path / "a", settings(), on_step=lambda step, total, _: told.append((step, total))
+    )
+    assert told == [(step, 8) for step in range(1, 9)]
+
+
+def test_epochs_become_whole_steps(store: FeatureStore, tmp_path: Path) -> None:
+    run(store, tmp_path / "a", settings(steps=None, epochs=1.5))
+    last = Checkpoint.open(tmp_path / "a" / "last")
+    assert (last.step, last.metadata["total_steps"]) == (6, 6)  # four batches of 32 in an epoch
+
+
+def test_a_finished_run_returns_at_once(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(store, tmp_path / "a", settings())
+    monkeypatch.setattr(Training, "update", None)
+    assert run(store, tmp_path / "a", settings()) == first
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    config = settings(head={"dim": 8, "depth": 2, "dropout": 0.2}, captions_per_image=1)
+    seen = list[int]()
+
+    def on_step(step: int, _total: int, _note: str) -> None:
+        seen.append(step)
+
+    assert run(store, tmp_path / "a", config, should_stop=lambda: len(seen) == 2,
+               on_step=on_step) is None  # fmt: skip
+    assert Checkpoint.open(tmp_path / "a" / "last").step == 3
+    assert run(store, tmp_path / "a", config, on_step=on_step) is not None
+    assert seen == list(range(1, 9))
+    run(store, tmp_path / "b", config)
+    for name in ("last", "best"):
+        for file in ("model.safetensors", "config.json"):
+            resumed, whole = (tmp_path / run_dir / name / file for run_dir in ("a", "b"))
+            assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    config = settings(eval_every=2, checkpoint_every=3)
+    steps = list[int]()
+    run(store, tmp_path / "a", config, should_stop=lambda: len(steps) == 4,
+        on_step=lambda step, _total, _note: steps.append(step))  # fmt: skip
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # after the checkpoint, and torn
+    run(store, tmp_path / "a", config)
+    run(store, tmp_path / "b", config)
+
+    def without_times(path: Path) -> list[dict[str, float]]:
+        times = {"images_per_second", "wait_for_data_seconds"}
+        return [{k: v for k, v in line.items() if k not in times} for line in lines(path)]
+
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"optimizer": {"learning_rate": 0.5}}, r"align\.optimizer\.learning_rate = 0\.001"),
+        ({"steps": 9}, r"align\.steps = 8"),
+        ({"memory_mb": 2}, r"align\.memory_mb = 1"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_their_name(
+    store: FeatureStore, tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    run(store, tmp_path / "a", settings())
+    with pytest.raises(CheckpointError, match=f"was trained with {name}"):
+        run(store, tmp_path / "a", settings(**changes))
+
+
+def test_a_checkpoint_of_another_store_or_seed_is_refused(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    run(store, tmp_path / "a", settings())
+    with pytest.raises(CheckpointError, match="seed = 0, but this run has 1"):
+        run(store, tmp_path / "a", settings(), seed=1)
+    other = make_store(tmp_path / "other.zarr", rows=190)
+    with pytest.raises(CheckpointError, match=r"store\.keys_sha256 = "):
+        run(other, tmp_path / "a", settings())
+
+
+def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_path: Path) -> None:
+    run(store, tmp_path / "a", settings(), should_stop=lambda: True)
+    assert run(store, tmp_path / "a", settings(checkpoint_every=1)) is not None
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Training.update
+
+    def update(training: Training, batch: Any) -> torch.Tensor:
+        if training.step == 4:
+            with torch.no_grad():
+                training.model.bias.fill_(torch.nan)
+        return original(training, batch)
+
+    monkeypatch.setattr(Training, "update", update)
+    with pytest.raises(TrainingError, match=r"not finite at step 5.*'shard/0.*step-00000004"):
+        run(store, tmp_path / "a", settings(checkpoint_every=2, eval_every=7))
+    assert Checkpoint.open(tmp_path / "a" / "last").step == 4
+
+
+def test_bfloat16_products_leave_float32_weights(store: FeatureStore, tmp_path: Path) -> None:
+    best = run(store, tmp_path / "a", settings(precision="bfloat16"))
+    assert best is not None
+    model, _ = load_aligned(best)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    run(store, tmp_path / "a", settings(head={"dim": 8, "depth": 2, "dropout": 0.2}))
+    assert torch.equal(torch.get_rng_state(), before)
