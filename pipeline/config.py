@@ -30,6 +30,9 @@ class RunSettings(BaseModel):
     dir: Path = Path("runs")
     """Folder of everything the run writes, relative to where the command is called; `runs/<name>`
     if not given."""
+    features: Path | None = None
+    """Run folder whose index and features are used instead of this run's own, so that several heads
+    share one extraction; `sail extract` is then not run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial head, the shuffle and the resampling."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")

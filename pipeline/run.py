@@ -11,7 +11,7 @@ import torch
 
 from features.config import ScenesSource, Source, WebdatasetSource
 from features.encoders import load_image_encoder, load_text_encoder
-from features.errors import SourceError
+from features.errors import ConfigError, SourceError
 from features.extract import Phases, Run, extract_captions, extract_images
 from features.index import Index
 from features.status import Status
@@ -28,14 +28,16 @@ class RunFolder:
     """Where a run keeps what."""
 
     path: Path
+    features: Path | None = None
+    """Run folder whose index and features are used instead, if any."""
 
     def index(self, split: str) -> Path:
         """Index of a split."""
-        return self.path / "index" / f"{split}.parquet"
+        return (self.features or self.path) / "index" / f"{split}.parquet"
 
     def store(self, split: str) -> Path:
         """Feature store of a split."""
-        return self.path / "features" / f"{split}.zarr"
+        return (self.features or self.path) / "features" / f"{split}.zarr"
 
     @property
     def align(self) -> Path:
@@ -59,7 +61,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: a signal asked for it
 
 def start_run(config: RunConfig) -> RunFolder:
     """Make the run folder, write the resolved settings there, and set the threads."""
-    folder = RunFolder(config.run.dir)
+    folder = RunFolder(config.run.dir, config.run.features)
     folder.path.mkdir(parents=True, exist_ok=True)
     partial = folder.path / ".config.toml.partial"
     partial.write_text(dump_config(config), encoding="utf-8")
@@ -82,6 +84,11 @@ def extract(config: RunConfig, stop: StopRequest) -> list[Path]:
     Raises:
         Stopped: A signal came; what is done is on disk and the next call goes on from there.
     """
+    if config.run.features is not None:
+        raise ConfigError(
+            f"run.features = {config.run.features} says that the features of another run are used. "
+            f"Nothing to extract was expected. Call `sail align`, or leave run.features out."
+        )
     folder = start_run(config)
     stores = []
     for split, source in config.data.items():
