@@ -18,7 +18,11 @@ class EvalConfig(BaseModel):
     """Splits for image–text retrieval; every split but the training split, those with labels only
     and those with groups, if empty."""
     retrieval_fields: tuple[str, ...] = ()
-    """Caption fields that are searched; all if empty."""
+    """Caption fields that are searched; all if empty. Fields that have names rather than numbers
+    are also scored one by one."""
+    retrieval_positives: Literal["own", "identical"] = "own"
+    """`own`: only an image's own captions are right (the usual protocol). `identical`: also those
+    of other images with the same words, for captions that repeat."""
     zero_shot: tuple[str, ...] = ()
     """Splits for zero-shot classification; every labelled split but the training split if empty."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -33,6 +37,8 @@ class EvalConfig(BaseModel):
     """T of the votes exp(cosine / T) (DINO)."""
     compositional: tuple[str, ...] = ()
     """Splits with groups; every such split if empty."""
+    compositional_fields: tuple[str, ...] = ()
+    """Caption fields that are compared; all in which the captions of a group differ if empty."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples for the 95 % intervals; 0 leaves them out."""
     examples: PositiveInt = 6

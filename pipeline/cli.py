@@ -199,3 +199,7 @@ def _run_stage(
     if as_json is not None:
         click.echo(json.dumps(result) if as_json else "\n".join(result))
     return result
+
+
+if __name__ == "__main__":
+    cli()

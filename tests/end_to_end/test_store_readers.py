@@ -27,7 +27,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 
 def test_the_page_has_an_example_for_each_reader() -> None:
-    assert [name for name, _ in EXAMPLES] == ["zarr-python", "xarray", "dask", "tensorstore", "this"]
+    assert [name for name, _ in EXAMPLES] == [
+        "zarr-python",
+        "xarray",
+        "dask",
+        "tensorstore",
+        "this",
+    ]
 
 
 @pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])

@@ -30,9 +30,7 @@ def test_image_features_are_those_of_transformers_called_directly(tmp_path: Path
     model = AutoModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False).eval()
     processor = ViTImageProcessorPil.from_pretrained(tmp_path / "vit")
     # What a JPEG decodes to is what counts, so the picture goes through its file form here too.
-    images = [
-        Image.open(io.BytesIO(tiny.encoded(tiny.picture(seed)))) for seed in (0, 33)
-    ]
+    images = [Image.open(io.BytesIO(tiny.encoded(tiny.picture(seed)))) for seed in (0, 33)]
     with torch.inference_mode():
         pixels = processor(images, return_tensors="pt")["pixel_values"]
         expected = model(pixel_values=pixels).last_hidden_state[:, 0].numpy()

@@ -1,0 +1,99 @@
+"""Bootstrap intervals over the test items."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Interval = tuple[float, float]
+COVERED = 0.95
+DRAWS_AT_ONCE = 1 << 24
+
+
+def ratio_interval(
+    hits: Int[np.ndarray, "items"],
+    counts: Int[np.ndarray, "items"] | None = None,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval | None:
+    """Return the 95 % interval of Σ hits / Σ counts when the items are drawn anew.
+
+    Args:
+        hits: What each item got right: 0 or 1, or of an image with several captions how many.
+        counts: Out of how many; 1 each if not given.
+        resamples: How often the items are drawn, with replacement; 0 for no interval.
+        seed: Of the drawing.
+
+    Returns:
+        The 2.5th and 97.5th percentile, or None without items or resamples.
+
+    Reference:
+        Efron 1979, Bootstrap Methods: Another Look at the Jackknife (the percentile interval).
+    """
+    counts = np.ones_like(hits) if counts is None else counts
+
+    def ratio(
+        drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 2"]
+    ) -> Float[np.ndarray, "resamples"]:
+        ratios: np.ndarray = (drawn @ kinds[:, 0]) / np.maximum(drawn @ kinds[:, 1], 1)
+        return ratios
+
+    return _interval(np.stack([hits, counts], axis=1), ratio, resamples=resamples, seed=seed)
+
+
+def mean_per_class_interval(
+    labels: Int[np.ndarray, "items"],
+    correct: Bool[np.ndarray, "items"],
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval | None:
+    """Return the 95 % interval of the mean over classes of the share that is correct.
+
+    A class of which a resample has no item does not count in its mean.
+    """
+
+    def mean_per_class(
+        drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 2"]
+    ) -> Float[np.ndarray, "resamples"]:
+        _, starts = np.unique(kinds[:, 0], return_index=True)  # kinds are sorted by class
+        total = np.add.reduceat(drawn, starts, axis=1)
+        right = np.add.reduceat(drawn * kinds[:, 1], starts, axis=1)
+        shares = right / np.maximum(total, 1)
+        means: np.ndarray = shares.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
+        return means
+
+    items = np.stack([labels, correct.astype(labels.dtype)], axis=1)
+    return _interval(items, mean_per_class, resamples=resamples, seed=seed)
+
+
+def _interval(
+    items: Int[np.ndarray, "items 2"],
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval | None:
+    """Draw how often each kind of item comes, which is all that the statistic depends on.
+
+    A million images have but a handful of kinds (right or wrong, of which class), so that this
+    costs next to nothing and is the ordinary bootstrap all the same.
+    """
+    if not len(items) or not resamples:
+        return None
+    kinds, frequency = np.unique(items, axis=0, return_counts=True)
+    generator = np.random.default_rng(seed)
+    step = max(1, DRAWS_AT_ONCE // len(kinds))
+    values = [
+        statistic(
+            generator.multinomial(
+                len(items), frequency / len(items), size=min(step, resamples - start)
+            ),
+            kinds,
+        )
+        for start in range(0, resamples, step)
+    ]
+    tail = (1 - COVERED) / 2
+    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
+    return float(low), float(high)

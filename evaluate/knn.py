@@ -1,0 +1,110 @@
+"""k-NN classification with FAISS: the nearest reference rows vote for a class."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64
+
+VOTES_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest reference rows of every query, nearest first."""
+
+    cosines: Float32[np.ndarray, "queries k"]
+    rows: Int64[np.ndarray, "queries k"]
+    """Position in the reference."""
+
+
+def nearest_neighbours(
+    queries: Float[np.ndarray, "queries dim"],
+    reference: Iterable[Float[np.ndarray, "rows dim"]],
+    k: int,
+) -> Neighbours:
+    """Find the k nearest rows by cosine with a flat (exact) FAISS search.
+
+    The reference comes in blocks, of which one is held at a time, so its size does not matter.
+    Among equally near rows the first one in the reference is taken, within what FAISS returns of
+    a block.
+
+    Args:
+        queries: Vectors of any length; normalised here.
+        reference: Blocks of rows, in order; normalised here.
+        k: Neighbours of each query; fewer come back when the reference has fewer.
+    """
+    import faiss  # heavy, and not needed by the other measures
+
+    queries = _normalised(queries)
+    cosines = np.empty((len(queries), 0), dtype=np.float32)
+    rows = np.empty((len(queries), 0), dtype=np.int64)
+    start = 0
+    for features in reference:
+        block = _normalised(features)
+        if len(block) and len(queries):
+            index = faiss.IndexFlatIP(block.shape[1])
+            index.add(block)
+            found, where = index.search(queries, min(k, len(block)))
+            cosines, rows = _merged(cosines, rows, found, where + start, k)
+        start += len(block)
+    return Neighbours(cosines, rows)
+
+
+def vote(
+    neighbours: Neighbours,
+    labels: Int64[np.ndarray, "rows"],
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+) -> Int64[np.ndarray, "queries"]:
+    """Return the class with most votes, each neighbour's weighing exp(cosine / temperature).
+
+    Of classes with equal votes the one with the lowest number wins.
+
+    Args:
+        neighbours: At least k of each query.
+        labels: The class of each reference row.
+        k: Neighbours that vote.
+        temperature: T; the smaller, the more the nearest decide.
+        num_classes: Classes in all.
+
+    Reference:
+        Caron et al. 2021, DINO, arXiv:2104.14294, appendix F.1, and the released `eval_knn.py`,
+        after Wu et al. 2018, arXiv:1805.01978.
+    """
+    cosines = neighbours.cosines[:, :k].astype(np.float64)
+    weights = np.exp((cosines - cosines.max(axis=1, keepdims=True, initial=-1.0)) / temperature)
+    classes = labels[neighbours.rows[:, :k]]
+    predicted = np.empty(len(cosines), dtype=np.int64)
+    step = max(1, VOTES_AT_ONCE // num_classes)
+    for start in range(0, len(cosines), step):
+        part = slice(start, start + step)
+        queries = len(classes[part])
+        place = classes[part] + num_classes * np.arange(queries)[:, None]
+        votes = np.bincount(
+            place.ravel(), weights=weights[part].ravel(), minlength=queries * num_classes
+        )
+        predicted[part] = votes.reshape(queries, num_classes).argmax(axis=1)
+    return predicted
+
+
+def _merged(
+    cosines: Float32[np.ndarray, "queries before"],
+    rows: Int64[np.ndarray, "queries before"],
+    found: Float32[np.ndarray, "queries more"],
+    where: Int64[np.ndarray, "queries more"],
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k nearest of two lists; of equally near ones the first row comes first."""
+    cosines, rows = np.concatenate([cosines, found], 1), np.concatenate([rows, where], 1)
+    order = np.lexsort((rows, -cosines), axis=1)[:, :k]
+    return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def _normalised(features: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    normalised: np.ndarray = rows / np.maximum(norms, 1e-12)
+    return normalised

@@ -1,0 +1,63 @@
+"""results.json: every number of an evaluation, with what could change it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One number."""
+
+    task: str
+    """`retrieval/image_to_text`, `zero_shot`, `knn/image_features`, `compositional`, …"""
+    dataset: str
+    """Split, and behind a slash which part of it."""
+    metric: str
+    """`recall@1`, `top1`, `knn_top1`, `group_score`, …"""
+    value: float
+    """Fraction in [0, 1] (correlations in [-1, 1])."""
+    n: int
+    """Test items it was measured on."""
+    ci95: tuple[float, float] | None
+    """Bootstrap interval over these items."""
+    encoders: dict[str, str | None]
+    """Names of the `image` and `text` encoder."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """What could change the number: k, temperature, templates, tie rule; and its chance value."""
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing would score, where that is known."""
+        value = self.protocol.get("chance")
+        return None if value is None else float(value)
+
+
+def write_results(
+    path: Path, *, run: str, checkpoint_sha256: str, results: Sequence[Result]
+) -> None:
+    """Write results.json: whole, or not at all."""
+    document = {
+        "schema": SCHEMA,
+        "run": run,
+        "checkpoint_sha256": checkpoint_sha256,
+        "results": [asdict(result) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read the numbers of a results.json."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Result(**entry | {"ci95": tuple(entry["ci95"]) if entry["ci95"] else None})
+        for entry in document["results"]
+    ]

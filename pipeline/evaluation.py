@@ -1,0 +1,161 @@
+"""Stage three as a run: stores and a checkpoint in, results.json and report.html out."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from align.checkpoint import Checkpoint, load_aligned
+from evaluate.report import render
+from evaluate.results import read_results, write_results
+from features.store import NOT_COMPARED, FeatureStore
+from pipeline.config import RunConfig
+from pipeline.embedding import Embedder
+from pipeline.interrupt import StopRequest
+from pipeline.measures import (
+    Context,
+    Findings,
+    score_compositional,
+    score_knn,
+    score_retrieval,
+    score_zero_shot,
+)
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import timed
+from pipeline.reporting import make_report
+from pipeline.run import Stopped, choose_device, start_run
+
+logger = logging.getLogger(__name__)
+VERSION = 1  # raised when the same inputs give other results or another report
+WIDTH_OF_A_PIPE = 120
+
+
+def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
+    """Take every measure that the splits of a recipe allow; return the path of results.json.
+
+    When nothing has changed since the last time, nothing is done.
+
+    Raises:
+        CheckpointError: There is no trained head.
+        EvaluationError: A measure that is asked for cannot be taken.
+        Stopped: A signal came; what an earlier evaluation wrote is as it was.
+    """
+    folder = start_run(config)
+    checkpoint_path = folder.align / config.eval.checkpoint
+    checkpoint = Checkpoint.open(checkpoint_path)
+    stores = {split: FeatureStore.open(folder.store(split)) for split in config.data}
+    results, report = folder.eval / "results.json", folder.eval / "report.html"
+    inputs, digest = folder.eval / "inputs.sha256", _digest(config, checkpoint, stores)
+    written = results.is_file() and report.is_file() and inputs.is_file()
+    if written and inputs.read_text(encoding="utf-8").strip() == digest:
+        logger.info("%s is up to date", results)
+        return results
+    plan = make_plan(config.eval, config.align.split, stores)
+    folder.eval.mkdir(parents=True, exist_ok=True)
+    device = choose_device(config.run.device)
+    model, checkpoint = load_aligned(checkpoint_path, device)
+    embedder = Embedder(model, checkpoint, device)
+    context = Context(config, folder, stores, embedder, Findings())
+    _measure(context, plan, stop)
+    page = render(make_report(context, plan, folder.align / "metrics.jsonl"))
+    inputs.unlink(missing_ok=True)  # from here on the two files may not belong together
+    write_results(
+        results,
+        run=config.run.name,
+        checkpoint_sha256=checkpoint.sha256,
+        results=context.findings.results,
+    )
+    _write(report, page)
+    _write(inputs, digest + "\n")
+    return results
+
+
+def results_table(path: Path) -> str:
+    """Return what `sail eval` prints: the numbers of a results.json."""
+    table = Table(title=str(path), title_justify="left")
+    for heading in ("task", "dataset", "metric"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("%", "95 %", "chance", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in read_results(path):
+        metric = result.metric
+        if metric == "knn_top1":
+            metric = f"{metric}, k = {result.protocol['k']}, {result.encoders['image']}"
+        interval = "" if result.ci95 is None else "{:.1f}–{:.1f}".format(*_percent(result.ci95))
+        chance = "" if result.chance is None else f"{100 * result.chance:.1f}"
+        table.add_row(
+            result.task,
+            result.dataset,
+            metric,
+            f"{100 * result.value:.1f}",
+            interval,
+            chance,
+            f"{result.n:,}",
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_OF_A_PIPE)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
+    work = [
+        *(("zero-shot", score_zero_shot, split) for split in plan.zero_shot),
+        *(("retrieval", score_retrieval, split) for split in plan.retrieval),
+        *(("compositional", score_compositional, split) for split in plan.compositional),
+    ]
+    for name, measure, split in work:
+        with timed(f"{name} on {split}"):
+            measure(context, split)
+        if stop():
+            raise Stopped
+    for split in plan.knn:
+        with timed(f"k-NN on {split}"):
+            score_knn(context, split, plan.knn_reference)
+        if stop():
+            raise Stopped
+
+
+def _digest(config: RunConfig, checkpoint: Checkpoint, stores: dict[str, FeatureStore]) -> str:
+    """Return a hash of everything that the results and the report depend on."""
+    reference = config.report.reference
+    known: dict[str, Any] = {
+        "version": VERSION,
+        "run": config.run.name,
+        "eval": config.eval.model_dump(mode="json"),
+        "report": config.report.model_dump(mode="json"),
+        "reference": _sha256(reference.read_bytes()) if reference and reference.is_file() else None,
+        "image_encoders": list(config.encoders.image),
+        "checkpoint": [checkpoint.sha256, checkpoint.metadata],
+        "stores": {split: _describe(store) for split, store in stores.items()},
+    }
+    return _sha256(json.dumps(known, sort_keys=True, default=str).encode())
+
+
+def _describe(store: FeatureStore) -> dict[str, Any]:
+    columns = {}
+    for name in store.columns():
+        column = store.column(name)
+        fingerprint = {k: v for k, v in column.fingerprint.items() if k not in NOT_COMPARED}
+        columns[name] = [fingerprint, _sha256(column.status().tobytes())]
+    return {"keys": store.keys_sha256, "classes": store.class_names, "columns": columns}
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

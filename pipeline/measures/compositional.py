@@ -1,0 +1,112 @@
+"""Compositional scores of a split whose rows form groups of two."""
+
+import numpy as np
+from jaxtyping import Int64
+
+from evaluate.compositional import CHANCE, Compositional, compare_groups, pair_rows
+from evaluate.report import GroupExample
+from evaluate.results import Result
+from features.errors import EvaluationError
+from features.store import FeatureStore
+from pipeline.embedding import Embedded
+from pipeline.examples import Gallery, draw
+from pipeline.measures.context import Context
+
+
+def score_compositional(context: Context, split: str) -> None:
+    """Score the groups, for each caption field that tells the rows of a group apart."""
+    named = context.config.eval.compositional_fields
+    fields = context.caption_fields(split, named, "compositional_fields")
+    store = context.stores[split]
+    telling = [name for name in fields if named or _tells_apart(store, name)]
+    for name in telling:
+        _score_field(context, split, name, split if len(telling) == 1 else f"{split}/{name}")
+    if not telling:
+        context.findings.note(
+            f"The two captions of every group of {split} are the same in {list(fields)}: there is "
+            f"nothing to tell apart, and so no compositional score."
+        )
+
+
+def _score_field(context: Context, split: str, field: str, dataset: str) -> None:
+    store = context.stores[split]
+    images, texts = context.embedder.images(store), context.embedder.captions(store, field)
+    usable = np.zeros(store.rows, dtype=bool)
+    usable[np.intersect1d(images.rows, texts.rows)] = True
+    pairs, left_out = pair_rows(_groups(store), usable)
+    if left_out:
+        context.findings.note(
+            f"{left_out} groups of {dataset} are left out: they have not exactly two rows, or one "
+            f"of these cannot be used."
+        )
+    if not len(pairs):
+        raise EvaluationError(
+            f"No group of {store.path} has two rows that can be used. Two rows with the same "
+            f"`group` were expected. Correct the source, or name other splits in "
+            f"eval.compositional."
+        )
+    found = compare_groups(
+        _vectors_of(images, pairs), _vectors_of(texts, pairs), np.arange(pairs.size).reshape(-1, 2)
+    )
+    for metric, hits in found.hits().items():
+        context.findings.results.append(
+            Result(
+                task="compositional",
+                dataset=dataset,
+                metric=metric,
+                value=float(hits.mean()),
+                n=len(pairs),
+                ci95=context.interval(hits.astype(np.int64)),
+                encoders=context.encoders,
+                protocol={
+                    "form": "Winoground: two images, two captions",
+                    "captions": field,
+                    "ties": "count as wrong (strictly greater)",
+                    "groups_left_out": left_out,
+                    "chance": CHANCE[metric],
+                },
+            )
+        )
+    _add_examples(context, split, field, pairs, found)
+
+
+def _add_examples(
+    context: Context,
+    split: str,
+    field: str,
+    pairs: Int64[np.ndarray, "groups 2"],
+    found: Compositional,
+) -> None:
+    settings, store = context.config.eval, context.stores[split]
+    gallery = Gallery(context.config, context.folder, store, split)
+    for number in draw(found.group, settings.examples, seed=settings.seed):
+        first, second = (int(row) for row in pairs[number])
+        s = found.cosines[number].tolist()
+        context.findings.groups.append(
+            GroupExample(
+                dataset=split,
+                pictures=(gallery.picture(first), gallery.picture(second)),
+                captions=(gallery.caption(field, first), gallery.caption(field, second)),
+                cosines=((s[0][0], s[0][1]), (s[1][0], s[1][1])),
+                text=bool(found.text[number]),
+                image=bool(found.image[number]),
+            )
+        )
+
+
+def _tells_apart(store: FeatureStore, field: str) -> bool:
+    pairs, _ = pair_rows(_groups(store), np.ones(store.rows, dtype=bool))
+    captions = store.captions(field)
+    return bool(np.any(captions[pairs[:, 0]] != captions[pairs[:, 1]]))
+
+
+def _groups(store: FeatureStore) -> np.ndarray:
+    groups = store.groups()
+    return np.full(store.rows, -1, dtype=np.int32) if groups is None else groups
+
+
+def _vectors_of(embedded: Embedded, rows: Int64[np.ndarray, "groups 2"]) -> np.ndarray:
+    """Return the vectors of rows of the store, group after group."""
+    places = np.searchsorted(embedded.rows, rows.ravel())
+    vectors: np.ndarray = embedded.vectors.cpu().numpy()[places]
+    return vectors

@@ -1,0 +1,115 @@
+"""Zero-shot classification of a labelled split."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from evaluate.bootstrap import mean_per_class_interval
+from evaluate.confusion import Confusions
+from evaluate.report import ExamplePanel
+from evaluate.results import Result
+from evaluate.zero_shot import (
+    Classified,
+    class_embeddings,
+    classify,
+    confusion_matrix,
+    make_prompts,
+)
+from features.store import FeatureStore
+from pipeline.embedding import prompt_features
+from pipeline.examples import Gallery, Search, draw, search_example
+from pipeline.measures.context import TIES, Context
+
+TOP = 5
+
+
+def score_zero_shot(context: Context, split: str) -> None:
+    """Score all images, and apart those of classes that training had no row of."""
+    store, embedder = context.stores[split], context.embedder
+    names, templates = store.class_names or (), context.config.eval.templates
+    images = embedder.images(store)
+    rows, labels = context.labelled_rows(split, embedder.image_column(store))
+    places = torch.from_numpy(np.searchsorted(images.rows, rows)).to(embedder.device)
+    prompts = make_prompts(names, templates)
+    features = prompt_features(context.config, embedder, prompts, context.folder.eval)
+    embedded = embedder.apply(embedder.model.embed_text, features)
+    classes = class_embeddings(embedded.view(len(names), len(templates), -1))
+    found = classify(images.vectors[places], classes, labels)
+    _add_results(context, split, found, len(names))
+    seen = _seen_classes(context, store)
+    if seen is not None and 0 < seen[labels].sum() < len(labels):
+        _add_results(context, f"{split}/seen classes", found.select(seen[labels]), len(names))
+        _add_results(context, f"{split}/unseen classes", found.select(~seen[labels]), len(names))
+    matrix = confusion_matrix(labels, found.predicted, len(names))
+    context.findings.confusions.append(Confusions(split, names, matrix))
+    _add_examples(context, split, rows, images.vectors[places] @ classes.T, found)
+
+
+def _add_results(context: Context, dataset: str, found: Classified, num_classes: int) -> None:
+    settings = context.config.eval
+    values = {"top1": (found.top(1), context.interval((found.ranks < 1).astype(np.int64)))}
+    if num_classes > TOP:
+        hits = (found.ranks < TOP).astype(np.int64)
+        values["top5"] = (found.top(TOP), context.interval(hits))
+    values["mean_per_class"] = (
+        found.mean_per_class(),
+        mean_per_class_interval(
+            found.labels, found.ranks == 0, resamples=settings.bootstrap, seed=settings.seed
+        ),
+    )
+    for metric, (value, interval) in values.items():
+        context.findings.results.append(
+            Result(
+                task="zero_shot",
+                dataset=dataset,
+                metric=metric,
+                value=value,
+                n=len(found.labels),
+                ci95=interval,
+                encoders=context.encoders,
+                protocol={
+                    "templates": list(settings.templates),
+                    "classes": num_classes,
+                    "ties": TIES,
+                    "chance": (TOP if metric == "top5" else 1) / num_classes,
+                },
+            )
+        )
+
+
+def _seen_classes(context: Context, store: FeatureStore) -> Bool[np.ndarray, "classes"] | None:
+    """Return which classes the training split has rows of, by name; None if it has no labels."""
+    training = context.stores[context.config.align.split]
+    labels, names = training.labels(), training.class_names
+    if labels is None or names is None:
+        return None
+    seen = {names[label] for label in np.unique(labels[labels >= 0])}
+    return np.array([name in seen for name in store.class_names or ()])
+
+
+def _add_examples(
+    context: Context,
+    split: str,
+    rows: Int64[np.ndarray, "images"],
+    cosines: Float[Tensor, "images classes"],
+    found: Classified,
+) -> None:
+    settings, store = context.config.eval, context.stores[split]
+    gallery = Gallery(context.config, context.folder, store, split)
+    names = store.class_names or ()
+
+    def classes_for(image: int) -> Search:
+        label = int(found.labels[image])
+        return Search(
+            words=names[label],
+            picture=gallery.picture(int(rows[image])),
+            rank=int(found.ranks[image]) + 1,
+            cosines=cosines[image].cpu().numpy(),
+            right=np.arange(len(names)) == label,
+            item=lambda number: (names[number], None),
+        )
+
+    chosen = draw(found.ranks == 0, settings.examples, seed=settings.seed)
+    examples = tuple(search_example(classes_for(image)) for image in chosen)
+    context.findings.panels.append(ExamplePanel("zero_shot", split, examples))

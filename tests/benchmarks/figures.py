@@ -1,0 +1,57 @@
+"""Runs the benchmarks that stand for our goals; prints a table and writes docs/figures.json.
+
+`make figures` measures what a CPU can; `make figures-gpu` what needs CUDA. The rows of the other
+kind are kept as they were last measured.
+"""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+from tests.benchmarks.figure import Figure
+
+OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
+CPU_MODULES = ["extraction", "loader", "memory"]
+GPU_MODULES = ["gpu"]
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="measure what needs a CUDA device")
+    parser.add_argument("--only", choices=CPU_MODULES + GPU_MODULES, help="measure one module")
+    arguments = parser.parse_args()
+    modules = GPU_MODULES if arguments.gpu else CPU_MODULES
+    if arguments.only:
+        modules = [arguments.only]
+    figures: list[Figure] = []
+    for module in modules:
+        print(f"measuring {module} ...", flush=True)
+        figures += importlib.import_module(f"tests.benchmarks.{module}").measure()
+    kept = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else []
+    rows = {row["figure"]: row for row in kept}
+    rows |= {figure.figure: figure.as_dict() for figure in figures}
+    OUTPUT.write_text(json.dumps(list(rows.values()), indent=2, ensure_ascii=False) + "\n")
+    print(table(list(rows.values())))
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = [
+        "| figure | value | goal | ok | n | spread | machine | date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        sign = "≥" if row["direction"] == "min" else "≤"
+        goal = "–" if row["goal"] is None else f"{sign} {row['goal']}"
+        lines.append(
+            f"| {row['figure']} | {row['value']} {row['unit']} | {goal} | "
+            f"{'yes' if row['ok'] else 'no'} | {row['n']} | {row['spread']} | {row['machine']} | "
+            f"{row['date']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Stores of any size with synthetic features, written through the store's own code."""
+
+from pathlib import Path
+
+import numpy as np
+
+from features.config import FolderSource
+from features.index import Index
+from features.status import Status
+from features.store import FeatureStore
+
+
+def synthetic_store(
+    folder: Path, *, rows: int, image_dim: int, text_dim: int, rows_per_chunk: int = 4096
+) -> FeatureStore:
+    """Write a store with one image column and one caption field of random features."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "table.jsonl"
+    with table.open("w") as lines:
+        lines.writelines(f'{{"image": "{i:09d}.jpg", "caption": "row {i}"}}\n' for i in range(rows))
+    index = Index.build(FolderSource(kind="folder", path=table), folder / "index.parquet")
+    store = FeatureStore.create(folder / "store.zarr", index, rows_per_chunk=rows_per_chunk)
+    store.add_encoder("image/synthetic", {"model": "synthetic"}, dim=image_dim)
+    store.add_encoder("text/synthetic", {"model": "synthetic"}, dim=text_dim)
+    random = np.random.default_rng(0)
+    for name in store.columns():
+        column = store.column(name)
+        block = random.standard_normal((rows_per_chunk, column.dim), dtype=np.float32)
+        for chunk in range(column.num_chunks):
+            features = np.roll(block, chunk, axis=0)[: column.chunk_rows(chunk)].astype(np.float16)
+            status = np.full(len(features), Status.OK, dtype=np.uint8)
+            column.write(chunk, features, status)
+    return store

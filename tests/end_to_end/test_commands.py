@@ -1,0 +1,142 @@
+"""The commands that a user types, from shards to the report, on small real parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sail(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file whose three stages were done by the commands."""
+    run_file = tiny.world(tmp_path_factory.mktemp("world"), rows=60)
+    sail("extract", str(run_file))
+    sail("align", str(run_file))
+    sail("eval", str(run_file))
+    return run_file
+
+
+def test_the_three_stages_leave_results_and_a_report(run_file: Path) -> None:
+    run = run_file.parent / "run"
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert results["schema"] == 1
+    tasks = {row["task"] for row in results["results"]}
+    assert {"retrieval/image_to_text", "retrieval/text_to_image"} <= tasks
+    for row in results["results"]:
+        assert {"task", "dataset", "metric", "value", "n", "ci95", "encoders", "protocol"} <= set(
+            row
+        )
+        assert 0 <= row["value"] <= 1
+    report = (run / "eval" / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert (run / "config.toml").is_file()
+
+
+def test_stdout_is_the_result_only_and_json_when_asked(run_file: Path) -> None:
+    done = sail("extract", str(run_file), "--json")
+    stores = json.loads(done.stdout)
+    assert [Path(store).name for store in stores] == ["train.zarr", "test.zarr"]
+    assert json.loads(sail("eval", str(run_file), "--json").stdout)["schema"] == 1
+    assert json.loads(sail("inspect", stores[0], "--json").stdout)["rows"] == 60
+    assert "is whole" in sail("verify", stores[0]).stdout
+    assert "train-0/00007" in sail("inspect", stores[0], "--row", "7").stdout
+
+
+def test_a_second_align_and_eval_do_no_work(run_file: Path) -> None:
+    run = run_file.parent / "run"
+    files = [run / "align" / "metrics.jsonl", run / "eval" / "results.json"]
+    before = [file.stat().st_mtime_ns for file in files]
+    sail("align", str(run_file))
+    sail("eval", str(run_file))
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "words"),
+    [
+        ("align", ["align.batchsize=4"], "Did you mean 'batch_size'?"),
+        ("align", ["align.batch_size=4096"], "align.batch_size = 4096 is more than the"),
+        ("align", ["run.dir='/proc/nowhere/run'"], "The operating system refused"),
+        ("align", ["run.dir='RUN/other'"], "There is no feature store"),
+        ("extract", ["run.dir='RUN/x'", "data.train.path='RUN/none-*.tar'"], "No file matches"),
+        (
+            "extract",
+            ["run.dir='RUN/y'", "encoders.image.vit.model='RUN/novit'"],
+            "neither a folder",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(
+    command: str, overrides: list[str], words: str, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = [f"--set={each.replace('RUN', str(run_file.parent))}" for each in overrides]
+    done = sail(command, str(run_file), *options, expect=1)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_missing_recipe_and_a_wrong_option_have_their_own_exit_codes() -> None:
+    assert "no recipe 'nothing.toml'" in sail("align", "nothing.toml", expect=1).stderr
+    sail("align", "--nonsense", expect=2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_align_after_a_clean_save_and_it_goes_on_later(
+    number: signal.Signals, code: int, run_file: Path, tmp_path: Path
+) -> None:
+    options = [
+        f"--set=run.dir='{tmp_path}'",
+        f"--set=run.features='{run_file.parent / 'run'}'",
+        "--set=align.steps=4000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "align", str(run_file), *options],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "align" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "goes on from here" in errors
+    reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    sail("align", str(run_file), *options[:2], "--set=align.steps=4000", "--json")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] == 4000
+    assert reached < 4000
+    assert steps == sorted(steps)
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = "import sys, pipeline.cli; sys.exit('torch' in sys.modules or 'zarr' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

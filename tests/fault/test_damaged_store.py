@@ -1,0 +1,83 @@
+"""`sail verify` and readers name the chunk that is not what was written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from features.column import Column
+from features.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from features.store import FeatureStore
+from pipeline.config import load_config
+from pipeline.inspection import verify_store
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from tests import tiny
+
+
+@pytest.fixture
+def column(tmp_path: Path) -> Column:
+    run_file = tiny.world(tmp_path, rows=20)
+    store = FeatureStore.open(extract(load_config(str(run_file)), StopRequest())[0])
+    assert verify_store(store.path) == []
+    return store.column("image/vit")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_bit, "crc32c does not match"),
+        (cut_off, "bytes, not"),
+        (Path.unlink, "missing although its rows are done"),
+    ],
+)
+def test_verify_names_a_damaged_chunk(
+    damage: Callable[[Path], None], words: str, column: Column
+) -> None:
+    damage(column.features_file(1))
+    (fault,) = verify_store(column.path.parents[1])
+    assert str(column.features_file(1)) in fault
+    assert words in fault
+    assert "run `sail extract` again" in fault
+
+
+def test_deleting_the_status_chunk_lets_the_next_run_mend_the_store(
+    column: Column, tmp_path: Path
+) -> None:
+    expected = column.read(0, column.rows)
+    flip_a_bit(column.features_file(1))
+    column.status_file(1).unlink()
+    extract(load_config(str(tmp_path / "tiny.toml")), StopRequest())
+    np.testing.assert_array_equal(column.read(0, column.rows), expected)
+
+
+def test_a_cut_off_chunk_is_refused_when_it_is_read(column: Column) -> None:
+    cut_off(column.features_file(0))
+    buffer = np.empty((column.rows_per_chunk, column.dim), dtype=np.float16)
+    with pytest.raises(StoreCorruptError, match="bytes, not"):
+        column.read_into(0, buffer)
+
+
+def test_a_store_that_is_not_there_or_of_another_format_is_refused(
+    column: Column, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreNotFoundError, match="no feature store"):
+        FeatureStore.open(tmp_path / "nowhere.zarr")
+    with pytest.raises(StoreError, match="format None"):
+        FeatureStore.open(column.path.parent)
+
+
+def test_an_unknown_column_is_refused_with_those_that_are_there(column: Column) -> None:
+    with pytest.raises(StoreError, match=r"it has .*image/vit"):
+        FeatureStore.open(column.path.parents[1]).column("image/vti")

@@ -1,0 +1,33 @@
+"""The benchmark scripts run, at sizes that take a moment; their numbers are not judged here."""
+
+import torch
+
+from tests.benchmarks import extraction, gpu, loader, memory
+from tests.benchmarks.figure import Figure
+
+
+def test_loader_benchmark_measures_a_ratio() -> None:
+    (figure,) = loader.measure(rows=16_384, rounds=1)
+    assert figure.value > 0
+
+
+def test_memory_benchmark_measures_bytes_of_another_process() -> None:
+    assert memory.peak_bytes(0.03, steps=2) > 50e6
+
+
+def test_extraction_benchmark_measures_a_ratio() -> None:
+    (figure,) = extraction.measure(images=4, rounds=1, batch_size=2)
+    assert figure.value > 0
+
+
+def test_gpu_scripts_run_small_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    figures = gpu.loss_figures(cpu, batches=[32], repeats=1)
+    figures += gpu.step_figures(cpu, torch.float32, batch=2, repeats=1, scale=16)
+    assert all(figure.value > 0 for figure in figures)
+
+
+def test_a_figure_is_ok_on_the_right_side_of_its_goal() -> None:
+    common = {"figure": "f", "unit": "u", "goal": 2.0, "n": 1, "spread": 0.0, "command": "c"}
+    assert Figure(value=3.0, direction="min", **common).ok  # type: ignore[arg-type]
+    assert not Figure(value=3.0, direction="max", **common).ok  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+"""The index: every sample has a row, and its image is read by place."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from features.config import Source, WebdatasetSource
+from features.errors import SourceError
+from features.index import Index, SampleReader
+from features.index_builder import ROWS_PER_GROUP
+from tests import tiny
+
+
+def parsed(**settings: Any) -> Source:
+    source: Source = TypeAdapter(Source).validate_python(settings)
+    return source
+
+
+def two_shards(path: Path) -> WebdatasetSource:
+    for number in range(2):
+        tiny.write_tar(path / f"s-{number}.tar", tiny.samples(5, first=5 * number))
+    return WebdatasetSource(kind="webdataset", path=str(path / "s-*.tar"))
+
+
+def many(path: Path, rows: int) -> WebdatasetSource:
+    members = [(f"{row:06d}.jpg", b"%d" % row) for row in range(rows)]
+    tiny.write_tar(path / "many.tar", members)
+    return WebdatasetSource(kind="webdataset", path=str(path / "many.tar"))
+
+
+def with_captions(path: Path, captions: list[list[str]]) -> WebdatasetSource:
+    members: list[tuple[str, bytes]] = []
+    for row, texts in enumerate(captions):
+        members += [
+            (f"{row}.jpg", b"image"),
+            (f"{row}.json", json.dumps({"captions": texts}).encode()),
+        ]
+    tiny.write_tar(path / "c.tar", members)
+    return WebdatasetSource(kind="webdataset", path=str(path / "c.tar"))
+
+
+def test_every_sample_has_a_row_in_the_order_of_the_shards(tmp_path: Path) -> None:
+    source = two_shards(tmp_path)
+    index = Index.open(Index.build(source, tmp_path / "index.parquet").path)
+    assert index.rows == 10
+    assert index.fields == ("long", "short")
+    assert index.has_labels
+    assert index.has_groups
+    assert index.class_names is None
+    table = index.rows_between(4, 6)
+    assert table.column("key").to_pylist() == ["s-0/00004", "s-1/00005"]
+    assert table.column("caption/long").to_pylist() == [tiny.caption(4), tiny.caption(5)]
+    assert table.column("label").to_pylist() == [4, 0]
+
+
+def test_images_are_read_back_to_the_byte(tmp_path: Path) -> None:
+    index = Index.build(two_shards(tmp_path), tmp_path / "index.parquet")
+    expected = [content for name, content in tiny.samples(10) if name.endswith(".jpg")]
+    reader = SampleReader(index)
+    assert reader.read(0, 10) == expected
+    assert reader.read(3, 7) == expected[3:7]
+    assert reader.read(5, 5) == []
+    assert reader.read_row(9) == expected[9]
+
+
+def test_rows_are_read_across_the_groups_of_the_file(tmp_path: Path) -> None:
+    rows = 2 * ROWS_PER_GROUP + 3
+    index = Index.build(many(tmp_path, rows), tmp_path / "index.parquet")
+    assert [table.num_rows for table in index.batches(5000)] == [5000, rows - 5000]
+    start, stop = ROWS_PER_GROUP - 2, 2 * ROWS_PER_GROUP + 1
+    keys = index.rows_between(start, stop, ("key",)).column("key").to_pylist()
+    assert keys == [f"many/{row:06d}" for row in range(start, stop)]
+    assert index.rows_between(rows, rows).num_rows == 0
+    with pytest.raises(IndexError):
+        index.rows_between(0, rows + 1)
+
+
+def test_threads_may_share_a_reader(tmp_path: Path) -> None:
+    rows = ROWS_PER_GROUP + 100
+    reader = SampleReader(Index.build(many(tmp_path, rows), tmp_path / "index.parquet"))
+    starts = list(range(0, rows, 97))
+    with ThreadPoolExecutor(8) as pool:
+        batches = pool.map(lambda start: reader.read(start, min(start + 97, rows)), starts)
+        images = [image for batch in batches for image in batch]
+    assert images == [b"%d" % row for row in range(rows)]
+
+
+def test_images_in_parquet_are_read_one_row_group_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [{"bytes": b"%d" % row, "path": None} if row % 5 else None for row in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "p.parquet", row_group_size=8)
+    source = parsed(kind="parquet", path=str(tmp_path / "p.parquet"))
+    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    groups: list[int] = []
+    read = pq.ParquetFile.read_row_group
+
+    def counted(file: Any, number: int, columns: Any) -> pa.Table:
+        groups.append(number)
+        return read(file, number, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    found = [image for start in range(0, 40, 4) for image in reader.read(start, start + 4)]
+    assert found == [image["bytes"] if image else None for image in images]
+    assert [group for group in groups if group] == [1, 2, 3, 4]  # 0 is of the index as well
+
+
+def test_a_row_that_lacks_a_caption_has_an_empty_one_and_is_counted(tmp_path: Path) -> None:
+    source = with_captions(tmp_path, [["a", "b"], ["c"], [" ", "d"]])
+    index = Index.build(source, tmp_path / "index.parquet")
+    assert index.fields == ("0", "1")
+    assert index.rows_between(1, 2).column("caption/1").to_pylist() == [""]
+    assert index.counts["rows without caption '0'"] == 1
+    assert index.counts["rows without caption '1'"] == 1
+
+
+def test_a_late_sample_with_more_captions_adds_fields_to_all(tmp_path: Path) -> None:
+    captions = [["a"]] * (ROWS_PER_GROUP + 1) + [["a", "b"], ["a", "b", "c"]]
+    progress: list[int] = []
+    index = Index.build(
+        with_captions(tmp_path, captions), tmp_path / "index.parquet", on_progress=progress.append
+    )
+    assert index.fields == ("0", "1", "2")
+    assert index.rows_between(index.rows - 1, index.rows).column("caption/2").to_pylist() == ["c"]
+    assert sum(progress) == index.rows == len(captions)
+
+
+def test_more_caption_fields_than_make_sense_are_refused(tmp_path: Path) -> None:
+    source = with_captions(tmp_path, [["a"]] * ROWS_PER_GROUP + [["a"] * 300])
+    with pytest.raises(SourceError, match="more than 256 caption fields"):
+        Index.build(source, tmp_path / "index.parquet")
+
+
+def test_only_the_first_rows_are_taken_if_asked_for(tmp_path: Path) -> None:
+    source = two_shards(tmp_path).model_copy(update={"rows": 7})
+    assert Index.build(source, tmp_path / "index.parquet").rows == 7
+
+
+def test_it_knows_the_settings_it_was_built_from(tmp_path: Path) -> None:
+    source = two_shards(tmp_path)
+    index = Index.build(source, tmp_path / "index.parquet")
+    assert index.matches(source)
+    assert not index.matches(source.model_copy(update={"captions": ("long",)}))
+
+
+def test_shards_that_change_go_or_come_are_refused_by_name(tmp_path: Path) -> None:
+    index = Index.build(two_shards(tmp_path), tmp_path / "index.parquet")
+    index.check_shards()
+    tiny.write_tar(tmp_path / "s-2.tar", tiny.samples(1))
+    with pytest.raises(SourceError, match=r"1 files match .* that were not there .*s-2\.tar"):
+        index.check_shards()
+    os.utime(tmp_path / "s-1.tar", ns=(0, 0))
+    with pytest.raises(SourceError, match=r"s-1\.tar has changed since it was indexed"):
+        index.check_shards()
+    (tmp_path / "s-0.tar").unlink()
+    with pytest.raises(SourceError, match=r"s-0\.tar is gone"):
+        index.check_shards()
+
+
+def test_labels_beyond_the_class_names_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
+    source = two_shards(tmp_path).model_copy(update={"class_names": tmp_path / "names.txt"})
+    with pytest.raises(SourceError, match=r"has label 4, but .* names only 3 classes"):
+        Index.build(source, tmp_path / "index.parquet")
+    assert not (tmp_path / "index.parquet").exists()
+
+
+def test_a_source_without_samples_says_what_was_there(tmp_path: Path) -> None:
+    tiny.write_tar(tmp_path / "s.tar", [("README", b"?")])
+    source = parsed(kind="webdataset", path=str(tmp_path / "s.tar"))
+    with pytest.raises(SourceError, match=r"holds no samples \(members that are no plain file"):
+        Index.build(source, tmp_path / "index.parquet")
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"image")
+    with pytest.raises(SourceError, match=r"cannot be written as text: .*a/\\\\?udcff"):
+        Index.build(parsed(kind="classes", path=tmp_path / "images"), tmp_path / "i.parquet")

@@ -1,0 +1,120 @@
+"""Retrieval: ranks worked out by hand, several captions per image, ties, and the chance of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.retrieval import (
+    Relevance,
+    chance_recall,
+    hits_per_image,
+    recall,
+    retrieval_ranks,
+    same_words,
+)
+
+
+def angles(*degrees: float) -> torch.Tensor:
+    """Unit vectors of the plane: the nearer the angle, the higher the cosine."""
+    radians = torch.deg2rad(torch.tensor(degrees, dtype=torch.float32))
+    return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+
+def own(*owner: int) -> Relevance:
+    return Relevance(max(owner) + 1, torch.tensor(owner))
+
+
+def test_an_image_is_ranked_by_the_nearest_of_its_captions() -> None:
+    # Image 0 (0°) has captions at 50° and 10°; image 1 (90°) has the one at 20°.
+    ranks = retrieval_ranks(angles(0, 90), angles(50, 10, 20), own(0, 0, 1))
+    assert ranks.by_image.tolist() == [0, 1]  # before 20° only 50° is nearer to 90°
+    assert ranks.right_texts.tolist() == [2, 1]
+
+
+def test_each_caption_is_a_query_of_its_own() -> None:
+    ranks = retrieval_ranks(angles(0, 90), angles(50, 10, 20), own(0, 0, 1))
+    assert ranks.by_text.tolist() == [1, 0, 1]  # 50° is nearer to 90°, 20° nearer to 0°
+    assert recall(ranks.by_text, 1) == pytest.approx(1 / 3)
+    assert recall(ranks.by_text, 5) == 1
+
+
+def test_perfect_embeddings_have_recall_one_both_ways() -> None:
+    points = angles(*range(0, 360, 10))
+    ranks = retrieval_ranks(points, 3 * points, own(*range(36)))
+    assert recall(ranks.by_image, 1) == recall(ranks.by_text, 1) == 1
+
+
+def test_embeddings_that_are_all_the_same_find_nothing() -> None:
+    same = torch.ones(4, 3)
+    ranks = retrieval_ranks(same, same, own(0, 1, 2, 3))
+    assert ranks.by_image.tolist() == ranks.by_text.tolist() == [3, 3, 3, 3]
+
+
+def test_a_wrong_caption_as_near_as_the_right_one_counts_as_nearer() -> None:
+    ranks = retrieval_ranks(angles(0, 90), angles(30, 30, 90), own(0, 1, 1))
+    assert ranks.by_image.tolist() == [1, 0]
+
+
+def test_a_cosine_that_is_not_a_number_never_scores() -> None:
+    image = angles(0, 90)
+    image[0] = torch.nan
+    ranks = retrieval_ranks(image, angles(0, 90), own(0, 1))
+    assert ranks.by_image.tolist() == [1, 0]
+    assert ranks.by_text.tolist() == [1, 1]
+
+
+def test_a_caption_with_the_same_words_is_as_right_as_the_own_one_when_asked() -> None:
+    words = torch.from_numpy(same_words(["a dog", "a cat", "a dog"]))
+    image, text = angles(0, 90, 12), angles(10, 90, 10)
+    strict = retrieval_ranks(image, text, own(0, 1, 2))
+    lenient = retrieval_ranks(image, text, Relevance(3, torch.tensor([0, 1, 2]), words))
+    assert strict.by_image.tolist() == [1, 0, 1]
+    assert strict.by_text.tolist() == [1, 0, 0]
+    assert lenient.by_image.tolist() == lenient.by_text.tolist() == [0, 0, 0]
+    assert lenient.right_texts.tolist() == lenient.right_images.tolist() == [2, 1, 2]
+
+
+def test_blocks_of_any_size_give_the_ranks_of_the_whole_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(23, 5, generator=generator)
+    text = torch.randn(61, 5, generator=generator)
+    owner = torch.cat([torch.arange(23), torch.randint(23, (38,), generator=generator)])
+    words = torch.randint(30, (61,), generator=generator)
+    for relevance in (Relevance(23, owner), Relevance(23, owner, words)):
+        whole = dense_ranks(image, text, relevance)
+        for cosines in (1, 50, 300, 10_000):
+            monkeypatch.setattr("evaluate.retrieval.COSINES_AT_ONCE", cosines)
+            ranks = retrieval_ranks(image, text, relevance)
+            assert (ranks.by_image.tolist(), ranks.by_text.tolist()) == whole
+
+
+def dense_ranks(
+    image: torch.Tensor, text: torch.Tensor, relevance: Relevance
+) -> tuple[list[int], list[int]]:
+    """The definition, pair by pair, with sets."""
+    cosine = torch.nn.functional.cosine_similarity(image[:, None].double(), text[None].double(), -1)
+    words = relevance.words if relevance.words is not None else torch.arange(len(text))
+    said = [set(words[relevance.owner == i].tolist()) for i in range(len(image))]
+    right = torch.tensor([[int(w) in s for w in words] for s in said])
+
+    def rank(scores: torch.Tensor, right: torch.Tensor) -> int:
+        return int((scores[~right] >= scores[right].max() - 1e-6).sum())
+
+    by_image = [rank(cosine[i], right[i]) for i in range(len(image))]
+    by_text = [rank(cosine[:, j], right[:, j]) for j in range(len(text))]
+    return by_image, by_text
+
+
+def test_chance_is_that_of_drawing_without_replacement() -> None:
+    assert chance_recall(np.array([1]), 10, 5) == pytest.approx(0.5)
+    # Two right ones of four, two drawn: 1 - (2/4)(1/3).
+    assert chance_recall(np.array([2]), 4, 2) == pytest.approx(1 - 1 / 6)
+    assert chance_recall(np.array([1, 2]), 2, 5) == 1
+
+
+def test_captions_are_counted_with_their_image() -> None:
+    hits, counts = hits_per_image(np.array([0, 3, 0]), np.array([1, 0, 1]), images=3, k=1)
+    assert hits.tolist() == [0, 2, 0]
+    assert counts.tolist() == [1, 2, 0]

@@ -1,0 +1,78 @@
+"""Zero-shot classification: prompts, class embeddings, ranks and confusions in small cases."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.zero_shot import class_embeddings, classify, confusion_matrix, make_prompts
+from features.errors import EvaluationError
+
+CLASSES = torch.eye(3)
+
+
+def test_every_name_is_put_into_every_template_class_by_class() -> None:
+    assert make_prompts(["cat", "{dog}"], ["a {}", "{}, one {}"]) == [
+        "a cat",
+        "cat, one cat",
+        "a {dog}",
+        "{dog}, one {dog}",
+    ]
+
+
+def test_a_template_without_a_place_for_the_name_is_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"has 'a photo', which has no place"):
+        make_prompts(["cat"], ["a {}", "a photo"])
+
+
+def test_a_long_prompt_weighs_no_more_than_a_short_one() -> None:
+    prompts = torch.tensor([[[10.0, 0.0], [0.0, 0.1]]])
+    assert class_embeddings(prompts).tolist() == [pytest.approx([0.5**0.5, 0.5**0.5])]
+
+
+def test_the_nearest_class_is_predicted() -> None:
+    image = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    found = classify(image, CLASSES, np.array([0, 1, 2]))
+    assert found.predicted.tolist() == [0, 0, 0]
+    assert found.ranks.tolist() == [0, 1, 2]
+    assert found.top(1) == pytest.approx(1 / 3)
+    assert found.top(2) == pytest.approx(2 / 3)
+
+
+def test_a_tie_goes_to_the_wrong_class() -> None:
+    found = classify(torch.ones(1, 3), CLASSES, np.array([0]))
+    assert found.ranks.tolist() == [2]
+    assert found.predicted[0] != 0
+
+
+def test_an_image_that_is_not_a_number_is_wrong() -> None:
+    found = classify(torch.full((1, 3), torch.nan), CLASSES, np.array([1]))
+    assert found.top(1) == found.top(2) == 0
+    assert found.predicted[0] != 1
+
+
+def test_mean_per_class_weighs_rare_classes_like_frequent_ones() -> None:
+    image = CLASSES[[0, 0, 0, 1, 0]]
+    found = classify(image, CLASSES, np.array([0, 0, 0, 1, 1]))
+    assert found.top(1) == pytest.approx(4 / 5)
+    assert found.mean_per_class() == pytest.approx((1 + 1 / 2) / 2)  # class 2 has no image
+
+
+def test_confusions_have_the_true_class_as_row() -> None:
+    matrix = confusion_matrix(np.array([0, 0, 2]), np.array([0, 1, 1]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
+
+
+def test_blocks_do_not_change_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, classes = torch.randn(30, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    labels = np.arange(30) % 7
+    whole = classify(image, class_embeddings(classes[:, None]), labels)
+    monkeypatch.setattr("evaluate.zero_shot.COSINES_AT_ONCE", 20)
+    blocked = classify(image, class_embeddings(classes[:, None]), labels)
+    assert blocked.ranks.tolist() == whole.ranks.tolist()
+    assert blocked.predicted.tolist() == whole.predicted.tolist()
+
+
+def test_a_split_without_images_gives_no_predictions() -> None:
+    found = classify(torch.empty(0, 3), CLASSES, np.empty(0, dtype=np.int64))
+    assert len(found.predicted) == len(found.ranks) == 0
