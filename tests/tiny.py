@@ -157,6 +157,7 @@ epochs = 3
 holdout = 0.2
 head = {{ kind = "glu", dim = 8, depth = 2 }}
 [eval]
+retrieval = ["test"]
 bootstrap = 50
 knn_k = [3]
 """

@@ -77,7 +77,11 @@ def test_a_second_align_and_eval_do_no_work(run_file: Path) -> None:
     ("command", "overrides", "words"),
     [
         ("align", ["align.batchsize=4"], "Did you mean 'batch_size'?"),
-        ("align", ["align.batch_size=4096"], "align.batch_size = 4096 is more than the"),
+        (
+            "align",
+            ["align.batch_size=4096", "run.dir='RUN/big'", "run.features='RUN/run'"],
+            "align.batch_size = 4096 is more than the",
+        ),
         ("align", ["run.dir='/proc/nowhere/run'"], "The operating system refused"),
         ("align", ["run.dir='RUN/other'"], "There is no feature store"),
         ("extract", ["run.dir='RUN/x'", "data.train.path='RUN/none-*.tar'"], "No file matches"),
