@@ -81,7 +81,14 @@ def normalised(
     pixels: UInt8[Tensor, "batch 3 height width"],
 ) -> Float32[Tensor, "batch 3 height width"]:
     """Return pictures as the network wants them."""
-    return (pixels.float() / 255 - MEAN) / STD
+    return standardised(pixels.float() / 255)
+
+
+def standardised(
+    pictures: Float32[Tensor, "batch 3 height width"],
+) -> Float32[Tensor, "batch 3 height width"]:
+    """Return pictures with values in [0, 1] as the network wants them."""
+    return (pictures - MEAN) / STD
 
 
 def _covering(mask: UInt8[np.ndarray, "height width"]) -> Int64[np.ndarray, "rows columns"]:

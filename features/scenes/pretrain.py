@@ -27,7 +27,7 @@ from features.scenes.batches import (
     normalised,
     pretraining_batches,
 )
-from features.scenes.probe import Probe, random_vit, raw_pixels
+from features.scenes.probe import Encode, Probe, mean_max, random_vit, raw_pixels
 from features.scenes.world import CLASS_NAMES, COLOURS, SHAPES, TEXTURES
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Questions(nn.Module):
 def pretrain(*, steps: int, seed: int) -> ResNetModel:
     """Train for a number of batches, every picture a new one."""
     torch.manual_seed(seed)
-    model = ResNetModel(_config())
+    model = network(SUPERVISION)
     asking = Questions(model)
     optimiser = torch.optim.AdamW(asking.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -114,28 +114,40 @@ def save(model: ResNetModel, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
-def measure(model: ResNetModel) -> None:
+def measure(last_map: Encode) -> None:
     """Log what nearest neighbours tell from the features, and from two baselines."""
     probe = Probe()
-    logger.info("k-NN, per cent of 1,000 test scenes, 6,000 reference scenes:")
-    encoders = {
+    encoders: dict[str, Encode] = {
         "raw pixels 32 × 32": raw_pixels,
         "random ViT, mean + max": random_vit(seed=0),
-        "this encoder": lambda pixels: model(normalised(pixels)).pooler_output.flatten(1),
+        "this encoder, mean": lambda pixels: last_map(pixels).mean((2, 3)),
+        "this encoder, mean + max": lambda pixels: mean_max(last_map(pixels)),
     }
+    logger.info("k-NN, per cent of 1,000 test scenes against 6,000 training scenes:")
     for name, encode in encoders.items():
         logger.info("%s: %s", name, probe.scores(encode))
 
 
-def _config() -> ResNetConfig:
-    return ResNetConfig(
+def network(supervision: str) -> ResNetModel:
+    """Return the untrained network; how it will be trained is noted in its configuration."""
+    config = ResNetConfig(
         embedding_size=32,
         hidden_sizes=[48, 96, 256],
         depths=[1, 2, 1],
         layer_type="basic",
         downsample_in_first_stage=False,
-        supervision=SUPERVISION,
+        supervision=supervision,
     )
+    return ResNetModel(config)
+
+
+def log_to(folder: Path, first_line: str) -> None:
+    """Log to the terminal, and to `training-log.txt` in a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = logging.FileHandler(folder / "training-log.txt", "w", encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(), log]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+    logger.info("torch %s, %s. %s", torch.__version__, platform.machine(), first_line)
 
 
 def main() -> None:
@@ -145,14 +157,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = logging.FileHandler(options.out / "training-log.txt", "w", encoding="utf-8")
-    handlers: list[logging.Handler] = [logging.StreamHandler(), log]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
-    logger.info("torch %s, %s, %s", torch.__version__, platform.machine(), SUPERVISION)
+    log_to(options.out, SUPERVISION)
     model = pretrain(steps=options.steps, seed=options.seed)
     save(model, options.out)
-    measure(model)
+    measure(lambda pixels: model(normalised(pixels)).last_hidden_state)
 
 
 if __name__ == "__main__":

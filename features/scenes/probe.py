@@ -17,7 +17,7 @@ from features.scenes.world import COLOURS, EVERY, HELD_OUT, SEEN
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 PICTURES_AT_ONCE = 250
-Encode = Callable[[UInt8[Tensor, "batch 3 height width"]], Float[Tensor, "batch feature_dim"]]
+Encode = Callable[[UInt8[Tensor, "batch 3 height width"]], Float[Tensor, "batch ..."]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ def random_vit(seed: int) -> Encode:
         return torch.cat([patches.mean(1), patches.amax(1)], dim=1)
 
     return encode
+
+
+def mean_max(
+    maps: Float[Tensor, "batch dim rows columns"],
+) -> Float[Tensor, "batch feature_dim"]:
+    """Return the mean and the maximum of each channel, side by side."""
+    return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)
 
 
 def _encode_all(

@@ -74,7 +74,7 @@ def test_sigmoid_loss_and_gradients_equal_those_of_the_released_code(
     model, cases = golden(kind)
     loss = loss_of(model, cases, texts, LossOptions("sigmoid", "pair", 5))
     torch.testing.assert_close(loss, cases[f"{case}.loss"][0], rtol=1e-5, atol=0)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     weights = dict(model.named_parameters())
     prefix = f"{case}.grad."
     names = [name for name in cases if name.startswith(prefix)]
