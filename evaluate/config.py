@@ -24,11 +24,13 @@ class EvalConfig(BaseModel):
     """`own`: only an image's own captions are right (the usual protocol). `identical`: also those
     of other images with the same words, for captions that repeat."""
     zero_shot: tuple[str, ...] = ()
-    """Splits for zero-shot classification; every labelled split but the training split if empty."""
+    """Splits for zero-shot classification; every labelled split but the training split and those
+    with groups, if empty."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts for a class name; their embeddings are averaged."""
     knn: tuple[str, ...] = ()
-    """Splits for k-NN classification (queries); every labelled split but the reference if empty."""
+    """Splits for k-NN classification (queries); every labelled split with the classes of the
+    reference but the training split, the reference and those with groups, if empty."""
     knn_reference: str | None = None
     """Labelled split whose rows vote; the training split if not given."""
     knn_k: tuple[PositiveInt, ...] = (10, 20, 100, 200)

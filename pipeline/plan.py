@@ -44,15 +44,14 @@ def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureSto
         EvaluationError: A split that is named lacks what the measure needs, or none has anything.
     """
     choice = _Choice(stores, [split for split in stores if split != training])
+    plain = choice.without_groups()
     reference = config.knn_reference or training
     plan = Plan(
-        retrieval=choice.of(
-            config.retrieval, "retrieval", "captions", _is_for_retrieval(config.retrieval)
-        ),
-        zero_shot=choice.of(
+        retrieval=plain.of(config.retrieval, "retrieval", "captions", _has_captions),
+        zero_shot=plain.of(
             config.zero_shot, "zero_shot", "labels with class names", _has_named_classes
         ),
-        knn=_knn_splits(config, reference, choice),
+        knn=_knn_splits(config, reference, plain),
         knn_reference=reference,
         compositional=choice.of(
             config.compositional, "compositional", "groups with captions", _has_groups
@@ -85,6 +84,11 @@ class _Choice:
                     f"setting empty."
                 )
         return named or tuple(split for split in self.others if test(self.stores[split]))
+
+    def without_groups(self) -> "_Choice":
+        """Return the same choice, but of rows that were not made to be compared in groups."""
+        plain = [split for split in self.others if self.stores[split].groups() is None]
+        return _Choice(self.stores, plain)
 
 
 def _knn_splits(config: EvalConfig, reference: str, choice: _Choice) -> tuple[str, ...]:
@@ -119,5 +123,5 @@ def _has_groups(store: FeatureStore) -> bool:
     return store.groups() is not None and bool(store.fields)
 
 
-def _is_for_retrieval(named: tuple[str, ...]) -> Callable[[FeatureStore], bool]:
-    return lambda store: bool(store.fields) and (bool(named) or store.groups() is None)
+def _has_captions(store: FeatureStore) -> bool:
+    return bool(store.fields)

@@ -155,7 +155,7 @@ def main() -> None:
     """Parse the command line, train, save and measure."""
     parser = argparse.ArgumentParser(description="Train an image encoder without labels.")
     parser.add_argument("out", type=Path, help="folder for weights, configuration and log")
-    parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH} pictures")
+    parser.add_argument("--steps", type=int, default=800, help=f"batches of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     log_to(options.out, SUPERVISION)
