@@ -52,7 +52,7 @@ class _Scale:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, x_label: str, y_label: str, percent: bool = False, mark: float = -1
+    curves: Sequence[Curve], *, x_label: str, y_label: str, percent: bool = False, mark: int = -1
 ) -> Markup:
     """Draw curves over one pair of axes.
 

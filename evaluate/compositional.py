@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}
+CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": round(1 / 6, 8)}
 """Scores of random cosines: both of two independent choices, and all four at once."""
 
 

@@ -122,7 +122,7 @@ def chance_recall(right: Int64[np.ndarray, "queries"], gallery: int, k: int) -> 
     missed = np.ones(len(right))
     for drawn in range(min(k, gallery)):
         missed *= np.clip(1 - right / (gallery - drawn), 0, 1)
-    return float(np.mean(1 - missed))
+    return round(float(np.mean(1 - missed)), 8)
 
 
 def hits_per_image(

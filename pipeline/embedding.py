@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from align.checkpoint import Checkpoint, differences
 from align.head import AlignmentModel
 from features.column import Column
-from features.encoders import load_text_encoder
 from features.errors import EvaluationError
 from features.status import Status
 from features.store import NOT_COMPARED, FeatureStore
@@ -185,6 +184,8 @@ def prompt_features(
             f"The head was trained on the text encoder {name!r}, which the recipe does not have. "
             f"Zero-shot prompts must be encoded by it. Add [encoders.text.{name}]."
         )
+    from features.encoders import load_text_encoder  # slow to import, and mostly not needed
+
     encoder = load_text_encoder(name, config.encoders.text[name], embedder.device)
     found = json.loads(json.dumps(encoder.fingerprint))
     for place, value, expected in differences(found, compared):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     checkpoint = Checkpoint.open(checkpoint_path)
     stores = {split: FeatureStore.open(folder.store(split)) for split in config.data}
     results, report = folder.eval / "results.json", folder.eval / "report.html"
-    inputs, digest = folder.eval / "inputs.sha256", _digest(config, checkpoint, stores)
+    plan = make_plan(config.eval, config.align.split, stores)
+    inputs, digest = folder.eval / "inputs.sha256", _digest(config, plan, checkpoint, stores)
     written = results.is_file() and report.is_file() and inputs.is_file()
     if written and inputs.read_text(encoding="utf-8").strip() == digest:
         logger.info("%s is up to date", results)
         return results
-    plan = make_plan(config.eval, config.align.split, stores)
     folder.eval.mkdir(parents=True, exist_ok=True)
     device = choose_device(config.run.device)
     model, checkpoint = load_aligned(checkpoint_path, device)
@@ -122,12 +123,15 @@ def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
             raise Stopped
 
 
-def _digest(config: RunConfig, checkpoint: Checkpoint, stores: dict[str, FeatureStore]) -> str:
+def _digest(
+    config: RunConfig, plan: Plan, checkpoint: Checkpoint, stores: dict[str, FeatureStore]
+) -> str:
     """Return a hash of everything that the results and the report depend on."""
     reference = config.report.reference
     known: dict[str, Any] = {
         "version": VERSION,
         "run": config.run.name,
+        "plan": asdict(plan),
         "eval": config.eval.model_dump(mode="json"),
         "report": config.report.model_dump(mode="json"),
         "reference": _sha256(reference.read_bytes()) if reference and reference.is_file() else None,

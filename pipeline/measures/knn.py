@@ -101,7 +101,7 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
                     "vectors": search.about,
                     "reference": reference,
                     "reference_rows": len(voter_labels),
-                    "chance": 1 / num_classes,
+                    "chance": round(1 / num_classes, 8),
                 },
             )
         )

@@ -72,7 +72,7 @@ def _add_results(context: Context, dataset: str, found: Classified, num_classes:
                     "templates": list(settings.templates),
                     "classes": num_classes,
                     "ties": TIES,
-                    "chance": (TOP if metric == "top5" else 1) / num_classes,
+                    "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),
                 },
             )
         )

@@ -117,7 +117,7 @@ def test_a_signal_ends_align_after_a_clean_save_and_it_goes_on_later(
     options = [
         f"--set=run.dir='{tmp_path}'",
         f"--set=run.features='{run_file.parent / 'run'}'",
-        "--set=align.steps=4000",
+        "--set=align.steps=1500",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "align", str(run_file), *options],
@@ -134,10 +134,10 @@ def test_a_signal_ends_align_after_a_clean_save_and_it_goes_on_later(
     assert process.returncode == code, errors
     assert "goes on from here" in errors
     reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    sail("align", str(run_file), *options[:2], "--set=align.steps=4000", "--json")
+    sail("align", str(run_file), *options[:2], "--set=align.steps=1500", "--json")
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps[-1] == 4000
-    assert reached < 4000
+    assert steps[-1] == 1500
+    assert reached < 1500
     assert steps == sorted(steps)
 
 

@@ -1,0 +1,294 @@
+"""The report: self-contained, safe against the words it shows, and right in what it says."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluate.charts import Curve, line_chart, meter
+from evaluate.confusion import (
+    Confusions,
+    by_attribute,
+    hardest_classes,
+    matrix_chart,
+    worst_mistakes,
+)
+from evaluate.pictures import thumbnail
+from evaluate.report import (
+    Candidate,
+    ColumnFacts,
+    EncoderFacts,
+    ExamplePanel,
+    GroupExample,
+    Report,
+    RetrievalExample,
+    SplitFacts,
+    TrainingFacts,
+    headlines,
+    knn_tables,
+    ordinal,
+    render,
+)
+from evaluate.results import Result
+
+HOSTILE = '<script>alert("x")</script>'
+FINGERPRINT = {
+    "model": "org/model",
+    "revision": "0123456789abcdef",
+    "pooling": "cls",
+    "supervision": "labels of shapes",
+    "licence": None,
+    "weights_sha256": "ff" * 32,
+}
+CONFUSIONS = Confusions(
+    "test",
+    ("red circle", "red square", "blue circle", "blue square"),
+    np.array([[3, 1, 0, 0], [0, 4, 0, 0], [2, 0, 1, 0], [0, 0, 0, 0]]),
+)
+
+
+def result(task: str, metric: str, value: float = 0.5, **protocol: Any) -> Result:
+    return Result(
+        task=task,
+        dataset="test",
+        metric=metric,
+        value=value,
+        n=40,
+        ci95=(value - 0.1, value + 0.1),
+        encoders={"image": "eye", "text": None if task == "knn/image_features" else "reader"},
+        protocol={"chance": 0.025, "gallery": 40, "queries": 40} | protocol,
+    )
+
+
+def knn(kind: str, k: int, value: float) -> Result:
+    return result(f"knn/{kind}", "knn_top1", value, k=k, reference="train", temperature=0.07)
+
+
+RESULTS = (
+    result("zero_shot", "top1", 0.613),
+    result("retrieval/text_to_image", "recall@1", 0.271),
+    result("retrieval/image_to_text", "recall@1", 0.342),
+    knn("image_features", 10, 0.4),
+    knn("image_features", 20, 0.45),
+    knn("image_embeddings", 10, 0.7),
+    result("compositional", "group_score", 0.2),
+)
+
+
+def report(**changes: Any) -> Report:
+    picture = thumbnail(Image.new("RGB", (300, 200), "teal"))
+    wrong = RetrievalExample(
+        words=HOSTILE,
+        picture=None,
+        rank=22,
+        gallery=40,
+        found=(Candidate("a dog", 0.61, False, picture), Candidate("a cat", 0.6, False, None)),
+        missed=Candidate("a fish", 0.1, True, picture),
+    )
+    right = replace(wrong, rank=1, found=(Candidate("a fish", 0.9, True, picture),), missed=None)
+    basis = Report(
+        title="A title",
+        run="run-7",
+        written="Written today",
+        checkpoint_sha256="ab" * 32,
+        checkpoint="best head, of step 20",
+        encoders=(
+            EncoderFacts("image", "eye", True, 8, FINGERPRINT),
+            EncoderFacts("text", "reader", True, 10, FINGERPRINT | {"revision": None}),
+        ),
+        splits=(
+            SplitFacts("train", ("training",), 90, ("0", "1"), 0, "folder", ()),
+            SplitFacts(
+                "test",
+                ("zero-shot",),
+                40,
+                ("short",),
+                4,
+                HOSTILE,
+                (ColumnFacts("image/eye", 38, {"truncated image": 2}),),
+            ),
+        ),
+        training=TrainingFacts(
+            facts=(("head", "small"),),
+            loss=Curve("loss (nats per image)", [1, 2, 3], [9.0, 3.0, 2.0]),
+            recalls=(Curve("recall@1", [1, 3], [0.1, 0.3]),),
+            best_step=3,
+        ),
+        results=RESULTS,
+        panels=(
+            ExamplePanel("retrieval/text_to_image", "test", (right, wrong)),
+            ExamplePanel("retrieval/image_to_text", "test", (replace(right, picture=picture),)),
+            ExamplePanel("zero_shot", "test", (wrong,)),
+        ),
+        groups=(
+            GroupExample(
+                "test", (picture, None), ("a on b", "b on a"), ((0.3, 0.2), (0.1, 0.4)), True, True
+            ),
+        ),
+        confusions=(CONFUSIONS,),
+        notes=("7 groups are left out.",),
+        reference=({"what": "older", "value": 0.1}, {"what": "oldest", "commit": "abc"}),
+    )
+    return replace(basis, **changes)
+
+
+def test_the_page_shows_numbers_data_examples_and_where_they_come_from() -> None:
+    page = render(report())
+    shown = ["61.3", "27.1", "34.2", "labels of shapes", "2 truncated image", "7 groups are left"]
+    shown += ["best head, of step 20", "came 22nd of 40", "a on b", "oldest", "not from this run"]
+    assert [words for words in shown if words not in page] == []
+
+
+def test_words_from_outside_cannot_become_markup() -> None:
+    page = render(report(title=HOSTILE, notes=(HOSTILE,)))
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_page_needs_nothing_but_itself() -> None:
+    page = render(report())
+    places = re.findall(r"(?:src|href)=\"([^\"]*)\"|url\(([^)]*)\)", page)
+    outside = [a or b for a, b in places if not (a or b).startswith(("data:image/", "#"))]
+    assert outside == []
+    assert "default-src 'none'" in page
+
+
+def test_sections_without_numbers_are_left_out() -> None:
+    page = render(report(results=(), panels=(), groups=(), confusions=(), reference=()))
+    assert 'id="zero-shot"' not in page
+    assert 'id="compositional"' not in page
+    assert 'id="reference"' not in page
+
+
+def test_a_run_without_metrics_still_has_a_report() -> None:
+    nothing = TrainingFacts((), Curve("loss", [], []), (), 0)
+    assert "No rows were held out" in render(report(training=nothing))
+
+
+def test_headlines_take_k_of_twenty_for_the_image_encoder() -> None:
+    found = {each.name: each.result.value for each in headlines(RESULTS)}
+    assert found == {
+        "Zero-shot classification": 0.613,
+        "k-NN, image encoder alone": 0.45,
+        "Caption → image": 0.271,
+        "Image → caption": 0.342,
+        "Compositional": 0.2,
+    }
+
+
+def test_knn_is_a_table_of_vectors_by_k_with_the_best_marked() -> None:
+    (table,) = knn_tables(RESULTS)
+    assert table.ks == [10, 20]
+    assert [(row.vectors, row.encoder, row.best) for row in table.rows] == [
+        ("image_features", "eye", 20),
+        ("image_embeddings", "eye + reader", 10),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (1, "1st"),
+        (2, "2nd"),
+        (3, "3rd"),
+        (4, "4th"),
+        (11, "11th"),
+        (112, "112th"),
+        (1021, "1,021st"),
+    ],
+)
+def test_places_are_said_as_in_english(number: int, word: str) -> None:
+    assert ordinal(number) == word
+
+
+def test_a_picture_is_small_and_keeps_its_proportions() -> None:
+    uri = thumbnail(Image.new("RGBA", (1000, 500)))
+    assert uri.startswith("data:image/jpeg;base64,")
+    assert len(uri) < 4000
+
+
+# Charts
+
+
+def test_a_curve_leaves_out_what_is_not_a_number() -> None:
+    chart = line_chart(
+        [Curve("a", [1, 2, 3], [1.0, float("nan"), 2.0])], x_label="step", y_label="loss"
+    )
+    assert chart.count("<circle") == 2
+    assert "nan" not in chart
+
+
+def test_a_curve_without_points_is_no_chart() -> None:
+    assert line_chart([Curve("a", [1], [float("inf")])], x_label="x", y_label="y") == ""
+
+
+@pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-6, 1e6], [-3.0, -1.0], [2.0, 2.0]])
+def test_any_range_of_values_gives_coordinates_within_the_chart(values: list[float]) -> None:
+    chart = line_chart([Curve("a", range(len(values)), values)], x_label="x", y_label="y")
+    points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
+    assert len(points) == len(values)
+    assert all(0 <= float(each) <= 560 for point in points for each in point.split(","))
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_end() -> None:
+    chart = line_chart([Curve("a", range(10_000), range(10_000))], x_label="x", y_label="y")
+    points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
+    assert len(points) <= 402
+    assert points[-1].startswith("546")
+
+
+def test_a_meter_has_the_length_of_its_value() -> None:
+    assert '<rect class="fill" width="25.00"' in meter(0.25, (0.2, 0.3), 0.1)
+
+
+# Confusions
+
+
+def test_the_worst_mistakes_come_first_and_right_answers_are_none() -> None:
+    found = [(each.true, each.predicted, each.count) for each in worst_mistakes(CONFUSIONS, 5)]
+    assert found == [("blue circle", "red circle", 2), ("red circle", "red square", 1)]
+
+
+def test_the_hardest_classes_are_those_of_lowest_recall_that_have_images() -> None:
+    assert hardest_classes(CONFUSIONS, 5) == [
+        ("blue circle", 1, 3),
+        ("red circle", 3, 4),
+        ("red square", 4, 4),
+    ]
+
+
+def test_two_word_names_are_also_counted_word_by_word() -> None:
+    colours, shapes = by_attribute(CONFUSIONS)
+    assert colours.class_names == ("red", "blue")
+    assert colours.matrix.tolist() == [[8, 0], [2, 1]]
+    assert shapes.matrix.tolist() == [[6, 1], [0, 4]]
+
+
+@pytest.mark.parametrize(
+    "names", [("a b", "a c", "d b", "e c"), ("cat", "a dog", "a cow", "a hen"), ("a b",)]
+)
+def test_names_that_are_no_grid_of_words_are_not_taken_apart(names: tuple[str, ...]) -> None:
+    size = len(names)
+    assert by_attribute(Confusions("test", names, np.eye(size, dtype=np.int64))) == []
+
+
+def test_each_pair_that_occurs_is_one_square() -> None:
+    chart = matrix_chart(CONFUSIONS)
+    assert chart.count('class="hit"') == 3
+    assert chart.count('class="miss"') == 2
+    assert "blue circle → red circle: 2 of 3" in chart
+
+
+def test_neighbouring_classes_are_drawn_as_one_where_there_are_too_many() -> None:
+    names = tuple(f"class {i}" for i in range(1000))
+    chart = matrix_chart(Confusions("test", names, np.eye(1000, dtype=np.int64)))
+    assert chart.count('class="hit"') == 250
+    assert "class 0 … class 3 → class 0 … class 3: 4 of 4" in chart
+
+
+def test_names_of_classes_are_escaped() -> None:
+    names = (HOSTILE, "b")
+    assert "<script" not in matrix_chart(Confusions("test", names, np.eye(2, dtype=np.int64)))

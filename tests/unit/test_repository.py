@@ -1,0 +1,63 @@
+"""House rules that no linter checks."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import evaluate
+from pipeline.cli import cli
+
+ROOT = Path(__file__).parents[2]
+LAYERS = ["features", "align", "evaluate", "pipeline"]  # each may import only those before it
+SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    command
+    for page in PAGES
+    for command in re.findall(
+        r"^(?:\$ )?sail (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+]
+
+
+def imported_packages(path: Path) -> set[str]:
+    names = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_package_imports_only_the_layers_below_it(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    assert not imported_packages(path) & set(LAYERS[LAYERS.index(layer) + 1 :])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_the_docs_are_ones_the_cli_accepts(command: str) -> None:
+    name, *arguments = shlex.split(command)
+    subcommand = cli.get_command(click.Context(cli), name)
+    assert subcommand is not None
+    subcommand.make_context(name, arguments)  # raises UsageError if it is not
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_evaluate_is_ours_and_not_the_pypi_package_of_that_name() -> None:
+    assert Path(evaluate.__file__).is_relative_to(ROOT)
