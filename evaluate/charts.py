@@ -52,7 +52,12 @@ class _Scale:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, x_label: str, y_label: str, percent: bool = False, mark: int = -1
+    curves: Sequence[Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    percent: bool = False,
+    mark: int | None = None,
 ) -> Markup:
     """Draw curves over one pair of axes.
 
@@ -61,7 +66,7 @@ def line_chart(
         x_label: What the horizontal axis is.
         y_label: What the vertical axis is.
         percent: The values are fractions; the axis begins at 0.
-        mark: Where to draw a vertical line; none if negative.
+        mark: Where to draw a vertical line; none if not given.
     """
     drawn = [_thinned(curve) for curve in curves]
     xs = [value for curve in drawn for value in curve.x]
@@ -71,7 +76,7 @@ def line_chart(
     x = _Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y = _vertical_scale(ys, percent=percent)
     parts = [_axes(x, y, x_label, y_label, percent=percent)]
-    if mark >= 0 and x.low <= mark <= x.high:
+    if mark is not None and x.low <= mark <= x.high:
         parts.append(
             f'<line class="mark" x1="{x(mark)}" x2="{x(mark)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
             f'<text class="tick" x="{x(mark) - 5}" y="{TOP + 10}" text-anchor="end">best</text>'

@@ -87,7 +87,7 @@ def matrix_chart(confusions: Confusions, *, side: int = SIDE) -> Markup:
     cell = min(34.0, side / size)
     font = min(12.5, 0.92 * cell)
     longest = max(len(name) for name in shown.class_names)
-    margin = font * 0.56 * longest + 12 if labelled else 14
+    margin = font * 0.56 * longest + 12 if labelled else 14.0
     extent = size * cell
     parts = [
         f'<rect class="track" x="{margin:.1f}" y="{margin:.1f}" width="{extent:.1f}" '

@@ -113,8 +113,8 @@ def report(**changes: Any) -> Report:
         ),
         training=TrainingFacts(
             facts=(("head", "small"),),
-            loss=Curve("loss (nats per image)", [1, 2, 3], [9.0, 3.0, 2.0]),
-            recalls=(Curve("recall@1", [1, 3], [0.1, 0.3]),),
+            loss=Curve("loss (nats per image)", [1.0, 2.0, 3.0], [9.0, 3.0, 2.0]),
+            recalls=(Curve("recall@1", [1.0, 3.0], [0.1, 0.3]),),
             best_step=3,
         ),
         results=RESULTS,
@@ -215,26 +215,29 @@ def test_a_picture_is_small_and_keeps_its_proportions() -> None:
 
 def test_a_curve_leaves_out_what_is_not_a_number() -> None:
     chart = line_chart(
-        [Curve("a", [1, 2, 3], [1.0, float("nan"), 2.0])], x_label="step", y_label="loss"
+        [Curve("a", [1.0, 2.0, 3.0], [1.0, float("nan"), 2.0])], x_label="step", y_label="loss"
     )
     assert chart.count("<circle") == 2
     assert "nan" not in chart
 
 
 def test_a_curve_without_points_is_no_chart() -> None:
-    assert line_chart([Curve("a", [1], [float("inf")])], x_label="x", y_label="y") == ""
+    assert line_chart([Curve("a", [1.0], [float("inf")])], x_label="x", y_label="y") == ""
 
 
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-6, 1e6], [-3.0, -1.0], [2.0, 2.0]])
 def test_any_range_of_values_gives_coordinates_within_the_chart(values: list[float]) -> None:
-    chart = line_chart([Curve("a", range(len(values)), values)], x_label="x", y_label="y")
+    chart = line_chart(
+        [Curve("a", [float(i) for i in range(len(values))], values)], x_label="x", y_label="y"
+    )
     points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
     assert len(points) == len(values)
     assert all(0 <= float(each) <= 560 for point in points for each in point.split(","))
 
 
 def test_a_long_curve_is_thinned_but_keeps_its_end() -> None:
-    chart = line_chart([Curve("a", range(10_000), range(10_000))], x_label="x", y_label="y")
+    many = [float(i) for i in range(10_000)]
+    chart = line_chart([Curve("a", many, many)], x_label="x", y_label="y")
     points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
     assert len(points) <= 402
     assert points[-1].startswith("546")
