@@ -27,8 +27,8 @@ class _Scale:
 
     low: float
     high: float
-    start: float
-    stop: float
+    start: int
+    stop: int
     log: bool = False
 
     def __call__(self, value: float) -> float:
@@ -57,7 +57,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     percent: bool = False,
-    mark: int | None = None,
+    mark: float | None = None,
 ) -> Markup:
     """Draw curves over one pair of axes.
 

@@ -20,7 +20,7 @@ class Neighbours:
 
 def nearest_neighbours(
     queries: Float[np.ndarray, "queries dim"],
-    reference: Iterable[Float[np.ndarray, "rows dim"]],
+    reference: Iterable[Float[np.ndarray, "_ dim"]],
     k: int,
 ) -> Neighbours:
     """Find the k nearest rows by cosine with a flat (exact) FAISS search.

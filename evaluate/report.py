@@ -314,7 +314,7 @@ def _meter(result: Result) -> Markup:
 
 def _loss_chart(training: TrainingFacts) -> Markup:
     loss = training.loss
-    return line_chart([loss], x_label="step", y_label=loss.name, mark=training.best_step)
+    return line_chart([loss], x_label="step", y_label=loss.name, mark=float(training.best_step))
 
 
 def _recall_chart(training: TrainingFacts) -> Markup:
@@ -323,7 +323,7 @@ def _recall_chart(training: TrainingFacts) -> Markup:
         x_label="step",
         y_label="held-out recall",
         percent=True,
-        mark=training.best_step,
+        mark=float(training.best_step),
     )
 
 
