@@ -1,0 +1,238 @@
+"""The third stage on small real stores: every measure, from the features to results.json."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from align.checkpoint import load_aligned
+from features.encoders import load_text_encoder
+from features.errors import EvaluationError
+from features.store import FeatureStore
+from pipeline.config import RunConfig, load_config
+from pipeline.evaluation import evaluate_run, results_table
+from pipeline.interrupt import StopRequest
+from pipeline.run import RunFolder, Stopped, extract
+from pipeline.training import align_run
+from tests import tiny
+
+ALL = (
+    'eval.zero_shot=["test"]',
+    'eval.knn=["test"]',
+    'eval.compositional=["test"]',
+    'eval.templates=["the {}", "a {} circle"]',
+)
+CLASSES = ("red", "green", "blue", "star", "square")  # words that the tiny tokenizer knows
+LABELS = np.arange(1000, 1016) % 5
+WAYS = ("image_to_text", "text_to_image")
+KNN = ("image_features", "image_embeddings", "cross_modal")
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file whose features and head are there."""
+    run_file = tiny.world(tmp_path_factory.mktemp("world"), rows=48)
+    names = run_file.parent / "shards" / "classes.txt"
+    names.write_text("".join(f"{name}\n" for name in CLASSES))
+    config = load_config(str(run_file))
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    return run_file
+
+
+class Run:
+    """A run of its own, that shares the features and has its own copy of the head."""
+
+    def __init__(self, run_file: Path, folder: Path) -> None:
+        self.run_file, self.folder = run_file, folder
+        self.model, _ = load_aligned(folder / "align" / "best")
+
+    def config(self, *overrides: str) -> RunConfig:
+        places = [f"run.dir='{self.folder}'", f"run.features='{self.run_file.parent / 'run'}'"]
+        return load_config(str(self.run_file), [*places, *overrides])
+
+    def results(self, *overrides: str) -> Rows:
+        path = evaluate_run(self.config(*overrides), StopRequest())
+        results: Rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        return results
+
+    @property
+    def report(self) -> str:
+        return (self.folder / "eval" / "report.html").read_text(encoding="utf-8")
+
+    def features(self, column: str, split: str = "test") -> torch.Tensor:
+        store = FeatureStore.open(RunFolder(self.run_file.parent / "run").store(split))
+        return torch.from_numpy(store.column(column).read(0, store.rows))
+
+    def images(self) -> torch.Tensor:
+        return F.normalize(self.model.embed_image(self.features("image/vit")), dim=-1)
+
+    def captions(self, field: str) -> torch.Tensor:
+        return F.normalize(self.model.embed_text(self.features(f"text/bert/{field}")), dim=-1)
+
+
+@pytest.fixture
+def run(world: Path, tmp_path: Path) -> Run:
+    shutil.copytree(world.parent / "run" / "align", tmp_path / "align", symlinks=True)
+    return Run(world, tmp_path)
+
+
+def value(results: Rows, task: str, dataset: str, metric: str, **protocol: Any) -> float:
+    (found,) = [
+        row["value"]
+        for row in results
+        if (row["task"], row["dataset"], row["metric"]) == (task, dataset, metric)
+        and protocol.items() <= row["protocol"].items()
+    ]
+    return float(found)
+
+
+def test_every_measure_is_taken_and_named_as_the_contract_says(run: Run) -> None:
+    results = run.results(*ALL)
+    assert {(row["task"], row["metric"]) for row in results} == {
+        ("zero_shot", "top1"),
+        ("zero_shot", "mean_per_class"),
+        *((f"retrieval/{way}", f"recall@{k}") for way in WAYS for k in (1, 5, 10)),
+        *(("compositional", f"{name}_score") for name in ("text", "image", "group")),
+        *((f"knn/{kind}", "knn_top1") for kind in KNN),
+    }
+    for row in results:
+        low, high = row["ci95"]
+        assert 0 <= low <= high <= 1
+        assert row["n"] in (8, 16)
+        assert row["encoders"]["image"] == "vit"
+        assert 0 < row["protocol"]["chance"] < 1
+    assert "recall@10" in results_table(run.folder / "eval" / "results.json")
+
+
+def test_retrieval_equals_its_definition_on_the_features_of_the_store(run: Run) -> None:
+    results = run.results(*ALL)
+    cosine = (run.images() @ run.captions("long").T).numpy()
+    for way, scores in zip(WAYS, (cosine, cosine.T), strict=True):
+        wrong = scores.copy()
+        np.fill_diagonal(wrong, -2)
+        ranks = (wrong >= np.diag(scores)[:, None] - 1e-6).sum(axis=1)
+        for k in (1, 5, 10):
+            found = value(results, f"retrieval/{way}", "test/long", f"recall@{k}")
+            assert found == pytest.approx(np.mean(ranks < k))
+
+
+def test_zero_shot_equals_its_definition_with_prompts_encoded_anew(run: Run) -> None:
+    results = run.results(*ALL)
+    settings = run.config().encoders.text["bert"]
+    encoder = load_text_encoder("bert", settings, torch.device("cpu"))
+    prompts = [prompt for name in CLASSES for prompt in (f"the {name}", f"a {name} circle")]
+    features = torch.from_numpy(encoder.encode(prompts).astype(np.float16))
+    embedded = F.normalize(run.model.embed_text(features), dim=-1)
+    classes = F.normalize(embedded.view(5, 2, -1).mean(1), dim=-1)
+    assert (classes @ classes.T).fill_diagonal_(0).max() < 1 - 1e-4  # no two classes are the same
+    right = ((run.images() @ classes.T).argmax(1).numpy() == LABELS).astype(float)
+    assert value(results, "zero_shot", "test", "top1") == pytest.approx(right.mean())
+    by_class = [right[label == LABELS].mean() for label in range(5)]
+    found = value(results, "zero_shot", "test", "mean_per_class")
+    assert found == pytest.approx(np.mean(by_class))
+
+
+def test_knn_equals_its_definition_on_the_features_of_the_store(run: Run) -> None:
+    results = run.results(*ALL)
+    query, voters = (
+        F.normalize(run.features("image/vit", split).float(), dim=-1) for split in ("test", "train")
+    )
+    cosine, rows = (each.numpy() for each in (query @ voters.T).topk(3, dim=1))
+    votes = np.zeros((16, 5))
+    for neighbour in range(3):
+        votes[np.arange(16), rows[:, neighbour] % 5] += np.exp(cosine[:, neighbour] / 0.07)
+    found = value(results, "knn/image_features", "test", "knn_top1", k=3)
+    assert found == pytest.approx(np.mean(votes.argmax(1) == LABELS))
+
+
+def test_captions_with_the_same_words_count_as_right_only_when_asked(run: Run) -> None:
+    own = run.results()
+    assert "word for word" in run.report
+    both = run.results('eval.retrieval_positives="identical"')
+    task = ("retrieval/image_to_text", "test/short", "recall@1")
+    assert value(own, *task) == 0  # every short caption is that of three images at least
+    assert value(both, *task) > 0
+    assert "word for word" not in run.report
+
+
+def test_a_second_evaluation_does_nothing_and_a_changed_setting_measures_again(run: Run) -> None:
+    run.results()
+    results = run.folder / "eval" / "results.json"
+    before = results.stat().st_mtime_ns
+    run.results()
+    assert results.stat().st_mtime_ns == before
+    run.results("eval.seed=7")
+    assert results.stat().st_mtime_ns != before
+
+
+def test_prompts_are_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.results(*ALL)
+    monkeypatch.setattr("features.encoders.load_text_encoder", lambda *_: pytest.fail("loaded"))
+    run.results(*ALL, "eval.seed=3")
+
+
+def test_the_report_shows_pictures_and_the_numbers_do_without_the_shards(
+    run: Run, tmp_path: Path
+) -> None:
+    with_pictures = run.results(*ALL)
+    assert "data:image/jpeg;base64," in run.report
+    shards = run.run_file.parent / "shards"
+    shards.rename(tmp_path / "away")
+    try:
+        assert run.results(*ALL, 'report.title="again"') == with_pictures
+    finally:
+        (tmp_path / "away").rename(shards)
+    assert "cannot be read" in run.report
+    assert "data:image/jpeg;base64," not in run.report
+
+
+def test_a_k_beyond_the_reference_is_left_out_and_said(run: Run) -> None:
+    results = run.results('eval.knn=["test"]', "eval.knn_k=[3, 5000]")
+    assert {row["protocol"]["k"] for row in results if row["task"].startswith("knn/")} == {3}
+    assert "k-NN with k = 5000 is left out" in run.report
+
+
+def test_a_head_of_another_encoder_is_refused_by_the_field(run: Run) -> None:
+    file = run.folder / "align" / "best" / "config.json"
+    document = json.loads(file.read_text())
+    document["run"]["image"]["fingerprint"]["pooling"] = "mean"
+    file.write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match="pooling = 'cls', but the head was trained"):
+        run.results()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ('eval.retrieval_fields=["shrt"]', r"eval.retrieval_fields names \['shrt'\]"),
+        ('eval.compositional_fields=["x"]', r"eval.compositional_fields names \['x'\]"),
+        ('eval.knn=["train"]', "eval.knn names 'train'"),
+        ("eval.templates=['a photo']", "which has no place for the class name"),
+    ],
+)
+def test_a_measure_that_cannot_be_taken_is_refused(run: Run, override: str, words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
+        run.results('eval.zero_shot=["test"]', override)
+
+
+def test_a_signal_leaves_the_results_of_before(run: Run) -> None:
+    run.results()
+    before = (run.folder / "eval" / "results.json").read_bytes()
+    with pytest.raises(Stopped):
+        evaluate_run(run.config("eval.seed=9"), StopRequest(signal_number=15))
+    assert (run.folder / "eval" / "results.json").read_bytes() == before
+
+
+def test_earlier_numbers_are_shown_as_such(run: Run, tmp_path: Path) -> None:
+    reference = tmp_path / "earlier.json"
+    reference.write_text('[{"what": "top-1 on raw pixels", "value": 0.062}]')
+    run.results(f"report.reference='{reference}'")
+    assert "top-1 on raw pixels" in run.report
+    assert "Recorded earlier, not from this run" in run.report
