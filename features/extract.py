@@ -10,18 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from jaxtyping import Float16, Num, UInt8
+from jaxtyping import Float16, UInt8
 
 from features.column import Column
-from features.encoders.image import ImageEncoder
 from features.encoders.text import TextEncoder, Tokens
-from features.images import ImageFault, Preprocessing, decode
-from features.index import Index, SampleReader
+from features.index import Index
 from features.status import Status
 from features.store import FeatureStore
 
@@ -62,50 +59,6 @@ class Run:
     on_rows: Callable[[int], None] = lambda _: None
 
 
-@dataclass
-class _Images:
-    """A decoded batch: pixels of the rows that could be read, and the status of every row."""
-
-    start: int
-    status: UInt8[np.ndarray, "batch"]
-    pixels: Num[np.ndarray, "ok 3 height width"]
-    read_seconds: float
-    decode_seconds: float
-    faults: list[str] = field(default_factory=list)
-
-
-def extract_images(column: Column, index: Index, encoder: ImageEncoder, run: Run) -> Phases:
-    """Encode the images of every pending chunk of a column.
-
-    A row whose image cannot be read keeps its place: zeros, and a status that says why. When
-    `run.should_stop()` turns true the chunk at hand is finished first.
-    """
-    phases = Phases()
-    reader = SampleReader(index)
-    chunks = column.pending()
-
-    def load(batch: tuple[int, int]) -> _Images:
-        return _load_images(reader, *batch, encoder.preprocessing, run.max_pixels)
-
-    with ThreadPoolExecutor(run.workers) as pool, _Writer(column, phases) as writer:
-        batches = _batches(column, chunks, encoder.batch_size)
-        loaded = prefetch(pool, load, batches, ahead=run.workers + 2, phases=phases)
-        for chunk in chunks:
-            if run.should_stop():
-                break
-            features, status = _empty_chunk(column, chunk)
-            first = chunk * column.rows_per_chunk
-            for start in range(0, len(status), encoder.batch_size):
-                images = next(loaded)
-                rows = slice(start, start + len(images.status))
-                _encode_images(encoder, images, features[rows], phases)
-                status[rows] = images.status
-                _log_faults(images.faults, phases)
-                run.on_rows(len(images.status))
-            writer.put(chunk, features, _without_infinities(features, status, first, phases))
-    return phases
-
-
 def extract_captions(
     store: FeatureStore, column: Column, index: Index, encoder: TextEncoder, run: Run
 ) -> Phases:
@@ -125,13 +78,13 @@ def extract_captions(
         phases.decode += time.perf_counter() - started
         return status, inverse, tokens
 
-    with ThreadPoolExecutor(1) as pool, _Writer(column, phases) as writer:
+    with ThreadPoolExecutor(1) as pool, Writer(phases) as writer:
         loaded = prefetch(pool, load, chunks, ahead=2, phases=phases)
         for chunk in chunks:
             if run.should_stop():
                 break
             status, inverse, tokens = next(loaded)
-            features, _ = _empty_chunk(column, chunk)
+            features, _ = empty_chunk(column, chunk)
             started = time.perf_counter()
             if tokens:
                 encoded = encoder.encode_tokens(
@@ -144,7 +97,7 @@ def extract_captions(
             phases.rows += len(status)
             phases.faults += int((status != Status.OK).sum())
             first = chunk * column.rows_per_chunk
-            writer.put(chunk, features, _without_infinities(features, status, first, phases))
+            writer.put(column, chunk, features, without_infinities(features, status, first, phases))
     return phases
 
 
@@ -174,16 +127,15 @@ def prefetch(
             future.cancel()
 
 
-class _Writer:
+class Writer:
     """Writes chunks on a thread of its own; at most two wait, then `put` does."""
 
-    def __init__(self, column: Column, phases: Phases) -> None:
-        self._column = column
+    def __init__(self, phases: Phases) -> None:
         self._phases = phases
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[Future[None]] = deque()
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -194,6 +146,7 @@ class _Writer:
 
     def put(
         self,
+        column: Column,
         chunk: int,
         features: Float16[np.ndarray, "batch dim"],
         status: UInt8[np.ndarray, "batch"],
@@ -201,65 +154,12 @@ class _Writer:
         """Hand over a chunk; its arrays must not be changed afterwards."""
         while len(self._waiting) >= 2:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._write, chunk, features, status))
+        self._waiting.append(self._pool.submit(self._write, column, chunk, features, status))
 
-    def _write(self, chunk: int, features: np.ndarray, status: np.ndarray) -> None:
+    def _write(self, column: Column, chunk: int, features: np.ndarray, status: np.ndarray) -> None:
         started = time.perf_counter()
-        self._column.write(chunk, features, status)
+        column.write(chunk, features, status)
         self._phases.write += time.perf_counter() - started
-
-
-def _batches(column: Column, chunks: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    for chunk in chunks:
-        first = chunk * column.rows_per_chunk
-        stop = first + column.chunk_rows(chunk)
-        for start in range(first, stop, size):
-            yield start, min(start + size, stop)
-
-
-def _load_images(
-    reader: SampleReader, start: int, stop: int, preprocessing: Preprocessing, max_pixels: int
-) -> _Images:
-    """Read and decode rows `start` to `stop`; runs in a worker."""
-    begun = time.perf_counter()
-    samples = reader.read(start, stop)
-    problems = reader.index.rows_between(start, stop, ("problem",)).column("problem").to_numpy()
-    read_seconds = time.perf_counter() - begun
-    begun = time.perf_counter()
-    status = np.full(len(samples), Status.OK, dtype=np.uint8)
-    pixels: list[np.ndarray] = []
-    faults: list[str] = []
-    for i, data in enumerate(samples):
-        if problems[i] or data is None:
-            status[i] = problems[i] or Status.MISSING_IMAGE
-            faults.append(f"row {start + i}: {Status(int(status[i])).label}")
-            continue
-        try:
-            pixels.append(preprocessing.apply(decode(data, max_pixels=max_pixels)))
-        except ImageFault as fault:
-            status[i] = fault.status
-            faults.append(f"row {start + i}: {fault.status.label} ({fault.reason})")
-    stacked = np.stack(pixels) if pixels else np.empty((0, 3, 1, 1), dtype=np.uint8)
-    decode_seconds = time.perf_counter() - begun
-    return _Images(start, status, stacked, read_seconds, decode_seconds, faults)
-
-
-def _encode_images(
-    encoder: ImageEncoder,
-    images: _Images,
-    features: Float16[np.ndarray, "batch dim"],
-    phases: Phases,
-) -> None:
-    """Encode a batch into the rows of `features` that could be decoded."""
-    started = time.perf_counter()
-    if len(images.pixels):
-        encoded = encoder.encode(torch.from_numpy(images.pixels))
-        features[images.status == Status.OK] = encoded.half().cpu().numpy()
-    phases.encode += time.perf_counter() - started
-    phases.read += images.read_seconds
-    phases.decode += images.decode_seconds
-    phases.rows += len(images.status)
-    phases.faults += len(images.faults)
 
 
 def _caption_status(
@@ -272,14 +172,15 @@ def _caption_status(
     return status
 
 
-def _empty_chunk(
+def empty_chunk(
     column: Column, chunk: int
 ) -> tuple[Float16[np.ndarray, "batch dim"], UInt8[np.ndarray, "batch"]]:
+    """Return zeros for the features and the status of the rows of a chunk."""
     rows = column.chunk_rows(chunk)
     return np.zeros((rows, column.dim), dtype=np.float16), np.zeros(rows, dtype=np.uint8)
 
 
-def _without_infinities(
+def without_infinities(
     features: Float16[np.ndarray, "batch dim"],
     status: UInt8[np.ndarray, "batch"],
     first: int,
@@ -290,12 +191,12 @@ def _without_infinities(
     if broken.any():
         features[broken] = 0
         status[broken] = Status.NOT_FINITE
-        _log_faults([f"row {first + i}: not finite" for i in np.flatnonzero(broken)], phases)
+        log_faults([f"row {first + i}: not finite" for i in np.flatnonzero(broken)], phases)
         phases.faults += int(broken.sum())
     return status
 
 
-def _log_faults(faults: Sequence[str], phases: Phases) -> None:
+def log_faults(faults: Sequence[str], phases: Phases) -> None:
     """Name the first faults of a column in the log; `sail inspect` counts them all."""
     for line in faults[: max(0, MAX_LOGGED_FAULTS - phases.faults)]:
         logger.warning("quarantined %s", line)

@@ -12,7 +12,8 @@ import torch
 from features.config import ScenesSource, Source, WebdatasetSource
 from features.encoders import load_image_encoder, load_text_encoder
 from features.errors import ConfigError, SourceError
-from features.extract import Phases, Run, extract_captions, extract_images
+from features.extract import Phases, Run, extract_captions
+from features.extract_images import extract_images
 from features.index import Index
 from features.status import Status
 from features.store import FeatureStore, keys_digest

@@ -17,7 +17,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from features.config import ImageEncoderConfig, WebdatasetSource
 from features.encoders import ImageEncoder, load_image_encoder
-from features.extract import Run, extract_images
+from features.extract import Run
+from features.extract_images import extract_images
 from features.images import decode
 from features.index import Index, SampleReader
 from features.store import FeatureStore
