@@ -179,15 +179,13 @@ def _run_stage(
 ) -> Any:
     """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns."""
     from pipeline.config import load_config
-    from pipeline.interrupt import stop_on_signal
+    from pipeline.interrupt import Stopped, stop_on_signal
     from pipeline.memory import keep_freed_memory
     from pipeline.progress import start_log
 
     start_log(verbose=verbose)
     keep_freed_memory()
     config = load_config(recipe, overrides)
-    from pipeline.run import Stopped  # torch loads here: a fault in the recipe is told before
-
     with stop_on_signal() as stop:
         try:
             result = work(config, stop)

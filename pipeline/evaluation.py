@@ -15,8 +15,9 @@ from evaluate.report import render
 from evaluate.results import read_results, write_results
 from features.store import NOT_COMPARED, FeatureStore
 from pipeline.config import RunConfig
+from pipeline.device import prepare_device
 from pipeline.embedding import Embedder
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.measures import (
     Context,
     Findings,
@@ -28,7 +29,7 @@ from pipeline.measures import (
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import timed
 from pipeline.reporting import make_report
-from pipeline.run import Stopped, choose_device, start_run
+from pipeline.run import start_run
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # raised when the same inputs give other results or another report
@@ -57,7 +58,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         logger.info("%s is up to date", results)
         return results
     folder.eval.mkdir(parents=True, exist_ok=True)
-    device = choose_device(config.run.device)
+    device = prepare_device(config.run)
     model, checkpoint = load_aligned(checkpoint_path, device)
     embedder = Embedder(model, checkpoint, device)
     context = Context(config, folder, stores, embedder, Findings())

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 
+class Stopped(Exception):  # noqa: N818 - not an error: a signal asked for it
+    """The run stopped at a safe moment because a signal asked it to."""
+
+
 @dataclass
 class StopRequest:
     """Whether a signal asked the run to stop, and which."""

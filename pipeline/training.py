@@ -6,9 +6,10 @@ from align.trainer import train
 from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.config import RunConfig
-from pipeline.interrupt import StopRequest
+from pipeline.device import prepare_device
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.run import Stopped, choose_device, start_run
+from pipeline.run import start_run
 
 
 def align_run(config: RunConfig, stop: StopRequest) -> Path:
@@ -38,7 +39,7 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path:
             image=image,
             text=text,
             run_dir=folder.align,
-            device=choose_device(config.run.device),
+            device=prepare_device(config.run),
             seed=config.run.seed,
             should_stop=stop,
             on_step=on_step,

@@ -16,8 +16,8 @@ from features.errors import EvaluationError
 from features.store import FeatureStore
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation import evaluate_run, results_table
-from pipeline.interrupt import StopRequest
-from pipeline.run import RunFolder, Stopped, extract
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.run import RunFolder, extract
 from pipeline.training import align_run
 from tests import tiny
 

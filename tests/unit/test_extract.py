@@ -14,8 +14,8 @@ from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import load_config
 from pipeline.inspection import describe_row, describe_store, verify_store
-from pipeline.interrupt import StopRequest
-from pipeline.run import Stopped, extract
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.run import extract
 from tests import tiny
 
 

@@ -1,0 +1,115 @@
+"""Tells a finished extraction without loading an encoder: neither torch nor weights are read.
+
+`encoders.json` in the run folder holds for each encoder the fingerprint that it had when it was
+loaded, and everything that this follows from: settings, sizes and times of its files, versions of
+the libraries. While these are the same, so is the fingerprint.
+"""
+
+import json
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import SourceError
+from features.status import Status
+from features.store import FeatureStore
+from pipeline.config import RunConfig
+
+LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow")
+
+
+class KnownEncoders:
+    """What the encoders of a run were when they were loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._entries = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # none yet, or damaged: encoders are loaded
+            self._entries = {}
+
+    def fingerprint(self, name: str, config: RunConfig) -> dict[str, Any] | None:
+        """Return the fingerprint of `image/<name>` or `text/<name>`, None if it must be loaded."""
+        entry = self._entries.get(name)
+        if not isinstance(entry, dict):
+            return None
+        if entry.get("follows_from") != _causes(name, config, entry.get("folder")):
+            return None
+        fingerprint: dict[str, Any] = entry["fingerprint"]
+        return fingerprint
+
+    def remember(
+        self, name: str, config: RunConfig, folder: Path | None, fingerprint: dict[str, Any]
+    ) -> None:
+        """Write down what a loaded encoder is, and the folder of its files, if it has any."""
+        place = None if folder is None else str(folder.absolute())
+        self._entries[name] = {
+            "folder": place,
+            "follows_from": _causes(name, config, place),
+            "fingerprint": fingerprint,
+        }
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
+        partial.replace(self._path)
+
+
+def is_finished(
+    config: RunConfig, known: KnownEncoders, stores: Iterable[FeatureStore], name: str
+) -> bool:
+    """Return whether nothing of an encoder is left to do; false where only loading it can tell.
+
+    Args:
+        config: Settings of the run.
+        known: What the encoders were.
+        stores: The store of every split.
+        name: `image/<encoder>` or `text/<encoder>`.
+
+    Raises:
+        StoreMismatchError: A column was made by something else.
+        SourceError: More rows are quarantined than the recipe allows.
+    """
+    fingerprint = known.fingerprint(name, config)
+    if fingerprint is None:
+        return False
+    columns = []
+    for store in stores:
+        store.add_encoder(name, fingerprint, dim=fingerprint["dim"])
+        fields = [name] if name.startswith("image/") else [f"{name}/{f}" for f in store.fields]
+        columns += [(store, column) for column in fields]
+    if any(store.column(column).pending() for store, column in columns):
+        return False
+    for store, column in columns:
+        check_quarantined(store, column, config.extract.max_bad_fraction)
+    return True
+
+
+def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:
+    """Refuse a column of which too many rows are not ok.
+
+    Raises:
+        SourceError: With the number of rows.
+    """
+    bad = int(np.count_nonzero(store.column(name).status() != Status.OK))
+    if bad > max_bad_fraction * store.rows:
+        raise SourceError(
+            f"{bad} of {store.rows} rows of {store.path}/{name} are quarantined. At most "
+            f"extract.max_bad_fraction = {max_bad_fraction} of them was expected. "
+            f"See why with `sail inspect {store.path}`."
+        )
+
+
+def _causes(name: str, config: RunConfig, folder: str | None) -> dict[str, Any]:
+    """Return, as JSON holds it, all that the fingerprint of an encoder follows from."""
+    kind, encoder = name.split("/")
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
+    status = [(str(path), path.stat()) for path in files]
+    return {
+        "settings": getattr(config.encoders, kind)[encoder].model_dump(mode="json"),
+        "extract": config.extract.model_dump(mode="json"),
+        "device": config.run.device,
+        "files": [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in status],
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
+    }
