@@ -29,9 +29,9 @@ class LoaderOptions:
     """How batches are made."""
 
     batch_size: int
-    """Images per batch."""
+    """Images per batch, those of all processes together."""
     memory_bytes: int
-    """For what grows with the windows and the batch, on the device."""
+    """For what grows with the windows and the batch, on the devices of all processes together."""
     seed: int = 0
     """Of the order and of the drawn captions."""
     captions_per_image: int | None = None
@@ -42,11 +42,22 @@ class LoaderOptions:
     """Hand out a hash of every caption."""
     device: torch.device = CPU
     """Where the windows and the batches lie."""
+    rank: int = 0
+    """Number of this process among those that train together."""
+    ranks: int = 1
+    """Processes that train together: each takes its share of every batch, in order of the ranks.
+    The batches are the same for any number of them."""
+
+    @property
+    def places(self) -> range:
+        """Places of each batch that this process takes."""
+        share = self.batch_size // self.ranks
+        return range(self.rank * share, (self.rank + 1) * share)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step. The features lie in memory that the next batch overwrites."""
+    """What this process has of one step; the next batch overwrites the memory of the features."""
 
     rows: Int64[np.ndarray, "batch"]
     """Rows of the store."""
@@ -77,9 +88,15 @@ class Loader:
             options: How.
 
         Raises:
-            TrainingError: The memory does not hold two chunks and a batch, or there are fewer rows
-                than a batch has.
+            TrainingError: The memory does not hold two chunks and a batch, there are fewer rows
+                than a batch has, or a batch cannot be shared out evenly.
         """
+        if options.batch_size % options.ranks:
+            raise TrainingError(
+                f"align.batch_size = {options.batch_size} cannot be shared out evenly among "
+                f"{options.ranks} processes. A multiple of their number was expected. Correct "
+                f"align.batch_size, or start another number of processes."
+            )
         self.columns = columns
         self.options = options
         self._text_ok = text_ok
@@ -92,6 +109,7 @@ class Loader:
             chunks_per_window=self._chunks_that_fit(),
             batch_size=options.batch_size,
             seed=options.seed,
+            places=options.places,
         )
         if self.order.steps_per_epoch == 0:
             raise TrainingError(
@@ -102,13 +120,13 @@ class Loader:
         self._pools = [
             Pool(
                 columns,
-                self.order.chunks_per_window,
+                self._slots(),
                 with_caption_ids=options.with_caption_ids,
                 device=options.device,
             )
             for _ in range(1 if self.order.is_resident else 2)
         ]
-        size, device = options.batch_size, options.device
+        size, device = len(options.places), options.device
         self._image = torch.empty(size, columns.image.dim, dtype=torch.float16, device=device)
         self._text = torch.empty(
             size, self._drawn, columns.text[0].dim, dtype=torch.float16, device=device
@@ -129,18 +147,18 @@ class Loader:
         """
         windows = self.order.windows(first_step, stop_step)
         step, parts = first_step, list[_Part]()
-        missing = self.options.batch_size
+        missing = size = len(self.options.places)
         for window, pool in self._loaded(windows):
             start = 0
             while start < len(window.positions):
                 positions = window.positions[start : start + missing]
-                done = self.options.batch_size - missing
+                done = size - missing
                 parts.append(self._gather(window, pool, positions, step=step, done=done))
                 start += len(positions)
                 missing -= len(positions)
                 if missing == 0:
                     yield self._batch(parts)
-                    step, parts, missing = step + 1, [], self.options.batch_size
+                    step, parts, missing = step + 1, [], size
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Pool]]:
         """Yield windows in memory; the next is loaded meanwhile, into the pool that is free."""
@@ -182,11 +200,13 @@ class Loader:
         self, ok: Bool[np.ndarray, "part all_fields"], step: int, done: int
     ) -> Int64[np.ndarray, "part fields"]:
         """Choose caption fields for each row, those that can be used before the others."""
-        size, fields = ok.shape
+        fields = ok.shape[1]
         if self._drawn == fields:
             return np.broadcast_to(np.arange(fields), ok.shape)
-        generator = np.random.Generator(np.random.PCG64([self.options.seed, CAPTIONS, step, done]))
-        ranks = generator.random((size, fields), dtype=np.float32) + ~ok
+        generator = np.random.Generator(np.random.PCG64([self.options.seed, CAPTIONS, step]))
+        ranks = generator.random((self.options.batch_size, fields), dtype=np.float32)
+        first = self.options.places.start + done
+        ranks = ranks[first : first + len(ok)] + ~ok
         chosen = np.argpartition(ranks, self._drawn - 1, axis=1)[:, : self._drawn]
         return np.sort(chosen, axis=1)
 
@@ -200,6 +220,12 @@ class Loader:
             text=self._text,
             weights=torch.from_numpy(weights).to(device),
             caption_ids=torch.from_numpy(np.concatenate(ids)).to(device) if ids else None,
+        )
+
+    def _slots(self) -> int:
+        """Chunks of a window that this process reads; the parts of two others may touch them."""
+        return min(
+            self.order.chunks_per_window // self.options.ranks + 2, self.order.chunks_per_window
         )
 
     def _chunks_that_fit(self) -> int:

@@ -1,9 +1,14 @@
 """The order in which rows are trained on: a function of the seed and the step, without any data.
 
 An epoch goes through all chunks in random order. As many as fit in memory form a window, whose
-rows are shuffled as a whole, so that a row meets rows of that many random chunks. Batches are cut
-from the windows one after the other and may span two. What is left at the end of an epoch and does
-not fill a batch is dropped; the next epoch drops others.
+rows are shuffled, so that a row meets rows of that many random chunks. Batches are cut from the
+windows one after the other and may span two. What is left at the end of an epoch and does not fill
+a batch is dropped; the next epoch drops others.
+
+The places of a batch are divided into lanes, and the rows of a window into as many parts: the
+places of a lane take the rows of its part, shuffled. So every batch has rows of all parts; but a
+process that takes some of the places reads the chunks of their parts alone, and the order of the
+whole is the same for any number of processes.
 """
 
 from collections.abc import Iterator
@@ -13,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
 CHUNKS, ROWS = 0, 1  # streams of random numbers
+LANES = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Order:
         chunks_per_window: int,
         batch_size: int,
         seed: int,
+        places: range | None = None,
     ) -> None:
         """Count the rows of each chunk.
 
@@ -46,11 +53,13 @@ class Order:
                 are, every window has all chunks in the same slots, and need not be read again.
             batch_size: Rows per step.
             seed: Of the order; the same seed gives the same order.
+            places: Places of each batch whose rows are given out; all of them if not given.
         """
         self.usable = usable
         self.rows_per_chunk = rows_per_chunk
         self.batch_size = batch_size
         self.seed = seed
+        self.places = range(batch_size) if places is None else places
         starts = np.arange(0, len(usable), rows_per_chunk)
         counts = np.add.reduceat(usable.astype(np.int64), starts) if len(starts) else starts
         self._chunks = np.flatnonzero(counts)  # a chunk without a row to use is never read
@@ -76,7 +85,7 @@ class Order:
             yield from self._epoch(epoch, done * size, steps * size)
             first_step += steps - done
 
-    def rows(self, step: int) -> Int64[np.ndarray, "batch"]:
+    def rows(self, step: int) -> Int64[np.ndarray, "places"]:
         """Return the rows of the store that a step is made of, without reading any."""
         windows = self.windows(step, step + 1)
         return np.concatenate([self.store_rows(each, each.positions) for each in windows])
@@ -99,9 +108,42 @@ class Order:
             rows = int(self._counts[members].sum())
             first, last = max(start - before, 0), min(stop - before, rows)
             if first < last:
-                positions = self._generator(ROWS, epoch, number).permutation(self._usable(members))
-                yield Window(members, positions[first:last])
+                positions = self._shuffled(members, before, (epoch, number))
+                window = _without_unused(members, positions, self.rows_per_chunk)
+                taken = window.positions[first:last]
+                if (taken >= 0).any():
+                    yield Window(window.chunks, taken[taken >= 0])
             before += rows
+
+    def _shuffled(
+        self, chunks: Integer[np.ndarray, "slots"], before: int, key: tuple[int, int]
+    ) -> Int64[np.ndarray, "positions"]:
+        """Return the rows of a window in the order of their use, -1 at places of others.
+
+        Args:
+            chunks: Of the window.
+            before: Rows of the epoch that come before the window.
+            key: Number of the epoch and of the window in it.
+        """
+        size, places = self.batch_size, self.places
+        ordered = self._usable(chunks)
+        after = before + len(ordered)
+        shuffled = np.full(len(ordered), -1)
+        for lane in range(LANES):
+            first, last = lane * size // LANES, (lane + 1) * size // LANES
+            taken = range(max(first, places.start), min(last, places.stop))
+            if not taken:
+                continue
+            part = slice(
+                _places_between(before, after, first, size),
+                _places_between(before, after, last, size),
+            )
+            rows = self._generator(ROWS, *key, lane).permutation(ordered[part])
+            index = _indices(before, after, range(first, last), size)
+            place = (index + before) % size
+            mine = (place >= taken.start) & (place < taken.stop)
+            shuffled[index[mine]] = rows[mine]
+        return shuffled
 
     def _usable(self, chunks: Integer[np.ndarray, "slots"]) -> Int64[np.ndarray, "positions"]:
         size = self.rows_per_chunk
@@ -112,5 +154,38 @@ class Order:
             ]
         )
 
-    def _generator(self, stream: int, epoch: int, number: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([self.seed, stream, epoch, number]))
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *key]))
+
+
+def _places_between(before: int, after: int, place: int, size: int) -> int:
+    """Count the rows `before` to `after` of an epoch that stand at places lower than `place`."""
+
+    def until(row: int) -> int:
+        return row // size * place + min(row % size, place)
+
+    return until(after) - until(before)
+
+
+def _indices(before: int, after: int, places: range, size: int) -> Int64[np.ndarray, "rows"]:
+    """Return which of the rows `before` to `after` of an epoch stand at some places of a batch."""
+    batches = np.arange(before // size, -(-after // size))
+    rows: np.ndarray = (batches[:, None] * size + np.array(places)).ravel()
+    return rows[(rows >= before) & (rows < after)] - before
+
+
+def _without_unused(
+    chunks: Integer[np.ndarray, "slots"],
+    positions: Int64[np.ndarray, "positions"],
+    rows_per_chunk: int,
+) -> Window:
+    """Leave out the chunks of which no row is at any position."""
+    used = np.zeros(len(chunks), dtype=bool)
+    used[positions[positions >= 0] // rows_per_chunk] = True
+    if used.all():
+        return Window(chunks, positions)
+    slots, rows = np.divmod(positions, rows_per_chunk)
+    return Window(
+        chunks[used],
+        np.where(positions >= 0, (np.cumsum(used) - 1)[slots] * rows_per_chunk + rows, -1),
+    )

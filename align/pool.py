@@ -25,16 +25,11 @@ class Pool:
     def __init__(
         self, columns: Columns, slots: int, *, with_caption_ids: bool, device: torch.device
     ) -> None:
+        """Take memory for a number of chunks; a window that has more of them takes more."""
         self.columns = columns
         self.device = device
-        size = columns.image.rows_per_chunk
-        fields, text_dim = len(columns.text), columns.text[0].dim
-        self._image = torch.empty(
-            slots * size, columns.image.dim, dtype=torch.float16, device=device
-        )
-        self._text = torch.empty(fields, slots * size, text_dim, dtype=torch.float16, device=device)
-        ids = np.empty((slots * size, fields), dtype=np.int64)
-        self._caption_ids = ids if with_caption_ids else None
+        self._with_caption_ids = with_caption_ids
+        self._take_memory(slots)
         self._chunks: np.ndarray | None = None
         self._staging = _Staging(columns, device) if device.type == "cuda" else None
         self._used: torch.cuda.Event | None = None
@@ -50,6 +45,8 @@ class Pool:
         if self._used is not None:
             self._used.synchronize()  # batches may still be gathered from here
         self._chunks = None
+        if len(window.chunks) > self._slots:
+            self._take_memory(len(window.chunks))
         jobs = list(enumerate(window.chunks.tolist()))
         with ThreadPoolExecutor(READERS, "sail-read") as readers:
             reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
@@ -82,6 +79,18 @@ class Pool:
         if self.device.type == "cuda":
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used.record()
+
+    def _take_memory(self, slots: int) -> None:
+        columns, device = self.columns, self.device
+        rows, fields = slots * columns.image.rows_per_chunk, len(columns.text)
+        self._slots = slots
+        self._image = self._text = torch.empty(0)  # what there was is given back first
+        self._image = torch.empty(rows, columns.image.dim, dtype=torch.float16, device=device)
+        self._text = torch.empty(
+            fields, rows, columns.text[0].dim, dtype=torch.float16, device=device
+        )
+        ids = np.empty((rows, fields), dtype=np.int64)
+        self._caption_ids = ids if self._with_caption_ids else None
 
     def _read_chunk(self, slot: int, chunk: int) -> None:
         size = self.columns.image.rows_per_chunk

@@ -25,7 +25,7 @@ def steps(order: Order, first: int, stop: int) -> np.ndarray:
     """The rows of some steps, as the windows give them."""
     windows = order.windows(first, stop)
     rows = [order.store_rows(window, window.positions) for window in windows]
-    return np.concatenate(rows).reshape(stop - first, order.batch_size)
+    return np.concatenate(rows).reshape(stop - first, len(order.places))
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,3 +56,32 @@ def test_a_window_never_has_more_chunks_than_fit(order: Order) -> None:
     for window in order.windows(0, order.steps_per_epoch):
         assert len(window.chunks) <= order.chunks_per_window
         assert window.positions.max() < len(window.chunks) * order.rows_per_chunk
+
+
+@settings(deadline=None, max_examples=60)
+@given(orders(), st.data())
+def test_the_shares_of_any_number_of_processes_are_the_order_of_one(
+    order: Order, data: st.DataObject
+) -> None:
+    cuts = data.draw(st.lists(st.integers(0, order.batch_size), max_size=4))
+    stops = [*sorted(cuts), order.batch_size]
+    shares = [
+        share_of(order, range(start, stop))
+        for start, stop in zip([0, *stops], stops, strict=False)
+        if start < stop
+    ]
+    last = 2 * order.steps_per_epoch
+    first = data.draw(st.integers(0, last - 1))
+    together = [steps(share, first, last) for share in shares]
+    np.testing.assert_array_equal(np.concatenate(together, axis=1), steps(order, first, last))
+
+
+def share_of(order: Order, places: range) -> Order:
+    return Order(
+        order.usable,
+        rows_per_chunk=order.rows_per_chunk,
+        chunks_per_window=order.chunks_per_window,
+        batch_size=order.batch_size,
+        seed=order.seed,
+        places=places,
+    )

@@ -1,5 +1,6 @@
 """Batches hold the features of the rows they name, within the memory they were given."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,30 @@ def test_a_damaged_chunk_stops_the_loader_with_its_name(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(StoreCorruptError, match=r"features/c/3/0 is damaged"):
         list(loader.batches(0, loader.steps_per_epoch))
+
+
+@pytest.mark.parametrize("memory", [SMALL, LARGE])
+def test_the_batches_of_several_processes_together_are_those_of_one(
+    tmp_path: Path, memory: int
+) -> None:
+    whole = make_loader(tmp_path, memory=memory, captions_per_image=1)
+    steps = 2 * whole.steps_per_epoch + 1
+    expected = copies(whole, 0, steps)
+    shares = [copies(share_of(whole, rank, 3), 0, steps) for rank in range(3)]
+    for parts, batch in zip(zip(*shares, strict=True), expected, strict=True):
+        assert all(len(part.rows) == 8 for part in parts)
+        np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), batch.rows)
+        for name in ("image", "text", "weights", "caption_ids"):
+            together = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(together, getattr(batch, name))
+
+
+def share_of(loader: Loader, rank: int, ranks: int) -> Loader:
+    options = replace(loader.options, rank=rank, ranks=ranks)
+    return Loader(loader.columns, loader.order.usable, loader._text_ok, options)
+
+
+def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path)
+    with pytest.raises(TrainingError, match=r"batch_size = 24 cannot .* among 5 processes"):
+        share_of(loader, 0, 5)

@@ -55,3 +55,20 @@ def test_windows_that_hold_everything_keep_their_chunks_in_place() -> None:
     resident = order(chunks_per_window=10)
     assert resident.is_resident
     assert {tuple(window.chunks) for window in resident.windows(0, 60)} == {tuple(range(10))}
+
+
+def test_a_process_reads_little_more_than_its_share_of_the_chunks() -> None:
+    shares = [
+        Order(
+            np.ones(960, dtype=bool),
+            rows_per_chunk=10,
+            chunks_per_window=32,
+            batch_size=64,
+            seed=0,
+            places=range(16 * rank, 16 * (rank + 1)),
+        )
+        for rank in range(4)
+    ]
+    read = [sum(len(window.chunks) for window in share.windows(0, 15)) for share in shares]
+    assert sum(read) <= 96 + 3 * 3  # a chunk at the edge of two shares is read by both
+    assert max(read) <= 96 / 4 + 2 * 3
