@@ -4,6 +4,9 @@ They live in `features` because it is the package all others may import::
 
     SailError
       ConfigError              the run file or an override is wrong
+        PlaceError             a URL that is of no kind we read, or carries credentials
+      StorageError             a place under a URL cannot be reached, read or written
+        PlaceNotFoundError     there is no such file
       SourceError              the data that a run file names cannot be read
       EncoderError             a frozen encoder cannot be loaded or used as asked
       StoreError
@@ -27,6 +30,24 @@ class SailError(Exception):
 
 class ConfigError(SailError):
     """The run file, or an override on the command line, is not valid."""
+
+
+class PlaceError(ConfigError, ValueError):
+    """A path or URL cannot be used as a place."""
+
+
+class StorageError(SailError):
+    """A place under a URL cannot be reached, read or written, also after retries."""
+
+
+class PlaceNotFoundError(StorageError, FileNotFoundError):
+    """There is no file at the URL."""
+
+    def __init__(self, place: object) -> None:
+        super().__init__(
+            f"There is no file {place}. It was expected there. Correct the address, or put the "
+            f"file back."
+        )
 
 
 class SourceError(SailError):
