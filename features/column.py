@@ -12,6 +12,7 @@ from jaxtyping import Float16, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features.errors import StoreCorruptError
+from features.partial import partial_path, remove_leftovers
 from features.status import Status
 
 CRC_BYTES = 4
@@ -71,8 +72,18 @@ class Column:
                 f"and {status.shape} status."
             )
         padding = self.rows_per_chunk - len(features)
-        _write_file(self.features_file(chunk), _padded(features.astype("<f2", copy=False), padding))
-        _write_file(self.status_file(chunk), _padded(status, padding))
+        little_endian = features.astype("<f2", copy=False)
+        for array, file, values in [
+            ("features", self.features_file(chunk), little_endian),
+            ("status", self.status_file(chunk), status),
+        ]:
+            partial = partial_path(self.path / array / str(chunk))
+            _write_file(file, _padded(values, padding), partial)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left half-written; those at work are left alone."""
+        for array in ("features", "status"):
+            remove_leftovers(self.path / array)
 
     def status(self) -> UInt8[np.ndarray, "rows"]:
         """Return the status code of every row; 0 (pending) where a chunk is not done."""
@@ -156,14 +167,9 @@ def _checksum(values: np.ndarray) -> bytes:
     return crc.to_bytes(CRC_BYTES, "little")
 
 
-def _write_file(path: Path, values: np.ndarray) -> None:
-    """Write values and their checksum under another name, then rename.
-
-    That name is the same every time, so what a killed run leaves behind is overwritten by the run
-    that does its chunk again.
-    """
+def _write_file(path: Path, values: np.ndarray, partial: Path) -> None:
+    """Write values and their checksum under another name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb", buffering=0) as file:
         file.write(values.reshape(-1).view(np.uint8).data)
         file.write(_checksum(values))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from features.config import ScenesSource, Source
 from features.errors import SourceError
+from features.partial import partial_path, remove_leftovers
 from features.sources import Counts, Sample, Shards, open_source
 
 VERSION = 1
@@ -107,7 +108,8 @@ class _RowWriter:
     def __init__(self, path: Path, fields: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        remove_leftovers(path.parent)
+        self._partial = partial_path(path)
         self._fields = fields
         self._known = frozenset(fields)
         columns = COLUMNS | {f"caption/{field}": pa.string() for field in fields}

@@ -25,6 +25,7 @@ from features.errors import (
     StoreNotFoundError,
 )
 from features.index import Index
+from features.partial import partial_path, remove_leftovers
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
@@ -65,10 +66,16 @@ class FeatureStore:
 
     @classmethod
     def create(cls, path: Path, index: Index, *, rows_per_chunk: int) -> "FeatureStore":
-        """Write the rows of an index as a new store without columns: all of it, or nothing."""
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        """Write the rows of an index as a new store without columns: all of it, or nothing.
+
+        Several may do so at once: one store comes of it, and all open that.
+
+        Raises:
+            StoreMismatchError: There is a store already, of other rows.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        partial = partial_path(path)
         group = zarr.create_group(partial)
         row_array: dict[str, Any] = {
             "shape": (index.rows,),
@@ -96,8 +103,13 @@ class FeatureStore:
                 "source": index.source,
             }
         )
-        partial.rename(path)
-        return cls.open(path)
+        _rename_if_first(partial, path)
+        store = cls.open(path)
+        if store.keys_sha256 != digest:
+            raise StoreMismatchError(
+                str(path), "keys_sha256", found=store.keys_sha256, expected=digest
+            )
+        return store
 
     @property
     def num_chunks(self) -> int:
@@ -163,6 +175,8 @@ class FeatureStore:
     def add_encoder(self, name: str, fingerprint: dict[str, Any], *, dim: int) -> None:
         """Make the empty columns of an encoder, or check that those there are of the same one.
 
+        Several may do so at once: one makes them, the others check.
+
         Args:
             name: `image/<encoder>` or `text/<encoder>`; a text encoder has a column per field.
             fingerprint: What decides the features; see `features.encoders`.
@@ -175,8 +189,8 @@ class FeatureStore:
         if (target / "zarr.json").is_file():
             self._check_fingerprint(name, fingerprint)
             return
-        partial = self.path / ".partial" / name
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_leftovers(self.path)
+        partial = partial_path(self.path / name.replace("/", "-"))
         group = zarr.create_group(partial, attributes=fingerprint)
         columns = [group]
         if name.startswith("text/"):
@@ -184,8 +198,8 @@ class FeatureStore:
         for column in columns:
             create_column(column, self.rows, dim, self.rows_per_chunk)
         target.parent.mkdir(exist_ok=True)
-        partial.rename(target)
-        shutil.rmtree(self.path / ".partial", ignore_errors=True)
+        _rename_if_first(partial, target)
+        self._check_fingerprint(name, fingerprint)
 
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
         found = zarr.open_group(self.path / name, mode="r").attrs.asdict()
@@ -197,6 +211,16 @@ class FeatureStore:
                     found=found.get(field),
                     expected=expected.get(field),
                 )
+
+
+def _rename_if_first(partial: Path, path: Path) -> None:
+    """Give a group its name; where another writer was faster, theirs stays and ours goes."""
+    try:
+        partial.rename(path)
+    except OSError:
+        if not (path / "zarr.json").is_file():
+            raise
+        shutil.rmtree(partial)
 
 
 def keys_digest(index: Index) -> str:

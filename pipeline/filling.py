@@ -97,6 +97,7 @@ def _fill_column(
                 )
             )
         logger.info("%s  %s: %s", split, name, phases.summary())
+    column.remove_leftovers()
     if stop():
         raise Stopped
     check_quarantined(store, name, config.extract.max_bad_fraction)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import SourceError
+from features.partial import partial_path
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import RunConfig
@@ -51,7 +52,7 @@ class KnownEncoders:
             "follows_from": _causes(name, config, place),
             "fingerprint": fingerprint,
         }
-        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial = partial_path(self._path)
         partial.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
         partial.replace(self._path)
 

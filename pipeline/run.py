@@ -7,6 +7,7 @@ from pathlib import Path
 from features.config import ScenesSource, Source, WebdatasetSource
 from features.errors import ConfigError, SourceError
 from features.index import Index
+from features.partial import partial_path
 from features.store import FeatureStore, keys_digest
 from pipeline.config import RunConfig, dump_config
 from pipeline.finished import KnownEncoders, is_finished
@@ -52,7 +53,7 @@ def start_run(config: RunConfig) -> RunFolder:
     """Make the run folder, and write the resolved settings there."""
     folder = RunFolder(config.run.dir, config.run.features)
     folder.path.mkdir(parents=True, exist_ok=True)
-    partial = folder.path / ".config.toml.partial"
+    partial = partial_path(folder.path / "config.toml")
     partial.write_text(dump_config(config), encoding="utf-8")
     partial.replace(folder.path / "config.toml")
     return folder

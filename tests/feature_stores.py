@@ -14,6 +14,15 @@ IMAGE, TEXT = "eye", "reader"
 LATENT = 6
 
 
+def store_digests(run: Path) -> dict[str, str]:
+    """Hash every file of a run's stores; what a writer left half-written would show too."""
+    return {
+        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((run / "features").rglob("*"))
+        if path.is_file()
+    }
+
+
 def make_store(
     path: Path,
     *,

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from features.partial import partial_path
 from features.scenes.captions import long_caption, pair_captions, short_caption
 from features.scenes.draw import draw
 from features.scenes.world import CLASS_NAMES, EVERY, SEEN, Scene, sample_pair, sample_scene
@@ -169,6 +169,6 @@ def _keep_only_same(folder: Path, split: str, **settings: int) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file that is either whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     partial.write_bytes(data)
     partial.replace(path)

@@ -1,6 +1,5 @@
 """An extraction killed at any moment leaves whole chunks; the next run ends with the same bytes."""
 
-import hashlib
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from pipeline.inspection import verify_store
 from tests import tiny
+from tests.feature_stores import store_digests
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 10
@@ -26,15 +26,6 @@ config = load_config(sys.argv[1], [f"run.dir='{sys.argv[2]}'"])
 print("started", flush=True)
 extract(config, StopRequest())
 """
-
-
-def digests(run: Path) -> dict[str, str]:
-    """Hash every file of the stores; what a killed run left half-written would show too."""
-    return {
-        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((run / "features").rglob("*"))
-        if path.is_file()
-    }
 
 
 def started(run_file: Path, run: Path) -> subprocess.Popen[str]:
@@ -74,6 +65,6 @@ def test_ten_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(
         assert process.wait() == 0
 
     assert kills >= KILLS // 2  # the rest may have finished before their moment
-    whole = digests(tmp_path / "whole")
-    assert digests(tmp_path / "killed") == whole
+    whole = store_digests(tmp_path / "whole")
+    assert store_digests(tmp_path / "killed") == whole
     assert verify_store(tmp_path / "killed" / "features" / "train.zarr") == []
