@@ -44,8 +44,9 @@ class LossConfig(BaseModel):
     """Offset b at the start; it is learned."""
     field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Weight of a caption field in the loss; 1 where not given."""
-    block_rows: PositiveInt = 1024
-    """Images per block: the loss never holds more logits than this many rows."""
+    block_rows: PositiveInt | None = None
+    """Images per block of logits, which has four times as many texts; 1024 on a CPU and 4096 on a
+    GPU if not given. The loss never holds more logits than a few such blocks."""
 
 
 class OptimizerConfig(BaseModel):

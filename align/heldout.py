@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.head import AlignmentModel
-from align.loss import Pairs
+from align.pairs import Pairs
 from align.selection import Columns, key_hashes
 from features.column import Column
 

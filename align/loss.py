@@ -1,7 +1,8 @@
 """The contrastive losses, block by block: no matrix of all logits is ever held.
 
 Both losses form their gradients in the forward pass, since a block of logits is at hand only once.
-What is kept for the backward pass is the size of the embeddings.
+What is kept for the backward pass is the size of the embeddings. Over several processes every image
+meets the texts of all of them, which travel round a ring together with their gradients.
 
 Reference:
     Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343. Several
@@ -14,12 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from align.pairs import Block, Pairs, blocks
+from align.ring import Ring
+
 LEFT_OUT = -1e4  # added to the logits of a text that takes no part: its softmax is 0, and finite
+ALONE = Ring()
 
 
 @dataclass(frozen=True)
@@ -31,48 +36,7 @@ class LossOptions:
     block_rows: int = 1024
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Which texts are positives of which images, and how much each text counts.
-
-    Texts are numbered image by image: text i·F + f is caption field f of image i.
-    """
-
-    fields: int
-    weights: Float[Tensor, "texts"]
-    """Weight of each text in the loss; 0 leaves it out, as a positive and as a negative."""
-    caption_ids: Int64[Tensor, "batch fields"] | None
-    """Equal where captions are the same string; None: only an image's own texts are positives."""
-
-    def positives(self, start: int, stop: int) -> Bool[Tensor, "rows texts"]:
-        """Return the positives of images `start` to `stop` as a matrix."""
-        texts = len(self.weights)
-        if self.caption_ids is None:
-            owner = torch.arange(texts, device=self.weights.device) // self.fields
-            images = torch.arange(start, stop, device=self.weights.device)
-            return owner == images[:, None]
-        ids, used = self.caption_ids, (self.weights > 0).view(-1, self.fields)
-        matrix = torch.zeros(stop - start, texts, dtype=torch.bool, device=ids.device)
-        for field in range(self.fields):
-            same = ids[start:stop, field, None] == ids.view(1, -1)
-            matrix |= same & used[start:stop, field, None]
-        return matrix
-
-    def negate_positives(self, block: Float[Tensor, "rows texts"], start: int) -> None:
-        """Change the sign of the positives in a block of the matrix that begins at image `start`.
-
-        With the sign of positives changed, every pair is a negative: the loss of a positive of
-        logit s is that of a negative of logit −s.
-        """
-        if self.caption_ids is None:  # a diagonal: touch these few entries only
-            by_image = block.view(len(block), -1, self.fields)
-            by_image.diagonal(offset=start, dim1=0, dim2=1).neg_()
-        else:
-            matrix = self.positives(start, start + len(block))
-            block.mul_(matrix.to(torch.int8).mul_(-2).add_(1))
-
-
-def contrastive_loss(
+def contrastive_loss(  # noqa: PLR0913 - the terms of one formula
     image: Float[Tensor, "batch dim"],
     text: Float[Tensor, "batch fields dim"],
     *,
@@ -80,6 +44,7 @@ def contrastive_loss(
     bias: Float[Tensor, ""],
     pairs: Pairs,
     options: LossOptions,
+    ring: Ring = ALONE,
 ) -> Float[Tensor, ""]:
     """Score every image against every text, s = exp(log_scale)·cos(image, text) + bias.
 
@@ -99,23 +64,60 @@ def contrastive_loss(
         bias: Added to every logit.
         pairs: The positives and the weights of the texts.
         options: See `align.config.LossConfig`.
+        ring: The processes that hold a share of the batch each, all of one size; the batch of the
+            formulas is all of them together.
 
     Returns:
-        The loss in nats, per image, pair or decision as said above.
+        The loss in nats, per image, pair or decision as said above, the same on every process. The
+        gradients of the embeddings are complete; those of `log_scale` and `bias` are this process'
+        part, so that the sum over the processes is the gradient of every weight alike.
     """
     with torch.autocast(image.device.type, enabled=False):  # logits need more bits than bfloat16
         image = F.normalize(image.to(log_scale.dtype), dim=-1)
         text = F.normalize(text.to(log_scale.dtype).flatten(0, 1), dim=-1)
         function = _Sigmoid if options.kind == "sigmoid" else _InfoNCE
         loss: Tensor = function.apply(  # type: ignore[no-untyped-call]
-            image, text, log_scale, bias, (pairs, options)
+            image, text, log_scale, bias, _Terms(pairs, options, ring)
         )
     return loss
 
 
-def _blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
+@dataclass(frozen=True)
+class _Visit:
+    """Texts of one process among the images of another."""
+
+    block: Block
+    text: Float[Tensor, "columns dim"]
+    constant: list[Float[Tensor, "columns"]]
+    """What was said of the texts beside the pairs."""
+    changing: list[Float[Tensor, "columns *dim"]]
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the losses are given beside tensors that have a gradient."""
+
+    pairs: Pairs
+    options: LossOptions
+    ring: Ring
+
+    def visits(
+        self,
+        text: Float[Tensor, "texts dim"],
+        constant: list[Float[Tensor, "texts"]],
+        changing: list[Float[Tensor, "texts *dim"]],
+    ) -> Iterator[_Visit]:
+        """Yield every block of our images against the texts of all processes."""
+        images, count = len(self.pairs.weights) // self.pairs.fields, len(constant)
+        given = [text, *constant, *self.pairs.tensors()]
+        for owner, here, carried in self.ring.tour(given, changing):
+            texts = self.pairs.with_tensors(here[1 + count :])
+            shift = (owner - self.ring.rank) * images
+            rows = self.options.block_rows
+            for block in blocks(self.pairs, texts, shift=shift, rows=rows):
+                columns = block.columns
+                constants = [each[columns] for each in here[1 : 1 + count]]
+                yield _Visit(block, here[0][columns], constants, [c[columns] for c in carried])
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -128,30 +130,33 @@ class _Sigmoid(torch.autograd.Function):
         text: Float[Tensor, "texts dim"],
         log_scale: Float[Tensor, ""],
         bias: Float[Tensor, ""],
-        terms: tuple[Pairs, LossOptions],
+        terms: _Terms,
     ) -> Float[Tensor, ""]:
-        pairs, options = terms
-        scale, weights = log_scale.exp(), pairs.weights.to(image.dtype)
-        weighted = text * weights[:, None]
-        image_gradient, text_gradient = torch.empty_like(image), torch.zeros_like(text)
-        per_text, errors = torch.zeros_like(weights), torch.zeros_like(weights)
-        for start, stop in _blocks(len(image), options.block_rows):
-            rows = image[start:stop]
-            logits = torch.addmm(bias, rows * scale, text.T)
-            pairs.negate_positives(logits, start)
-            per_text += F.softplus(logits).sum(dim=0)
+        scale = log_scale.exp()
+        image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
+        loss, bias_gradient = torch.zeros_like(bias), torch.zeros_like(bias)
+        for visit in terms.visits(text, [], [text_gradient]):
+            block, rows = visit.block, image[visit.block.rows]
+            weights = block.weights.to(image.dtype)
+            logits = torch.addmm(bias, rows * scale, visit.text.T)
+            block.negate_positives(logits)
+            loss += F.softplus(logits).sum(dim=0) @ weights
             error = logits.sigmoid_()  # of a negative: the derivative of its loss
-            pairs.negate_positives(error, start)
-            errors += error.sum(dim=0)
-            torch.mm(error, weighted, out=image_gradient[start:stop])
-            text_gradient.addmm_(error.T, rows)
-        divisor = len(image) * (1 if options.normalise == "image" else (weights > 0).sum())
+            block.negate_positives(error)
+            error *= weights
+            bias_gradient += error.sum()
+            image_gradient[block.rows].addmm_(error, visit.text)
+            visit.changing[0].addmm_(error.T, rows)
+        divisor = torch.full_like(bias, len(image) * terms.ring.size)
+        if terms.options.normalise == "pair":
+            divisor *= terms.ring.sum((terms.pairs.weights > 0).sum())
         image_gradient *= scale / divisor
-        text_gradient *= weights[:, None] * (scale / divisor)
+        text_gradient *= scale / divisor
         scale_gradient = (image * image_gradient).sum()  # d/d log t = Σ (t·cos)·error
-        bias_gradient = (errors * weights).sum() / divisor
-        ctx.save_for_backward(image_gradient, text_gradient, scale_gradient, bias_gradient)
-        return (per_text * weights).sum() / divisor
+        ctx.save_for_backward(
+            image_gradient, text_gradient, scale_gradient, bias_gradient / divisor
+        )
+        return terms.ring.sum(loss) / divisor
 
     @staticmethod
     @once_differentiable
@@ -172,26 +177,25 @@ class _InfoNCE(torch.autograd.Function):
         text: Float[Tensor, "texts dim"],
         log_scale: Float[Tensor, ""],
         bias: Float[Tensor, ""],
-        terms: tuple[Pairs, LossOptions],
+        terms: _Terms,
     ) -> Float[Tensor, ""]:
-        pairs, options = terms
-        softmax = _softmax_terms(image, text, log_scale, pairs, options)
-        image_gradient, text_gradient = torch.empty_like(image), torch.zeros_like(text)
-        loss = (softmax.per_image * softmax.image_weights).sum()
-        loss += (softmax.per_text * softmax.text_weights).sum()
-        for start, stop in _blocks(len(image), options.block_rows):
-            rows = image[start:stop]
-            logits = softmax.logits(rows)
-            positives = softmax.positive_weights(start, stop)
+        scale = log_scale.exp()
+        softmax = _denominators(image, text, scale, terms)
+        image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
+        loss = (softmax.of_image * softmax.image_weights).sum()
+        loss += (softmax.of_text * softmax.text_weights).sum()
+        for visit in terms.visits(text, softmax.of_texts(), [text_gradient]):
+            rows = image[visit.block.rows]
+            logits, positives = softmax.logits(rows * scale, visit), softmax.positives(visit)
             loss -= (logits * positives).sum()
-            error = softmax.probabilities(logits, start, stop) - positives
-            torch.mm(error, text, out=image_gradient[start:stop])
-            text_gradient.addmm_(error.T, rows)
-        image_gradient *= softmax.scale
-        text_gradient *= softmax.scale
+            error = softmax.probabilities(logits, visit) - positives
+            image_gradient[visit.block.rows].addmm_(error, visit.text)
+            visit.changing[0].addmm_(error.T, rows)
+        image_gradient *= scale
+        text_gradient *= scale
         scale_gradient = (image * image_gradient).sum()
         ctx.save_for_backward(image_gradient, text_gradient, scale_gradient, torch.zeros_like(bias))
-        return loss
+        return terms.ring.sum(loss)
 
     @staticmethod
     @once_differentiable
@@ -203,65 +207,73 @@ class _InfoNCE(torch.autograd.Function):
 class _Softmax:
     """The denominators of both directions, and the weights of images and texts in the loss."""
 
-    text: Float[Tensor, "texts dim"]
-    scale: Float[Tensor, ""]
-    left_out: Float[Tensor, "texts"]
-    pairs: Pairs
-    per_image: Float[Tensor, "batch"]
-    per_text: Float[Tensor, "texts"]
+    of_image: Float[Tensor, "batch"]
+    """Logarithm of the denominator over all texts."""
     image_weights: Float[Tensor, "batch"]
+    share: Float[Tensor, "batch"]
+    """Weight of an image, divided by that of all its positives."""
+    of_text: Float[Tensor, "texts"]
+    """Logarithm of the denominator over all images."""
     text_weights: Float[Tensor, "texts"]
-    weight_of_positives: Float[Tensor, "batch"]
-    images_of_text: Float[Tensor, "texts"]
+    text_share: Float[Tensor, "texts"]
+    """Weight of a text, divided by the number of its images."""
 
-    def logits(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows texts"]:
-        return torch.addmm(self.left_out, rows * self.scale, self.text.T)
+    def of_texts(self) -> list[Float[Tensor, "texts"]]:
+        """Return what the images of other processes need to know of the texts."""
+        return [self.of_text, self.text_weights, self.text_share]
 
-    def positive_weights(self, start: int, stop: int) -> Float[Tensor, "rows texts"]:
-        share = self.image_weights[start:stop] / self.weight_of_positives[start:stop]
-        weights = share[:, None] * self.pairs.weights.to(share.dtype)
-        weights += self.text_weights / self.images_of_text
-        return weights.mul_(self.pairs.positives(start, stop))
+    def logits(
+        self, scaled: Float[Tensor, "rows dim"], visit: _Visit
+    ) -> Float[Tensor, "rows columns"]:
+        return torch.addmm(_left_out(visit), scaled, visit.text.T)
+
+    def positives(self, visit: _Visit) -> Float[Tensor, "rows columns"]:
+        share, text_share = self.share[visit.block.rows], visit.constant[2]
+        weights = share[:, None] * visit.block.weights.to(share.dtype)
+        weights += text_share
+        return weights.mul_(visit.block.positives())
 
     def probabilities(
-        self, logits: Float[Tensor, "rows texts"], start: int, stop: int
-    ) -> Float[Tensor, "rows texts"]:
-        over_texts = torch.exp(logits - self.per_image[start:stop, None])
-        over_images = torch.exp(logits - self.per_text)
-        over_texts *= self.image_weights[start:stop, None]
-        return over_texts.addcmul_(over_images, self.text_weights)
+        self, logits: Float[Tensor, "rows columns"], visit: _Visit
+    ) -> Float[Tensor, "rows columns"]:
+        of_text, text_weights, _ = visit.constant
+        over_texts = torch.exp(logits - self.of_image[visit.block.rows, None])
+        over_images = torch.exp(logits - of_text)
+        over_texts *= self.image_weights[visit.block.rows, None]
+        return over_texts.addcmul_(over_images, text_weights)
 
 
-def _softmax_terms(
+def _left_out(visit: _Visit) -> Float[Tensor, "columns"]:
+    return torch.where(visit.block.weights > 0, 0.0, LEFT_OUT).to(visit.text.dtype)
+
+
+def _denominators(
     image: Float[Tensor, "batch dim"],
     text: Float[Tensor, "texts dim"],
-    log_scale: Float[Tensor, ""],
-    pairs: Pairs,
-    options: LossOptions,
+    scale: Float[Tensor, ""],
+    terms: _Terms,
 ) -> _Softmax:
     """First pass: the logarithms of the denominators, and what the positives of each one weigh."""
-    scale, weights = log_scale.exp(), pairs.weights.to(image.dtype)
-    left_out = torch.where(weights > 0, 0.0, LEFT_OUT).to(image.dtype)
-    per_image, of_positives = torch.empty_like(image[:, 0]), torch.empty_like(image[:, 0])
-    per_text = torch.full_like(weights, -torch.inf)
-    images_of_text = torch.zeros_like(weights)
-    for start, stop in _blocks(len(image), options.block_rows):
-        logits = torch.addmm(left_out, image[start:stop] * scale, text.T)
-        per_image[start:stop] = logits.logsumexp(dim=1)
-        per_text = torch.logaddexp(per_text, logits.logsumexp(dim=0))
-        positives = pairs.positives(start, stop).to(image.dtype)
-        of_positives[start:stop] = positives @ weights
-        images_of_text += positives.sum(dim=0)
-    has_positive = (of_positives > 0).to(image.dtype)
+    weights = terms.pairs.weights.to(image.dtype)
+    of_image = torch.full_like(image[:, 0], -torch.inf)
+    weight_of_positives = torch.zeros_like(of_image)
+    of_text, images_of_text = torch.full_like(weights, -torch.inf), torch.zeros_like(weights)
+    for visit in terms.visits(text, [], [of_text, images_of_text]):
+        rows = visit.block.rows
+        logits = torch.addmm(_left_out(visit), image[rows] * scale, visit.text.T)
+        of_image[rows] = torch.logaddexp(of_image[rows], logits.logsumexp(dim=1))
+        visit.changing[0].copy_(torch.logaddexp(visit.changing[0], logits.logsumexp(dim=0)))
+        positives = visit.block.positives().to(image.dtype)
+        weight_of_positives[rows] += positives @ visit.block.weights.to(image.dtype)
+        visit.changing[1].add_(positives.sum(dim=0))
+    has_positive = (weight_of_positives > 0).to(image.dtype)
+    image_weights = has_positive / (2 * terms.ring.sum(has_positive.sum()))
+    text_weights = weights / (2 * terms.ring.sum(weights.sum()))
     return _Softmax(
-        text=text,
-        scale=scale,
-        left_out=left_out,
-        pairs=pairs,
-        per_image=per_image,
-        per_text=per_text,
-        image_weights=has_positive / (2 * has_positive.sum()),
-        text_weights=weights / (2 * weights.sum()),
-        weight_of_positives=torch.where(of_positives > 0, of_positives, 1.0),
-        images_of_text=images_of_text.clamp(min=1),
+        of_image=of_image,
+        image_weights=image_weights,
+        share=image_weights / torch.where(weight_of_positives > 0, weight_of_positives, 1.0),
+        of_text=of_text,
+        text_weights=text_weights,
+        text_share=text_weights / images_of_text.clamp(min=1),
     )

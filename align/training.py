@@ -13,8 +13,9 @@ from align.config import AlignConfig
 from align.head import AlignmentModel
 from align.heldout import HeldOut
 from align.loader import Batch, Loader
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
 from align.optimizer import learning_rate, set_learning_rate
+from align.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 CHOSEN_BY = "recall@10"
@@ -46,7 +47,8 @@ class Training:
         per_epoch = self.loader.steps_per_epoch
         self.total_steps = self.config.steps or max(1, round(self.config.epochs * per_epoch))
         loss = self.config.loss
-        self._loss_options = LossOptions(loss.kind, loss.normalise, loss.block_rows)
+        rows = loss.block_rows or (4096 if self.device.type == "cuda" else 1024)
+        self._loss_options = LossOptions(loss.kind, loss.normalise, rows)
         self._autocast_type = autocast_type(self.config, self.device)
         # Kept on the device: to look at every loss would make the CPU wait for it.
         self._failed_at = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -14,8 +14,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from align.config import HeadConfig, LossConfig, OptimizerConfig
 from align.head import AlignmentModel, build_model
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
 from align.optimizer import build_optimizer
+from align.pairs import Pairs
 from tests.benchmarks.figure import Figure, machine
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.head import AlignmentModel
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
+from align.pairs import Pairs
 from align.released import _renamed, load_released
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
+from align.pairs import Pairs
 
 Kind = Literal["sigmoid", "infonce"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.benchmarks import extraction, gpu, loader, memory
+from tests.benchmarks import extraction, gpu, loader, loss, memory
 from tests.benchmarks.figure import Figure
 
 
@@ -13,6 +13,12 @@ def test_loader_benchmark_measures_a_ratio() -> None:
 
 def test_memory_benchmark_measures_bytes_of_another_process() -> None:
     assert memory.peak_bytes(0.03, steps=2) > 50e6
+
+
+def test_loss_benchmarks_measure_ratios() -> None:
+    figures = loss.time_figures(64, 8, rounds=1)
+    figures += loss.memory_figures(4096, 16, small=2048, large=4096, largest=4096)
+    assert all(figure.value > 0 for figure in figures)
 
 
 def test_extraction_benchmark_measures_a_ratio() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.heldout import _ranks
-from align.loss import Pairs
+from align.pairs import Pairs
 
 
 def ranks(image: Tensor, text: Tensor, pairs: Pairs) -> tuple[list[int], list[int]]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
+from align.pairs import Pairs
 
 Kind = Literal["sigmoid", "infonce"]
-IMAGES, FIELDS, DIM = 7, 2, 5
+IMAGES, FIELDS, DIM = 8, 2, 5
 SCALE, BIAS = 6.0, -1.5
 
 
