@@ -1,11 +1,15 @@
 """Settings of stage one: where the pairs are, and which frozen encoders read them."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+
+from features.storage.place import PlaceSetting, checked_pattern
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
 class _Source(BaseModel):
@@ -22,7 +26,7 @@ class _Source(BaseModel):
     group: str | None = "group"
     """Name that holds the number of a compositional example, where there is one."""
 
-    class_names: Path | None = None
+    class_names: PlaceSetting | None = None
     """Text file with one class name a line, in the order of the labels."""
 
     rows: PositiveInt | None = None
@@ -33,15 +37,15 @@ class WebdatasetSource(_Source):
     """Tar shards whose members share a base name: an image, and `.txt` or `.json` captions."""
 
     kind: Literal["webdataset"]
-    path: str | tuple[str, ...]
-    """Glob pattern(s) of the tar files; read in sorted order."""
+    path: Pattern | tuple[Pattern, ...]
+    """Glob pattern(s) of the tar files, `{00000..00010}` too; each read in sorted order."""
 
 
 class FolderSource(_Source):
     """A table of captions (`.jsonl`, `.csv`, `.parquet`) that names image files beside it."""
 
     kind: Literal["folder"]
-    path: Path
+    path: PlaceSetting
     """The table. Image paths in it are relative to its folder."""
     image: str = "image"
     """Column that names the image file."""
@@ -51,8 +55,8 @@ class ParquetSource(_Source):
     """Parquet files that hold the encoded image bytes themselves."""
 
     kind: Literal["parquet"]
-    path: str | tuple[str, ...]
-    """Glob pattern(s) of the parquet files; read in sorted order."""
+    path: Pattern | tuple[Pattern, ...]
+    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order."""
     image: str = "image"
     """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
     key: str | None = None
@@ -63,9 +67,9 @@ class ClassFolderSource(_Source):
     """One folder of images per class (ImageFolder); the sorted folder names are the labels."""
 
     kind: Literal["classes"]
-    path: Path
+    path: PlaceSetting
     """Folder that holds one folder per class."""
-    names: Path | None = None
+    names: PlaceSetting | None = None
     """JSON file `{"folders": […], "classes": […]}` that gives folders a readable class name."""
 
 

@@ -25,6 +25,8 @@ from features.index_builder import METADATA_KEY, ROWS_PER_GROUP, VERSION, build_
 from features.sources import open_source
 from features.sources.parquet import ParquetImages
 from features.status import Status
+from features.storage import files
+from features.storage.place import Place, RemotePath, as_place
 
 GROUPS_KEPT = 4
 
@@ -94,10 +96,11 @@ class Index:
         Raises:
             SourceError: Naming the file.
         """
-        for shard in self.shards:
-            path = Path(shard["path"])
-            found = path.stat() if path.exists() else None
-            if found is None or [found.st_size, found.st_mtime_ns] != shard["size_and_time"]:
+        places = [as_place(shard["path"]) for shard in self.shards]
+        remote = any(isinstance(place, RemotePath) for place in places)
+        versions = files.in_order(files.version_or_none, places, remote=remote)
+        for path, shard, found in zip(places, self.shards, versions, strict=True):
+            if found is None or shard != {"path": str(path), **found}:
                 what = "is gone" if found is None else "has changed"
                 raise SourceError(
                     f"{path} {what} since it was indexed in {self.path}. The same file was "
@@ -161,33 +164,57 @@ class SampleReader:
     def read(self, start: int, stop: int) -> list[bytes | None]:
         """Return the encoded image of each row, None where the index has none.
 
-        Each file is opened once, and read from its front to its back.
+        Each file is opened once, and read from its front to its back; under a URL, near images
+        come with one request, and image files many at once.
 
         Raises:
             SourceError: A file is missing or shorter than it was when it was indexed.
         """
         table = self.index.rows_between(start, stop, ("path", "offset", "size", "problem"))
         images: list[bytes | None] = [None] * table.num_rows
-        places = enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        listed = enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
         there = (
             (i, path, offset, size)
-            for i, (path, offset, size, problem) in places
+            for i, (path, offset, size, problem) in listed
             if offset >= 0 and problem != Status.MISSING_IMAGE
         )
-        for path, group in itertools.groupby(there, key=lambda place: place[1]):
-            rows, _, offsets, sizes = zip(*group, strict=True)
-            if self._parquet is not None:
-                with self._lock:
-                    found: Sequence[bytes | None] = self._parquet.read(path, offsets)
-            else:
-                found = self._read_file(path, offsets, sizes)
-            for row, image in zip(rows, found, strict=True):
+        groups = itertools.groupby(there, key=lambda item: item[1])
+        jobs = [(as_place(path), list(group)) for path, group in groups]
+        remote = len(jobs) > 1 and isinstance(jobs[0][0], RemotePath)
+        parts = files.in_order(self._read, jobs, remote=remote)
+        for (_, group), found in zip(jobs, parts, strict=True):
+            for (row, *_), image in zip(group, found, strict=True):
                 images[row] = image
         return images
 
     def read_row(self, row: int) -> bytes | None:
         """Return the encoded image of one row, None where the index has none."""
         return self.read(row, row + 1)[0]
+
+    def _read(self, job: tuple[Place, list[tuple[int, str, int, int]]]) -> Sequence[bytes | None]:
+        place, group = job
+        _, paths, offsets, sizes = zip(*group, strict=True)
+        if self._parquet is not None:
+            with self._lock:
+                return self._parquet.read(paths[0], offsets)
+        if isinstance(place, RemotePath):
+            return self._read_remote(place, offsets, sizes)
+        return self._read_file(paths[0], offsets, sizes)
+
+    def _read_remote(
+        self, place: RemotePath, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Sequence[bytes]:
+        """Read images under a URL: a file of its own whole, those in a tar by their ranges."""
+        if offsets[0] == 0:
+            image = files.read(place)
+            if len(image) != sizes[0]:
+                raise self._changed(str(place), f"has {len(image)} bytes and had {sizes[0]}")
+            return [image] * len(offsets)
+        ranges = [(start, start + size) for start, size in zip(offsets, sizes, strict=True)]
+        try:
+            return list(map(bytes, files.read_ranges(place, ranges)))
+        except files.FileEndsEarlyError as error:
+            raise self._changed(str(place), f"has {error.size} bytes") from error
 
     def _read_file(
         self, path: str, offsets: Sequence[int], sizes: Sequence[int]

@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.config import ScenesSource, Source
+from features.config import ClassFolderSource, ScenesSource, Source
 from features.errors import SourceError
 from features.partial import partial_path, remove_leftovers
 from features.sources import Counts, Sample, Shards, open_source
+from features.storage.files import in_order, version
+from features.storage.place import Place, RemotePath
 
 VERSION = 1
 ROWS_PER_GROUP = 4096
@@ -92,7 +94,7 @@ def _write(source: Source, path: Path, fields: Sequence[str] | None, progress: _
         about = {
             "version": VERSION,
             "source": settings_of(source),
-            "shards": [_shard(file) for file in shards.files if file.is_file()],
+            "shards": [] if isinstance(source, ClassFolderSource) else _versions(shards.files),
             "fields": list(fields),
             "class_names": class_names,
             "has_labels": writer.greatest_label >= 0,
@@ -191,9 +193,10 @@ def _place(source: Source) -> str:
     return source.kind if isinstance(source, ScenesSource) else str(source.path)
 
 
-def _shard(file: Path) -> dict[str, Any]:
-    status = file.stat()
-    return {"path": str(file), "size_and_time": [status.st_size, status.st_mtime_ns]}
+def _versions(files: Sequence[Place]) -> list[dict[str, Any]]:
+    remote = isinstance(files[0], RemotePath)
+    found = zip(files, in_order(version, files, remote=remote), strict=True)
+    return [{"path": str(file), **about} for file, about in found]
 
 
 def _in_words(counts: Counts) -> str:

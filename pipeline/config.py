@@ -14,6 +14,7 @@ from align.config import AlignConfig
 from evaluate.config import EvalConfig
 from features.config import ExtractConfig, ImageEncoderConfig, Source, TextEncoderConfig
 from features.errors import ConfigError
+from features.storage.place import without_secrets
 
 RECIPES = Path(__file__).parent / "recipes"
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -148,8 +149,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         faults = [_describe(fault) for fault in error.errors()]
         where = "; ".join(faults) if len(faults) == 1 else "".join(f"\n  {f}" for f in faults)
         raise ConfigError(
-            f"{path} cannot be used; correct it (docs/recipes.md lists all settings): {where}"
-        ) from error
+            f"{path} cannot be used; correct it (docs/recipes.md lists all settings): "
+            f"{without_secrets(where)}"
+        ) from None  # the cause would repeat what a URL in it may hide
 
 
 def dump_config(config: RunConfig) -> str:

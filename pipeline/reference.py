@@ -79,6 +79,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:
     """Return the type of a setting in words."""
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    words["RemotePath"] = "URL"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         text = " \\| ".join(f'`"{choice}"`' for choice in arguments)

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from features.config import ClassFolderSource
 from features.errors import SourceError
 from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, split_image_suffix
+from features.storage import files
+from features.storage.place import Place
 
 
 class ClassFolders:
     """The sorted names of the folders are the classes 0, 1, …; a JSON file can name them better."""
 
     def __init__(self, source: ClassFolderSource) -> None:
-        folders = source.path.iterdir() if source.path.is_dir() else iter(())
-        self.files = sorted(path for path in folders if path.is_dir() and path.name[0] != ".")
+        found = files.children(source.path)
+        folders = [name for name, size in found if size is None and name[0] != "."]
+        self.files: list[Place] = [source.path / name for name in folders]
         self._source = source
         if not self.files:
             raise SourceError(
@@ -33,7 +36,7 @@ class ClassFolders:
         if path is None:
             return tuple(names.values())
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(files.read(path))
             classes = document["classes"]
             given = dict(zip(document.get("folders", classes), classes, strict=True))
             return tuple(str(given[name]) for name in names)
@@ -48,14 +51,13 @@ class ClassFolders:
     def check(self) -> None:
         """Accept any settings: there are no captions to look for."""
 
-    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one class folder, sorted by name."""
         label = self.files.index(file)
         keys = Keys(file.name, counts)
-        for path in sorted(file.iterdir()):
-            if path.suffix[1:].lower() not in IMAGE_SUFFIXES or not path.is_file():
+        for name, size in files.children(file):
+            if size is None or PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
                 counts["files that are no images (ignored)"] += 1
                 continue
-            key, problem = keys.of(*split_image_suffix(path.name))
-            size = path.stat().st_size
-            yield Sample(key, str(path), offset=0, size=size, problem=problem, label=label)
+            key, problem = keys.of(*split_image_suffix(name))
+            yield Sample(key, str(file / name), offset=0, size=size, problem=problem, label=label)

@@ -4,7 +4,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,8 @@ from features.sources.sample import (
     read_class_names,
     whole_number,
 )
+from features.storage.files import open_file
+from features.storage.place import Place, RemotePath, as_place
 
 ROWS_AT_ONCE = 4096
 ROW_GROUPS_KEPT = 2
@@ -47,14 +48,14 @@ class ImageParquet:
         """Refuse a name of captions that no row had."""
         self.picker.check()
 
-    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield one sample per row of a file.
 
         Raises:
             SourceError: It is no whole parquet file, or lacks a column.
         """
         try:
-            with pq.ParquetFile(file) as parquet:
+            with open_parquet(file) as parquet:
                 self._check_columns(file, parquet.schema_arrow)
                 yield from self._samples(file, parquet, counts)
         except (pa.ArrowException, OSError) as error:
@@ -63,7 +64,7 @@ class ImageParquet:
                 f"Fetch it again, or take it out of `path`."
             ) from error
 
-    def _check_columns(self, file: Path, schema: pa.Schema) -> None:
+    def _check_columns(self, file: Place, schema: pa.Schema) -> None:
         source = self._source
         for setting, name in [("image", source.image), ("key", source.key)]:
             if name is not None and name not in schema.names:
@@ -80,7 +81,7 @@ class ImageParquet:
                 f"as {{bytes, path}}, were expected. Correct `image` of the source."
             )
 
-    def _samples(self, file: Path, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
+    def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
         source = self._source
         keys = Keys(self._names[file], counts)
         light = [name for name in parquet.schema_arrow.names if name != source.image]
@@ -139,16 +140,23 @@ class ParquetImages:
         if place not in self._kept:
             while len(self._kept) >= ROW_GROUPS_KEPT:
                 self._kept.popitem(last=False)
-            with pq.ParquetFile(path) as file:
+            with open_parquet(as_place(path)) as file:
                 table = file.read_row_group(number, columns=[self._column])
             self._kept[place] = table.column(self._column)
         self._kept.move_to_end(place)
         return self._kept[place]
 
 
+def open_parquet(place: Place) -> pq.ParquetFile:
+    """Open a parquet file; of one under a URL, footer and column chunks are read by ranges."""
+    if isinstance(place, RemotePath):
+        return pq.ParquetFile(open_file(place), pre_buffer=True)
+    return pq.ParquetFile(place)
+
+
 def _row_group_starts(path: str) -> list[int]:
     """Return the number of the first row of each row group, and the number of rows at the end."""
-    with pq.ParquetFile(path) as file:
+    with open_parquet(as_place(path)) as file:
         about = file.metadata
         rows = (about.row_group(number).num_rows for number in range(about.num_row_groups))
         return list(accumulate(rows, initial=0))

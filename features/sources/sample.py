@@ -1,15 +1,17 @@
 """What every source gives: samples with a key, a place, captions, and what was wrong with them."""
 
 import difflib
-import glob
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from features.errors import SourceError
 from features.status import Status
+from features.storage import files
+from features.storage.patterns import matching_places
+from features.storage.place import Place, posix
 
 Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
@@ -43,13 +45,13 @@ class Shards(Protocol):
     """A source: its files in a stated order, and the samples of each."""
 
     @property
-    def files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Place]:
         """Files or folders, in the order in which they are read."""
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the labels, where the source has them."""
 
-    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the samples of one file in their order, and count what was handled by rule."""
 
     def check(self) -> None:
@@ -169,32 +171,31 @@ def split_image_suffix(name: str) -> tuple[str, str]:
     return name.removesuffix(suffix), suffix
 
 
-def matching_files(patterns: str | Sequence[str]) -> list[Path]:
+def matching_files(patterns: str | Sequence[str]) -> list[Place]:
     """Return the files of glob patterns, sorted within each, each once.
 
     Raises:
         SourceError: A pattern matches no file.
     """
-    found: dict[str, None] = {}
+    found: dict[Place, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - takes absolute ones
-        matches = [path for path in matches if Path(path).is_file()]
-        if not matches:
+        try:
+            found |= dict.fromkeys(matching_places(pattern))
+        except FileNotFoundError as error:
             raise SourceError(
-                f"No file matches {pattern}. At least one was expected. Correct `path` of the "
+                f"No file matches {error}. At least one was expected. Correct `path` of the "
                 f"source; it is relative to the run file."
-            )
-        found |= dict.fromkeys(matches)
-    return [Path(path) for path in found]
+            ) from error
+    return list(found)
 
 
-def distinct_stems(files: Sequence[Path]) -> dict[Path, str]:
+def distinct_stems(files: Sequence[Place]) -> dict[Place, str]:
     """Return a short name for each file: its stem, with as many folders as make all distinct."""
-    for depth in range(1, max((len(file.absolute().parts) for file in files), default=0)):
+    for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
         names = {file: _tail(file, depth) for file in files}
         if len(set(names.values())) == len(files):
             return names
-    return {file: file.absolute().as_posix() for file in files}  # they differ in the suffix only
+    return {file: str(posix(file)) for file in files}  # they differ in the suffix only
 
 
 def whole_number(value: Any, counts: Counts) -> int:
@@ -213,7 +214,7 @@ def whole_number(value: Any, counts: Counts) -> int:
     return -1
 
 
-def read_class_names(path: Path | None) -> tuple[str, ...] | None:
+def read_class_names(path: Place | None) -> tuple[str, ...] | None:
     """Return the lines of a file of class names.
 
     Raises:
@@ -222,7 +223,7 @@ def read_class_names(path: Path | None) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = files.read(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"The class names {path} cannot be read ({error}). A text file with one name a line "
@@ -247,5 +248,5 @@ def _check_field_name(name: str) -> None:
         )
 
 
-def _tail(file: Path, depth: int) -> str:
-    return str(PurePosixPath(*file.absolute().with_suffix("").parts[-depth:]))
+def _tail(file: Place, depth: int) -> str:
+    return str(PurePosixPath(*posix(file).with_suffix("").parts[-depth:]))

@@ -1,17 +1,18 @@
 """Tables of captions that name image files beside them."""
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.config import FolderSource
 from features.errors import SourceError
+from features.sources.parquet import open_parquet
 from features.sources.sample import (
     CaptionPicker,
     Counts,
@@ -22,8 +23,11 @@ from features.sources.sample import (
     whole_number,
 )
 from features.status import Status
+from features.storage.files import in_order, is_file, open_file, remote_size
+from features.storage.place import Place, RemotePath
 
 ROWS_AT_ONCE = 4096
+Rows = list[dict[str, Any]]
 
 
 class CaptionTable:
@@ -36,7 +40,7 @@ class CaptionTable:
     """
 
     def __init__(self, source: FolderSource) -> None:
-        if not source.path.is_file():
+        if not is_file(source.path):
             raise SourceError(
                 f"There is no table {source.path}. A .jsonl, .csv or .parquet file with a column "
                 f"{source.image!r} was expected. Correct `path` of the source."
@@ -53,17 +57,22 @@ class CaptionTable:
         """Refuse a name of captions that no row had."""
         self.picker.check()
 
-    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield one sample per image of the table.
 
         Raises:
             SourceError: The table cannot be read, or a row names no image, or one elsewhere.
         """
-        folder = file.parent.resolve()
         keys = Keys(file.stem, counts)
         several = self._has_rows_of_one_image(file)
-        for name, group in itertools.groupby(table_rows(file), self._image_name):
-            rows = list(group)
+        folder = file.parent.resolve() if isinstance(file, Path) else file.parent
+        groups = itertools.groupby(table_rows(file), self._image_name)
+        images = ((name, list(rows)) for name, rows in groups)
+
+        def find(image: tuple[str, Rows]) -> tuple[str, Rows, str, int | None]:
+            return *image, *self._find(folder, image[0])
+
+        for name, rows, path, size in in_order(find, images, remote=not isinstance(file, Path)):
             captions = [self.picker.pick(row) for row in rows]
             key, problem = keys.of(*split_image_suffix(name))
             sample = Sample(key, problem=problem, captions=captions[0])
@@ -72,7 +81,12 @@ class CaptionTable:
                 sample.captions = {str(i): text for i, text in enumerate(texts)}
             sample.label = whole_number(rows[0].get(self._source.label or ""), counts)
             sample.group = whole_number(rows[0].get(self._source.group or ""), counts)
-            self._place(sample, folder, name, counts)
+            sample.path = path
+            if size is not None:
+                sample.offset, sample.size = 0, size
+            else:
+                counts["image files that are not there (quarantined)"] += 1
+                sample.problem = sample.problem or int(Status.MISSING_IMAGE)
             yield sample
 
     def _image_name(self, row: dict[str, Any]) -> str:
@@ -85,30 +99,33 @@ class CaptionTable:
             )
         return name
 
-    def _has_rows_of_one_image(self, file: Path) -> bool:
+    def _has_rows_of_one_image(self, file: Place) -> bool:
         names = (self._image_name(row) for row in table_rows(file))
         return any(a == b for a, b in itertools.pairwise(names))
 
-    def _place(self, sample: Sample, folder: Path, name: str, counts: Counts) -> None:
+    def _find(self, folder: Place, name: str) -> tuple[str, int | None]:
+        """Return the path of an image, and its size or None where there is no such file."""
+        if isinstance(folder, RemotePath):
+            parts = PurePosixPath(name).parts
+            if name.startswith("/") or ".." in parts or "://" in name:
+                raise self._outside(folder, name)
+            return str(folder / name), remote_size(folder / name)
         path = folder / name
         try:
             if not path.resolve().is_relative_to(folder):
-                raise SourceError(
-                    f"{self._source.path} names the image {name!r}, which is not inside {folder}. "
-                    f"Paths within the table's folder were expected. Correct the table."
-                )
-            size = path.stat().st_size if path.is_file() else None
+                raise self._outside(folder, name)
+            return str(path), path.stat().st_size if path.is_file() else None
         except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
-            size = None
-        sample.path = str(path)
-        if size is not None:
-            sample.offset, sample.size = 0, size
-            return
-        counts["image files that are not there (quarantined)"] += 1
-        sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+            return str(path), None
+
+    def _outside(self, folder: Place, name: str) -> SourceError:
+        return SourceError(
+            f"{self._source.path} names the image {name!r}, which is not inside {folder}. "
+            f"Paths within the table's folder were expected. Correct the table."
+        )
 
 
-def table_rows(file: Path) -> Iterator[dict[str, Any]]:
+def table_rows(file: Place) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table as dictionaries, without holding it in memory.
 
     Raises:
@@ -129,8 +146,8 @@ def table_rows(file: Path) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig") as lines:
+def _jsonl_rows(file: Place) -> Iterator[dict[str, Any]]:
+    with io.TextIOWrapper(open_file(file), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -146,13 +163,13 @@ def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+def _csv_rows(file: Place) -> Iterator[dict[str, Any]]:
+    with io.TextIOWrapper(open_file(file), encoding="utf-8-sig", newline="") as lines:
         for row in csv.DictReader(lines):
             yield {name: value for name, value in row.items() if name is not None}
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(file) as parquet:
+def _parquet_rows(file: Place) -> Iterator[dict[str, Any]]:
+    with open_parquet(file) as parquet:
         for batch in parquet.iter_batches(ROWS_AT_ONCE):
             yield from batch.to_pylist()

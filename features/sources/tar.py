@@ -4,12 +4,13 @@
 tar that was cut off between two members for a whole one.
 """
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
+
+from features.storage.place import Place
+from features.storage.ranges import open_ranges
 
 BLOCK = 512
 WINDOW_BYTES = 1 << 14
@@ -56,9 +57,9 @@ class _Extended:
 class TarFile:
     """An uncompressed tar, open for reading; use it with `with`."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._file).st_size
+    def __init__(self, place: Place) -> None:
+        self._file = open_ranges(place)
+        self.size = self._file.size
         self.has_trailing_data = False
         """After listing: something other than zeros follows the end of the archive."""
         self._window = b""
@@ -68,7 +69,7 @@ class TarFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def members(self) -> Iterator[Member]:
         """Yield the members in their order, each only if its content is there in full.
@@ -101,7 +102,7 @@ class TarFile:
         """Return some bytes of the file, fewer at its end."""
         skipped = offset - self._window_start
         if skipped < 0 or skipped + size > len(self._window):
-            self._window = os.pread(self._file, max(size, WINDOW_BYTES), offset)
+            self._window = self._file.pread(max(size, WINDOW_BYTES), offset)
             self._window_start, skipped = offset, 0
         return self._window[skipped : skipped + size]
 

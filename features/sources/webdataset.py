@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from features.config import WebdatasetSource
@@ -20,6 +19,7 @@ from features.sources.sample import (
 )
 from features.sources.tar import Member, TarFault, TarFile
 from features.status import Status
+from features.storage.place import Place
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_SUFFIXES_COUNTED = 32
@@ -51,7 +51,7 @@ class TarShards:
         """Refuse a name of captions that no sample had."""
         self.picker.check()
 
-    def samples(self, file: Path, counts: Counts) -> Iterator[Sample]:
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the samples of one tar.
 
         Raises:
@@ -69,11 +69,11 @@ class TarShards:
             raise _worded(fault, file, whole) from fault
         except OSError as error:
             raise SourceError(
-                f"{file} cannot be read ({error.strerror}). A tar was expected there. Make it "
-                f"readable, or take it out of `path`."
+                f"{file} cannot be read ({error.strerror or error}). A tar was expected there. "
+                f"Make it readable, or take it out of `path`."
             ) from error
 
-    def _samples(self, tar: TarFile, file: Path, counts: Counts) -> Iterator[Sample]:
+    def _samples(self, tar: TarFile, file: Place, counts: Counts) -> Iterator[Sample]:
         keys = Keys(self._names[file], counts)
         path = str(file)
         base: str | None = None
@@ -170,7 +170,7 @@ def _count_suffix(suffix: str, counts: Counts) -> None:
     counts[name] += 1
 
 
-def _worded(fault: TarFault, file: Path, whole_samples: int) -> SourceError:
+def _worded(fault: TarFault, file: Place, whole_samples: int) -> SourceError:
     if fault.cut_off:
         what = "cut off"
     elif fault.byte:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from features.errors import StorageError
+from features.partial import partial_path
 from features.storage.place import Place, RemotePath
 from features.storage.remote import Entry, backend, failure
 
@@ -54,11 +55,15 @@ def is_file(place: Place) -> bool:
     """Return whether there is a file."""
     if isinstance(place, Path):
         return place.is_file()
+    return remote_size(place) is not None
+
+
+def remote_size(place: RemotePath) -> int | None:
+    """Return the bytes of a file under a URL, None if there is none."""
     try:
-        entry(place)
+        return entry(place).size
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def entry(place: RemotePath) -> Entry:
@@ -85,23 +90,39 @@ def version(place: Place) -> dict[str, list[int | str]]:
     return {"size_and_etag": [about.size, about.version]}
 
 
+def version_or_none(place: Place) -> dict[str, list[int | str]] | None:
+    """Return the version of a file, None if there is none."""
+    try:
+        return version(place)
+    except FileNotFoundError:
+        return None
+
+
 def names(folder: Place) -> list[str]:
-    """Return the sorted names of the files and folders in a folder; none if there is no folder."""
+    """Return the sorted names of what is in a folder; none if there is no folder."""
     if isinstance(folder, Path):
         return sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 - names alone
-    with failures_named(folder, "A folder that can be listed"):
-        return sorted(backend(folder).names(folder))
+    return [name for name, _ in children(folder)]
 
 
-def files_below(folder: Place, *, direct: bool = False) -> Iterator[tuple[Place, int]]:
-    """Yield the files in a folder with their sizes, and (unless `direct`) those in its folders."""
+def children(folder: Place) -> list[tuple[str, int | None]]:
+    """Return what is in a folder, sorted: names, and the size of what is a file."""
     if isinstance(folder, Path):
-        for path in sorted(folder.iterdir() if direct else folder.rglob("*")):
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [(path.name, path.stat().st_size if path.is_file() else None) for path in paths]
+    with failures_named(folder, "A folder that can be listed"):
+        return sorted(backend(folder).children(folder))
+
+
+def files_below(folder: Place) -> Iterator[tuple[Place, int]]:
+    """Yield the files in a folder and in its folders, with their sizes, in no stated order."""
+    if isinstance(folder, Path):
+        for path in folder.rglob("*"):
             if path.is_file():
                 yield path, path.stat().st_size
         return
     with failures_named(folder, "A folder that can be listed"):
-        for found in backend(folder).files(folder, direct=direct):
+        for found in backend(folder).files(folder):
             yield found.place, found.size
 
 
@@ -113,9 +134,8 @@ def read(place: Place) -> bytes:
     """
     if isinstance(place, Path):
         return place.read_bytes()
-    content = bytearray(entry(place).size)
-    read_into(place, 0, content)
-    return bytes(content)
+    with failures_named(place, "A file"):
+        return bytes(backend(place).whole(place))
 
 
 def read_into(place: RemotePath, start: int, buffer: Any) -> None:
@@ -182,7 +202,7 @@ def write(place: Place, content: bytes) -> None:
     """Write a file: it appears under its name as a whole, or not at all."""
     if isinstance(place, Path):
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+        partial = partial_path(place)
         partial.write_bytes(content)
         partial.replace(place)
         return

@@ -30,6 +30,11 @@ class Hub:
             raise FileNotFoundError(str(place))
         return _entry(place, about)
 
+    def whole(self, place: RemotePath) -> memoryview:
+        """Return the content of a file."""
+        with self._files.open(place.path, "rb", cache_type="none") as file:
+            return memoryview(file.read(file.size))
+
     def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Return the bytes of some ranges (start, stop), those near each other read as one."""
         starts, stops = map(list, zip(*ranges, strict=True))
@@ -50,19 +55,20 @@ class Hub:
             for start, stop in ranges
         ]
 
-    def names(self, folder: RemotePath) -> Iterator[str]:
-        """Yield the names of the files and folders in a folder."""
+    def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is in a folder, and the size of what is a file."""
         for about in self._listed(folder):
-            yield about["name"].rpartition("/")[2]
+            is_file = about["type"] == "file"
+            yield about["name"].rpartition("/")[2], about["size"] if is_file else None
 
-    def files(self, folder: RemotePath, *, direct: bool) -> Iterator[Entry]:
-        """Yield the files in a folder, and (unless `direct`) in the folders in it."""
+    def files(self, folder: RemotePath) -> Iterator[Entry]:
+        """Yield the files in a folder, and in the folders in it."""
         for about in self._listed(folder):
             place = folder / about["name"].rpartition("/")[2]
             if about["type"] == "file":
                 yield _entry(place, about)
-            elif not direct:
-                yield from self.files(place, direct=False)
+            else:
+                yield from self.files(place)
 
     def put(self, place: RemotePath, content: bytes) -> None:  # noqa: ARG002
         """Refuse to write."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from features.storage.files import files_below, in_order, is_file
+from features.storage.files import children, files_below, in_order, is_file
 from features.storage.place import Place, RemotePath, as_place
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
@@ -67,9 +67,11 @@ def _remote_matches(pattern: RemotePath) -> list[Place]:
     fixed = list(itertools.takewhile(lambda part: not _is_glob(part), parts))
     folder = RemotePath(pattern.scheme, "/".join(fixed))
     rest = parts[len(fixed) :]
-    direct = len(rest) == 1 and rest != ["**"]
-    places = (place for place, _ in files_below(folder, direct=direct))
-    return sorted(place for place in places if _fits(str(place).split("/")[2 + len(fixed) :], rest))
+    if len(rest) == 1 and rest != ["**"]:
+        names = [[name] for name, size in children(folder) if size is not None]
+    else:
+        names = [str(place).split("/")[2 + len(fixed) :] for place, _ in files_below(folder)]
+    return sorted(folder / "/".join(parts) for parts in names if _fits(parts, rest))
 
 
 def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:

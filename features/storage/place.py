@@ -88,6 +88,16 @@ def as_place(text: str | Place) -> Place:
     return RemotePath(scheme, path.rstrip("/"))
 
 
+def checked_pattern(pattern: str) -> str:
+    """Return a pattern of files as it is.
+
+    Raises:
+        PlaceError: It is a URL of a kind that cannot be read, or carries credentials.
+    """
+    as_place(pattern)
+    return pattern
+
+
 def without_secrets(text: str) -> str:
     """Return a text in which URLs have neither user and password nor a query."""
     return _QUERY.sub(r"\1", _USER.sub("", text))

@@ -63,14 +63,17 @@ class Backend(Protocol):
     def entry(self, place: RemotePath) -> Entry:
         """Return the size and version of a file."""
 
+    def whole(self, place: RemotePath) -> memoryview:
+        """Return the content of a file."""
+
     def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Return the bytes of some ranges (start, stop), those near each other read as one."""
 
-    def names(self, folder: RemotePath) -> Iterator[str]:
-        """Yield the names of the files and folders in a folder."""
+    def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is in a folder, and the size of what is a file."""
 
-    def files(self, folder: RemotePath, *, direct: bool) -> Iterator[Entry]:
-        """Yield the files in a folder, and (unless `direct`) in the folders in it."""
+    def files(self, folder: RemotePath) -> Iterator[Entry]:
+        """Yield the files in a folder, and in the folders in it."""
 
     def put(self, place: RemotePath, content: bytes) -> None:
         """Write a file as a whole."""
@@ -125,6 +128,10 @@ class Objects:
         """Return the size and version of a file."""
         return _entry(place, obstore.head(_store(place), _key(place)))
 
+    def whole(self, place: RemotePath) -> memoryview:
+        """Return the content of a file."""
+        return memoryview(obstore.get(_store(place), _key(place)).bytes())
+
     def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Return the bytes of some ranges (start, stop), those near each other read as one."""
         starts, stops = zip(*ranges, strict=True)
@@ -133,23 +140,18 @@ class Objects:
         )
         return [memoryview(part) for part in found]
 
-    def names(self, folder: RemotePath) -> Iterator[str]:
-        """Yield the names of the files and folders in a folder."""
+    def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is in a folder, and the size of what is a file."""
         found = obstore.list_with_delimiter(_listable(folder), folder.key)
         for path in found["common_prefixes"]:
-            yield path.rpartition("/")[2]
+            yield path.rpartition("/")[2], None
         for entry in found["objects"]:
-            yield entry["path"].rpartition("/")[2]
+            yield entry["path"].rpartition("/")[2], entry["size"]
 
-    def files(self, folder: RemotePath, *, direct: bool) -> Iterator[Entry]:
-        """Yield the files in a folder, and (unless `direct`) in the folders in it."""
-        store = _listable(folder)
-        if direct:
-            batches = iter([obstore.list_with_delimiter(store, folder.key)["objects"]])
-        else:
-            batches = iter(obstore.list(store, folder.key))
+    def files(self, folder: RemotePath) -> Iterator[Entry]:
+        """Yield the files in a folder, and in the folders in it."""
         root = RemotePath(folder.scheme, folder.bucket)
-        for entries in batches:
+        for entries in obstore.list(_listable(folder), folder.key):
             for entry in entries:
                 yield _entry(root / entry["path"], entry)
 
