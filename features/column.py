@@ -1,7 +1,7 @@
 """A column of features on disk: chunks of float16 rows, and a status for each row."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ class Column:
         """Rows of the store in a chunk; the last is filled up with zeros on disk."""
         return min(self.rows_per_chunk, self.rows - chunk * self.rows_per_chunk)
 
-    def pending(self) -> list[int]:
-        """Return the chunks that are not done, in order."""
-        return [chunk for chunk in range(self.num_chunks) if not self.status_file(chunk).is_file()]
+    def pending(self, among: Iterable[int] | None = None) -> list[int]:
+        """Return the chunks that are not done, in order; of some chunks alone if they are given."""
+        chunks = range(self.num_chunks) if among is None else sorted(among)
+        return [chunk for chunk in chunks if not self.status_file(chunk).is_file()]
 
     def write(
         self,

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +40,11 @@ class Phases:
     rows: int = 0
     faults: int = 0
 
+    def add(self, other: "Phases") -> None:
+        """Count in what another run did of the same column."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
     def summary(self) -> str:
         """Return one line for the log."""
         return (
@@ -60,12 +65,26 @@ class Run:
 
 
 def extract_captions(
-    store: FeatureStore, column: Column, index: Index, encoder: TextEncoder, run: Run
+    store: FeatureStore,
+    column: Column,
+    index: Index,
+    encoder: TextEncoder,
+    run: Run,
+    chunks: Sequence[int] | None = None,
 ) -> Phases:
-    """Encode one caption field for every pending chunk of a column; equal captions once a chunk."""
+    """Encode one caption field for the pending chunks of a column; equal captions once a chunk.
+
+    Args:
+        store: Where the captions are.
+        column: Filled where it is pending; its name ends in that of the caption field.
+        index: Tells the rows that are not to be used.
+        encoder: What the column was made for.
+        run: What every column of one extraction shares.
+        chunks: Look at these chunks alone; at all if not given.
+    """
     phases = Phases()
     caption_field = column.name.rsplit("/", 1)[1]
-    chunks = column.pending()
+    chunks = column.pending(chunks)
 
     def load(chunk: int) -> tuple[UInt8[np.ndarray, "batch"], np.ndarray, list[Tokens]]:
         started = time.perf_counter()

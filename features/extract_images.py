@@ -46,8 +46,7 @@ def extract_images(
     """
     phases = Phases()
     reader = SampleReader(index)
-    pending = column.pending()
-    chunks = pending if chunks is None else sorted(set(pending) & set(chunks))
+    chunks = column.pending(chunks)
 
     def load(batch: tuple[int, int]) -> _Images:
         return _load_images(reader, *batch, encoder.preprocessing, run.max_pixels)

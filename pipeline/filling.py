@@ -1,12 +1,15 @@
 """Loads an encoder and fills its columns: the part of stage one that needs torch."""
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from features.encoders import load_image_encoder, load_text_encoder
+from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from features.encoders.baselines import BASELINES
 from features.encoders.checkpoint import find_encoder
 from features.extract import Phases, Run, extract_captions
@@ -15,73 +18,85 @@ from features.index import Index
 from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
-from pipeline.finished import KnownEncoders, check_quarantined
+from pipeline.finished import KnownEncoders, check_quarantined, columns_of
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 Splits = Sequence[tuple[FeatureStore, Index]]
+Encoder = ImageEncoder | TextEncoder
 
 
-def fill_image_column(
+def fill_encoder(
     config: RunConfig, known: KnownEncoders, splits: Splits, name: str, stop: StopRequest
 ) -> None:
-    """Load an image encoder, and fill its column in every split.
+    """Load an encoder, and fill its columns in every split.
+
+    Args:
+        config: Settings of the run.
+        known: Is told what the encoder is.
+        splits: Store and index of every split.
+        name: `image/<encoder>` or `text/<encoder>`.
+        stop: Whether a signal came.
 
     Raises:
         Stopped: A signal came; what is done is on disk.
         SourceError: More rows are quarantined than the recipe allows.
     """
-    settings = config.encoders.image[name]
-    encoder = load_image_encoder(name, settings, prepare_device(config.run))
-    known.remember(f"image/{name}", config, _folder(settings), encoder.fingerprint)
+    encoder = load_encoder(config, name, prepare_device(config.run))
+    known.remember(name, config, folder_of(config, name), encoder.fingerprint)
+    add_columns((store for store, _ in splits), name, encoder)
     for store, index in splits:
-        store.add_encoder(f"image/{name}", encoder.fingerprint, dim=encoder.dim)
-
-        def fill(run: Run, store: FeatureStore = store, index: Index = index) -> Phases:
-            return extract_images(store.column(f"image/{name}"), index, encoder, run)
-
-        _fill_column(config, store, f"image/{name}", fill, stop)
+        for column in columns_of(store, name):
+            fill = functools.partial(encode_chunks, store, index, encoder, column)
+            fill_column(config, store, column, fill, stop)
 
 
-def fill_text_columns(
-    config: RunConfig, known: KnownEncoders, splits: Splits, name: str, stop: StopRequest
-) -> None:
-    """Load a text encoder, and fill the column of each caption field in every split.
+def load_encoder(config: RunConfig, name: str, device: torch.device) -> Encoder:
+    """Load `image/<encoder>` or `text/<encoder>` of a recipe."""
+    kind, encoder = name.split("/")
+    if kind == "image":
+        return load_image_encoder(encoder, config.encoders.image[encoder], device)
+    return load_text_encoder(encoder, config.encoders.text[encoder], device)
+
+
+def add_columns(stores: Iterable[FeatureStore], name: str, encoder: Encoder) -> None:
+    """Make the columns of an encoder, or check that those there are its own.
 
     Raises:
-        Stopped: A signal came; what is done is on disk.
-        SourceError: More rows are quarantined than the recipe allows.
+        StoreMismatchError: They were made by something else.
     """
-    settings = config.encoders.text[name]
-    encoder = load_text_encoder(name, settings, prepare_device(config.run))
-    known.remember(f"text/{name}", config, _folder(settings), encoder.fingerprint)
-    for store, index in splits:
-        store.add_encoder(f"text/{name}", encoder.fingerprint, dim=encoder.dim)
-        for field in store.fields:
-            column = store.column(f"text/{name}/{field}")
-
-            def fill(run: Run, store: FeatureStore = store, index: Index = index) -> Phases:
-                return extract_captions(store, column, index, encoder, run)  # noqa: B023
-
-            _fill_column(config, store, column.name, fill, stop)
+    for store in stores:
+        store.add_encoder(name, encoder.fingerprint, dim=encoder.dim)
 
 
-def _folder(settings: ImageEncoderConfig | TextEncoderConfig) -> Path | None:
-    """Return where the files of an encoder are, None for one that has none."""
-    if settings.model in BASELINES:
-        return None
-    return find_encoder(settings.model, settings.revision).folder
+def encode_chunks(
+    store: FeatureStore,
+    index: Index,
+    encoder: Encoder,
+    column: str,
+    run: Run,
+    chunks: Sequence[int] | None = None,
+) -> Phases:
+    """Fill the pending ones of some chunks of a column; of all if not given."""
+    if isinstance(encoder, ImageEncoder):
+        return extract_images(store.column(column), index, encoder, run, chunks)
+    return extract_captions(store, store.column(column), index, encoder, run, chunks)
 
 
-def _fill_column(
+def fill_column(
     config: RunConfig,
     store: FeatureStore,
     name: str,
     fill: Callable[[Run], Phases],
     stop: StopRequest,
 ) -> None:
-    """Fill what is pending of a column, with a line of progress, and account for every row."""
+    """Fill what is pending of a column, with a line of progress, and account for every row.
+
+    Raises:
+        Stopped: A signal came; what is done is on disk.
+        SourceError: More rows are quarantined than the recipe allows.
+    """
     column = store.column(name)
     pending = column.pending()
     if pending:
@@ -101,3 +116,12 @@ def _fill_column(
     if stop():
         raise Stopped
     check_quarantined(store, name, config.extract.max_bad_fraction)
+
+
+def folder_of(config: RunConfig, name: str) -> Path | None:
+    """Return where the files of an encoder are, None for one that has none."""
+    kind, encoder = name.split("/")
+    settings: ImageEncoderConfig | TextEncoderConfig = getattr(config.encoders, kind)[encoder]
+    if settings.model in BASELINES:
+        return None
+    return find_encoder(settings.model, settings.revision).folder

@@ -78,13 +78,24 @@ def is_finished(
     columns = []
     for store in stores:
         store.add_encoder(name, fingerprint, dim=fingerprint["dim"])
-        fields = [name] if name.startswith("image/") else [f"{name}/{f}" for f in store.fields]
-        columns += [(store, column) for column in fields]
+        columns += [(store, column) for column in columns_of(store, name)]
     if any(store.column(column).pending() for store, column in columns):
         return False
     for store, column in columns:
         check_quarantined(store, column, config.extract.max_bad_fraction)
     return True
+
+
+def columns_of(store: FeatureStore, name: str) -> list[str]:
+    """Return the columns of an encoder: one of an image encoder, one per field of a text encoder.
+
+    Args:
+        store: What has the caption fields.
+        name: `image/<encoder>` or `text/<encoder>`.
+    """
+    if name.startswith("image/"):
+        return [name]
+    return [f"{name}/{field}" for field in store.fields]
 
 
 def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:

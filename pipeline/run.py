@@ -83,10 +83,9 @@ def extract(config: RunConfig, stop: StopRequest) -> list[Path]:
     for kind, name in columns:
         if is_finished(config, known, stores, f"{kind}/{name}"):
             continue
-        from pipeline import filling  # torch loads here: a finished run does without
+        from pipeline.filling import fill_encoder  # torch loads here: a finished run does without
 
-        fill = filling.fill_image_column if kind == "image" else filling.fill_text_columns
-        fill(config, known, splits, name, stop)
+        fill_encoder(config, known, splits, f"{kind}/{name}", stop)
     return [store.path for store in stores]
 
 
