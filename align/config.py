@@ -12,17 +12,18 @@ class HeadConfig(BaseModel):
 
     model_config = SETTINGS
 
-    kind: Literal["glu", "star", "linear"] = "glu"
-    """`glu`: the brief's stack of gated layers. `star`: the released one-block head. `linear`:
-    LayerNorm and one matrix (alignment probing)."""
+    kind: Literal["glu", "star", "mlp", "linear"] = "glu"
+    """`glu`: the brief's stack of gated layers. `star`: the released one-block head. `mlp`: one
+    hidden layer with GELU, as in SigLIP. `linear`: LayerNorm and one matrix (alignment probing)."""
     dim: PositiveInt = 768
     """Length of an embedding in the shared space."""
     depth: PositiveInt = 8
     """Gated layers of `glu`."""
     width: PositiveInt | None = None
     """Hidden width of `glu`; `dim` if not given."""
-    expansion: PositiveInt = 8
-    """Hidden width of `star`, as a multiple of the feature length."""
+    expansion: PositiveInt | None = None
+    """Hidden width of `star` and `mlp`, as a multiple of the feature length; 8 and 4 if not
+    given."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after each gated layer of `glu`."""
 

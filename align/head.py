@@ -2,24 +2,26 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from align.config import HeadConfig, LossConfig
 
 MAX_LOG_SCALE = math.log(100)
+STAR_EXPANSION, MLP_EXPANSION = 8, 4
 GATE_LIMIT = 1000.0  # the released code clamps both gate inputs to it
 
 
-class FrozenInputLinear(nn.Module):
-    """LayerNorm with its own weights, then linear maps, for an input that needs no gradient.
+class FrozenInputNorm(nn.Module):
+    """LayerNorm in front of linear maps, for an input that needs no gradient.
 
-    With x̂ the normalised input, W·(γ⊙x̂ + β) + b is computed as (W⊙γ)·x̂ + (b + W·β). The gradients
-    of W, γ and β then come from products the size of W, and the input-gradient product, a third
-    of the work of this layer, is never formed.
+    The weights γ and β would be the only reason to form the gradient of the input of those maps:
+    see `_FrozenInputLinear`, which finds theirs without it.
     """
 
     def __init__(self, features: int) -> None:
@@ -35,9 +37,46 @@ class FrozenInputLinear(nn.Module):
     def forward(
         self, normalised: Float[Tensor, "batch dim"], linear: nn.Linear
     ) -> Float[Tensor, "batch out"]:
-        """Apply the LayerNorm's weights and a linear layer to a normalised input."""
-        shift = (linear.weight * self.bias).sum(dim=1)  # a sum, not a product: stays float32
-        return F.linear(normalised, linear.weight * self.weight, linear.bias + shift)
+        """Apply the LayerNorm's weights, then a linear map, to a normalised input."""
+        output: Tensor = _FrozenInputLinear.apply(  # type: ignore[no-untyped-call]
+            normalised, self.weight, self.bias, linear.weight, linear.bias
+        )
+        return output
+
+
+class _FrozenInputLinear(torch.autograd.Function):
+    """y = W(γ⊙x̂ + β) + b, with every gradient but that of x̂.
+
+    With G = dYᵀx̂ and s = Σ dY (over the batch): dW = G⊙γ + sβᵀ, dγ = Σ_k W_k⊙G_k, dβ = Wᵀs, db = s.
+    Autograd would form WᵀdY for γ and β, a third of the work of the layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        normalised: Float[Tensor, "batch dim"],
+        gamma: Float[Tensor, "dim"],
+        beta: Float[Tensor, "dim"],
+        weight: Float[Tensor, "out dim"],
+        bias: Float[Tensor, "out"],
+    ) -> Float[Tensor, "batch out"]:
+        ctx.save_for_backward(normalised, gamma, beta, weight)
+        kind = normalised.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return F.linear(normalised * gamma + beta, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Float[Tensor, "batch out"]) -> tuple[Tensor | None, ...]:
+        normalised, gamma, beta, weight = ctx.saved_tensors
+        kind, dtype, enabled = ctx.autocast
+        with torch.autocast(kind, dtype, enabled=enabled):
+            product = (gradient.T @ normalised).to(weight.dtype)  # (out, dim)
+        summed = gradient.sum(dim=0, dtype=weight.dtype)
+        gamma_gradient = (weight * product).sum(dim=0)
+        beta_gradient = summed @ weight
+        weight_gradient = product.mul_(gamma).addr_(summed, beta)
+        return None, gamma_gradient, beta_gradient, weight_gradient, summed
 
 
 class GLULayer(nn.Module):
@@ -102,8 +141,8 @@ class StarHead(nn.Module):
 
     def __init__(self, feature_dim: int, config: HeadConfig) -> None:
         super().__init__()
-        hidden = config.expansion * feature_dim
-        self.norm = FrozenInputLinear(feature_dim)
+        hidden = (config.expansion or STAR_EXPANSION) * feature_dim
+        self.norm = FrozenInputNorm(feature_dim)
         self.f1 = nn.Linear(feature_dim, hidden)
         self.f2 = nn.Linear(feature_dim, hidden)
         self.g = nn.Linear(hidden, config.dim)
@@ -117,12 +156,34 @@ class StarHead(nn.Module):
         return embedding
 
 
+class MLPHead(nn.Module):
+    """LayerNorm, one hidden layer with GELU, and a matrix into the shared space.
+
+    Reference:
+        The MLP of SigLIP's attention pooling, Zhai et al. 2023, arXiv:2303.15343, without its
+        residual; the released code of SAIL calls it `mlp`.
+    """
+
+    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        hidden = (config.expansion or MLP_EXPANSION) * feature_dim
+        self.norm = FrozenInputNorm(feature_dim)
+        self.up = nn.Linear(feature_dim, hidden)
+        self.down = nn.Linear(hidden, config.dim)
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Embed a batch of features; the embedding is not normalised."""
+        hidden = F.gelu(self.norm(self.norm.normalise(features), self.up))
+        embedding: Tensor = self.down(hidden)
+        return embedding
+
+
 class LinearHead(nn.Module):
     """LayerNorm and one matrix: what alignment probing trains."""
 
     def __init__(self, feature_dim: int, config: HeadConfig) -> None:
         super().__init__()
-        self.norm = FrozenInputLinear(feature_dim)
+        self.norm = FrozenInputNorm(feature_dim)
         self.linear = nn.Linear(feature_dim, config.dim)
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
@@ -131,9 +192,11 @@ class LinearHead(nn.Module):
         return embedding
 
 
-HEADS: dict[str, type[GLUHead] | type[StarHead] | type[LinearHead]] = {
+Head = GLUHead | StarHead | MLPHead | LinearHead
+HEADS: dict[str, type[Head]] = {
     "glu": GLUHead,
     "star": StarHead,
+    "mlp": MLPHead,
     "linear": LinearHead,
 }
 

@@ -73,7 +73,7 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     """
     columns = Columns.open(store, config, image, text)
     folder = CheckpointFolder(run_dir)
-    described = _describe(columns, config, seed)
+    described = describe(columns, config, seed)
     checkpoint = folder.resume(described)
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
@@ -275,7 +275,7 @@ class _Clock:
         self.restart()
 
 
-def _describe(columns: Columns, config: AlignConfig, seed: int) -> dict[str, Any]:
+def describe(columns: Columns, config: AlignConfig, seed: int) -> dict[str, Any]:
     """Return what decides the result of a training, as JSON."""
 
     def encoder(column: Column) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Outputs, losses and gradients of the released code, from its tiny checkpoints in shared/."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,23 +11,25 @@ from torch import Tensor
 from align.head import AlignmentModel
 from align.loss import LossOptions, contrastive_loss
 from align.pairs import Pairs
-from align.released import _renamed, load_released
+from align.released import load_released, released_names, save_released
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"
 pytestmark = pytest.mark.skipif(
     not GOLDENS.is_dir(), reason="the goldens lie in shared/, beside the checkout; they are absent"
 )
-KINDS = ["star", "linear"]
+KINDS: list[Literal["star", "linear"]] = ["star", "linear"]
 
 
-def golden(kind: str) -> tuple[AlignmentModel, dict[str, Tensor]]:
+def golden(kind: Literal["star", "linear"]) -> tuple[AlignmentModel, dict[str, Tensor]]:
     prefix = f"{kind}."
     cases = {
         name.removeprefix(prefix): tensor
         for name, tensor in load_file(GOLDENS / "cases.safetensors").items()
         if name.startswith(prefix)
     }
-    return load_released(GOLDENS / f"head_{kind}.pt").requires_grad_(), cases
+    model, head = load_released(GOLDENS / f"head_{kind}.pt")
+    assert head.kind == kind
+    return model.requires_grad_(), cases
 
 
 def loss_of(
@@ -45,7 +48,7 @@ def loss_of(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_equal_those_of_the_released_head(kind: str) -> None:
+def test_embeddings_equal_those_of_the_released_head(kind: Literal["star", "linear"]) -> None:
     model, cases = golden(kind)
     found = {
         "image_embeddings": model.embed_image(cases["image"]),
@@ -57,7 +60,7 @@ def test_embeddings_equal_those_of_the_released_head(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_those_of_the_released_head(kind: str) -> None:
+def test_logits_equal_those_of_the_released_head(kind: Literal["star", "linear"]) -> None:
     model, cases = golden(kind)
     image = torch.nn.functional.normalize(model.embed_image(cases["image"]), dim=-1)
     text = torch.nn.functional.normalize(model.embed_text(cases["text"]), dim=-1)
@@ -70,7 +73,7 @@ def test_logits_equal_those_of_the_released_head(kind: str) -> None:
     ("case", "texts"), [("single", ["text"]), ("multi", ["text", "extra_text"])]
 )
 def test_sigmoid_loss_and_gradients_equal_those_of_the_released_code(
-    kind: str, case: str, texts: list[str]
+    kind: Literal["star", "linear"], case: str, texts: list[str]
 ) -> None:
     model, cases = golden(kind)
     loss = loss_of(model, cases, texts, LossOptions("sigmoid", "pair", 5))
@@ -79,9 +82,10 @@ def test_sigmoid_loss_and_gradients_equal_those_of_the_released_code(
     weights = dict(model.named_parameters())
     prefix = f"{case}.grad."
     names = [name for name in cases if name.startswith(prefix)]
+    ours = released_names(kind)
     assert len(names) == len(weights)
     for name in names:
-        gradient = weights[_renamed(name.removeprefix(prefix), is_star=kind == "star")].grad
+        gradient = weights[ours[name.removeprefix(prefix)]].grad
         assert gradient is not None
         torch.testing.assert_close(
             gradient.reshape(cases[name].shape), cases[name], rtol=1e-4, atol=1e-7
@@ -89,7 +93,20 @@ def test_sigmoid_loss_and_gradients_equal_those_of_the_released_code(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_softmax_loss_equals_that_of_the_released_code(kind: str) -> None:
+def test_softmax_loss_equals_that_of_the_released_code(kind: Literal["star", "linear"]) -> None:
     model, cases = golden(kind)
     loss = loss_of(model, cases, ["text"], LossOptions("infonce", "image", 5))
     torch.testing.assert_close(loss, cases["infonce.loss"][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_comes_back_from_the_released_layout_as_it_was(
+    kind: Literal["star", "linear"], tmp_path: Path
+) -> None:
+    model, _ = golden(kind)
+    save_released(model, kind, tmp_path / "out.pt", epoch=3)
+    there = torch.load(GOLDENS / f"head_{kind}.pt", weights_only=True)["state_dict"]
+    back = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert back["epoch"] == 3
+    assert back["state_dict"].keys() == there.keys()
+    assert all(torch.equal(back["state_dict"][name], there[name]) for name in there)

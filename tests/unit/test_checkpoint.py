@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from align.checkpoint import CheckpointFolder, Snapshot, differences, load_aligned
 from align.config import AlignConfig, HeadConfig, LossConfig
@@ -119,3 +120,60 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Path("/tmp")}, tmp_path / "code.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_released(tmp_path / "code.pt")
+
+
+def released_mlp(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of an mlp head in the released layout: features of 3 and 4, embeddings of 2."""
+    weights = {"logit_scale": torch.tensor([2.0]), "logit_bias": torch.tensor([-10.0])}
+    for modality, features in [("vision", 3), ("text", 4)]:
+        weights[f"{modality}_layer_norm.weight"] = torch.rand(features)
+        weights[f"{modality}_layer_norm.bias"] = torch.rand(features)
+        for layer, rows, columns in [(0, 2 * features, features), (2, 2, 2 * features)]:
+            name = f"{modality}_mapping_network.proj.{layer}"
+            weights |= {
+                f"{name}.weight": torch.rand(rows, columns),
+                f"{name}.bias": torch.rand(rows),
+            }
+    return weights | changes
+
+
+def test_a_released_mlp_is_its_formula(tmp_path: Path) -> None:
+    weights = released_mlp()
+    torch.save(weights, tmp_path / "mlp.pt")  # without the dictionary around it
+    model, head = load_released(tmp_path / "mlp.pt")
+    assert (head.kind, head.dim, head.expansion) == ("mlp", 2, 2)
+    x = torch.rand(5, 4)
+
+    def tensors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights[f"text_{name}.weight"], weights[f"text_{name}.bias"]
+
+    gamma, beta = tensors("layer_norm")
+    hidden = F.linear(F.layer_norm(x, (4,)) * gamma + beta, *tensors("mapping_network.proj.0"))
+    expected = F.linear(F.gelu(hidden), *tensors("mapping_network.proj.2"))
+    torch.testing.assert_close(model.embed_text(x), expected)
+    assert model.log_scale.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surplus": torch.zeros(1)}, r"surplus of shape \(1,\)"),
+        ({"vision_layer_norm.bias": torch.zeros(7)}, r"vision_layer_norm.bias of shape"),
+        ({"text_mapping_network.proj.0.weight": torch.zeros(8)}, "has no matrix text_mapping"),
+        ({"text_mapping_network.proj.0.weight": torch.zeros(12, 4)}, "heads of other forms"),
+    ],
+)
+def test_a_released_head_with_a_tensor_too_many_or_of_another_shape_is_refused(
+    changes: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": released_mlp(**changes)}, tmp_path / "head.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_released(tmp_path / "head.pt")
+
+
+def test_a_released_head_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    weights = released_mlp()
+    del weights["text_layer_norm.bias"]
+    torch.save({"state_dict": weights}, tmp_path / "head.pt")
+    with pytest.raises(CheckpointError, match=r"text_layer_norm\.bias of shape \(4,\) is missing"):
+        load_released(tmp_path / "head.pt")
