@@ -12,7 +12,13 @@ from pathlib import Path
 from tests.benchmarks.figure import Figure
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
-CPU_MODULES = ["extraction", "loader", "loss", "memory"]
+CPU_MODULES = [
+    "extraction",
+    "head",
+    "loader",
+    "loss",
+    "memory",
+]
 GPU_MODULES = ["gpu"]
 
 
