@@ -13,6 +13,7 @@ from align.selection import Columns, key_hashes
 from features.column import Column
 
 READERS = 4  # threads that read chunks: enough to keep a local disk busy
+REMOTE_READERS = 16  # under a URL they mostly wait
 
 
 class Pool:
@@ -48,7 +49,7 @@ class Pool:
         if len(window.chunks) > self._slots:
             self._take_memory(len(window.chunks))
         jobs = list(enumerate(window.chunks.tolist()))
-        with ThreadPoolExecutor(READERS, "sail-read") as readers:
+        with ThreadPoolExecutor(_readers(self.columns), "sail-read") as readers:
             reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
             for slot, chunk in jobs:
                 self._hash_captions(slot, chunk)
@@ -116,6 +117,10 @@ class Pool:
             rows[:, field] = hashes.view(np.int64)
 
 
+def _readers(columns: Columns) -> int:
+    return REMOTE_READERS if columns.image.is_remote else READERS
+
+
 def _take(
     features: Float16[Tensor, "rows dim"],
     rows: Int64[np.ndarray, "batch"],
@@ -134,7 +139,7 @@ class _Staging:
         dim = max(columns.image.dim, columns.text[0].dim)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(READERS):
+        for _ in range(_readers(columns)):
             elements = columns.image.rows_per_chunk * dim
             self._free.put(torch.empty(elements, dtype=torch.float16, pin_memory=True))
 

@@ -17,6 +17,7 @@ from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 HASH_BYTES = 8
+KEY_CHUNKS_AT_ONCE = 16  # under a URL they are fetched side by side
 
 
 @dataclass(frozen=True)
@@ -138,5 +139,6 @@ def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[
 
 
 def _all_keys(store: FeatureStore) -> Iterable[str]:
-    for start in range(0, store.rows, store.rows_per_chunk):
-        yield from store.keys(start, start + store.rows_per_chunk)
+    rows = KEY_CHUNKS_AT_ONCE * store.rows_per_chunk
+    for start in range(0, store.rows, rows):
+        yield from store.keys(start, start + rows)

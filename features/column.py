@@ -1,48 +1,52 @@
-"""A column of features on disk: chunks of float16 rows, and a status for each row."""
+"""A column of features: chunks of float16 rows, and a status for each row."""
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Float16, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from features.errors import StoreCorruptError
-from features.partial import partial_path, remove_leftovers
+from features.chunks import CRC_BYTES, read_chunk, read_part, write_chunk
+from features.partial import remove_leftovers
 from features.status import Status
-
-CRC_BYTES = 4
+from features.storage.files import in_order, is_file, names, zarr_store
+from features.storage.place import Place, RemotePath
 
 
 class Column:
     """The features of one encoder (and caption field) for every row, with a status for each."""
 
-    def __init__(self, store: Path, name: str, *, verify: bool = False) -> None:
+    def __init__(self, store: Place, name: str, *, verify: bool = False) -> None:
         self.name = name
         self.path = store / name
+        self.is_remote = isinstance(store, RemotePath)
+        """Under a URL: reading is waiting, and worth many threads."""
         self.verify = verify
         """Check the crc32c of every chunk that is read as a whole."""
-        array = zarr.open_array(self.path / "features", mode="r")
+        array = zarr.open_array(zarr_store(self.path / "features"), mode="r")
         self.rows, self.dim = array.shape
         self.rows_per_chunk = array.chunks[0]
-        self.fingerprint: dict[str, Any] = zarr.open_group(
-            store / "/".join(name.split("/")[:2]), mode="r"
-        ).attrs.asdict()
+        encoder = zarr_store(store / "/".join(name.split("/")[:2]))
+        self.fingerprint: dict[str, Any] = zarr.open_group(encoder, mode="r").attrs.asdict()
 
     @property
     def num_chunks(self) -> int:
         """Chunks of the column."""
         return -(-self.rows // self.rows_per_chunk)
 
-    def features_file(self, chunk: int) -> Path:
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the two files of a chunk: features and status."""
+        return self.rows_per_chunk * (2 * self.dim + 1) + 2 * CRC_BYTES
+
+    def features_file(self, chunk: int) -> Place:
         """Path of a chunk of features: (rows_per_chunk, dim) float16 and 4 bytes of crc32c."""
         return self.path / "features" / "c" / str(chunk) / "0"
 
-    def status_file(self, chunk: int) -> Path:
+    def status_file(self, chunk: int) -> Place:
         """Path of a chunk of status: (rows_per_chunk,) uint8 and 4 bytes of crc32c."""
         return self.path / "status" / "c" / str(chunk)
 
@@ -53,7 +57,8 @@ class Column:
     def pending(self, among: Iterable[int] | None = None) -> list[int]:
         """Return the chunks that are not done, in order; of some chunks alone if they are given."""
         chunks = range(self.num_chunks) if among is None else sorted(among)
-        return [chunk for chunk in chunks if not self.status_file(chunk).is_file()]
+        done = set(self._done() if among is None else self._done(chunks))
+        return [chunk for chunk in chunks if chunk not in done]
 
     def write(
         self,
@@ -78,48 +83,62 @@ class Column:
             ("features", self.features_file(chunk), little_endian),
             ("status", self.status_file(chunk), status),
         ]:
-            partial = partial_path(self.path / array / str(chunk))
-            _write_file(file, _padded(values, padding), partial)
+            write_chunk(file, _padded(values, padding), beside=self.path / array / str(chunk))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left half-written; those at work are left alone."""
-        for array in ("features", "status"):
-            remove_leftovers(self.path / array)
+        if isinstance(self.path, Path):
+            for array in ("features", "status"):
+                remove_leftovers(self.path / array)
 
     def status(self) -> UInt8[np.ndarray, "rows"]:
         """Return the status code of every row; 0 (pending) where a chunk is not done."""
-        codes = np.zeros(self.num_chunks * self.rows_per_chunk, dtype=np.uint8)
-        for chunk in range(self.num_chunks):
-            if self.status_file(chunk).is_file():
-                start = chunk * self.rows_per_chunk
-                _read_file(
-                    self.status_file(chunk), codes[start : start + self.rows_per_chunk], verify=True
-                )
+        size = self.rows_per_chunk
+        codes = np.zeros(self.num_chunks * size, dtype=np.uint8)
+
+        def fill(chunk: int) -> None:
+            part = codes[chunk * size : (chunk + 1) * size]
+            read_chunk(self.status_file(chunk), part, verify=True)
+
+        for _ in in_order(fill, self._done(), remote=self.is_remote):
+            pass
         return codes[: self.rows]
 
     def read_into(self, chunk: int, buffer: Float16[np.ndarray, "rows_per_chunk dim"]) -> int:
-        """Fill a buffer with a chunk, without a copy, and return how many of its rows are real.
+        """Fill a buffer with a chunk, and return how many of its rows are real.
 
         Raises:
             StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
         """
-        _read_file(self.features_file(chunk), buffer, verify=self.verify)
+        read_chunk(self.features_file(chunk), buffer, verify=self.verify)
         return self.chunk_rows(chunk)
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "batch dim"]:
         """Return rows `start` to `stop`; zeros where a row is pending or quarantined."""
         stop = min(stop, self.rows)
         features = np.zeros((max(stop - start, 0), self.dim), dtype=np.float16)
-        for chunk, first, last in _chunks_between(start, stop, self.rows_per_chunk):
-            if not self.status_file(chunk).is_file():
-                continue
-            base = chunk * self.rows_per_chunk
-            with _open_chunk(self.features_file(chunk)) as file:
-                file.seek((first - base) * self.dim * 2)
-                target = features[first - start : last - start]
-                if file.readinto(target.reshape(-1).view(np.uint8).data) != target.nbytes:
-                    raise StoreCorruptError(self.features_file(chunk), "the file is cut off")
+
+        def fill(part: tuple[int, int, int]) -> None:
+            chunk, first, last = part
+            if is_file(self.status_file(chunk)):
+                offset = (first - chunk * self.rows_per_chunk) * self.dim * 2
+                read_part(self.features_file(chunk), offset, features[first - start : last - start])
+
+        parts = _chunks_between(start, stop, self.rows_per_chunk)
+        for _ in in_order(
+            fill, parts, remote=self.is_remote and stop - start > self.rows_per_chunk
+        ):
+            pass
         return features
+
+    def _done(self, among: Iterable[int] | None = None) -> list[int]:
+        """Return the chunks that have a status, in order: listed, or asked for one by one."""
+        if among is None and (isinstance(self.path, Path) or self.path.can_be_listed):
+            listed = set(names(self.path / "status" / "c"))
+            return [chunk for chunk in range(self.num_chunks) if str(chunk) in listed]
+        chunks = range(self.num_chunks) if among is None else list(among)
+        there = in_order(is_file, map(self.status_file, chunks), remote=self.is_remote)
+        return [chunk for chunk, done in zip(chunks, there, strict=True) if done]
 
 
 def create_column(group: zarr.Group, rows: int, dim: int, rows_per_chunk: int) -> None:
@@ -161,35 +180,3 @@ def _padded(values: np.ndarray, padding: int) -> np.ndarray:
     if padding == 0:
         return np.ascontiguousarray(values)
     return np.concatenate([values, np.zeros((padding, *values.shape[1:]), dtype=values.dtype)])
-
-
-def _checksum(values: np.ndarray) -> bytes:
-    crc: int = google_crc32c.value(values.reshape(-1).view(np.uint8))
-    return crc.to_bytes(CRC_BYTES, "little")
-
-
-def _write_file(path: Path, values: np.ndarray, partial: Path) -> None:
-    """Write values and their checksum under another name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb", buffering=0) as file:
-        file.write(values.reshape(-1).view(np.uint8).data)
-        file.write(_checksum(values))
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same call with a longer trace
-
-
-def _open_chunk(path: Path) -> Any:
-    try:
-        return path.open("rb", buffering=0)
-    except FileNotFoundError as error:
-        raise StoreCorruptError(path, "the file is missing although its rows are done") from error
-
-
-def _read_file(path: Path, buffer: np.ndarray, *, verify: bool) -> None:
-    with _open_chunk(path) as file:
-        count = file.readinto(buffer.reshape(-1).view(np.uint8).data)
-        checksum = file.read(CRC_BYTES + 1)
-    if count != buffer.nbytes or len(checksum) != CRC_BYTES:
-        size = count + len(checksum)
-        raise StoreCorruptError(path, f"it has {size} bytes, not {buffer.nbytes + CRC_BYTES}")
-    if verify and checksum != _checksum(buffer):
-        raise StoreCorruptError(path, "its crc32c does not match its bytes")

@@ -137,6 +137,10 @@ class ExtractConfig(BaseModel):
 
     model_config = SETTINGS
 
+    store: PlaceSetting | None = None
+    """Folder of the feature stores, `<store>/<split>.zarr`, for all stages: a path relative to
+    where the command is called, or a URL (s3://, gs://). `features` in the run folder if not
+    given."""
     rows_per_chunk: PositiveInt = 4096
     """Rows of one chunk: the unit of work, of writing and of resuming."""
     workers: PositiveInt | None = None

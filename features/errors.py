@@ -21,8 +21,6 @@ A message says, in this order: what is wrong, with the value and the place; what
 the command or setting that puts it right.
 """
 
-from pathlib import Path
-
 
 class SailError(Exception):
     """Base of the errors that are the user's to put right; the CLI prints them without a trace."""
@@ -65,7 +63,7 @@ class StoreError(SailError):
 class StoreNotFoundError(StoreError, FileNotFoundError):
     """There is no feature store at the path."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: object) -> None:
         super().__init__(f"There is no feature store at {path}. Create it with `sail extract`.")
 
 
@@ -83,7 +81,7 @@ class StoreMismatchError(StoreError):
 class StoreCorruptError(StoreError):
     """A chunk on disk is not what was written there."""
 
-    def __init__(self, chunk: Path, what: str) -> None:
+    def __init__(self, chunk: object, what: str) -> None:
         super().__init__(
             f"{chunk} is damaged: {what}. A whole chunk was expected. Delete the `status` chunk of "
             f"the same number and run `sail extract` again to compute it anew."

@@ -9,7 +9,6 @@ The layout is documented in docs/store.md. Two ideas carry it:
 """
 
 import hashlib
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from features.errors import (
     StoreNotFoundError,
 )
 from features.index import Index
-from features.partial import partial_path, remove_leftovers
+from features.publish import new_group
+from features.storage.files import is_file, names, zarr_store
+from features.storage.place import Place, RemotePath
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
@@ -34,9 +35,9 @@ NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to 
 
 
 class FeatureStore:
-    """A store on disk: keys, captions and labels, and the columns of features over them."""
+    """A store on disk or under a URL: keys, captions, labels, and the columns of features."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Place, group: zarr.Group) -> None:
         self.path = path
         self._group = group
         attributes: dict[str, Any] = dict(group.attrs.asdict())
@@ -45,17 +46,22 @@ class FeatureStore:
         self.keys_sha256 = str(attributes["keys_sha256"])
         self.source: dict[str, Any] = attributes["source"]
 
+    @staticmethod
+    def is_at(path: Place) -> bool:
+        """Return whether there is something at the place of a store."""
+        return path.exists() if isinstance(path, Path) else is_file(path / "zarr.json")
+
     @classmethod
-    def open(cls, path: Path) -> "FeatureStore":
+    def open(cls, path: Place) -> "FeatureStore":
         """Open a store for reading and for writing of its pending chunks.
 
         Raises:
             StoreNotFoundError: There is nothing at `path`.
             StoreError: What is there is not a feature store of this format.
         """
-        if not (path / "zarr.json").is_file():
+        if not is_file(path / "zarr.json"):
             raise StoreNotFoundError(path)
-        group = zarr.open_group(path, mode="r")
+        group = zarr.open_group(zarr_store(path), mode="r")
         found = (group.attrs.get("format"), group.attrs.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise StoreError(
@@ -65,7 +71,7 @@ class FeatureStore:
         return cls(path, group)
 
     @classmethod
-    def create(cls, path: Path, index: Index, *, rows_per_chunk: int) -> "FeatureStore":
+    def create(cls, path: Place, index: Index, *, rows_per_chunk: int) -> "FeatureStore":
         """Write the rows of an index as a new store without columns: all of it, or nothing.
 
         Several may do so at once: one store comes of it, and all open that.
@@ -73,37 +79,8 @@ class FeatureStore:
         Raises:
             StoreMismatchError: There is a store already, of other rows.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        partial = partial_path(path)
-        group = zarr.create_group(partial)
-        row_array: dict[str, Any] = {
-            "shape": (index.rows,),
-            "chunks": (rows_per_chunk,),
-            "dimension_names": ["row"],
-        }
-        for name in ["key", *(f"caption/{field}" for field in index.fields)]:
-            group.create_array(name, dtype="string", **row_array)
-        if index.has_labels:
-            group.create_array("label", dtype="int32", fill_value=-1, **row_array)
-            if index.class_names:
-                group["label"].attrs["class_names"] = list(index.class_names)
-        if index.has_groups:
-            group.create_array("group", dtype="int32", fill_value=-1, **row_array)
-        group.create_group("image")
-        group.create_group("text")
-        digest = _write_rows(group, index, rows_per_chunk)
-        group.attrs.update(
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "rows": index.rows,
-                "rows_per_chunk": rows_per_chunk,
-                "keys_sha256": digest,
-                "source": index.source,
-            }
-        )
-        _rename_if_first(partial, path)
+        with new_group(path, store=path) as folder:
+            digest = _write_new(folder, index, rows_per_chunk)
         store = cls.open(path)
         if store.keys_sha256 != digest:
             raise StoreMismatchError(
@@ -119,10 +96,8 @@ class FeatureStore:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """Caption fields, in the order of their names (numbers by value)."""
-        captions = self.path / "caption"
-        names = [entry.name for entry in captions.iterdir()] if captions.is_dir() else []
-        names = [name for name in names if (captions / name / "zarr.json").is_file()]
-        return tuple(sorted(names, key=lambda name: (not name.isdigit(), len(name), name)))
+        fields = self._members("caption")
+        return tuple(sorted(fields, key=lambda name: (not name.isdigit(), len(name), name)))
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -153,11 +128,11 @@ class FeatureStore:
 
     def columns(self) -> list[str]:
         """Names of the feature columns: `image/<encoder>` and `text/<encoder>/<field>`."""
-        found = [
-            *sorted(self.path.glob("image/*/features/zarr.json")),
-            *sorted(self.path.glob("text/*/*/features/zarr.json")),
+        texts = [f"text/{name}" for name in self._members("text")]
+        return [
+            *(f"image/{name}" for name in self._members("image")),
+            *(f"{encoder}/{field}" for encoder in texts for field in self._members(encoder)),
         ]
-        return [file.parent.parent.relative_to(self.path).as_posix() for file in found]
 
     def column(self, name: str) -> Column:
         """Open one column.
@@ -186,23 +161,41 @@ class FeatureStore:
             StoreMismatchError: The column was made by something else; the field is named.
         """
         target = self.path / name
-        if (target / "zarr.json").is_file():
+        if is_file(target / "zarr.json"):
             self._check_fingerprint(name, fingerprint)
             return
-        remove_leftovers(self.path)
-        partial = partial_path(self.path / name.replace("/", "-"))
-        group = zarr.create_group(partial, attributes=fingerprint)
-        columns = [group]
-        if name.startswith("text/"):
-            columns = [group.create_group(field) for field in self.fields]
-        for column in columns:
-            create_column(column, self.rows, dim, self.rows_per_chunk)
-        target.parent.mkdir(exist_ok=True)
-        _rename_if_first(partial, target)
+        with new_group(target, store=self.path) as folder:
+            group = zarr.create_group(folder, attributes=fingerprint)
+            columns = [group]
+            if name.startswith("text/"):
+                columns = [group.create_group(field) for field in self.fields]
+            for column in columns:
+                create_column(column, self.rows, dim, self.rows_per_chunk)
         self._check_fingerprint(name, fingerprint)
 
+    def _members(self, group: str) -> list[str]:
+        """Return the sorted names of the arrays and groups in a group."""
+        if isinstance(self.path, RemotePath) and not self.path.can_be_listed:
+            return self._consolidated_members(group)
+        folder = self.path / group
+        found = [name for name in names(folder) if not name.startswith(".")]
+        return [name for name in found if is_file(folder / name / "zarr.json")]
+
+    def _consolidated_members(self, group: str) -> list[str]:
+        """Return them from the metadata of the whole store, which the root can hold."""
+        metadata = self._group.metadata.consolidated_metadata
+        if metadata is None:
+            raise StoreError(
+                f"{self.path} is on a web server, which does not list files. Consolidated metadata "
+                f"was expected in it. Call `zarr.consolidate_metadata` on the store before it is "
+                f"put there, or use s3://, gs:// or hf://."
+            )
+        paths = [path.split("/") for path in metadata.flattened_metadata]
+        parent = group.split("/")
+        return sorted(path[-1] for path in paths if path[:-1] == parent)
+
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
-        found = zarr.open_group(self.path / name, mode="r").attrs.asdict()
+        found = zarr.open_group(zarr_store(self.path / name), mode="r").attrs.asdict()
         for field in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
             if found.get(field) != expected.get(field):
                 raise StoreMismatchError(
@@ -213,14 +206,36 @@ class FeatureStore:
                 )
 
 
-def _rename_if_first(partial: Path, path: Path) -> None:
-    """Give a group its name; where another writer was faster, theirs stays and ours goes."""
-    try:
-        partial.rename(path)
-    except OSError:
-        if not (path / "zarr.json").is_file():
-            raise
-        shutil.rmtree(partial)
+def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
+    """Make the group of a store without columns, and return the digest of its keys."""
+    group = zarr.create_group(folder)
+    row_array: dict[str, Any] = {
+        "shape": (index.rows,),
+        "chunks": (rows_per_chunk,),
+        "dimension_names": ["row"],
+    }
+    for name in ["key", *(f"caption/{field}" for field in index.fields)]:
+        group.create_array(name, dtype="string", **row_array)
+    if index.has_labels:
+        group.create_array("label", dtype="int32", fill_value=-1, **row_array)
+        if index.class_names:
+            group["label"].attrs["class_names"] = list(index.class_names)
+    if index.has_groups:
+        group.create_array("group", dtype="int32", fill_value=-1, **row_array)
+    group.create_group("image")
+    group.create_group("text")
+    digest = _write_rows(group, index, rows_per_chunk)
+    group.attrs.update(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "rows": index.rows,
+            "rows_per_chunk": rows_per_chunk,
+            "keys_sha256": digest,
+            "source": index.source,
+        }
+    )
+    return digest
 
 
 def keys_digest(index: Index) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from features.errors import SailError
+from features.storage.place import as_place
 
 
 class Commands(click.Group):
@@ -126,11 +127,13 @@ def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bo
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--row", type=int, help="Show this row instead of the whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(store: Path, row: int | None, as_json: bool) -> None:
+def inspect(store: str, row: int | None, as_json: bool) -> None:
     """Show what a store holds: columns, rows per status, norms, sizes.
+
+    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://).
 
     \b
     Examples:
@@ -140,7 +143,8 @@ def inspect(store: Path, row: int | None, as_json: bool) -> None:
     from pipeline.inspection import describe_row, describe_store
     from pipeline.tables import row_table, store_table
 
-    description = describe_store(store) if row is None else describe_row(store, row)
+    place = as_place(store)
+    description = describe_store(place) if row is None else describe_row(place, row)
     if as_json:
         click.echo(json.dumps(description, indent=2, ensure_ascii=False))
     else:
@@ -148,8 +152,8 @@ def inspect(store: Path, row: int | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("store", type=click.Path(path_type=Path))
-def verify(store: Path) -> None:
+@click.argument("store")
+def verify(store: str) -> None:
     """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
 
     \b
@@ -158,7 +162,7 @@ def verify(store: Path) -> None:
     """
     from pipeline.inspection import verify_store
 
-    faults = verify_store(store)
+    faults = verify_store(as_place(store))
     if faults:
         for fault in faults:
             click.echo(fault, err=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,13 @@ import numpy as np
 from features.column import Column
 from features.errors import StoreCorruptError, StoreError
 from features.status import Status
+from features.storage.place import Place
 from features.store import FeatureStore
 
 KEYS_AT_ONCE = 65_536
 
 
-def describe_store(path: Path) -> dict[str, Any]:
+def describe_store(path: Place) -> dict[str, Any]:
     """Return rows, fields, classes, and for each column its shape, status counts, norms, bytes."""
     store = FeatureStore.open(path)
     return {
@@ -30,7 +30,7 @@ def describe_store(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_row(path: Path, row: int) -> dict[str, Any]:
+def describe_row(path: Place, row: int) -> dict[str, Any]:
     """Return everything the store holds of one row, except the vectors themselves.
 
     Raises:
@@ -64,7 +64,7 @@ def describe_row(path: Path, row: int) -> dict[str, Any]:
     }
 
 
-def verify_store(path: Path) -> list[str]:
+def verify_store(path: Place) -> list[str]:
     """Read every chunk of a store and return what is wrong, one sentence each.
 
     Checked: checksums and lengths of all chunks; that keys are unique and those that were written;
@@ -84,13 +84,13 @@ def _describe_column(column: Column) -> dict[str, Any]:
     status = column.status()
     codes, counts = np.unique(status, return_counts=True)
     names = [Status(int(code)).label for code in codes]
-    files = [*column.path.rglob("c/*/0"), *column.path.glob("status/c/*")]
+    done = column.num_chunks - len(column.pending())
     fingerprint = column.fingerprint
     return {
         "shape": [column.rows, column.dim],
         "status": dict(zip(names, map(int, counts), strict=True)),
         "norms": _norms(column, status),
-        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
+        "bytes": done * column.chunk_bytes,
         "model": fingerprint.get("model"),
         "pooling": fingerprint.get("pooling"),
         "licence": fingerprint.get("licence"),
@@ -139,8 +139,9 @@ def _column_faults(column: Column) -> list[str]:
         status = column.status()
     except StoreCorruptError as error:
         return [str(error)]
+    pending = set(column.pending())
     for chunk in range(column.num_chunks):
-        if not column.status_file(chunk).is_file():
+        if chunk in pending:
             faults.append(
                 f"{column.path}: chunk {chunk} is not done. Run `sail extract` again to finish it."
             )

@@ -8,6 +8,7 @@ from features.config import ScenesSource, Source, WebdatasetSource
 from features.errors import ConfigError, SourceError
 from features.index import Index
 from features.partial import partial_path
+from features.storage.place import Place
 from features.store import FeatureStore, keys_digest
 from pipeline.config import RunConfig, dump_config
 from pipeline.finished import KnownEncoders, is_finished
@@ -24,14 +25,17 @@ class RunFolder:
     path: Path
     features: Path | None = None
     """Run folder whose index and features are used instead, if any."""
+    stores: Place | None = None
+    """Where the feature stores are, if not in the run folder."""
 
     def index(self, split: str) -> Path:
         """Index of a split."""
         return (self.features or self.path) / "index" / f"{split}.parquet"
 
-    def store(self, split: str) -> Path:
+    def store(self, split: str) -> Place:
         """Feature store of a split."""
-        return (self.features or self.path) / "features" / f"{split}.zarr"
+        stores = self.stores or (self.features or self.path) / "features"
+        return stores / f"{split}.zarr"
 
     @property
     def align(self) -> Path:
@@ -51,7 +55,7 @@ class RunFolder:
 
 def start_run(config: RunConfig) -> RunFolder:
     """Make the run folder, and write the resolved settings there."""
-    folder = RunFolder(config.run.dir, config.run.features)
+    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
     folder.path.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder.path / "config.toml")
     partial.write_text(dump_config(config), encoding="utf-8")
@@ -59,7 +63,7 @@ def start_run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def extract(config: RunConfig, stop: StopRequest) -> list[Path]:
+def extract(config: RunConfig, stop: StopRequest) -> list[Place]:
     """Run stage one for every split and encoder of the recipe; return the stores.
 
     Raises:
@@ -101,7 +105,7 @@ def build_index(folder: RunFolder, split: str, source: Source) -> Index:
         if index.matches(source):
             index.check_shards()
             return index
-        if folder.store(split).exists():
+        if FeatureStore.is_at(folder.store(split)):
             raise SourceError(
                 f"The run folder {folder.path} was made from another source of {split!r}. The "
                 f"settings of [data.{split}] when it was made were expected. Give this run another "
@@ -133,7 +137,7 @@ def _drawn(folder: RunFolder, split: str, source: Source) -> Source:
 
 def _open_store(config: RunConfig, folder: RunFolder, split: str, index: Index) -> FeatureStore:
     path = folder.store(split)
-    if not path.exists():
+    if not FeatureStore.is_at(path):
         return FeatureStore.create(path, index, rows_per_chunk=config.extract.rows_per_chunk)
     store = FeatureStore.open(path)
     if store.rows != index.rows or store.keys_sha256 != keys_digest(index):

@@ -8,10 +8,16 @@ import zarr
 
 from features.column import create_column
 from features.status import Status
+from features.storage.place import Place
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
 
 IMAGE, TEXT = "eye", "reader"
 LATENT = 6
+
+
+def on_disk(place: Place) -> Path:
+    """Return a place of a store that a test made on local disk as the path that it is."""
+    return Path(str(place))
 
 
 def store_digests(run: Path) -> dict[str, str]:

@@ -59,6 +59,11 @@ class RemotePath:
         """What follows the bucket or host."""
         return self.path.partition("/")[2]
 
+    @property
+    def can_be_listed(self) -> bool:
+        """Whether its server tells which files there are; web servers do not."""
+        return self.scheme not in ("http", "https")
+
 
 Place = Path | RemotePath
 

@@ -165,7 +165,21 @@ class Objects:
 
     def zarr(self, folder: RemotePath) -> Any:
         """Return a folder as a Zarr store that is read only."""
-        return ZarrObjectStore(_connected(folder.scheme, folder.bucket, folder.key), read_only=True)
+        store = _ZarrStore(_connected(folder.scheme, folder.bucket, _key(folder)), read_only=True)
+        store.folder = folder
+        return store
+
+
+class _ZarrStore(ZarrObjectStore[ObjectStore]):
+    """What zarr reads through; failures name the place, as everywhere."""
+
+    folder: RemotePath
+
+    async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super().get(key, *arguments, **options)
+        except BaseError as error:
+            raise failure(self.folder / key, error, "A part of a Zarr store") from error
 
 
 def _store(place: RemotePath) -> ObjectStore:
@@ -173,7 +187,7 @@ def _store(place: RemotePath) -> ObjectStore:
 
 
 def _listable(folder: RemotePath) -> ObjectStore:
-    if folder.scheme in ("http", "https"):
+    if not folder.can_be_listed:
         raise StorageError(
             f"The files of {folder} cannot be listed: a web server has no listing. Names were "
             f"expected, as in `shard-{{00000..00010}}.tar`. Name the files, or use s3://, gs:// or "

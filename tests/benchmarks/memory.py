@@ -36,7 +36,7 @@ def peak_bytes(gigabytes: float, steps: int) -> int:
         rows = int(gigabytes * 1e9 / (2 * (1024 + 1024)))
         store = synthetic_store(folder / "made", rows=rows, image_dim=1024, text_dim=1024)
         (folder / "features").mkdir()
-        store.path.rename(folder / "features" / "train.zarr")
+        Path(str(store.path)).rename(folder / "features" / "train.zarr")
         run_file = folder / "memory.toml"
         run_file.write_text(RUN_FILE.format(folder=folder, steps=steps))
         process = subprocess.Popen(

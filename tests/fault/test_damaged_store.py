@@ -14,6 +14,7 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
+from tests.feature_stores import on_disk
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def cut_off(path: Path) -> None:
 def test_verify_names_a_damaged_chunk(
     damage: Callable[[Path], None], words: str, column: Column
 ) -> None:
-    damage(column.features_file(1))
-    (fault,) = verify_store(column.path.parents[1])
+    damage(on_disk(column.features_file(1)))
+    (fault,) = verify_store(on_disk(column.path).parents[1])
     assert str(column.features_file(1)) in fault
     assert words in fault
     assert "run `sail extract` again" in fault
@@ -56,14 +57,14 @@ def test_deleting_the_status_chunk_lets_the_next_run_mend_the_store(
     column: Column, tmp_path: Path
 ) -> None:
     expected = column.read(0, column.rows)
-    flip_a_bit(column.features_file(1))
-    column.status_file(1).unlink()
+    flip_a_bit(on_disk(column.features_file(1)))
+    on_disk(column.status_file(1)).unlink()
     extract(load_config(str(tmp_path / "tiny.toml")), StopRequest())
     np.testing.assert_array_equal(column.read(0, column.rows), expected)
 
 
 def test_a_cut_off_chunk_is_refused_when_it_is_read(column: Column) -> None:
-    cut_off(column.features_file(0))
+    cut_off(on_disk(column.features_file(0)))
     buffer = np.empty((column.rows_per_chunk, column.dim), dtype=np.float16)
     with pytest.raises(StoreCorruptError, match="bytes, not"):
         column.read_into(0, buffer)
@@ -80,4 +81,4 @@ def test_a_store_that_is_not_there_or_of_another_format_is_refused(
 
 def test_an_unknown_column_is_refused_with_those_that_are_there(column: Column) -> None:
     with pytest.raises(StoreError, match=r"it has .*image/vit"):
-        FeatureStore.open(column.path.parents[1]).column("image/vti")
+        FeatureStore.open(on_disk(column.path).parents[1]).column("image/vti")

@@ -12,7 +12,7 @@ from align.loader import MIB, Batch, Loader, LoaderOptions
 from align.selection import Columns, select_rows
 from features.column import Column
 from features.errors import StoreCorruptError, TrainingError
-from tests.feature_stores import IMAGE, TEXT, make_store
+from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
 SMALL, LARGE = 9_000, 10 * MIB  # bytes: some chunks of the store below, all of it
 
@@ -166,7 +166,7 @@ def test_a_batch_larger_than_the_rows_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_chunk_stops_the_loader_with_its_name(tmp_path: Path) -> None:
     loader = make_loader(tmp_path)
-    file = loader.columns.image.features_file(3)
+    file = on_disk(loader.columns.image.features_file(3))
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(StoreCorruptError, match=r"features/c/3/0 is damaged"):
         list(loader.batches(0, loader.steps_per_epoch))

@@ -1,0 +1,102 @@
+"""The files of a column: a chunk of values as they are, and four bytes of crc32c behind them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from features.errors import StoreCorruptError
+from features.partial import partial_path
+from features.storage import files
+from features.storage.place import Place
+
+CRC_BYTES = 4
+
+
+def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> None:
+    """Write a chunk: it appears under its name as a whole, or not at all.
+
+    Args:
+        place: Where.
+        values: C-contiguous.
+        beside: A file on local disk has a name beside this one until it is whole.
+    """
+    data = values.reshape(-1).view(np.uint8).data
+    if not isinstance(place, Path) or not isinstance(beside, Path):
+        files.write(place, b"".join((data, _checksum(values))))
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(beside)
+    with partial.open("wb", buffering=0) as file:
+        file.write(data)
+        file.write(_checksum(values))
+    os.replace(partial, place)  # noqa: PTH105 - Path.replace is the same call with a longer trace
+
+
+def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
+    """Fill a buffer with a chunk; on local disk without a copy.
+
+    Raises:
+        StoreCorruptError: The file is missing, of another length, or (with `verify`) damaged.
+    """
+    target = buffer.reshape(-1).view(np.uint8).data
+    if isinstance(place, Path):
+        with _opened(place) as file:
+            count = file.readinto(target)
+            checksum = file.read(CRC_BYTES + 1)
+    else:
+        content = _content(place)
+        count = min(len(content), len(target))
+        target[:count] = content[:count]
+        checksum = content[count : count + CRC_BYTES + 1]
+    if count != buffer.nbytes or len(checksum) != CRC_BYTES:
+        size = count + len(checksum)
+        raise StoreCorruptError(place, f"it has {size} bytes, not {buffer.nbytes + CRC_BYTES}")
+    if verify and checksum != _checksum(buffer):
+        raise StoreCorruptError(place, "its crc32c does not match its bytes")
+
+
+def read_part(place: Place, start: int, part: np.ndarray) -> None:
+    """Fill an array with the bytes of a chunk from `start`, without the rest of it.
+
+    Raises:
+        StoreCorruptError: The file is missing or too short.
+    """
+    target = part.reshape(-1).view(np.uint8).data
+    if isinstance(place, Path):
+        with _opened(place) as file:
+            file.seek(start)
+            if file.readinto(target) != part.nbytes:
+                raise StoreCorruptError(place, "the file is cut off")
+        return
+    try:
+        files.read_into(place, start, target)
+    except files.FileEndsEarlyError as error:
+        raise StoreCorruptError(place, "the file is cut off") from error
+    except FileNotFoundError as error:
+        raise _missing(place) from error
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+
+
+def _content(place: Place) -> bytes:
+    try:
+        return files.read(place)
+    except FileNotFoundError as error:
+        raise _missing(place) from error
+
+
+def _missing(place: Place) -> StoreCorruptError:
+    return StoreCorruptError(place, "the file is missing although its rows are done")
+
+
+def _checksum(values: np.ndarray) -> bytes:
+    crc: int = google_crc32c.value(values.reshape(-1).view(np.uint8))
+    return crc.to_bytes(CRC_BYTES, "little")

@@ -1,0 +1,64 @@
+"""Makes a Zarr group appear at its place as a whole, on local disk or under a URL."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from features.partial import partial_path, remove_leftovers
+from features.storage.files import delete, files_below, in_order, write
+from features.storage.place import Place, RemotePath
+
+
+@contextmanager
+def new_group(place: Place, *, store: Place) -> Iterator[Path]:
+    """Yield a local path to make a group at; then it appears at its place as a whole.
+
+    Where another writer was faster, theirs stays. Under a URL the `zarr.json` of the group is
+    written last: without it there is no group.
+
+    Args:
+        place: Where the group is to be.
+        store: The store it is in, or itself. What is not yet whole lies beside its name in there,
+            or beside the store.
+    """
+    if isinstance(place, Path) and isinstance(store, Path):
+        folder = store if place != store else store.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        partial = partial_path(folder / place.relative_to(folder).as_posix().replace("/", "-"))
+        yield partial
+        place.parent.mkdir(exist_ok=True)
+        _rename_if_first(partial, place)
+    elif isinstance(place, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="sail-") as temporary:
+            yield Path(temporary) / place.name
+            _upload(Path(temporary) / place.name, place)
+
+
+def _rename_if_first(partial: Path, path: Path) -> None:
+    """Give a group its name; where another writer was faster, theirs stays and ours goes."""
+    try:
+        partial.rename(path)
+    except OSError:
+        if not (path / "zarr.json").is_file():
+            raise
+        shutil.rmtree(partial)
+
+
+def _upload(folder: Path, place: RemotePath) -> None:
+    """Write the files of a group under a URL, and remove what a killed writer left beside them."""
+    local = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    parts = sorted(set(local) - {"zarr.json"})
+
+    def put(name: str) -> None:
+        write(place / name, (folder / name).read_bytes())
+
+    for _ in in_order(put, parts, remote=True):
+        pass
+    written = {place / name for name in local}
+    for found, _ in list(files_below(place)):
+        if found not in written:
+            delete(found)
+    put("zarr.json")
