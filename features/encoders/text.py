@@ -21,6 +21,7 @@ from features.encoders.checkpoint import (
 from features.errors import EncoderError
 
 Tokens = list[int]
+CHARACTERS_PER_TOKEN = 16  # more than tokens mostly have
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,18 @@ class TextEncoder:
         return self.encode_tokens(self.tokenise(texts))
 
     def tokenise(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return the token numbers of each text, special tokens included, cut at max_length."""
+        """Return the token numbers of each text, special tokens included, cut at max_length.
+
+        Of a long text only as much is read as `max_length` tokens may take, so that one caption of
+        a megabyte does not cost a hundred.
+        """
+        whole = [self.instruction + text for text in texts]
+        return self._tokenise_beginnings(whole, self.max_length * CHARACTERS_PER_TOKEN)
+
+    def _tokenise_beginnings(self, texts: Sequence[str], characters: int) -> list[Tokens]:
+        beginnings = [_beginning(text, characters) for text in texts]
         encoded = self.tokenizer(
-            [self.instruction + text for text in texts],
+            beginnings,
             truncation=True,
             max_length=self.max_length,
             padding=False,
@@ -54,6 +64,9 @@ class TextEncoder:
             return_token_type_ids=False,
         )
         ids: list[Tokens] = encoded["input_ids"]
+        for i, tokens in enumerate(ids):
+            if len(tokens) < self.max_length and len(beginnings[i]) < len(texts[i]):
+                (ids[i],) = self._tokenise_beginnings(texts[i : i + 1], 8 * characters)
         return ids
 
     @torch.inference_mode()
@@ -170,3 +183,9 @@ def pool_text(
         return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
     weights = mask.unsqueeze(-1).to(tokens.dtype)
     return (tokens * weights).sum(1) / weights.sum(1)
+
+
+def _beginning(text: str, characters: int) -> str:
+    """Return the first words of a text; all of it where no space says how to cut it."""
+    end = text.rfind(" ", 1, characters) if len(text) > characters else -1
+    return text if end < 0 else text[:end].rstrip(" ")

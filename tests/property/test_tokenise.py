@@ -1,0 +1,71 @@
+"""Reading only the beginning of long captions changes no token."""
+
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from features.config import TextEncoderConfig
+from features.encoders.text import TextEncoder, load_text_encoder
+from tests import tiny
+
+WORDS = st.sampled_from(
+    ["a", "red", "circle", "left of", "é", "🟥", "x" * 90, "  ", "\n", "no-word"]
+)
+TEXTS = st.builds(
+    lambda words, times, space: space.join(words) * times,
+    st.lists(WORDS, min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.sampled_from([" ", "  ", ""]),
+)
+
+
+@pytest.fixture(scope="module", params=["words", "bytes"])
+def encoder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> TextEncoder:
+    """An encoder that keeps 6 tokens, with a word or a byte-pair vocabulary."""
+    folder = tiny.text_encoder(tmp_path_factory.mktemp("bert"))
+    if request.param == "bytes":
+        byte_pair_tokenizer().save_pretrained(folder)
+    return load_text_encoder(
+        "bert", TextEncoderConfig(model=str(folder), max_length=6), torch.device("cpu")
+    )
+
+
+def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([tiny.caption(seed) for seed in range(50)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_long_captions_have_the_tokens_of_their_whole_text(
+    encoder: TextEncoder, texts: list[str]
+) -> None:
+    whole = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
+    assert encoder.tokenise(texts) == whole
+    with pytest.MonkeyPatch.context() as patch:  # so that the cut is often near the last token
+        patch.setattr("features.encoders.text.CHARACTERS_PER_TOKEN", 2)
+        assert encoder.tokenise(texts) == whole
+
+
+def test_a_long_caption_is_not_read_to_its_end(encoder: TextEncoder) -> None:
+    read: list[int] = []
+
+    def tokenizer(texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+        read.extend(map(len, texts))
+        found: dict[str, list[list[int]]] = encoder.tokenizer(texts, **options)
+        return found
+
+    spied = TextEncoder(**{**vars(encoder), "tokenizer": tokenizer})
+    spied.tokenise(["a red circle " * 80_000])
+    assert sum(read) < 200
