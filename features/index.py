@@ -116,10 +116,12 @@ class Index:
                 f"Narrow `path` of the source, or delete the index and the store to start again."
             )
 
-    def batches(self, rows: int) -> Iterator[pa.Table]:
-        """Yield tables of `rows` rows, in order, the last one shorter."""
+    def batches(self, rows: int, columns: tuple[str, ...] | None = None) -> Iterator[pa.Table]:
+        """Yield tables of `rows` rows, in order, the last one shorter; keep nothing afterwards."""
         for start in range(0, self.rows, rows):
-            yield self.rows_between(start, min(start + rows, self.rows))
+            yield self.rows_between(start, min(start + rows, self.rows), columns)
+        with self._lock:
+            self._groups.clear()
 
     def rows_between(
         self, start: int, stop: int, columns: tuple[str, ...] | None = None

@@ -241,7 +241,7 @@ def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
 def keys_digest(index: Index) -> str:
     """Return the sha256 over all keys, each ended by a newline: equal keys in equal order."""
     digest = hashlib.sha256()
-    for table in index.batches(65_536):
+    for table in index.batches(65_536, ("key",)):
         _add_keys(digest, table.column("key").to_pylist())
     return digest.hexdigest()
 
