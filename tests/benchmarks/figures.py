@@ -14,10 +14,14 @@ from tests.benchmarks.figure import Figure
 OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
 CPU_MODULES = [
     "extraction",
+    "extraction_memory",
+    "finished",
     "head",
+    "indexing",
     "loader",
     "loss",
     "memory",
+    "writer",
 ]
 GPU_MODULES = ["gpu"]
 

@@ -1,5 +1,6 @@
 """Stores of any size with synthetic features, written through the store's own code."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from features.config import FolderSource
 from features.index import Index
 from features.status import Status
 from features.store import FeatureStore
+from tests import tiny
 
 
 def synthetic_store(
@@ -31,3 +33,22 @@ def synthetic_store(
             status = np.full(len(features), Status.OK, dtype=np.uint8)
             column.write(chunk, features, status)
     return store
+
+
+def webdataset_shards(folder: Path, *, shards: int, samples: int) -> str:
+    """Write a tar of small real JPEGs and JSON captions under many names; return its pattern.
+
+    The names are hard links to one file, so that a million samples take no room on the disk.
+    """
+    jpeg = tiny.encoded(tiny.picture(0, 8, 8))
+    members = []
+    for sample in range(samples):
+        record = {"caption": f"{tiny.caption(sample % 1000)} {sample}", "width": 8, "height": 8}
+        members += [
+            (f"{sample:07d}.jpg", jpeg),
+            (f"{sample:07d}.json", json.dumps(record).encode()),
+        ]
+    first = tiny.write_tar(folder / "00000.tar", members)
+    for shard in range(1, shards):
+        (folder / f"{shard:05d}.tar").hardlink_to(first)
+    return str(folder / "*.tar")

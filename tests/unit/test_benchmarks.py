@@ -1,8 +1,21 @@
 """The benchmark scripts run, at sizes that take a moment; their numbers are not judged here."""
 
+from pathlib import Path
+
 import torch
 
-from tests.benchmarks import extraction, gpu, loader, loss, memory
+from tests import tiny
+from tests.benchmarks import (
+    extraction,
+    extraction_memory,
+    finished,
+    gpu,
+    indexing,
+    loader,
+    loss,
+    memory,
+    writer,
+)
 from tests.benchmarks.figure import Figure
 
 
@@ -24,6 +37,23 @@ def test_loss_benchmarks_measure_ratios() -> None:
 def test_extraction_benchmark_measures_a_ratio() -> None:
     (figure,) = extraction.measure(images=4, rounds=1, batch_size=2)
     assert figure.value > 0
+
+
+def test_extraction_memory_benchmark_measures_bytes_of_another_process(tmp_path: Path) -> None:
+    tiny.image_encoder(tmp_path / "vit")
+    tiny.text_encoder(tmp_path / "bert")
+    shard = tiny.write_tar(tmp_path / "s.tar", tiny.samples(3))
+    assert extraction_memory.peak_bytes(tmp_path, "few", [str(shard)]) > 50e6
+
+
+def test_finished_benchmark_measures_a_run_that_has_nothing_to_do() -> None:
+    seconds, ratio = finished.measure(shards=2, samples=3, rounds=1)
+    assert seconds.value > ratio.value * 0.1 > 0
+
+
+def test_indexing_and_writer_benchmarks_measure_ratios() -> None:
+    figures = indexing.measure(samples=100, rounds=1) + writer.measure(5_000, 8, rounds=1)
+    assert all(figure.value > 0 for figure in figures)
 
 
 def test_gpu_scripts_run_small_on_a_cpu() -> None:

@@ -1,0 +1,95 @@
+"""Rows per second through the writer of stage one against plain writes of the same files.
+
+A synthetic encoder gives blocks of random float16 rows; they go through `features.extract.Writer`
+into a column (checksums, renames and status chunks included). Beside it, the same bytes are written
+to as many files of the same sizes, one after the other, as `dd` would. Both end with an fsync of
+every file, inside the time; the two take turns.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from features.column import Column, create_column
+from features.extract import Phases, Writer
+from features.status import Status
+from tests.benchmarks.figure import Figure, figure_of
+
+ROWS_PER_CHUNK = 4096
+
+
+def synchronise(folder: Path) -> None:
+    """Wait until every file of a folder is on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def seconds_of_plain_writes(folder: Path, blocks: list[np.ndarray], chunks: int) -> float:
+    """Write the features and the status of the chunks as files, with nothing else."""
+    folder.mkdir()
+    status = bytes(ROWS_PER_CHUNK)
+    started = time.perf_counter()
+    for chunk in range(chunks):
+        (folder / f"{chunk}").write_bytes(blocks[chunk % len(blocks)].data)
+        (folder / f"{chunk}.status").write_bytes(status)
+    synchronise(folder)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return seconds
+
+
+def seconds_of_writer(folder: Path, blocks: list[np.ndarray], chunks: int) -> float:
+    """Write the chunks as stage one does."""
+    dim = blocks[0].shape[1]
+    group = zarr.create_group(folder / "image" / "synthetic")
+    create_column(group, chunks * ROWS_PER_CHUNK, dim, ROWS_PER_CHUNK)
+    column = Column(folder, "image/synthetic")
+    status = np.full(ROWS_PER_CHUNK, Status.OK, dtype=np.uint8)
+    started = time.perf_counter()
+    with Writer(Phases()) as writer:
+        for chunk in range(chunks):
+            writer.put(column, chunk, blocks[chunk % len(blocks)], status)
+    synchronise(folder)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return seconds
+
+
+def measure(rows: int = 1_000_000, dim: int = 1024, rounds: int = 3) -> list[Figure]:
+    """Return the ratio of the two speeds."""
+    random = np.random.default_rng(0)
+    blocks = [
+        random.standard_normal((ROWS_PER_CHUNK, dim), dtype=np.float32).astype(np.float16)
+        for _ in range(4)
+    ]
+    chunks = -(-rows // ROWS_PER_CHUNK)
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for _ in range(rounds):
+            plain = seconds_of_plain_writes(folder / "plain", blocks, chunks)
+            ratios.append(plain / seconds_of_writer(folder / "store.zarr", blocks, chunks))
+    return [
+        figure_of(
+            f"writer / plain sequential writes with fsync, {rows:,} rows of {dim}",
+            ratios,
+            unit="ratio of rows/s",
+            goal=0.8,
+            direction="min",
+            module="writer",
+        )
+    ]
+
+
+if __name__ == "__main__":
+    for figure in measure():
+        print(json.dumps(figure.as_dict()) if "--json" in sys.argv else figure)
