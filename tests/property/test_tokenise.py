@@ -1,6 +1,5 @@
 """Reading only the beginning of long captions changes no token."""
 
-
 import pytest
 import torch
 from hypothesis import given
