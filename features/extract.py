@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float16, UInt8
 
 from features.column import Column
-from features.encoders.text import TextEncoder, Tokens
+from features.encoders.packing import Tokens
+from features.encoders.text import TextEncoder
 from features.index import Index
 from features.status import Status
 from features.store import FeatureStore

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,13 +33,12 @@ class EncoderFiles:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights: id, revision, sha256, licence, supervision."""
-        config = read_config(self.folder)
         return {
             "model": self.model,
             "revision": self.revision,
             "weights_sha256": weights_sha256(self.folder),
             "licence": _licence(self.folder),
-            "supervision": getattr(config, "supervision", None),
+            "supervision": read_settings(self.folder).get("supervision"),
         }
 
 
@@ -82,6 +82,23 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what config.json of a folder says, also of a model that transformers does not have.
+
+    Raises:
+        EncoderError: It is missing, or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"{path} cannot be read: {_first_line(error)} A folder with the config.json of a model "
+            f"was expected. Check the path, or fetch the file from where the weights came from."
+        ) from error
+    return dict(settings)
+
+
 def weights_sha256(folder: Path) -> str:
     """Return the sha256 over the safetensors files of a folder, in the order of their names."""
     digest = hashlib.sha256()
@@ -97,13 +114,21 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: metadata.version(package) for package in packages}
 
 
-def load_weights(model_class: Any, folder: Path, *, optional: str, **options: Any) -> Any:
-    """Load a model in float32 and evaluation mode, and refuse weights that do not fit it.
+def load_weights(
+    model_class: Any,
+    folder: Path,
+    *,
+    optional: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Load a model in evaluation mode, and refuse weights that do not fit it.
 
     Args:
         model_class: A transformers model class, or AutoModel.
         folder: Where its files are.
         optional: Regular expression of weights that may be missing because they are not used.
+        dtype: What the weights are turned into.
         **options: Passed to `from_pretrained`.
 
     Raises:
@@ -114,7 +139,7 @@ def load_weights(model_class: Any, folder: Path, *, optional: str, **options: An
     try:
         model, info = model_class.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,

@@ -1,73 +1,68 @@
-"""Frozen text encoders: any encoder or decoder of transformers, with an explicit pooling."""
+"""Frozen text encoders: any encoder or decoder of transformers, and NV-Embed, without padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Float32
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from features.config import TextEncoderConfig
 from features.encoders.checkpoint import (
+    EncoderFiles,
     compute_dtype,
     find_encoder,
     load_weights,
     read_config,
+    read_settings,
     versions,
 )
+from features.encoders.nvembed import LICENCE, load_nvembed
+from features.encoders.packing import (
+    PACKED_ATTENTION,
+    TokenBatch,
+    Tokens,
+    batch_stop,
+    pool_tokens,
+)
+from features.encoders.tokens import CaptionTokenizer, end_token, read_tokenizer
 from features.errors import EncoderError
 
-Tokens = list[int]
-CHARACTERS_PER_TOKEN = 16  # more than tokens mostly have
+logger = logging.getLogger(__name__)
+
+# Models whose attention takes packed sequences; tests/unit/test_packing.py holds each to its
+# result one by one. The captions of all others are grouped by equal length.
+PACKED_TYPES = frozenset(
+    {"bert", "roberta", "xlm-roberta", "gte", "mistral", "llama", "qwen2", "qwen3"}
+)
+# Their first position is the one behind that of padding.
+OFFSET_TYPES = frozenset({"roberta", "xlm-roberta"})
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextEncoder:
     """A frozen text model. Its workers call `tokenise`, its device `encode_tokens`."""
 
     name: str
     model: nn.Module
-    tokenizer: Any
-    pooling: str
-    instruction: str
-    max_length: int
+    """Takes a `TokenBatch`, gives one vector per sequence."""
+    tokenise: CaptionTokenizer
     tokens_per_batch: int
+    """Token budget of a forward pass; halved when the device runs out of memory."""
+    equal_lengths: bool
+    """Whether a batch must hold captions of one length, since the model cannot pack others."""
+    first_position: int
     device: torch.device
-    dtype: torch.dtype
     dim: int
     fingerprint: dict[str, Any]
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts feature_dim"]:
-        """Return one vector per text, not normalised."""
+        """Return one vector per text, not normalised unless the model itself does it."""
         return self.encode_tokens(self.tokenise(texts))
-
-    def tokenise(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return the token numbers of each text, special tokens included, cut at max_length.
-
-        Of a long text only as much is read as `max_length` tokens may take, so that one caption of
-        a megabyte does not cost a hundred.
-        """
-        whole = [self.instruction + text for text in texts]
-        return self._tokenise_beginnings(whole, self.max_length * CHARACTERS_PER_TOKEN)
-
-    def _tokenise_beginnings(self, texts: Sequence[str], characters: int) -> list[Tokens]:
-        beginnings = [_beginning(text, characters) for text in texts]
-        encoded = self.tokenizer(
-            beginnings,
-            truncation=True,
-            max_length=self.max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        ids: list[Tokens] = encoded["input_ids"]
-        for i, tokens in enumerate(ids):
-            if len(tokens) < self.max_length and len(beginnings[i]) < len(texts[i]):
-                (ids[i],) = self._tokenise_beginnings(texts[i : i + 1], 8 * characters)
-        return ids
 
     @torch.inference_mode()
     def encode_tokens(
@@ -75,31 +70,99 @@ class TextEncoder:
     ) -> Float32[np.ndarray, "texts feature_dim"]:
         """Return one vector per token sequence, whatever their order.
 
-        Sequences of like length share a batch, so that little padding is computed.
+        The longest come first, so that a batch too large for the device fails at once; then the
+        budget halves, and the batch is tried again.
 
         Args:
             ids: Token numbers, from `tokenise`.
             on_texts: Called after each batch with the number of its texts.
+
+        Raises:
+            EncoderError: A single sequence is too much for the device.
         """
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        lengths = [len(ids[i]) for i in order]
+        encoded: list[Tensor] = []  # stays on the device, which so never waits for a copy
+        start = 0
+        while start < len(order):
+            stop = batch_stop(
+                lengths, start, self.tokens_per_batch, equal_lengths=self.equal_lengths
+            )
+            try:
+                encoded.append(self._forward([ids[i] for i in order[start:stop]]))
+            except torch.OutOfMemoryError as error:
+                self._halve_budget(lengths[start:stop], error)
+                continue
+            on_texts(stop - start)
+            start = stop
         features = np.empty((len(ids), self.dim), dtype=np.float32)
-        for batch in token_batches([len(sequence) for sequence in ids], self.tokens_per_batch):
-            input_ids, mask = self._pad([ids[i] for i in batch])
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                output = self.model(input_ids=input_ids, attention_mask=mask.long())
-            features[batch] = pool_text(output, mask, self.pooling).float().cpu().numpy()
-            on_texts(len(batch))
+        if encoded:
+            features[order] = torch.cat(encoded).cpu().numpy()
         return features
 
-    def _pad(
-        self, ids: Sequence[Tokens]
-    ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-        length = max(len(sequence) for sequence in ids)
-        padded = np.full((len(ids), length), self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        mask = np.zeros((len(ids), length), dtype=bool)
-        for i, sequence in enumerate(ids):
-            padded[i, : len(sequence)] = sequence
-            mask[i, : len(sequence)] = True
-        return torch.from_numpy(padded).to(self.device), torch.from_numpy(mask).to(self.device)
+    def _forward(self, sequences: Sequence[Tokens]) -> Float32[Tensor, "sequences feature_dim"]:
+        batch = TokenBatch.pack(sequences, self.device, first_position=self.first_position)
+        vectors: Tensor = self.model(batch)
+        return vectors
+
+    def _halve_budget(self, lengths: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        tokens = sum(lengths)
+        if len(lengths) == 1:
+            raise EncoderError(
+                f"One caption of {tokens} tokens is too much for the memory of {self.device} with "
+                f"the text encoder {self.name!r}. Room for the longest caption was expected. Lower "
+                f"max_length, or use a larger device."
+            ) from error
+        self.tokens_per_batch = tokens // 2
+        logger.warning(
+            "%s ran out of memory on %d tokens of %r: going on with %d tokens a batch",
+            self.device,
+            tokens,
+            self.name,
+            self.tokens_per_batch,
+        )
+
+
+class PooledModel(nn.Module):
+    """A model of transformers and what makes one vector of its tokens.
+
+    Args:
+        model: Takes token numbers, gives `last_hidden_state`.
+        pooling: As in `TextEncoderConfig`.
+        is_packed: Whether its attention is `PACKED_ATTENTION`; if not, the sequences of a batch
+            must have one length, and so need no mask.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str, *, is_packed: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.is_packed = is_packed
+
+    def forward(self, batch: TokenBatch) -> Float32[Tensor, "sequences feature_dim"]:
+        """Return one vector per sequence.
+
+        Raises:
+            EncoderError: The model has no pooler and it was asked for.
+        """
+        if self.is_packed:
+            output = self.model(
+                input_ids=batch.ids[None], position_ids=batch.positions[None], token_batch=batch
+            )
+        else:
+            output = self.model(input_ids=batch.ids.view(-1, batch.longest))
+        if self.pooling == "pooler":
+            return self._pooler_output(output)
+        return pool_tokens(output.last_hidden_state.flatten(0, 1), batch.runs, self.pooling)
+
+    def _pooler_output(self, output: Any) -> Tensor:
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise EncoderError(
+                f"{type(self.model).__name__} has no pooler, so pooling 'pooler' is not there. Use "
+                f"`mean`, `cls` or `last`."
+            )
+        return pooled.float()
 
 
 def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
@@ -109,21 +172,113 @@ def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device
         EncoderError: It cannot be found or loaded, or has no such pooling.
     """
     files = find_encoder(config.model, config.revision)
+    is_nvembed = read_settings(files.folder).get("model_type") == "nvembed"
+    encoder = (_nvembed if is_nvembed else _pooled)(name, files, config, device)
+    licence = str(encoder.fingerprint["licence"] or "")
+    if "nc" in licence.lower().split("-"):
+        logger.warning(
+            "%s has the licence %s: its features are for non-commercial use", config.model, licence
+        )
+    return encoder
+
+
+def _nvembed(
+    name: str, files: EncoderFiles, config: TextEncoderConfig, device: torch.device
+) -> TextEncoder:
+    if config.pooling != "mean":
+        raise EncoderError(
+            f"[encoders.text.{name}] has pooling = {config.pooling!r}, but {config.model} is an "
+            f"NV-Embed: its own latent attention and the mean of its tokens were expected. Set "
+            f"pooling = 'mean'."
+        )
+    settings = read_settings(files.folder)
+    if not (files.folder / "tokenizer.json").is_file():
+        raise EncoderError(
+            f"{files.folder} has no tokenizer.json. The file of the hub's NV-Embed was expected: "
+            f"other ways to its tokens give other numbers. Fetch it from where the weights came "
+            f"from."
+        )
+    tokenizer = read_tokenizer(files.folder)
+    masks_instruction = settings.get("is_mask_instruction", True)
+    is_right_padded = settings.get("padding_side", "right") == "right"
+    # What the reference counts: without the token that starts every text, which takes the place of
+    # the instruction's last one. So "Query: " is left out whole, and of "Query:" the colon stays.
+    instruction_tokens = len(tokenizer.tokenize(config.instruction)) if config.instruction else 0
+    # The reference computes in float16 on a GPU; bfloat16 is sixty times less exact.
+    is_half = config.precision == "auto" and device.type == "cuda"
+    dtype = torch.float16 if is_half else compute_dtype(config.precision, device)
+    model = load_nvembed(
+        files.folder,
+        settings,
+        instruction_tokens=instruction_tokens if masks_instruction and is_right_padded else 0,
+        device=device,
+        dtype=dtype,
+    )
+    dim = model.trunk.config.hidden_size
+    fingerprint = _fingerprint(files, config, dtype, dim)
+    return TextEncoder(
+        name=name,
+        model=model,
+        tokenise=CaptionTokenizer(
+            tokenizer, config.max_length, instruction=config.instruction, suffix="</s>"
+        ),
+        tokens_per_batch=_budget(config, device),
+        equal_lengths=False,
+        first_position=0,
+        device=device,
+        dim=dim,
+        fingerprint=fingerprint | {"licence": fingerprint["licence"] or LICENCE},
+    )
+
+
+def _pooled(
+    name: str, files: EncoderFiles, config: TextEncoderConfig, device: torch.device
+) -> TextEncoder:
     model_config = read_config(files.folder)
     if getattr(model_config, "is_encoder_decoder", False):
         raise EncoderError(
             f"{config.model} is an encoder–decoder ({model_config.model_type}). An encoder or a "
             f"decoder was expected. Choose another text encoder."
         )
+    window = getattr(model_config, "sliding_window", None)
+    is_packed = (
+        model_config.model_type in PACKED_TYPES
+        and config.pooling != "pooler"
+        and (window is None or window >= config.max_length)
+    )
+    dtype = compute_dtype(config.precision, device)
     model = load_weights(
         AutoModel,
         files.folder,
         optional="^$" if config.pooling == "pooler" else r"(^|\.)pooler\.",
+        dtype=dtype,
+        **({"attn_implementation": PACKED_ATTENTION} if is_packed else {}),
     ).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-    dtype = compute_dtype(config.precision, device)
+    model.config.use_cache = False  # or a decoder keeps all keys and values for nothing
+    tokenizer = read_tokenizer(files.folder)
+    end = end_token(tokenizer) if config.pooling == "last" else None
     dim = int(model_config.hidden_size)
-    fingerprint = files.fingerprint() | {
+    is_offset = model_config.model_type in OFFSET_TYPES
+    return TextEncoder(
+        name=name,
+        model=PooledModel(model, config.pooling, is_packed=is_packed),
+        tokenise=CaptionTokenizer(
+            tokenizer, config.max_length, instruction=config.instruction, end=end
+        ),
+        tokens_per_batch=_budget(config, device),
+        equal_lengths=not is_packed,
+        first_position=model_config.pad_token_id + 1 if is_offset else 0,
+        device=device,
+        dim=dim,
+        fingerprint=_fingerprint(files, config, dtype, dim)
+        | ({} if end is None else {"end_token": end}),
+    )
+
+
+def _fingerprint(
+    files: EncoderFiles, config: TextEncoderConfig, dtype: torch.dtype, dim: int
+) -> dict[str, Any]:
+    return files.fingerprint() | {
         "pooling": config.pooling,
         "instruction": config.instruction,
         "max_length": config.max_length,
@@ -131,61 +286,7 @@ def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device
         "dim": dim,
         "versions": versions("torch", "transformers", "tokenizers"),
     }
-    return TextEncoder(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        pooling=config.pooling,
-        instruction=config.instruction,
-        max_length=config.max_length,
-        tokens_per_batch=config.tokens_per_batch or (1024 if device.type == "cpu" else 16_384),
-        device=device,
-        dtype=dtype,
-        dim=dim,
-        fingerprint=fingerprint,
-    )
 
 
-def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield the positions of sequences that share a batch, longest first.
-
-    A batch holds at most `tokens_per_batch` tokens after padding, or one sequence. The longest
-    come first, so that a batch too large for the device fails at once.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        size = max(1, tokens_per_batch // max(lengths[order[start]], 1))
-        yield order[start : start + size]
-        start += size
-
-
-def pool_text(
-    output: Any, mask: Bool[Tensor, "batch length"], pooling: str
-) -> Float[Tensor, "batch feature_dim"]:
-    """Make one vector of the tokens of each sequence; padding stands on the right.
-
-    Raises:
-        EncoderError: The model has no pooler and it was asked for.
-    """
-    if pooling == "pooler":
-        pooled: Tensor | None = getattr(output, "pooler_output", None)
-        if pooled is None:
-            raise EncoderError(
-                f"{type(output).__name__} has no pooler output, so pooling 'pooler' is not there. "
-                f"Use `mean`, `cls` or `last`."
-            )
-        return pooled
-    tokens: Tensor = output.last_hidden_state
-    if pooling == "cls":
-        return tokens[:, 0]
-    if pooling == "last":
-        return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
-    weights = mask.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1)
-
-
-def _beginning(text: str, characters: int) -> str:
-    """Return the first words of a text; all of it where no space says how to cut it."""
-    end = text.rfind(" ", 1, characters) if len(text) > characters else -1
-    return text if end < 0 else text[:end].rstrip(" ")
+def _budget(config: TextEncoderConfig, device: torch.device) -> int:
+    return config.tokens_per_batch or (1024 if device.type == "cpu" else 16_384)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 
+from features.config import TextEncoderConfig
+from features.encoders import load_text_encoder
 from features.errors import SourceError, StoreMismatchError
 from features.status import Status
 from features.store import FeatureStore
@@ -16,7 +18,7 @@ from pipeline.config import load_config
 from pipeline.inspection import describe_row, describe_store, verify_store
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
-from tests import tiny
+from tests import text_models, tiny
 
 
 def extracted(run_file: Path, *overrides: str) -> FeatureStore:
@@ -48,6 +50,20 @@ def test_caption_features_are_the_masked_mean_of_transformers(tmp_path: Path) ->
             tokens = tokenizer([tiny.caption(row)], return_tensors="pt")
             output = model(input_ids=tokens["input_ids"]).last_hidden_state[0].mean(0).numpy()
         np.testing.assert_allclose(features[row].astype(np.float32), output, atol=2e-3)
+
+
+def test_a_local_nv_embed_gives_caption_features_like_any_text_encoder(tmp_path: Path) -> None:
+    text_models.nvembed(tmp_path / "nv", shards=2)
+    extra = ["[encoders.text.nv]", 'model = "nv"', "max_length = 20", 'instruction = "Query: "']
+    store = extracted(tiny.world(tmp_path, extra=extra))
+    config = TextEncoderConfig(
+        model=str(tmp_path / "nv"), max_length=20, instruction="Query: ", tokens_per_batch=1
+    )
+    encoder = load_text_encoder("nv", config, torch.device("cpu"))
+    captions = [tiny.caption(row) for row in range(store.rows)]
+    features = store.column("text/nv/long").read(0, store.rows).astype(np.float32)
+    np.testing.assert_allclose(features, encoder.encode(captions), atol=1e-3)
+    assert store.column("text/nv/long").fingerprint["licence"] == "cc-by-nc-4.0"
 
 
 def test_rows_keep_the_order_of_shards_with_key_captions_label_and_group(tmp_path: Path) -> None:

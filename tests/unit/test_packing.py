@@ -1,0 +1,138 @@
+"""Captions of a batch lie behind each other without padding, and never see each other."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from features.config import TextEncoderConfig
+from features.encoders import TextEncoder, load_text_encoder
+from features.encoders.packing import TokenBatch, batch_stop
+from features.encoders.text import PACKED_TYPES
+from tests import text_models
+
+POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda states: states.mean(0),
+    "cls": lambda states: states[0],
+    "last": lambda states: states[-1],
+}
+
+
+def loaded(folder: Path, **settings: Any) -> TextEncoder:
+    settings = {"max_length": 100, "tokens_per_batch": 64} | settings
+    config = TextEncoderConfig(model=str(folder), **settings)
+    return load_text_encoder("tiny", config, torch.device("cpu"))
+
+
+def computed_tokens(encoder: TextEncoder, ids: list[list[int]]) -> tuple[np.ndarray, int]:
+    """The features, and how many tokens went through the embedding of the model."""
+    seen = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal seen
+        seen += inputs[0].numel()
+
+    names = {"embed_tokens", "word_embeddings"}
+    for name, module in encoder.model.named_modules():
+        if name.rpartition(".")[2] in names:
+            module.register_forward_pre_hook(count)
+    return encoder.encode_tokens(ids), seen
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKED_TYPES))
+@pytest.mark.parametrize("pooling", sorted(POOLED))
+def test_packed_captions_equal_transformers_one_by_one(
+    tmp_path: Path, model_type: str, pooling: str
+) -> None:
+    folder = text_models.transformers_model(tmp_path, model_type)
+    ids = text_models.sequences(12)
+    encoder = loaded(folder, pooling=pooling, max_length=64)
+    features, seen = computed_tokens(encoder, ids)
+    assert not encoder.equal_lengths
+    assert seen == sum(map(len, ids))
+    expected = [POOLED[pooling](text_models.plain_states(folder, tokens)) for tokens in ids]
+    np.testing.assert_allclose(features, torch.stack(expected), atol=2e-6)
+
+
+def test_a_model_that_cannot_pack_groups_equal_lengths_without_padding(tmp_path: Path) -> None:
+    folder = text_models.transformers_model(tmp_path, "mpnet")
+    ids = text_models.sequences(12, longest=6)
+    encoder = loaded(folder)
+    features, seen = computed_tokens(encoder, ids)
+    assert encoder.equal_lengths
+    assert seen == sum(map(len, ids))
+    expected = [text_models.plain_states(folder, tokens).mean(0) for tokens in ids]
+    np.testing.assert_allclose(features, torch.stack(expected), atol=2e-6)
+
+
+def test_the_models_own_pooler_sees_each_caption(tmp_path: Path) -> None:
+    folder = text_models.transformers_model(tmp_path, "bert")
+    ids = text_models.sequences(8, longest=6)
+    features = loaded(folder, pooling="pooler").encode_tokens(ids)
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = [model(input_ids=torch.tensor([t])).pooler_output[0] for t in ids]
+    np.testing.assert_allclose(features, torch.stack(expected), atol=2e-6)
+
+
+def test_captions_longer_than_a_sliding_window_are_not_packed(tmp_path: Path) -> None:
+    folder = text_models.transformers_model(tmp_path, "mistral", sliding_window=8)
+    ids = [[5, 6, 7] * 10, [8, 9] * 4]
+    assert not loaded(folder, max_length=8).equal_lengths
+    encoder = loaded(folder, max_length=30)
+    assert encoder.equal_lengths
+    expected = [text_models.plain_states(folder, tokens).mean(0) for tokens in ids]
+    np.testing.assert_allclose(encoder.encode_tokens(ids), torch.stack(expected), atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mistral", "mpnet", "nvembed"])
+def test_a_caption_has_the_same_vector_whatever_shares_its_batch(
+    tmp_path: Path, model_type: str
+) -> None:
+    if model_type == "nvembed":
+        folder = text_models.nvembed(tmp_path)
+    else:
+        folder = text_models.transformers_model(tmp_path, model_type)
+    encoder = loaded(folder)
+    ids = text_models.sequences(30)
+    alone = np.concatenate([encoder.encode_tokens([tokens]) for tokens in ids])
+    for tokens_per_batch in (1, 50, 200, 10_000):
+        encoder.tokens_per_batch = tokens_per_batch
+        np.testing.assert_allclose(encoder.encode_tokens(ids), alone, atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_tokens(ids[::-1])[::-1], alone, atol=1e-5)
+
+
+def test_positions_starts_and_runs_of_a_batch_are_those_worked_out_by_hand() -> None:
+    batch = TokenBatch.pack([[5, 6, 7], [8, 9, 5], [6]], torch.device("cpu"), first_position=2)
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 5, 6]
+    assert batch.positions.tolist() == [2, 3, 4, 2, 3, 4, 2]
+    assert batch.starts.tolist() == [0, 3, 6, 7]
+    assert batch.runs == ((2, 3), (1, 1))
+
+
+@pytest.mark.parametrize("equal_lengths", [False, True])
+@pytest.mark.parametrize("budget", [1, 7, 40, 1000])
+def test_batches_hold_every_caption_once_within_the_budget(
+    budget: int, equal_lengths: bool
+) -> None:
+    lengths = sorted((len(tokens) for tokens in text_models.sequences(60)), reverse=True)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        stop = batch_stop(lengths, bounds[-1], budget, equal_lengths=equal_lengths)
+        assert stop > bounds[-1]
+        bounds.append(stop)
+    for start, stop in pairwise(bounds):
+        batch = lengths[start:stop]
+        assert sum(batch) <= budget or len(batch) == 1
+        assert not equal_lengths or len(set(batch)) == 1
+    assert bounds[-1] == len(lengths)
+
+
+def test_no_captions_give_no_features(tmp_path: Path) -> None:
+    encoder = loaded(text_models.transformers_model(tmp_path, "bert"))
+    assert encoder.encode_tokens([]).shape == (0, 32)
