@@ -4,7 +4,7 @@
     run_dir/checkpoints/step-00000120/
         model.safetensors            the weights of both heads, scale and bias
         config.json                  everything needed to build and to judge them
-        state.safetensors            the optimizer's state; only where training goes on from (last)
+        state.safetensors            what else training goes on from; only in the last one
 
 A folder gets its name after all its files are on the disk, and a link moves after the folder it
 points to, so that a run killed at any moment leaves what it had.
@@ -212,8 +212,11 @@ class CheckpointFolder:
 
         Args:
             snapshot: The last weights; its metadata names the step of the best ones.
-            state: The optimizer's state.
+            state: What else the next update depends on.
             best: The best weights, if they are not on disk yet.
+
+        Raises:
+            CheckpointError: It cannot be written; the one before is whole.
         """
         if best is not None and best.step != snapshot.step:
             self._write(best, None)
@@ -225,6 +228,27 @@ class CheckpointFolder:
     def _write(self, snapshot: Snapshot, state: dict[str, Tensor] | None) -> None:
         partial = self._steps / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._write_files(partial, snapshot, state)
+        except (SafetensorError, OSError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # gives back what room it took
+            size = sum(
+                each.nbytes for each in [*snapshot.weights.values(), *(state or {}).values()]
+            )
+            kept = f"The last one, {self.last.resolve()}, is whole. " if self.last.exists() else ""
+            raise CheckpointError(
+                f"The checkpoint of step {snapshot.step} cannot be written in {self._steps}: "
+                f"{error}. Room for {size / 1e6:,.1f} MB was expected, where it can be written. "
+                f"{kept}Make room and run `sail align` again: it goes on from there."
+            ) from error
+        target = self._folder(snapshot.step)
+        shutil.rmtree(target, ignore_errors=True)  # nothing points to it: see `resume`
+        partial.rename(target)
+        _sync(self._steps)
+
+    def _write_files(
+        self, partial: Path, snapshot: Snapshot, state: dict[str, Tensor] | None
+    ) -> None:
         partial.mkdir()
         save_file(snapshot.weights, partial / MODEL)
         if state is not None:
@@ -234,10 +258,6 @@ class CheckpointFolder:
         (partial / CONFIG).write_text(text, encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        target = self._folder(snapshot.step)
-        shutil.rmtree(target, ignore_errors=True)  # nothing points to it: see `resume`
-        partial.rename(target)
-        _sync(self._steps)
 
     def _point(self, link: Path, step: int) -> None:
         partial = link.with_name(f".{link.name}.partial")

@@ -93,6 +93,9 @@ class AlignConfig(BaseModel):
     """Draw this many of the fields at random for each image and step; all of them if not given."""
     batch_size: PositiveInt = 16_384
     """Images per update; every other image's captions are negatives."""
+    micro_batch: PositiveInt | None = None
+    """Images that the heads hold at once, for batches whose activations do not fit: they run twice
+    over the batch in such parts, and the gradients are those of the whole; off if not given."""
     epochs: PositiveFloat = 30
     """Passes over the training rows; ignored when `steps` is given."""
     steps: PositiveInt | None = None
@@ -103,6 +106,9 @@ class AlignConfig(BaseModel):
     """At most this many held-out rows are scored."""
     eval_every: PositiveInt | None = None
     """Steps between scores on the held-out rows; once an epoch if not given."""
+    patience: PositiveInt | None = None
+    """Stop when the held-out recall@10 has no new best this many times in a row; off if not
+    given."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; one a minute (and at the end) if not given."""
     memory_mb: PositiveInt = 2048
@@ -110,9 +116,20 @@ class AlignConfig(BaseModel):
     better. A store that fits in it is read once."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where a GPU has it. Weights stay float32."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per update of an average of the weights, as 0.999; the average is scored and saved in
+    place of the weights; off if not given."""
+    compile: bool = False
+    """Compile the heads with torch.compile on a CUDA device; no effect elsewhere."""
     head: HeadConfig = HeadConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _patience_has_scores(self) -> "AlignConfig":
+        if self.patience is not None and self.holdout == 0:
+            raise ValueError("patience needs held-out rows to score, but holdout is 0")
+        return self
 
     @model_validator(mode="after")
     def _weights_name_fields(self) -> "AlignConfig":

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from align.checkpoint import CheckpointFolder
 from align.config import AlignConfig
+from align.gradients import autocast_type
 from align.head import build_model
 from align.heldout import HeldOut
 from align.loader import MIB, Batch, Loader, LoaderOptions
 from align.metrics import MetricsLog
 from align.optimizer import build_optimizer
 from align.selection import Columns, Selection, select_rows
-from align.training import CHOSEN_BY, Training, autocast_type
+from align.training import CHOSEN_BY, Training
 from features.column import Column
 from features.errors import TrainingError
 from features.store import FeatureStore
@@ -69,7 +70,8 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         StoreError: A column is missing or damaged.
         TrainingError: The rows or the memory do not do for these settings, or the loss is not
             finite.
-        CheckpointError: The checkpoint in `run_dir` is of another training, or damaged.
+        CheckpointError: The checkpoint in `run_dir` is of another training, or damaged, or a new
+            one cannot be written.
     """
     columns = Columns.open(store, config, image, text)
     folder = CheckpointFolder(run_dir)
@@ -181,18 +183,17 @@ class _Run:
     def write_metrics(self, loss: Tensor, rate: float) -> None:
         """Write down how the training goes."""
         training = self.training
+        self.check_loss()
         value = loss.item()  # the CPU waits for the device here, and hardly anywhere else
-        seconds = self.clock.seconds
-        if not training.failed_at:
-            values = {
-                "loss": value,
-                "learning_rate": rate,
-                "scale": training.model.log_scale.exp().item(),
-                "bias": training.model.bias.item(),
-                "images_per_second": round(self.clock.images / seconds, 1),
-                "wait_for_data_seconds": round(self.clock.waited, 4),
-            }
-            self.log.write(training.step, training.epoch, values)
+        values = {
+            "loss": value,
+            "learning_rate": rate,
+            "scale": training.model.log_scale.exp().item(),
+            "bias": training.model.bias.item(),
+            "images_per_second": round(self.clock.images / self.clock.seconds, 1),
+            "wait_for_data_seconds": round(self.clock.waited, 4),
+        }
+        self.log.write(training.step, training.epoch, values)
         self.clock.restart()
         self.note = f"loss {value:.4g}"
         if training.best_score is not None:
@@ -208,10 +209,18 @@ class _Run:
         self.clock.restart()
 
     def save(self) -> None:
-        """Write a checkpoint that this training can go on from."""
+        """Write a checkpoint that this training can go on from.
+
+        Raises:
+            TrainingError: A weight is not finite, as after a gradient that was not.
+            CheckpointError: It cannot be written.
+        """
         self.check_loss()
         training, started = self.training, time.monotonic()
-        self.folder.save(training.snapshot(), training.optimizer_state(), training.best)
+        snapshot = training.snapshot()
+        if not all(weight.isfinite().all() for weight in snapshot.weights.values()):
+            raise self.failure(training.step, "update is")
+        self.folder.save(snapshot, training.state(), training.best)
         training.best = None
         self.clock.saved(time.monotonic() - started)
 
@@ -221,15 +230,17 @@ class _Run:
         Raises:
             TrainingError: With the step, the first keys of its batch and the last good checkpoint.
         """
-        step = self.training.failed_at
-        if not step:
-            return
+        if step := self.training.failed_at:
+            raise self.failure(step, "loss is")
+
+    def failure(self, step: int, what: str) -> TrainingError:
+        """Return the error that says at which step and rows numbers ceased to be finite."""
         rows = self.training.loader.order.rows(step - 1)[:3].tolist()
         keys = [str(self.columns.store.keys(row, row + 1)[0]) for row in rows]
         last = self.folder.last
         good = f"is {last.resolve()}" if last.exists() else "was not written yet"
-        raise TrainingError(
-            f"The loss is not finite at step {step}, whose batch begins with the keys {keys}. "
+        return TrainingError(
+            f"The {what} not finite at step {step}, whose batch begins with the keys {keys}. "
             f"A number was expected. Lower align.optimizer.learning_rate, or set "
             f"align.optimizer.max_grad_norm. The last good checkpoint {good}."
         )

@@ -2,23 +2,24 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.checkpoint import STATE, Checkpoint, Snapshot, load_weights, read_tensors
 from align.config import AlignConfig
+from align.gradients import Gradients
 from align.head import AlignmentModel
 from align.heldout import HeldOut
 from align.loader import Batch, Loader
-from align.loss import LossOptions, contrastive_loss
 from align.optimizer import learning_rate, set_learning_rate
-from align.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 CHOSEN_BY = "recall@10"
+WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
 
 
 @dataclass
@@ -42,14 +43,20 @@ class Training:
     best_score: float | None = None
     best: Snapshot | None = None
     """The best weights, while they are not on disk."""
+    scores_since_best: int = 0
+    """How many times in a row the held-out rows were scored without a new best."""
 
     def __post_init__(self) -> None:
         per_epoch = self.loader.steps_per_epoch
         self.total_steps = self.config.steps or max(1, round(self.config.epochs * per_epoch))
-        loss = self.config.loss
-        rows = loss.block_rows or (4096 if self.device.type == "cuda" else 1024)
-        self._loss_options = LossOptions(loss.kind, loss.normalise, rows)
-        self._autocast_type = autocast_type(self.config, self.device)
+        self.gradients = Gradients(self.model, self.config, seed=self.seed, device=self.device)
+        self._average: AveragedModel | None = None
+        if self.config.ema is not None:
+            average = get_ema_multi_avg_fn(self.config.ema)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.model, multi_avg_fn=average)
+        if self.config.compile and self.device.type == "cuda":
+            self.model.image_head.compile()
+            self.model.text_head.compile()
         # Kept on the device: to look at every loss would make the CPU wait for it.
         self._failed_at = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -60,8 +67,16 @@ class Training:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every update was made."""
-        return self.step >= self.total_steps
+        """Whether every update was made, or the held-out scores rise no more."""
+        patience = self.config.patience
+        stale = patience is not None and self.scores_since_best >= patience
+        return stale or self.step >= self.total_steps
+
+    @property
+    def result(self) -> AlignmentModel:
+        """What is scored and saved: the model, or the average of its weights."""
+        averaged = self.model if self._average is None else self._average.module
+        return cast(AlignmentModel, averaged)
 
     @property
     def rate(self) -> float:
@@ -75,19 +90,17 @@ class Training:
 
     def update(self, batch: Batch) -> Tensor:
         """Make one update, without waiting for the device; return the loss before it."""
-        if self.config.head.dropout:
-            torch.manual_seed((self.seed << 32) + self.step)
-        loss = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.gradients.backward(batch, self.step)
         if (norm := self.config.optimizer.max_grad_norm) is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
         set_learning_rate(self.optimizer, self.rate)
         self.optimizer.step()
         self.model.clamp_scale()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
         self.step += 1
         self.scores = {}
-        loss = loss.detach()
         self._failed_at += self.step * (~loss.isfinite() & (self._failed_at == 0))
         return loss
 
@@ -95,17 +108,19 @@ class Training:
         """Score the held-out rows, and keep a copy of the weights if they are the best so far."""
         if self.heldout is None:
             return
-        with self._autocast():
-            self.scores = self.heldout.score(self.model)
+        with self.gradients.autocast():
+            self.scores = self.heldout.score(self.result)
         score = self.scores[CHOSEN_BY]
+        self.scores_since_best += 1
         if self.best_score is None or score > self.best_score:
             self.best_step, self.best_score = self.step, score
+            self.scores_since_best = 0
             self.best = self.snapshot()
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the weights, with what is said about them."""
         weights = {
-            name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
+            name: tensor.detach().cpu().clone() for name, tensor in self.result.state_dict().items()
         }
         metadata = {
             "step": self.step,
@@ -115,17 +130,26 @@ class Training:
             "heldout": self.scores,
             "best_step": self.step if self.best_score is None else self.best_step,
             "best_score": self.best_score,
+            "scores_since_best": self.scores_since_best,
             "run": self.described,
         }
         return Snapshot(self.step, weights, metadata)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's tensors, named `<number of the weight>/<name>`."""
-        return {
-            f"{number}/{name}": tensor.detach().cpu().contiguous()
+    def state(self) -> dict[str, Tensor]:
+        """Return what else the next update depends on, by name.
+
+        That is the optimizer's state as `<number of the weight>/<name>` and, where the result is an
+        average of the weights, the weights themselves as `weights/<name>`.
+        """
+        tensors = {
+            f"{number}/{name}": tensor
             for number, values in self.optimizer.state_dict()["state"].items()
             for name, tensor in values.items()
         }
+        if self._average is not None:
+            weights = self.model.state_dict().items()
+            tensors |= {f"{WEIGHTS}/{name}": tensor for name, tensor in weights}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was made.
@@ -133,41 +157,23 @@ class Training:
         Raises:
             CheckpointError: One of its files is damaged.
         """
-        load_weights(self.model, checkpoint)
-        state: dict[int, dict[str, Tensor]] = {}
+        load_weights(self.result, checkpoint)
+        state: dict[str, dict[str, Tensor]] = {}
         for key, tensor in read_tensors(checkpoint.path / STATE).items():
             number, name = key.split("/")
-            state.setdefault(int(number), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            state.setdefault(number, {})[name] = tensor
+        if self._average is not None:
+            self.model.load_state_dict(state.pop(WEIGHTS))
+            self._average.n_averaged.fill_(checkpoint.step)
+        self.optimizer.load_state_dict(
+            {
+                "state": {int(number): values for number, values in state.items()},
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
         self.step = checkpoint.step
         self.scores = checkpoint.heldout
         self.best_step = checkpoint.metadata["best_step"]
         self.best_score = checkpoint.metadata["best_score"]
+        self.scores_since_best = checkpoint.metadata["scores_since_best"]
         logger.info("going on from step %d of %d", self.step, self.total_steps)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        with self._autocast():
-            image = self.model.embed_image(batch.image)
-            text = self.model.embed_text(batch.text.flatten(0, 1))  # all fields in one product
-        fields = batch.weights.shape[1]
-        return contrastive_loss(
-            image,
-            text.view(-1, fields, text.shape[-1]),
-            log_scale=self.model.log_scale,
-            bias=self.model.bias,
-            pairs=Pairs(fields, batch.weights.flatten(), batch.caption_ids),
-            options=self._loss_options,
-        )
-
-    def _autocast(self) -> torch.autocast:
-        kind = self._autocast_type
-        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
-
-
-def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | None:
-    """Return the type of the matrix products, None for that of the weights (float32)."""
-    if config.precision == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_it else None
-    return torch.bfloat16 if config.precision == "bfloat16" else None

@@ -13,7 +13,7 @@ import torch
 import align.checkpoint
 from align.checkpoint import Checkpoint, load_aligned
 from align.config import AlignConfig, HeadConfig
-from align.trainer import train
+from align.trainer import OnStep, train
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
 
@@ -38,15 +38,53 @@ from features.store import FeatureStore
 torch.set_num_threads(int(sys.argv[3]))
 run(FeatureStore.open(Path(sys.argv[1])), Path(sys.argv[2]), LONG)
 """
+# Imports once and then is a new process for each of 30 attempts, killed at a random moment.
+NURSERY = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from tests.fault.test_training_killed import LONG, run
+from features.store import FeatureStore
+
+store, run_dir, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+moments = random.Random(4)
+for _ in range(30):
+    steps, word = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run(FeatureStore.open(Path(store)), Path(run_dir), LONG, lambda *_: os.write(word, b"."))
+        os._exit(0)
+    os.close(word)
+    for _ in range(moments.randrange(12)):
+        os.read(steps, 1)
+    time.sleep(moments.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(steps)
+"""
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no `except Exception` may catch it."""
 
 
-def run(store: FeatureStore, run_dir: Path, config: AlignConfig = CONFIG) -> Path | None:
-    cpu = torch.device("cpu")
-    return train(store, config, image=IMAGE, text=TEXT, run_dir=run_dir, device=cpu, seed=3)
+def run(
+    store: FeatureStore,
+    run_dir: Path,
+    config: AlignConfig = CONFIG,
+    on_step: OnStep = lambda _step, _total, _note: None,
+) -> Path | None:
+    return train(
+        store,
+        config,
+        image=IMAGE,
+        text=TEXT,
+        run_dir=run_dir,
+        device=torch.device("cpu"),
+        seed=3,
+        on_step=on_step,
+    )
 
 
 def weights(run_dir: Path, name: str) -> bytes:
@@ -129,6 +167,21 @@ def test_a_process_killed_by_sigkill_goes_on_to_the_same_weights(
     load_aligned(run_dir / "best")
     run(store, run_dir, LONG)
     run(store, tmp_path / "whole", LONG)
+    for name in ("last", "best"):
+        assert weights(run_dir, name) == weights(tmp_path / "whole", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["resident", "streamed"])
+def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path, tier: str) -> None:
+    rows = 400 if tier == "resident" else 24_000  # of 56 bytes, with 1 MiB for the windows
+    store = make_store(tmp_path / "s.zarr", rows=rows, rows_per_chunk=rows // 20)
+    run_dir = tmp_path / "killed"
+    arguments = [str(store.path), str(run_dir), str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", NURSERY, *arguments], cwd=ROOT, check=True)
+    assert 20 < Checkpoint.open(run_dir / "last").step < 120
+    run(store, tmp_path / "whole", LONG)
+    run(store, run_dir, LONG)
     for name in ("last", "best"):
         assert weights(run_dir, name) == weights(tmp_path / "whole", name)
 

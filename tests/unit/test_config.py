@@ -119,3 +119,9 @@ def test_every_setting_is_documented() -> None:
     rows = [line for line in reference().splitlines() if line.startswith("| `")]
     undocumented = [row for row in rows if row.rstrip(" |").endswith("|") or "|  |" in row]
     assert [row for row in undocumented if not row.startswith("| `kind`")] == []
+
+
+def test_patience_without_held_out_rows_is_refused(tmp_path: Path) -> None:
+    overrides = ["align.patience=3", "align.holdout=0"]
+    with pytest.raises(ConfigError, match="patience needs held-out rows"):
+        load_config(write(tmp_path, MINIMAL), overrides)

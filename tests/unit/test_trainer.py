@@ -220,6 +220,78 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_keys_and_the_last_che
     assert Checkpoint.open(tmp_path / "a" / "last").step == 4
 
 
+def test_weights_that_are_not_finite_are_never_saved(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Training.update
+
+    def update(training: Training, batch: Any) -> torch.Tensor:
+        loss = original(training, batch)
+        if training.step == 4:  # the loss is that before the update, and finite
+            with torch.no_grad():
+                training.model.bias.fill_(torch.inf)
+        return loss
+
+    monkeypatch.setattr(Training, "update", update)
+    with pytest.raises(TrainingError, match=r"update is not finite at step 4.*step-00000003"):
+        run(store, tmp_path / "a", settings(checkpoint_every=1, holdout=0.0))
+    load_aligned(tmp_path / "a" / "last")
+
+
+def test_patience_ends_a_training_whose_scores_rise_no_more(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    config = settings(
+        steps=300, eval_every=2, patience=3, optimizer={"learning_rate": 1e-9}
+    )  # so small that no score ever changes
+    best = run(store, tmp_path / "a", config)
+    assert best is not None
+    assert Checkpoint.open(best).step == 2
+    last = Checkpoint.open(tmp_path / "a" / "last")
+    assert (last.step, last.metadata["finished"]) == (8, True)
+    assert run(store, tmp_path / "a", config) == best
+
+
+def test_patience_counts_on_after_a_resume(store: FeatureStore, tmp_path: Path) -> None:
+    config = settings(steps=300, eval_every=2, patience=3, optimizer={"learning_rate": 1e-9})
+    for _ in range(5):
+        run(store, tmp_path / "a", config, should_stop=lambda: True)
+    run(store, tmp_path / "a", config)
+    assert Checkpoint.open(tmp_path / "a" / "last").step == 8
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_saved(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = Training.update, list[dict[str, torch.Tensor]]()
+
+    def update(training: Training, batch: Any) -> torch.Tensor:
+        loss = original(training, batch)
+        seen.append({k: v.clone() for k, v in training.model.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(Training, "update", update)
+    run(store, tmp_path / "a", settings(ema=0.75, steps=3))
+    model, _ = load_aligned(tmp_path / "a" / "last")
+    for name, found in model.state_dict().items():
+        first, second, third = (weights[name] for weights in seen)
+        expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"micro_batch": 5}])
+def test_a_resumed_run_with_an_option_ends_as_an_uninterrupted_one(
+    store: FeatureStore, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = settings(head={"dim": 8, "depth": 2, "dropout": 0.2}, **changes)
+    run(store, tmp_path / "a", config, should_stop=lambda: True)
+    run(store, tmp_path / "a", config)
+    run(store, tmp_path / "b", config)
+    for name in ("model.safetensors", "state.safetensors"):
+        resumed, whole = (tmp_path / run_dir / "last" / name for run_dir in ("a", "b"))
+        assert resumed.read_bytes() == whole.read_bytes()
+
+
 def test_bfloat16_products_leave_float32_weights(store: FeatureStore, tmp_path: Path) -> None:
     best = run(store, tmp_path / "a", settings(precision="bfloat16"))
     assert best is not None
