@@ -16,6 +16,7 @@ from features.column import Column
 from features.errors import CheckpointError
 from features.store import FeatureStore
 from pipeline.config import RunConfig
+from pipeline.export import export_model
 from pipeline.run import start_run
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
     checkpoints = CheckpointFolder(folder.align)
     checkpoints.resume(described)
     checkpoints.save(_snapshot(model, described), {}, None)
+    export_model(checkpoints.best, folder.model)
     logger.info("%s: a %s head, scale %.4g", file, head.kind, model.log_scale.exp().item())
     return checkpoints.best
 

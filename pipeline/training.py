@@ -7,6 +7,7 @@ from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
+from pipeline.export import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run import start_run
@@ -14,6 +15,8 @@ from pipeline.run import start_run
 
 def align_run(config: RunConfig, stop: StopRequest) -> Path:
     """Train the head of a recipe on the store of its training split; return its best checkpoint.
+
+    The best head is exported to `run.dir/model` as well.
 
     Raises:
         TrainingError: The store has not all the rows done that the recipe trains on.
@@ -46,4 +49,5 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path:
         )
     if best is None:
         raise Stopped
+    export_model(best, folder.model)
     return best

@@ -73,12 +73,19 @@ def test_a_head_for_features_of_another_length_is_refused(run_file: Path, tmp_pa
     assert "has 16" in refused.output
 
 
-def test_a_stack_of_gated_layers_has_no_place_in_the_released_layout(
+def test_a_trained_stack_of_gated_layers_is_exported_but_not_in_the_released_layout(
     run_file: Path, tmp_path: Path
 ) -> None:
     places = ["--set", f"run.dir='{tmp_path}'"]
     places += ["--set", f"run.features='{run_file.parent / 'run'}'"]
     assert sail("align", run_file, *places).exit_code == 0
+    exported, about = load_aligned(tmp_path / "model")
+    best, checkpoint = load_aligned(tmp_path / "align" / "best")
+    assert about.sha256 == checkpoint.sha256
+    assert all(map(torch.equal, exported.state_dict().values(), best.state_dict().values()))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert checkpoint.sha256 in card
+    assert "vit: " in card
     refused = sail("export-head", tmp_path, tmp_path / "out.pt")
     assert refused.exit_code == 1
     assert "'glu' has no place in the released layout" in refused.output
