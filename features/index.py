@@ -17,12 +17,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
 from features.config import Source
 from features.errors import SourceError
-from features.index_builder import METADATA_KEY, ROWS_PER_GROUP, VERSION, build_index, settings_of
-from features.sources import open_source
+from features.index_builder import (
+    COLUMNS,
+    METADATA_KEY,
+    ROWS_PER_GROUP,
+    VERSION,
+    build_index,
+    settings_of,
+)
+from features.sources import Sample
 from features.sources.parquet import ParquetImages
 from features.status import Status
 from features.storage import files
@@ -52,7 +58,12 @@ class Index:
         self.counts: dict[str, int] = about["counts"]
         """How many members, samples and captions were handled by which rule."""
         self.source: dict[str, Any] = about["source"]
-        self.shards: list[dict[str, Any]] = about["shards"]
+        self.shards: dict[Place, dict[str, Any]] = {
+            as_place(shard["path"]): shard for shard in about["shards"]
+        }
+        """Files (or folders) in the order of their rows: `name`, and `size_and_time` as indexed."""
+        self.grown_from: tuple[int, ...] = tuple(about["grown_from"])
+        """Rows there were before each time that rows were appended."""
 
     @classmethod
     def open(cls, path: Path) -> "Index":
@@ -90,35 +101,27 @@ class Index:
         """Return whether the index was built from these settings."""
         return bool(self.source == settings_of(source))
 
-    def check_shards(self) -> None:
-        """Refuse files that changed, went or came since they were indexed.
+    @property
+    def names(self) -> dict[Place, str]:
+        """Files in the order of their rows, with what their keys begin with."""
+        return {path: str(shard["name"]) for path, shard in self.shards.items()}
 
-        Raises:
-            SourceError: Naming the file.
-        """
-        places = [as_place(shard["path"]) for shard in self.shards]
-        remote = any(isinstance(place, RemotePath) for place in places)
-        versions = files.in_order(files.version_or_none, places, remote=remote)
-        for path, shard, found in zip(places, self.shards, versions, strict=True):
-            if found is None or shard != {"path": str(path), **found}:
-                what = "is gone" if found is None else "has changed"
-                raise SourceError(
-                    f"{path} {what} since it was indexed in {self.path}. The same file was "
-                    f"expected. Restore it, or delete the index and the store to start again."
-                )
-        source: Source = TypeAdapter(Source).validate_python(self.source)
-        known = {shard["path"] for shard in self.shards}
-        added = [file for file in open_source(source).files if str(file) not in known]
-        if known and added:
-            raise SourceError(
-                f"{len(added)} files match {self.source['path']} that were not there when it was "
-                f"indexed in {self.path}: {added[0]} is the first. The same files were expected. "
-                f"Narrow `path` of the source, or delete the index and the store to start again."
-            )
+    def samples(self) -> Iterator[Sample]:
+        """Yield all rows as they were listed."""
+        for table in self.batches(ROWS_PER_GROUP):
+            names = list(COLUMNS)
+            captions = [table.column(f"caption/{field}").to_pylist() for field in self.fields]
+            columns = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            texts = zip(*captions, strict=True) if captions else itertools.repeat(())
+            for values, row_texts in zip(columns, texts, strict=bool(captions)):
+                row_captions = dict(zip(self.fields, row_texts, strict=True))
+                yield Sample(**dict(zip(names, values, strict=True)), captions=row_captions)
 
-    def batches(self, rows: int, columns: tuple[str, ...] | None = None) -> Iterator[pa.Table]:
-        """Yield tables of `rows` rows, in order, the last one shorter; keep nothing afterwards."""
-        for start in range(0, self.rows, rows):
+    def batches(
+        self, rows: int, columns: tuple[str, ...] | None = None, *, first: int = 0
+    ) -> Iterator[pa.Table]:
+        """Yield tables of `rows` rows, from one on, the last shorter; keep nothing afterwards."""
+        for start in range(first, self.rows, rows):
             yield self.rows_between(start, min(start + rows, self.rows), columns)
         with self._lock:
             self._groups.clear()

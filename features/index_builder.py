@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from features.sources import Counts, Sample, Shards, open_source
 from features.storage.files import in_order, version
 from features.storage.place import Place, RemotePath
 
-VERSION = 1
+VERSION = 2
 ROWS_PER_GROUP = 4096
 MAX_FIELDS = 256
 METADATA_KEY = b"sail"
@@ -36,7 +37,28 @@ class _MoreFields(Exception):  # noqa: N818 - asks for another pass
     """A sample has captions under a field that the samples before it did not have."""
 
 
-def build_index(source: Source, path: Path, on_progress: Callable[[int], None]) -> None:
+@dataclass(frozen=True)
+class Earlier:
+    """What an index has already, and what the one that follows it begins with."""
+
+    rows: int = 0
+    names: Mapping[Place, str] = field(default_factory=dict)
+    """Files in the order of their rows, with what their keys begin with."""
+    grown_from: tuple[int, ...] = ()
+    """Rows there were before each time that rows were appended."""
+    samples: Callable[[], Iterable[Sample]] | None = None
+    """Gives the rows, so that their files are not read; if not given, they are listed again."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Those of the samples that are given."""
+
+    def grown_to(self, rows: int) -> list[int]:
+        """Return the rows there were before each growth, up to the one to so many rows."""
+        return [*self.grown_from, *([self.rows] if 0 < self.rows < rows else [])]
+
+
+def build_index(
+    source: Source, path: Path, on_progress: Callable[[int], None], earlier: Earlier | None = None
+) -> None:
     """List the samples of a source and write them to `path`: all of them, or nothing.
 
     The fields of the first samples are mostly those of all. If not, everything is listed for its
@@ -45,11 +67,12 @@ def build_index(source: Source, path: Path, on_progress: Callable[[int], None]) 
     Raises:
         SourceError: The source cannot be read, or holds no samples.
     """
+    listing = _Listing(source, earlier or Earlier())
     progress = _Progress(on_progress)
     try:
-        _write(source, path, None, progress)
+        _write(listing, path, None, progress)
     except _MoreFields:
-        _write(source, path, _all_fields(source), progress)
+        _write(listing, path, _all_fields(listing), progress)
 
 
 def settings_of(source: Source) -> dict[str, Any]:
@@ -70,11 +93,42 @@ class _Progress:
             self._reported = samples
 
 
-def _write(source: Source, path: Path, fields: Sequence[str] | None, progress: _Progress) -> None:
-    shards = open_source(source)
+@dataclass(frozen=True)
+class _Listing:
+    """Gives all samples of a source, as often as asked."""
+
+    source: Source
+    earlier: Earlier
+
+    def open(self) -> Shards:
+        return open_source(self.source, self.earlier.names)
+
+    def groups(self, shards: Shards, counts: Counts) -> Iterator[list[Sample]]:
+        """Yield the samples as row groups."""
+        files: Iterable[Place] = shards.files
+        known: Iterable[Sample] = ()
+        if self.earlier.samples is not None:
+            files = [file for file in files if file not in self.earlier.names]
+            known = self.earlier.samples()
+            counts.update(self.earlier.counts)
+        listed = itertools.chain.from_iterable(shards.samples(file, counts) for file in files)
+        samples = itertools.islice(itertools.chain(known, listed), self.source.rows)
+        while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
+            yield group
+
+    def check(self, shards: Shards) -> None:
+        """Refuse settings that no sample fitted, where all of them were listed."""
+        if self.earlier.samples is None:
+            shards.check()
+
+
+def _write(
+    listing: _Listing, path: Path, fields: Sequence[str] | None, progress: _Progress
+) -> None:
+    source, shards = listing.source, listing.open()
     class_names = shards.class_names()
     counts = Counts()
-    groups = _groups_of_samples(source, shards, counts)
+    groups = listing.groups(shards, counts)
     first = next(groups, None)
     if first is None:
         raise SourceError(
@@ -87,14 +141,15 @@ def _write(source: Source, path: Path, fields: Sequence[str] | None, progress: _
         for samples in itertools.chain([first], groups):
             writer.add(samples)
             progress.reach(writer.rows)
-        shards.check()
+        listing.check(shards)
         _check_labels(source, writer.greatest_label, class_names)
         for field in fields:
             counts[f"rows without caption {field!r}"] = writer.missing[field]
         about = {
             "version": VERSION,
             "source": settings_of(source),
-            "shards": [] if isinstance(source, ClassFolderSource) else _versions(shards.files),
+            "shards": _described(source, shards.files),
+            "grown_from": listing.earlier.grown_to(writer.rows),
             "fields": list(fields),
             "class_names": class_names,
             "has_labels": writer.greatest_label >= 0,
@@ -134,10 +189,10 @@ class _RowWriter:
         if not all(self._known.issuperset(sample.captions) for sample in samples):
             raise _MoreFields
         table = {name: list(map(attrgetter(name), samples)) for name in COLUMNS}
-        for field in self._fields:
-            captions = [sample.captions.get(field, "") for sample in samples]
-            self.missing[field] += sum(not caption or caption.isspace() for caption in captions)
-            table[f"caption/{field}"] = captions
+        for name in self._fields:
+            captions = [sample.captions.get(name, "") for sample in samples]
+            self.missing[name] += sum(not caption or caption.isspace() for caption in captions)
+            table[f"caption/{name}"] = captions
         try:
             rows = pa.table(table, schema=self._schema)
         except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
@@ -157,21 +212,15 @@ class _RowWriter:
         self._partial.replace(self._path)
 
 
-def _groups_of_samples(source: Source, shards: Shards, counts: Counts) -> Iterator[list[Sample]]:
-    samples = itertools.chain.from_iterable(shards.samples(file, counts) for file in shards.files)
-    limited = itertools.islice(samples, source.rows)
-    while group := list(itertools.islice(limited, ROWS_PER_GROUP)):
-        yield group
-
-
-def _all_fields(source: Source) -> list[str]:
+def _all_fields(listing: _Listing) -> list[str]:
     fields: set[str] = set()
-    for samples in _groups_of_samples(source, open_source(source), Counts()):
+    for samples in listing.groups(listing.open(), Counts()):
         fields.update(*(sample.captions for sample in samples))
         if len(fields) > MAX_FIELDS:
             raise SourceError(
-                f"{_place(source)} has more than {MAX_FIELDS} caption fields. A few captions for "
-                f"each image were expected. Name the ones you want in `captions` of the source."
+                f"{_place(listing.source)} has more than {MAX_FIELDS} caption fields. A few "
+                f"captions for each image were expected. Name the ones you want in `captions` of "
+                f"the source."
             )
     return _sorted_fields(fields)
 
@@ -193,10 +242,14 @@ def _place(source: Source) -> str:
     return source.kind if isinstance(source, ScenesSource) else str(source.path)
 
 
-def _versions(files: Sequence[Place]) -> list[dict[str, Any]]:
-    remote = isinstance(files[0], RemotePath)
-    found = zip(files, in_order(version, files, remote=remote), strict=True)
-    return [{"path": str(file), **about} for file, about in found]
+def _described(source: Source, files: Mapping[Place, str]) -> list[dict[str, Any]]:
+    """Describe files by name and version; of a folder, the time says nothing of what is in it."""
+    described = [{"path": str(file), "name": name} for file, name in files.items()]
+    if isinstance(source, ClassFolderSource):
+        return described
+    remote = any(isinstance(file, RemotePath) for file in files)
+    versions = in_order(version, files, remote=remote)
+    return [about | found for about, found in zip(described, versions, strict=True)]
 
 
 def _in_words(counts: Counts) -> str:

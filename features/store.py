@@ -9,6 +9,7 @@ The layout is documented in docs/store.md. Two ideas carry it:
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from features.storage.place import Place, RemotePath
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
+KEYS_AT_ONCE = 65_536
+NUMBERS = ("label", "group")
 STRINGS = np.dtypes.StringDType()
 NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to compute again
 
@@ -40,11 +43,11 @@ class FeatureStore:
     def __init__(self, path: Place, group: zarr.Group) -> None:
         self.path = path
         self._group = group
-        attributes: dict[str, Any] = dict(group.attrs.asdict())
-        self.rows = int(attributes["rows"])
-        self.rows_per_chunk = int(attributes["rows_per_chunk"])
-        self.keys_sha256 = str(attributes["keys_sha256"])
-        self.source: dict[str, Any] = attributes["source"]
+        self.attributes: dict[str, Any] = dict(group.attrs.asdict())
+        self.rows = int(self.attributes["rows"])
+        self.rows_per_chunk = int(self.attributes["rows_per_chunk"])
+        self.keys_sha256 = str(self.attributes["keys_sha256"])
+        self.source: dict[str, Any] = self.attributes["source"]
 
     @staticmethod
     def is_at(path: Place) -> bool:
@@ -93,6 +96,11 @@ class FeatureStore:
         """Chunks of every row array."""
         return -(-self.rows // self.rows_per_chunk)
 
+    @property
+    def full_chunks(self) -> int:
+        """Chunks that hold as many rows as a chunk can."""
+        return self.rows // self.rows_per_chunk
+
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """Caption fields, in the order of their names (numbers by value)."""
@@ -107,7 +115,7 @@ class FeatureStore:
 
     def keys(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the keys of rows `start` to `stop` as a numpy string array."""
-        return np.asarray(_array(self._group, "key")[start:stop])
+        return np.asarray(_array(self._group, "key")[self._slice(start, stop)])
 
     def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one caption per row, empty where there is none, as a numpy string array."""
@@ -116,15 +124,15 @@ class FeatureStore:
                 f"{self.path} has no caption field {field!r}; it has {list(self.fields)}. "
                 f"Name one of these."
             )
-        return np.asarray(_array(self._group, f"caption/{field}")[start:stop])
+        return np.asarray(_array(self._group, f"caption/{field}")[self._slice(start, stop)])
 
     def labels(self) -> Int32[np.ndarray, "rows"] | None:
         """Return the class of every row, -1 where unknown."""
-        return np.asarray(_array(self._group, "label")[:]) if "label" in self._group else None
+        return self._numbers("label")
 
     def groups(self) -> Int32[np.ndarray, "rows"] | None:
         """Return the compositional example each row belongs to, -1 for none."""
-        return np.asarray(_array(self._group, "group")[:]) if "group" in self._group else None
+        return self._numbers("group")
 
     def columns(self) -> list[str]:
         """Names of the feature columns: `image/<encoder>` and `text/<encoder>/<field>`."""
@@ -145,15 +153,18 @@ class FeatureStore:
                 f"{self.path} has no column {name!r}; it has {columns or 'none'}. "
                 f"Name one of these, or add the encoder to the recipe and run `sail extract`."
             )
-        return Column(self.path, name)
+        column = Column(self.path, name)
+        column.rows = self.rows  # a store that was killed while it grew still has its old rows
+        return column
 
     def add_encoder(self, name: str, fingerprint: dict[str, Any], *, dim: int) -> None:
         """Make the empty columns of an encoder, or check that those there are of the same one.
 
+        A text encoder has a column per caption field; fields that came later get theirs now.
         Several may do so at once: one makes them, the others check.
 
         Args:
-            name: `image/<encoder>` or `text/<encoder>`; a text encoder has a column per field.
+            name: `image/<encoder>` or `text/<encoder>`.
             fingerprint: What decides the features; see `features.encoders`.
             dim: Length of a feature vector.
 
@@ -161,17 +172,29 @@ class FeatureStore:
             StoreMismatchError: The column was made by something else; the field is named.
         """
         target = self.path / name
+        fields = self.fields if name.startswith("text/") else ()
         if is_file(target / "zarr.json"):
             self._check_fingerprint(name, fingerprint)
+            for field in sorted(set(fields).difference(self._members(name))):
+                with new_group(target / field, store=self.path) as folder:
+                    create_column(zarr.create_group(folder), self.rows, dim, self.rows_per_chunk)
             return
         with new_group(target, store=self.path) as folder:
             group = zarr.create_group(folder, attributes=fingerprint)
             columns = [group]
             if name.startswith("text/"):
-                columns = [group.create_group(field) for field in self.fields]
+                columns = [group.create_group(field) for field in fields]
             for column in columns:
                 create_column(column, self.rows, dim, self.rows_per_chunk)
         self._check_fingerprint(name, fingerprint)
+
+    def _numbers(self, name: str) -> Int32[np.ndarray, "rows"] | None:
+        if name not in self._group:
+            return None
+        return np.asarray(_array(self._group, name)[: self.rows])
+
+    def _slice(self, start: int, stop: int | None) -> slice:
+        return slice(start, self.rows if stop is None else min(stop, self.rows))
 
     def _members(self, group: str) -> list[str]:
         """Return the sorted names of the arrays and groups in a group."""
@@ -209,22 +232,13 @@ class FeatureStore:
 def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
     """Make the group of a store without columns, and return the digest of its keys."""
     group = zarr.create_group(folder)
-    row_array: dict[str, Any] = {
-        "shape": (index.rows,),
-        "chunks": (rows_per_chunk,),
-        "dimension_names": ["row"],
-    }
-    for name in ["key", *(f"caption/{field}" for field in index.fields)]:
-        group.create_array(name, dtype="string", **row_array)
-    if index.has_labels:
-        group.create_array("label", dtype="int32", fill_value=-1, **row_array)
-        if index.class_names:
-            group["label"].attrs["class_names"] = list(index.class_names)
-    if index.has_groups:
-        group.create_array("group", dtype="int32", fill_value=-1, **row_array)
+    names = row_array_names(index)
+    for name in names:
+        create_row_array(group, name, index, rows_per_chunk)
+    write_rows(group, names, index, rows_per_chunk)
     group.create_group("image")
     group.create_group("text")
-    digest = _write_rows(group, index, rows_per_chunk)
+    digest = keys_digest(index)
     group.attrs.update(
         {
             "format": FORMAT,
@@ -238,32 +252,58 @@ def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
     return digest
 
 
-def keys_digest(index: Index) -> str:
-    """Return the sha256 over all keys, each ended by a newline: equal keys in equal order."""
+def keys_digest(index: Index, rows: int | None = None) -> str:
+    """Return the sha256 over the keys, each ended by a newline: equal keys in equal order.
+
+    Args:
+        index: Whose keys.
+        rows: How many of the first; all if not given.
+    """
     digest = hashlib.sha256()
-    for table in index.batches(65_536, ("key",)):
-        _add_keys(digest, table.column("key").to_pylist())
+    left = index.rows if rows is None else rows
+    for table in index.batches(KEYS_AT_ONCE, ("key",)):
+        keys = table.column("key").slice(0, left).to_pylist()
+        digest.update("".join(f"{key}\n" for key in keys).encode())
+        left -= len(keys)
     return digest.hexdigest()
 
 
-def _add_keys(digest: Any, keys: list[str]) -> None:
-    digest.update(("\n".join(keys) + "\n").encode() if keys else b"")
+def row_array_names(index: Index) -> list[str]:
+    """Return the names of the arrays that hold what an index says of its rows."""
+    there = {"label": index.has_labels, "group": index.has_groups}
+    captions = [f"caption/{field}" for field in index.fields]
+    return ["key", *captions, *(name for name in there if there[name])]
 
 
-def _write_rows(group: zarr.Group, index: Index, rows_per_chunk: int) -> str:
-    digest = hashlib.sha256()
-    start = 0
-    for table in index.batches(rows_per_chunk):
-        stop = start + table.num_rows
-        _add_keys(digest, table.column("key").to_pylist())
-        for name in ["key", *(f"caption/{field}" for field in index.fields)]:
-            _array(group, name)[start:stop] = np.array(
-                table.column(name).to_pylist(), dtype=STRINGS
+def create_row_array(group: zarr.Group, name: str, index: Index, rows_per_chunk: int) -> None:
+    """Make the empty array of that name, with a value for each row of an index."""
+    is_number = name in NUMBERS
+    array = group.create_array(
+        name,
+        shape=(index.rows,),
+        chunks=(rows_per_chunk,),
+        dtype="int32" if is_number else "string",
+        fill_value=-1 if is_number else "",
+        dimension_names=["row"],
+    )
+    if name == "label" and index.class_names:
+        array.attrs["class_names"] = list(index.class_names)
+
+
+def write_rows(
+    group: zarr.Group, names: Sequence[str], index: Index, rows_per_chunk: int, first_chunk: int = 0
+) -> None:
+    """Write the chunks of some row arrays, from one on."""
+    first = first_chunk * rows_per_chunk
+    for table in index.batches(rows_per_chunk, tuple(names), first=first):
+        stop = first + table.num_rows
+        for name in names:
+            column = table.column(name)
+            values = column.to_numpy() if name in NUMBERS else column.to_pylist()
+            _array(group, name)[first:stop] = np.array(
+                values, dtype=np.int32 if name in NUMBERS else STRINGS
             )
-        for name in [name for name in ("label", "group") if name in group]:
-            _array(group, name)[start:stop] = table.column(name).to_numpy().astype(np.int32)
-        start = stop
-    return digest.hexdigest()
+        first = stop
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -65,20 +65,27 @@ def cli() -> None:
 
 @cli.command()
 @stage
-def extract(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+@click.option(
+    "--append", is_flag=True, help="Add rows that came since the source was indexed, at the end."
+)
+def extract(
+    recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, append: bool
+) -> None:
     """Encode images and captions into feature stores (stage one).
 
-    Resumes by itself: what is on disk is not computed again. Prints the path of each store.
+    Resumes by itself: what is on disk is not computed again, also where the recipe has further
+    encoders or caption fields. Prints the path of each store.
 
     \b
     Examples:
       sail extract demo
+      sail extract my.toml --append
       sail extract my.toml --set encoders.image.dinov2.batch_size=256
     """
     from pipeline import run
 
     def work(config: Any, stop: Any) -> list[str]:
-        return [str(path) for path in run.extract(config, stop)]
+        return [str(path) for path in run.extract(config, stop, append=append)]
 
     _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features.config import ScenesSource, Source, WebdatasetSource
-from features.errors import ConfigError, SourceError
+from features.errors import ConfigError
+from features.growth import follow_index
 from features.index import Index
 from features.partial import partial_path
+from features.reindex import find_changes, update_index
 from features.storage.place import Place
-from features.store import FeatureStore, keys_digest
+from features.store import FeatureStore
 from pipeline.config import RunConfig, dump_config
 from pipeline.finished import KnownEncoders, is_finished
 from pipeline.interrupt import StopRequest
@@ -63,10 +65,16 @@ def start_run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def extract(config: RunConfig, stop: StopRequest) -> list[Place]:
+def extract(config: RunConfig, stop: StopRequest, *, append: bool = False) -> list[Place]:
     """Run stage one for every split and encoder of the recipe; return the stores.
 
+    Args:
+        config: The recipe.
+        stop: Asked between chunks.
+        append: Whether rows that came to a source since it was indexed are added at its end.
+
     Raises:
+        SourceError: A source changed otherwise than by captions, or has more rows without `append`.
         Stopped: A signal came; what is done is on disk and the next call goes on from there.
     """
     if config.run.features is not None:
@@ -77,8 +85,8 @@ def extract(config: RunConfig, stop: StopRequest) -> list[Place]:
     folder = start_run(config)
     splits = []
     for split, source in config.data.items():
-        index = build_index(folder, split, _drawn(folder, split, source))
-        splits.append((_open_store(config, folder, split, index), index))
+        index = build_index(folder, split, _drawn(folder, split, source), append=append)
+        splits.append((_open_store(config, folder, split, index, append=append), index))
     stores = [store for store, _ in splits]
     known = KnownEncoders(folder.path / "encoders.json")
     columns = [
@@ -93,24 +101,20 @@ def extract(config: RunConfig, stop: StopRequest) -> list[Place]:
     return [store.path for store in stores]
 
 
-def build_index(folder: RunFolder, split: str, source: Source) -> Index:
-    """Open the index of a split, or build it from its source.
+def build_index(folder: RunFolder, split: str, source: Source, *, append: bool) -> Index:
+    """Open the index of a split, bring it up to date, or build it from its source.
 
     Raises:
-        SourceError: A shard changed since the index was built.
+        SourceError: The source changed since the index was built, otherwise than it may.
     """
     path = folder.index(split)
-    if path.is_file():
-        index = Index.open(path)
-        if index.matches(source):
-            index.check_shards()
+    index = Index.open(path) if path.is_file() else None
+    if index is not None and (index.matches(source) or FeatureStore.is_at(folder.store(split))):
+        changes = find_changes(index, source)
+        if not changes:
             return index
-        if FeatureStore.is_at(folder.store(split)):
-            raise SourceError(
-                f"The run folder {folder.path} was made from another source of {split!r}. The "
-                f"settings of [data.{split}] when it was made were expected. Give this run another "
-                f"`run.dir`, or delete {path} and {folder.store(split)}."
-            )
+        with ProgressLine(f"index {split}", None, "samples") as line:
+            return update_index(index, source, changes, append=append, on_progress=line.advance)
     with ProgressLine(f"index {split}", None, "samples") as line:
         index = Index.build(source, path, on_progress=line.advance)
     for what, count in index.counts.items():
@@ -135,15 +139,10 @@ def _drawn(folder: RunFolder, split: str, source: Source) -> Source:
     )
 
 
-def _open_store(config: RunConfig, folder: RunFolder, split: str, index: Index) -> FeatureStore:
+def _open_store(
+    config: RunConfig, folder: RunFolder, split: str, index: Index, *, append: bool
+) -> FeatureStore:
     path = folder.store(split)
     if not FeatureStore.is_at(path):
         return FeatureStore.create(path, index, rows_per_chunk=config.extract.rows_per_chunk)
-    store = FeatureStore.open(path)
-    if store.rows != index.rows or store.keys_sha256 != keys_digest(index):
-        raise SourceError(
-            f"The store {path} has {store.rows} rows with keys {store.keys_sha256[:12]}…, the "
-            f"index of {split!r} has {index.rows} others. The same rows were expected. Give this "
-            f"run another `run.dir`, or delete {path} to extract again."
-        )
-    return store
+    return follow_index(FeatureStore.open(path), index, append=append)

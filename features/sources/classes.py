@@ -1,7 +1,7 @@
 """One folder of images per class (ImageFolder)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
 from features.config import ClassFolderSource
@@ -12,12 +12,17 @@ from features.storage.place import Place
 
 
 class ClassFolders:
-    """The sorted names of the folders are the classes 0, 1, …; a JSON file can name them better."""
+    """The sorted names of the folders are the classes 0, 1, …; a JSON file can name them better.
 
-    def __init__(self, source: ClassFolderSource) -> None:
-        found = files.children(source.path)
-        folders = [name for name, size in found if size is None and name[0] != "."]
-        self.files: list[Place] = [source.path / name for name in folders]
+    Folders that come later are the classes after these.
+    """
+
+    def __init__(self, source: ClassFolderSource, known: Mapping[Place, str]) -> None:
+        children = files.children(source.path)
+        folders = [name for name, size in children if size is None and name[0] != "."]
+        found: dict[Place, str] = {source.path / name: name for name in folders}
+        self.files = {folder: name for folder, name in known.items() if folder in found} | found
+        self._labels = {folder: label for label, folder in enumerate(self.files)}
         self._source = source
         if not self.files:
             raise SourceError(
@@ -53,8 +58,8 @@ class ClassFolders:
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one class folder, sorted by name."""
-        label = self.files.index(file)
-        keys = Keys(file.name, counts)
+        keys = Keys(self.files[file], counts)
+        label = self._labels[file]
         for name, size in files.children(file):
             if size is None or PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
                 counts["files that are no images (ignored)"] += 1

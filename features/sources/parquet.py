@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,8 +16,8 @@ from features.sources.sample import (
     Counts,
     Keys,
     Sample,
-    distinct_stems,
     matching_files,
+    named_files,
     read_class_names,
     whole_number,
 )
@@ -34,10 +34,9 @@ class ImageParquet:
     Only the other columns are read here; an image is found again by its file and number.
     """
 
-    def __init__(self, source: ParquetSource) -> None:
-        self.files = matching_files(source.path)
+    def __init__(self, source: ParquetSource, known: Mapping[Place, str]) -> None:
+        self.files = named_files(matching_files(source.path), known)
         self.picker = CaptionPicker(source.captions, str(source.path))
-        self._names = distinct_stems(self.files)
         self._source = source
 
     def class_names(self) -> tuple[str, ...] | None:
@@ -83,7 +82,7 @@ class ImageParquet:
 
     def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
         source = self._source
-        keys = Keys(self._names[file], counts)
+        keys = Keys(self.files[file], counts)
         light = [name for name in parquet.schema_arrow.names if name != source.image]
         number = 0
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=light):

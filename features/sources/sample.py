@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol, runtime_checkable
@@ -40,13 +40,12 @@ class Sample:
 
 
 @runtime_checkable
-@runtime_checkable
 class Shards(Protocol):
     """A source: its files in a stated order, and the samples of each."""
 
     @property
-    def files(self) -> Sequence[Place]:
-        """Files or folders, in the order in which they are read."""
+    def files(self) -> Mapping[Place, str]:
+        """Files or folders in the order in which they are read, and what their keys begin with."""
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the labels, where the source has them."""
@@ -189,13 +188,15 @@ def matching_files(patterns: str | Sequence[str]) -> list[Place]:
     return list(found)
 
 
-def distinct_stems(files: Sequence[Place]) -> dict[Place, str]:
-    """Return a short name for each file: its stem, with as many folders as make all distinct."""
-    for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
-        names = {file: _tail(file, depth) for file in files}
-        if len(set(names.values())) == len(files):
-            return names
-    return {file: str(posix(file)) for file in files}  # they differ in the suffix only
+def named_files(files: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
+    """Put files in order, each with a name: first the known ones as they are, then the others.
+
+    The name is the stem of the file, with as many folders as make all names distinct.
+    """
+    found = dict.fromkeys(files)
+    kept = {file: name for file, name in known.items() if file in found}
+    added = [file for file in found if file not in known]
+    return kept | _distinct_stems(added, taken=set(known.values()))
 
 
 def whole_number(value: Any, counts: Counts) -> int:
@@ -246,6 +247,25 @@ def _check_field_name(name: str) -> None:
             f"fields name folders of the feature store. A name without `/` that does not begin "
             f"with a dot was expected. Rename it in the data."
         )
+
+
+def _distinct_stems(files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
+    for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
+        names = {file: _tail(file, depth) for file in files}
+        if len(set(names.values())) == len(files) and not _clash(names.values(), taken):
+            return names
+    return {file: str(posix(file)) for file in files}  # they differ in the suffix only
+
+
+def _clash(names: Iterable[str], taken: Set[str]) -> bool:
+    """Return whether a name is taken, or one is the folder of another: keys could be the same."""
+    folders = {str(folder) for name in taken for folder in PurePosixPath(name).parents}
+    return any(
+        name in taken
+        or name in folders
+        or any(str(folder) in taken for folder in PurePosixPath(name).parents)
+        for name in names
+    )
 
 
 def _tail(file: Place, depth: int) -> str:

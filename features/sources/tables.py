@@ -45,7 +45,7 @@ class CaptionTable:
                 f"There is no table {source.path}. A .jsonl, .csv or .parquet file with a column "
                 f"{source.image!r} was expected. Correct `path` of the source."
             )
-        self.files = [source.path]
+        self.files = {source.path: source.path.stem}
         self.picker = CaptionPicker(source.captions, str(source.path))
         self._source = source
 
@@ -63,7 +63,7 @@ class CaptionTable:
         Raises:
             SourceError: The table cannot be read, or a row names no image, or one elsewhere.
         """
-        keys = Keys(file.stem, counts)
+        keys = Keys(self.files[file], counts)
         several = self._has_rows_of_one_image(file)
         folder = file.parent.resolve() if isinstance(file, Path) else file.parent
         groups = itertools.groupby(table_rows(file), self._image_name)

@@ -1,7 +1,7 @@
 """Webdataset tars: members that share a base name are one sample."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from features.config import WebdatasetSource
@@ -12,8 +12,8 @@ from features.sources.sample import (
     Counts,
     Keys,
     Sample,
-    distinct_stems,
     matching_files,
+    named_files,
     read_class_names,
     whole_number,
 )
@@ -36,10 +36,9 @@ class TarShards:
     neither image nor text, links, devices, and paths that lead out of the archive.
     """
 
-    def __init__(self, source: WebdatasetSource) -> None:
-        self.files = matching_files(source.path)
+    def __init__(self, source: WebdatasetSource, known: Mapping[Place, str]) -> None:
+        self.files = named_files(matching_files(source.path), known)
         self.picker = CaptionPicker(source.captions, str(source.path))
-        self._names = distinct_stems(self.files)
         self._source = source
         self._of_use = {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
 
@@ -74,7 +73,7 @@ class TarShards:
             ) from error
 
     def _samples(self, tar: TarFile, file: Place, counts: Counts) -> Iterator[Sample]:
-        keys = Keys(self._names[file], counts)
+        keys = Keys(self.files[file], counts)
         path = str(file)
         base: str | None = None
         sample: Sample | None = None

@@ -1,0 +1,313 @@
+"""An index follows its source: what comes later is added, what is there stays as it is."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter
+
+from features.config import Source
+from features.errors import SourceError
+from features.index import Index
+from features.index_builder import ROWS_PER_GROUP
+from features.reindex import Changes, find_changes, update_index
+from features.sources import Sample
+from tests import tiny
+
+
+def parsed(**settings: Any) -> Source:
+    source: Source = TypeAdapter(Source).validate_python(settings)
+    return source
+
+
+def shards(folder: Path, *names: str, **settings: Any) -> Source:
+    """Shards of three samples each, and the source that they are."""
+    for name in names:
+        tiny.write_tar(folder / f"{name}.tar", tiny.samples(3, first=ord(name[0])))
+    return parsed(kind="webdataset", path=str(folder / "**/*.tar"), **settings)
+
+
+def built(source: Source, folder: Path) -> Index:
+    return Index.build(source, folder / "index.parquet")
+
+
+def updated(index: Index, source: Source, *, append: bool = False) -> Index:
+    return update_index(index, source, find_changes(index, source), append=append)
+
+
+def keys(index: Index) -> list[str]:
+    found: list[str] = index.rows_between(0, index.rows, ("key",)).column("key").to_pylist()
+    return found
+
+
+def table_of(folder: Path, rows: list[dict[str, Any]]) -> Source:
+    for number, row in enumerate(rows):
+        path = folder / str(row["image"])
+        if not path.exists():
+            Image.new("L", (2, 2), number).save(path)
+    lines = [json.dumps(row) for row in rows]
+    (folder / "table.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return parsed(kind="folder", path=str(folder / "table.jsonl"))
+
+
+def test_nothing_has_changed_at_first(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    assert find_changes(built(source, tmp_path), source) == Changes(frozenset(), (), ())
+    assert not find_changes(Index.open(tmp_path / "index.parquet"), source)
+
+
+def test_a_shard_that_changed_or_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    os.utime(tmp_path / "d.tar", ns=(0, 0))
+    with pytest.raises(SourceError, match=r"d\.tar has changed since it was indexed"):
+        find_changes(index, source)
+    (tmp_path / "b.tar").unlink()
+    with pytest.raises(SourceError, match=r"b\.tar is gone"):
+        find_changes(index, source)
+
+
+def test_a_shard_that_is_not_matched_any_more_is_refused_by_name(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b", "d"), tmp_path)
+    narrowed = parsed(kind="webdataset", path=str(tmp_path / "b.tar"))
+    with pytest.raises(SourceError, match=r"d\.tar was indexed .* does not match it any more"):
+        find_changes(index, narrowed)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b"), tmp_path)
+    with pytest.raises(SourceError, match="another source: its label was 'label' and is 'class'"):
+        find_changes(index, shards(tmp_path, label="class"))
+
+
+def test_further_shards_are_not_appended_unless_asked_for(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    shards(tmp_path, "e")
+    with pytest.raises(SourceError, match=r"1 files match .*e\.tar is the first.* --append"):
+        updated(index, source)
+    assert Index.open(index.path).rows == 6
+
+
+def test_further_shards_come_behind_the_rows_there_are_in_their_own_order(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    before = index.rows_between(0, 6)
+    shards(tmp_path, "e", "c", "a")
+    grown = updated(index, source, append=True)
+    assert grown.rows_between(0, 6).equals(before)
+    assert [key.split("/")[0] for key in keys(grown)[::3]] == ["b", "d", "a", "c", "e"]
+    assert [path.stem for path in grown.shards] == ["b", "d", "a", "c", "e"]
+    assert grown.grown_from == (6,)
+    assert not find_changes(grown, source)
+    shards(tmp_path, "A")
+    again = updated(grown, source, append=True)
+    assert keys(again)[:15] == keys(grown)
+    assert again.grown_from == (6, 15)
+
+
+def test_an_index_that_grew_is_that_of_the_same_files_in_the_same_order(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    shards(tmp_path, "e", "f")
+    grown = updated(index, source, append=True)
+    fresh = Index.build(source, tmp_path / "fresh.parquet")
+    assert grown.rows_between(0, grown.rows).equals(fresh.rows_between(0, fresh.rows))
+    assert grown.counts == fresh.counts
+    assert grown.shards == fresh.shards
+    assert fresh.grown_from == ()
+
+
+def test_shards_are_not_read_again_where_only_others_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    shards(tmp_path, "e")
+    opened: list[str] = []
+
+    def listed(_shards: object, file: Path, _counts: object) -> Iterator[Sample]:
+        opened.append(file.name)
+        return iter(())
+
+    monkeypatch.setattr("features.sources.webdataset.TarShards.samples", listed)
+    updated(index, source, append=True)
+    assert opened == ["e.tar"]
+
+
+def test_rows_are_copied_across_the_groups_of_the_file(tmp_path: Path) -> None:
+    members = [(f"{row:06d}.jpg", b"%d" % row) for row in range(ROWS_PER_GROUP + 5)]
+    tiny.write_tar(tmp_path / "b.tar", members)
+    source = shards(tmp_path)
+    index = built(source, tmp_path)
+    tiny.write_tar(tmp_path / "c.tar", members)
+    grown = updated(index, source, append=True)
+    fresh = Index.build(source, tmp_path / "fresh.parquet")
+    assert keys(grown) == keys(fresh)
+    assert pq.ParquetFile(grown.path).metadata.num_row_groups == 3
+
+
+def test_a_path_with_further_patterns_appends_too(tmp_path: Path) -> None:
+    shards(tmp_path, "m")
+    index = built(parsed(kind="webdataset", path=str(tmp_path / "m*.tar")), tmp_path)
+    shards(tmp_path, "a")
+    wider = parsed(kind="webdataset", path=[str(tmp_path / "a*.tar"), str(tmp_path / "m*.tar")])
+    grown = updated(index, wider, append=True)
+    assert [key.split("/")[0] for key in keys(grown)[::3]] == ["m", "a"]
+    assert grown.matches(wider)
+
+
+def test_a_name_that_is_taken_leaves_the_keys_there_are_and_gives_the_new_one_its_folder(
+    tmp_path: Path,
+) -> None:
+    source = shards(tmp_path, "b")
+    index = built(source, tmp_path)
+    tiny.write_tar(tmp_path / "more" / "b.tar", tiny.samples(1))
+    tiny.write_tar(tmp_path / "more" / "c.tar", tiny.samples(1))
+    grown = updated(index, source, append=True)
+    assert keys(grown) == [*keys(index), "more/b/00000", "more/c/00000"]
+
+
+def test_a_name_within_that_of_another_shard_cannot_give_equal_keys(tmp_path: Path) -> None:
+    tiny.write_tar(tmp_path / "b.tar", [("x/0.jpg", b"1"), ("y.jpg", b"2")])
+    source = shards(tmp_path)
+    index = built(source, tmp_path)
+    tiny.write_tar(tmp_path / "b" / "b.tar", [("0.jpg", b"3")])
+    tiny.write_tar(tmp_path / "b" / "x.tar", [("0.jpg", b"3")])
+    grown = updated(index, source, append=True)
+    assert len(set(keys(grown))) == grown.rows == 4
+    assert keys(grown)[:2] == ["b/x/0", "b/y"]
+
+
+def test_a_further_caption_field_is_taken_without_being_asked_twice(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b", captions=["short"]), tmp_path)
+    before = index.rows_between(0, 3)
+    wider = updated(index, shards(tmp_path, captions=["short", "long"]))
+    assert wider.fields == ("long", "short")
+    assert wider.rows_between(0, 3, tuple(before.column_names)).equals(before)
+    assert wider.rows_between(1, 2).column("caption/long").to_pylist() == [
+        tiny.caption(ord("b") + 1)
+    ]
+    assert wider.grown_from == ()
+
+
+def test_a_caption_field_and_shards_can_come_at_once(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b", captions=["short"]), tmp_path)
+    source = shards(tmp_path, "a", captions=["short", "long"])
+    grown = updated(index, source, append=True)
+    assert [key.split("/")[0] for key in keys(grown)[::3]] == ["b", "a"]
+    assert grown.rows_between(0, 1).column("caption/long").to_pylist() == [tiny.caption(ord("b"))]
+
+
+def test_a_caption_field_that_goes_is_refused_by_name(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b"), tmp_path)
+    with pytest.raises(SourceError, match="captions under 'long', which the source no longer"):
+        updated(index, shards(tmp_path, captions=["short"]))
+    assert Index.open(index.path).fields == ("long", "short")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tar", "index.parquet"]
+
+
+def test_a_table_with_a_further_column_of_captions_is_taken(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"image": f"{i}.png", "short": f"s{i}"} for i in range(3)]
+    index = built(table_of(tmp_path, rows), tmp_path)
+    source = table_of(tmp_path, [row | {"long": f"l{row['short']}"} for row in rows])
+    wider = updated(index, source)
+    assert wider.fields == ("long", "short")
+    assert not find_changes(wider, source)
+
+
+def test_a_table_with_rows_at_its_end_is_appended_when_asked_for(tmp_path: Path) -> None:
+    rows = [{"image": f"{i}.png", "caption": str(i)} for i in range(3)]
+    index = built(table_of(tmp_path, rows[:2]), tmp_path)
+    source = table_of(tmp_path, rows)
+    with pytest.raises(SourceError, match=r"1 more rows than .*--append"):
+        updated(index, source)
+    assert updated(index, source, append=True).grown_from == (2,)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([1, 0, 2], r"Row 0 of .*'table/0', has key = 'table/0', but the source gives 'table/1'"),
+        ([0, 1], "2 rows now, .* has 3"),
+    ],
+)
+def test_a_table_whose_rows_moved_or_went_is_refused(
+    rows: list[int], words: str, tmp_path: Path
+) -> None:
+    every = [{"image": f"{i}.png", "caption": str(i)} for i in range(3)]
+    index = built(table_of(tmp_path, every), tmp_path)
+    source = table_of(tmp_path, [every[row] for row in rows])
+    with pytest.raises(SourceError, match=words):
+        updated(index, source, append=True)
+
+
+def test_a_table_with_another_caption_is_refused_with_both(tmp_path: Path) -> None:
+    index = built(table_of(tmp_path, [{"image": "0.png", "caption": "a cat"}]), tmp_path)
+    source = table_of(tmp_path, [{"image": "0.png", "caption": "a dog"}])
+    with pytest.raises(
+        SourceError, match="caption/caption = 'a cat', but the source gives 'a dog'"
+    ):
+        updated(index, source, append=True)
+
+
+def test_more_of_the_rows_of_a_shard_are_appended_when_asked_for(tmp_path: Path) -> None:
+    index = built(shards(tmp_path, "b", rows=2), tmp_path)
+    assert index.rows == 2
+    more = shards(tmp_path)
+    with pytest.raises(SourceError, match="1 more rows"):
+        updated(index, more)
+    assert updated(index, more, append=True).rows == 3
+
+
+def test_a_class_folder_that_comes_later_is_the_class_after_the_others(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / name / "1.png")
+    source = parsed(kind="classes", path=str(tmp_path))
+    index = Index.build(source, tmp_path / "index.parquet")
+    (tmp_path / "ant").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "ant" / "1.png")
+    with pytest.raises(SourceError, match="ant is the first"):
+        updated(index, source)
+    grown = updated(index, source, append=True)
+    assert grown.class_names == ("cat", "dog", "ant")
+    table = grown.rows_between(0, 3)
+    assert table.column("key").to_pylist() == ["cat/1", "dog/1", "ant/1"]
+    assert table.column("label").to_pylist() == [0, 1, 2]
+
+
+def test_class_names_that_are_not_those_there_were_are_refused(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(9))))
+    source = shards(tmp_path, "b", class_names=str(names))
+    index = built(source, tmp_path)
+    shards(tmp_path, "c")
+    names.write_text("\n".join(map(str, range(9, 0, -1))))
+    with pytest.raises(SourceError, match="do not begin with the 9"):
+        updated(index, source, append=True)
+
+
+def test_a_killed_listing_leaves_the_index_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    source = shards(tmp_path, "b")
+    index = built(source, tmp_path)
+    shards(tmp_path, "c")
+    with monkeypatch.context() as patch:
+        patch.setattr("features.reindex._check_rows", die)
+        with pytest.raises(Killed):
+            updated(index, source, append=True)
+    assert Index.open(index.path).rows == 3
+    assert updated(index, source, append=True).rows == 6
