@@ -30,6 +30,11 @@ from features.errors import CheckpointError
 
 FORMAT = "sail-head"
 FORMAT_VERSION = 1
+HINTS = {
+    "store.rows": "The store grew, or is another. To train on all of them and keep this head, "
+    "set `run.features` of another run to this one. ",
+    "fields": "To go on with the same captions, name them in `align.fields`. ",
+}
 NOT_COMPARED = {"versions", "licence", "checkpoint_every"}  # they do not change the result
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
 
@@ -195,13 +200,13 @@ class CheckpointFolder:
             self._clean()
             return None
         checkpoint = Checkpoint.open(self.last)
-        for name, found, expected in differences(checkpoint.run, run):
+        for name, found, expected in _telling(differences(checkpoint.run, run)):
             if not NOT_COMPARED.isdisjoint(name.split(".")):
                 continue
             raise CheckpointError(
                 f"{self.last} was trained with {name} = {found!r}, but this run has {expected!r}. "
-                f"Equal settings were expected, to go on from it. Give this run another "
-                f"`run.dir`, or delete {self.run_dir} to train anew."
+                f"Equal settings were expected, to go on from it. {HINTS.get(name, '')}Give this "
+                f"run another `run.dir`, or delete {self.run_dir} to train anew."
             )
         self._point(self.best, checkpoint.metadata["best_step"])
         self._clean()
@@ -286,6 +291,11 @@ def differences(found: Any, expected: Any, name: str = "") -> list[tuple[str, An
         pairs = [(f"{name}.{key}".lstrip("."), found.get(key), expected.get(key)) for key in keys]
         return [each for key, old, new in pairs for each in differences(old, new, key)]
     return [] if found == expected else [(name, found, expected)]
+
+
+def _telling(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Put the hash of the keys last: that there are more rows says more."""
+    return sorted(found, key=lambda difference: difference[0] == "store.keys_sha256")
 
 
 def _sync(path: Path) -> None:

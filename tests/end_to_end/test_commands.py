@@ -141,6 +141,23 @@ def test_a_signal_ends_align_after_a_clean_save_and_it_goes_on_later(
     assert steps == sorted(steps)
 
 
+def test_further_shards_are_appended_on_request_and_the_head_says_that_the_rows_differ(
+    tmp_path: Path,
+) -> None:
+    world = tiny.world(tmp_path)
+    sail("extract", str(world))
+    sail("align", str(world))
+    tiny.write_tar(tmp_path / "shards" / "train-2.tar", tiny.samples(9, first=500))
+    assert "run `sail extract` with --append" in sail("extract", str(world), expect=1).stderr
+    store = sail("extract", str(world), "--append").stdout.split()[0]
+    assert json.loads(sail("inspect", store, "--json").stdout)["rows"] == 49
+    assert "is whole" in sail("verify", store).stdout
+    assert "store.rows = 40, but this run has 49" in sail("align", str(world), expect=1).stderr
+    sail("eval", str(world))  # the head that there is goes on to be of use
+    other = [f"--set=run.dir='{tmp_path / 'again'}'", f"--set=run.features='{tmp_path / 'run'}'"]
+    sail("align", str(world), *other)
+
+
 def test_help_answers_without_loading_torch() -> None:
     code = "import sys, pipeline.cli; sys.exit('torch' in sys.modules or 'zarr' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

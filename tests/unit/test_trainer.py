@@ -193,9 +193,19 @@ def test_a_checkpoint_of_another_store_or_seed_is_refused(
     run(store, tmp_path / "a", settings())
     with pytest.raises(CheckpointError, match="seed = 0, but this run has 1"):
         run(store, tmp_path / "a", settings(), seed=1)
-    other = make_store(tmp_path / "other.zarr", rows=190)
-    with pytest.raises(CheckpointError, match=r"store\.keys_sha256 = "):
-        run(other, tmp_path / "a", settings())
+    grown = make_store(tmp_path / "grown.zarr", rows=210)
+    with pytest.raises(CheckpointError, match=r"store\.rows = 200, but this run has 210\. .*grew"):
+        run(grown, tmp_path / "a", settings())
+
+
+def test_a_checkpoint_of_a_store_with_fewer_caption_fields_says_how_to_go_on(
+    tmp_path: Path,
+) -> None:
+    bare = make_store(tmp_path / "bare.zarr", fields=("bare",))
+    both = make_store(tmp_path / "both.zarr")
+    run(bare, tmp_path / "a", settings())
+    with pytest.raises(CheckpointError, match=r"\['bare'\], but .* name them in `align\.fields`"):
+        run(both, tmp_path / "a", settings())
 
 
 def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_path: Path) -> None:
