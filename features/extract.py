@@ -8,7 +8,7 @@ many rows there are.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -128,7 +128,7 @@ def prefetch(
     *,
     ahead: int,
     phases: Phases,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield `load(item)` in order, with at most `ahead` of them loaded or loading."""
     waiting: deque[Future[T]] = deque()
     remaining = iter(items)

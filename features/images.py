@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,6 +73,15 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
         ImageFault: There are no bytes, they are no image, they end too early or are damaged, or
             the image has more than `max_pixels` pixels (checked before anything is decoded).
     """
+    return as_rgb(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Read the header of an encoded image; its pixels are not decoded yet.
+
+    Raises:
+        ImageFault: See `decode`.
+    """
     if not data:
         raise ImageFault(Status.EMPTY_IMAGE, "it has no bytes")
     try:
@@ -88,6 +97,15 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     if pixels > max_pixels:
         size = f"{image.width} × {image.height} pixels, more than {max_pixels}"
         raise ImageFault(Status.IMAGE_TOO_LARGE, size)
+    return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Decode the pixels of an image that was opened.
+
+    Raises:
+        ImageFault: They end too early or are damaged.
+    """
     try:
         return image.convert("RGB")
     except DECODER_ERRORS as error:
@@ -111,7 +129,8 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_float: bool = False
-    """DINOv3 rescales first and resizes in float32, with torch's antialiased filter."""
+    """DINOv3 rescales first and resizes in float32, with torch's antialiased filter. The result is
+    then float32 and rescaled already, where it is otherwise uint8."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Preprocessing":
@@ -145,15 +164,31 @@ class Preprocessing:
         """
         if self.in_float:
             return self._resize_in_float(np.asarray(image))
+        size = self.resized(image.size)
+        if size is not None:
+            image = image.resize(size, self.resample, reducing_gap=None)
+        return self.cropped(np.asarray(image))
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the width and height that an image of a width and height is resized to, if at all.
+
+        Raises:
+            ImageFault: It is so long and thin that it would grow beyond all measure.
+        """
         if self.resize is not None:
-            image = image.resize(self.resize[::-1], self.resample, reducing_gap=None)
-        elif self.shortest_edge is not None:
-            width, height = _fit(image.size, self.shortest_edge)
-            if width * height > MAX_RESIZED_PIXELS:
-                size = f"{image.width} × {image.height} pixels, {width} × {height} when resized"
-                raise ImageFault(Status.IMAGE_TOO_LARGE, size)
-            image = image.resize((width, height), self.resample)
-        pixels = np.asarray(image)
+            return self.resize[1], self.resize[0]
+        if self.shortest_edge is None:
+            return None
+        width, height = _fit(size, self.shortest_edge)
+        if width * height > MAX_RESIZED_PIXELS:
+            what = f"{size[0]} × {size[1]} pixels, {width} × {height} when resized"
+            raise ImageFault(Status.IMAGE_TOO_LARGE, what)
+        return width, height
+
+    def cropped(
+        self, pixels: UInt8[np.ndarray, "resized_height resized_width 3"]
+    ) -> UInt8[np.ndarray, "3 height width"]:
+        """Cut the middle of a resized image, if a crop is asked for."""
         if self.crop is not None:
             pixels = _center_crop(pixels, *self.crop)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -162,9 +197,8 @@ class Preprocessing:
         self, pixels: Num[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Rescale and standardise a batch, on the device it is on."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
-        scale = 1.0 if self.in_float else self.rescale
+        mean, std = _per_channel(self.mean, pixels.device), _per_channel(self.std, pixels.device)
+        scale = 1.0 if pixels.is_floating_point() else self.rescale
         return (pixels.float() * scale - mean) / std
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,6 +213,12 @@ class Preprocessing:
         mode = "bilinear" if self.resample == BILINEAR else "bicubic"
         resized = F.interpolate(tensor, self.output_size, mode=mode, antialias=True)
         return np.asarray(resized[0].numpy())
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "1 3 1 1"]:
+    """Return a value for each channel on a device; copying it there anew would wait for that."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 @functools.cache

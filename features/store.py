@@ -35,6 +35,8 @@ KEYS_AT_ONCE = 65_536
 NUMBERS = ("label", "group")
 STRINGS = np.dtypes.StringDType()
 NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to compute again
+# What holds of a column that was made before these fields were recorded.
+UNRECORDED: dict[str, Any] = {"mode": "exact", "layer": -1}
 
 
 class FeatureStore:
@@ -218,7 +220,8 @@ class FeatureStore:
         return sorted(path[-1] for path in paths if path[:-1] == parent)
 
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
-        found = zarr.open_group(zarr_store(self.path / name), mode="r").attrs.asdict()
+        group = zarr.open_group(zarr_store(self.path / name), mode="r")
+        found, expected = UNRECORDED | group.attrs.asdict(), UNRECORDED | expected
         for field in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
             if found.get(field) != expected.get(field):
                 raise StoreMismatchError(

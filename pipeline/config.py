@@ -12,13 +12,12 @@ from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
 from evaluate.config import EvalConfig
-from features.config import ExtractConfig, ImageEncoderConfig, Source, TextEncoderConfig
+from features.config import ExtractConfig, ImageEncoderConfig, Name, Source, TextEncoderConfig
 from features.errors import ConfigError
 from features.storage.place import without_secrets
 
 RECIPES = Path(__file__).parent / "recipes"
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class RunSettings(BaseModel):
@@ -51,6 +50,23 @@ class EncodersConfig(BaseModel):
     """Image encoders."""
     text: dict[Name, TextEncoderConfig] = {}
     """Text encoders."""
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Names of all image columns: of each encoder its own, then those of its `also`."""
+        return tuple(
+            column for name, config in self.image.items() for column in (name, *config.also)
+        )
+
+    @model_validator(mode="after")
+    def _columns_have_names_of_their_own(self) -> "EncodersConfig":
+        names = self.image_columns
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"the image columns {', '.join(map(repr, twice))} are named more than once, in "
+                f"[encoders.image] and the `also` of its encoders. Give each a name of its own"
+            )
+        return self
 
 
 class ReportConfig(BaseModel):
@@ -92,7 +108,7 @@ class RunConfig(BaseModel):
                     f"{setting} names the split {split!r}; [data] has {list(self.data)}"
                 )
         for kind, names, name in [
-            ("image", list(self.encoders.image), self.align.image),
+            ("image", list(self.encoders.image_columns), self.align.image),
             ("text", list(self.encoders.text), self.align.text),
         ]:
             if name is not None and name not in names:

@@ -18,7 +18,7 @@ from align.head import AlignmentModel
 from features.column import Column
 from features.errors import EvaluationError
 from features.status import Status
-from features.store import NOT_COMPARED, FeatureStore
+from features.store import NOT_COMPARED, UNRECORDED, FeatureStore
 from pipeline.config import RunConfig
 
 ROWS_AT_ONCE = 4096
@@ -111,8 +111,8 @@ class Embedder:
 
     def _checked(self, store: FeatureStore, name: str, fingerprint: dict[str, object]) -> Column:
         column = complete_column(store, name)
-        found = json.loads(json.dumps(column.fingerprint))
-        for place, value, expected in differences(found, fingerprint):
+        found = UNRECORDED | json.loads(json.dumps(column.fingerprint))
+        for place, value, expected in differences(found, UNRECORDED | fingerprint):
             if place.split(".")[0] not in NOT_COMPARED:
                 raise EvaluationError(
                     f"{store.path}/{name} has {place} = {value!r}, but the head was trained on "

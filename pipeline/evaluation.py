@@ -136,7 +136,7 @@ def _digest(
         "eval": config.eval.model_dump(mode="json"),
         "report": config.report.model_dump(mode="json"),
         "reference": _sha256(reference.read_bytes()) if reference and reference.is_file() else None,
-        "image_encoders": list(config.encoders.image),
+        "image_encoders": list(config.encoders.image_columns),
         "checkpoint": [checkpoint.sha256, checkpoint.metadata],
         "stores": {split: _describe(store) for split, store in stores.items()},
     }

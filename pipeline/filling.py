@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from features.column_group import ColumnGroup
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from features.encoders.baselines import BASELINES
@@ -44,12 +45,13 @@ def fill_encoder(
         SourceError: More rows are quarantined than the recipe allows.
     """
     encoder = load_encoder(config, name, prepare_device(config.run))
-    known.remember(name, config, folder_of(config, name), encoder.fingerprint)
-    add_columns((store for store, _ in splits), name, encoder)
+    known.remember(name, config, folder_of(config, name), encoder.fingerprints)
+    add_columns((store for store, _ in splits), encoder)
     for store, index in splits:
-        for column in columns_of(store, name):
-            fill = functools.partial(encode_chunks, store, index, encoder, column)
-            fill_column(config, store, column, fill, stop)
+        for names in columns_of(config, store, name):
+            columns = ColumnGroup.open(store, names)
+            fill = functools.partial(encode_chunks, store, index, encoder, columns)
+            fill_columns(config, store, columns, fill, stop)
 
 
 def load_encoder(config: RunConfig, name: str, device: torch.device) -> Encoder:
@@ -60,49 +62,50 @@ def load_encoder(config: RunConfig, name: str, device: torch.device) -> Encoder:
     return load_text_encoder(encoder, config.encoders.text[encoder], device)
 
 
-def add_columns(stores: Iterable[FeatureStore], name: str, encoder: Encoder) -> None:
+def add_columns(stores: Iterable[FeatureStore], encoder: Encoder) -> None:
     """Make the columns of an encoder, or check that those there are its own.
 
     Raises:
         StoreMismatchError: They were made by something else.
     """
     for store in stores:
-        store.add_encoder(name, encoder.fingerprint, dim=encoder.dim)
+        for name, fingerprint in encoder.fingerprints.items():
+            store.add_encoder(name, fingerprint, dim=fingerprint["dim"])
 
 
 def encode_chunks(
     store: FeatureStore,
     index: Index,
     encoder: Encoder,
-    column: str,
+    columns: ColumnGroup,
     run: Run,
     chunks: Sequence[int] | None = None,
 ) -> Phases:
-    """Fill the pending ones of some chunks of a column; of all if not given."""
+    """Fill the pending ones of some chunks of a group of columns; of all if not given."""
     if isinstance(encoder, ImageEncoder):
-        return extract_images(store.column(column), index, encoder, run, chunks)
-    return extract_captions(store, store.column(column), index, encoder, run, chunks)
+        return extract_images(columns, index, encoder, run, chunks)
+    (column,) = columns
+    return extract_captions(store, column, index, encoder, run, chunks)
 
 
-def fill_column(
+def fill_columns(
     config: RunConfig,
     store: FeatureStore,
-    name: str,
+    columns: ColumnGroup,
     fill: Callable[[Run], Phases],
     stop: StopRequest,
 ) -> None:
-    """Fill what is pending of a column, with a line of progress, and account for every row.
+    """Fill what is pending of some columns, with a line of progress, and account for every row.
 
     Raises:
         Stopped: A signal came; what is done is on disk.
         SourceError: More rows are quarantined than the recipe allows.
     """
-    column = store.column(name)
-    pending = column.pending()
+    pending = columns.pending()
     if pending:
         split = store.path.stem
-        rows = sum(column.chunk_rows(chunk) for chunk in pending)
-        with ProgressLine(f"{split}  {name}", rows, "rows") as line:
+        rows = sum(columns.chunk_rows(chunk) for chunk in pending)
+        with ProgressLine(f"{split}  {columns.name}", rows, "rows") as line:
             phases = fill(
                 Run(
                     workers=config.extract.workers or os.cpu_count() or 1,
@@ -111,11 +114,12 @@ def fill_column(
                     on_rows=line.advance,
                 )
             )
-        logger.info("%s  %s: %s", split, name, phases.summary())
-    column.remove_leftovers()
+        logger.info("%s  %s: %s", split, columns.name, phases.summary())
+    columns.remove_leftovers()
     if stop():
         raise Stopped
-    check_quarantined(store, name, config.extract.max_bad_fraction)
+    for column in columns:
+        check_quarantined(store, column.name, config.extract.max_bad_fraction)
 
 
 def folder_of(config: RunConfig, name: str) -> Path | None:

@@ -1,8 +1,8 @@
 """Tells a finished extraction without loading an encoder: neither torch nor weights are read.
 
-`encoders.json` in the run folder holds for each encoder the fingerprint that it had when it was
-loaded, and everything that this follows from: settings, sizes and times of its files, versions of
-the libraries. While these are the same, so is the fingerprint.
+`encoders.json` in the run folder holds for each encoder the fingerprints that its columns had when
+it was loaded, and everything that these follow from: settings, sizes and times of its files,
+versions of the libraries. While these are the same, so are the fingerprints.
 """
 
 import json
@@ -19,7 +19,7 @@ from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import RunConfig
 
-LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow")
+LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg")
 
 
 class KnownEncoders:
@@ -32,25 +32,29 @@ class KnownEncoders:
         except (OSError, ValueError, TypeError):  # none yet, or damaged: encoders are loaded
             self._entries = {}
 
-    def fingerprint(self, name: str, config: RunConfig) -> dict[str, Any] | None:
-        """Return the fingerprint of `image/<name>` or `text/<name>`, None if it must be loaded."""
+    def fingerprints(self, name: str, config: RunConfig) -> dict[str, dict[str, Any]] | None:
+        """Return those of `image/<name>` or `text/<name>`, None if it must be loaded."""
         entry = self._entries.get(name)
         if not isinstance(entry, dict):
             return None
         if entry.get("follows_from") != _causes(name, config, entry.get("folder")):
             return None
-        fingerprint: dict[str, Any] = entry["fingerprint"]
-        return fingerprint
+        fingerprints: dict[str, dict[str, Any]] | None = entry.get("fingerprints")
+        return fingerprints
 
     def remember(
-        self, name: str, config: RunConfig, folder: Path | None, fingerprint: dict[str, Any]
+        self,
+        name: str,
+        config: RunConfig,
+        folder: Path | None,
+        fingerprints: dict[str, dict[str, Any]],
     ) -> None:
         """Write down what a loaded encoder is, and the folder of its files, if it has any."""
         place = None if folder is None else str(folder.absolute())
         self._entries[name] = {
             "folder": place,
             "follows_from": _causes(name, config, place),
-            "fingerprint": fingerprint,
+            "fingerprints": fingerprints,
         }
         partial = partial_path(self._path)
         partial.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
@@ -72,13 +76,15 @@ def is_finished(
         StoreMismatchError: A column was made by something else.
         SourceError: More rows are quarantined than the recipe allows.
     """
-    fingerprint = known.fingerprint(name, config)
-    if fingerprint is None:
+    fingerprints = known.fingerprints(name, config)
+    if fingerprints is None:
         return False
     columns = []
     for store in stores:
-        store.add_encoder(name, fingerprint, dim=fingerprint["dim"])
-        columns += [(store, column) for column in columns_of(store, name)]
+        for group, fingerprint in fingerprints.items():
+            store.add_encoder(group, fingerprint, dim=fingerprint["dim"])
+        for names in columns_of(config, store, name):
+            columns += [(store, column) for column in names]
     if any(store.column(column).pending() for store, column in columns):
         return False
     for store, column in columns:
@@ -86,16 +92,20 @@ def is_finished(
     return True
 
 
-def columns_of(store: FeatureStore, name: str) -> list[str]:
-    """Return the columns of an encoder: one of an image encoder, one per field of a text encoder.
+def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[str]]:
+    """Return the columns of an encoder, grouped by what one pass over the rows fills.
+
+    That is all columns of an image encoder, and each caption field of a text encoder by itself.
 
     Args:
-        store: What has the caption fields.
+        config: Has the image columns.
+        store: Has the caption fields.
         name: `image/<encoder>` or `text/<encoder>`.
     """
-    if name.startswith("image/"):
-        return [name]
-    return [f"{name}/{field}" for field in store.fields]
+    kind, encoder = name.split("/")
+    if kind == "image":
+        return [[name, *(f"image/{column}" for column in config.encoders.image[encoder].also)]]
+    return [[f"{name}/{field}"] for field in store.fields]
 
 
 def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:

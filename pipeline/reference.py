@@ -16,6 +16,7 @@ from features.config import (
     ClassFolderSource,
     ExtractConfig,
     FolderSource,
+    ImageColumnConfig,
     ImageEncoderConfig,
     ParquetSource,
     ScenesSource,
@@ -45,6 +46,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ('[data.SPLIT] with kind = "classes"', ClassFolderSource),
     ('[data.SPLIT] with kind = "scenes"', ScenesSource),
     ("[encoders.image.NAME]", ImageEncoderConfig),
+    ("[encoders.image.NAME.also.COLUMN]", ImageColumnConfig),
     ("[encoders.text.NAME]", TextEncoderConfig),
     ("[extract]", ExtractConfig),
     ("[align]", AlignConfig),
@@ -70,10 +72,16 @@ def _section(title: str, model: type[BaseModel]) -> str:
 def _rows(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         annotation: Any = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            continue  # a section of its own
+        if _is_section(annotation):
+            continue
         meaning = " ".join((field.description or "").split())
         yield f"| `{name}` | {_type(annotation, field)} | {_default(field)} | {meaning} |"
+
+
+def _is_section(annotation: Any) -> bool:
+    """Return whether a setting is a section of its own, or a table of such."""
+    each = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
+    return isinstance(each, type) and issubclass(each, BaseModel)
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:

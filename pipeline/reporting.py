@@ -123,7 +123,7 @@ def _encoders(context: Context) -> list[EncoderFacts]:
         EncoderFacts(kind, each["name"], True, int(each["dim"]), _full(each["fingerprint"]))
         for kind, each in aligned
     ]
-    for name in context.config.encoders.image:
+    for name in context.config.encoders.image_columns:
         columns = [
             store.column(f"image/{name}")
             for store in context.stores.values()

@@ -65,16 +65,26 @@ def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
     return members
 
 
-def image_encoder(folder: Path) -> Path:
-    """A vision transformer of random weights in Hugging Face layout; 16 features."""
-    config = ViTConfig(
+def reopened(image: Image.Image) -> Image.Image:
+    """A picture as a JPEG gives it back, since what that decodes to is what counts."""
+    return Image.open(io.BytesIO(encoded(image)))
+
+
+def vit_config(*, num_hidden_layers: int = 1) -> ViTConfig:
+    """The smallest vision transformer that is one."""
+    return ViTConfig(
         hidden_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         intermediate_size=32,
         image_size=16,
         patch_size=8,
     )
+
+
+def image_encoder(folder: Path) -> Path:
+    """A vision transformer of random weights in Hugging Face layout; 16 features."""
+    config = vit_config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ViTModel(config, add_pooling_layer=False).save_pretrained(folder)

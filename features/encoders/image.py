@@ -2,15 +2,17 @@
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Float32, Num
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
-from features.config import ImageEncoderConfig
+from features.config import ImageColumnConfig, ImageEncoderConfig
 from features.encoders.baselines import BASELINES
 from features.encoders.checkpoint import (
     compute_dtype,
@@ -19,157 +21,160 @@ from features.encoders.checkpoint import (
     read_config,
     versions,
 )
+from features.encoders.compiled import CompiledForward, Forward, check_compiles
+from features.encoders.pooling import pool_image
+from features.encoders.positions import fix_position_tables
 from features.errors import EncoderError
-from features.images import Preprocessing
+from features.fast_images import check_can_be_fast, prepare_fast
+from features.images import Preprocessing, decode
 
 # Two-tower checkpoints: the class that loads the image tower alone.
 IMAGE_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
-    """A frozen image model. Its workers call `preprocessing.apply`, its device `encode`."""
+class ImageColumn:
+    """One column that an encoder fills: its features of one layer, pooled in one way."""
 
     name: str
-    model: nn.Module
-    preprocessing: Preprocessing
-    pooling: str
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
+    settings: ImageColumnConfig
     dim: int
     fingerprint: dict[str, Any]
 
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """A frozen image model. Its workers call `prepare`, its device `encode`."""
+
+    name: str
+    forward: Forward
+    """From pixels on the device to one tensor of features for each pooling."""
+    preprocessing: Preprocessing
+    mode: str
+    batch_size: int
+    device: torch.device
+    columns: tuple[ImageColumn, ...]
+    """The encoder's own column, then those of `also`."""
+    has_fixed_batch: bool = False
+    """Whether a batch of another size would mean to compile anew."""
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What decides the features of each column, by its name in the store."""
+        return {f"image/{column.name}": column.fingerprint for column in self.columns}
+
+    def prepare(self, data: bytes, *, max_pixels: int) -> Num[np.ndarray, "3 height width"]:
+        """Decode, resize and crop an encoded image, as the checkpoint asks.
+
+        Raises:
+            ImageFault: It cannot be used; see `features.images.decode`.
+        """
+        if self.mode == "fast":
+            return prepare_fast(data, self.preprocessing, max_pixels=max_pixels)
+        return self.preprocessing.apply(decode(data, max_pixels=max_pixels))
+
     @torch.inference_mode()
     def encode(
-        self, pixels: Num[Tensor, "batch 3 height width"]
-    ) -> Float32[Tensor, "batch feature_dim"]:
-        """Return one vector per image, not normalised, on the device of the model.
+        self,
+        pixels: Num[Tensor, "batch 3 height width"],
+        columns: Sequence[ImageColumn] | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> list[Float32[Tensor, "batch _"]]:
+        """Return one vector per image for each column, not normalised, on the device of the model.
 
         Args:
-            pixels: What `preprocessing.apply` gave, stacked; still uint8 in most cases, so that
-                little is copied to the device.
+            pixels: What `prepare` gave, stacked; still uint8 in most cases, so that little is
+                copied to the device.
+            columns: Those that are wanted; all if not given.
+            batch_size: What a compiled model pads its batch to; the encoder's own if not given.
         """
-        pixels = self.preprocessing.normalise(pixels.to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = pool_image(self.model, pixels, self.pooling)
-        return features.float()
+        count = len(pixels)
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.has_fixed_batch and (missing := (batch_size or self.batch_size) - count) > 0:
+            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        wanted = [column.settings for column in columns or self.columns]
+        return [features[:count] for features in self.forward(pixels, wanted)]
 
 
 def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.device) -> ImageEncoder:
     """Load a frozen image encoder, ready to encode.
 
     Raises:
-        EncoderError: It cannot be found or loaded, or has no such pooling.
+        EncoderError: It cannot be found, loaded or compiled, or has no such pooling or layer.
     """
-    model: Any
-    if config.model in BASELINES:
-        model, processor = BASELINES[config.model]()
-        identity: dict[str, Any] = {"model": config.model}
-    else:
-        files = find_encoder(config.model, config.revision)
-        identity = files.fingerprint()
-        processor = _read_processor(files.folder)
-        model_config = _without_masking(read_config(files.folder))
-        tower = IMAGE_TOWERS.get(model_config.model_type)
-        model = load_weights(
-            tower or AutoModel,
-            files.folder,
-            optional="^$" if config.pooling == "pooler" else r"(^|\.)pooler\.",
-            config=model_config.vision_config if tower else model_config,
-        )
+    own = ImageColumnConfig(pooling=config.pooling, layer=config.layer)
+    settings = {name: own, **config.also}
+    model, processor, identity = _load(config, pooler=_wants_pooler(settings.values()))
     preprocessing = Preprocessing.from_config(processor)
+    if config.mode == "fast":
+        check_can_be_fast(preprocessing)
     dtype = compute_dtype(config.precision, device)
     model = model.to(device)
-    dim = _feature_length(model, preprocessing, config.pooling, device)
-    fingerprint = identity | {
+
+    def forward(pixels: Tensor, wanted: Sequence[ImageColumnConfig]) -> list[Tensor]:
+        pixels = preprocessing.normalise(pixels)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return [features.float() for features in pool_image(model, pixels, wanted)]
+
+    blank = torch.zeros(1, 3, *preprocessing.output_size, device=device, dtype=torch.uint8)
+    with torch.inference_mode():
+        fix_position_tables(model, lambda: forward(blank, [own]))
+        dims = [features.shape[1] for features in forward(blank, list(settings.values()))]
+    packages = ["torch", "transformers", "pillow"]
+    identity |= {
         "preprocessing": preprocessing.as_dict(),
-        "pooling": config.pooling,
+        "mode": config.mode,
         "dtype": str(dtype).removeprefix("torch."),
-        "dim": dim,
-        "versions": versions("torch", "transformers", "pillow"),
+        "versions": versions(*packages, *(["simplejpeg"] if config.mode == "fast" else [])),
     }
-    return ImageEncoder(
+    encoder = ImageEncoder(
         name=name,
-        model=model,
+        forward=forward,
         preprocessing=preprocessing,
-        pooling=config.pooling,
+        mode=config.mode,
         batch_size=config.batch_size,
         device=device,
-        dtype=dtype,
-        dim=dim,
-        fingerprint=fingerprint,
+        columns=tuple(
+            _column(column, each, dim, identity)
+            for (column, each), dim in zip(settings.items(), dims, strict=True)
+        ),
     )
+    if config.compile:
+        encoder = replace(encoder, forward=CompiledForward(forward), has_fixed_batch=True)
+        check_compiles(name, lambda: encoder.encode(blank))
+    return encoder
 
 
-def pool_image(
-    model: nn.Module, pixels: Float[Tensor, "batch 3 height width"], pooling: str
-) -> Float[Tensor, "batch feature_dim"]:
-    """Run a vision model and make one vector of its tokens.
-
-    Models differ in how many tokens stand before the patches (none, a class token, registers):
-    that is the number of tokens less the number of patches.
-
-    Raises:
-        EncoderError: The model has not what the pooling asks for.
-    """
-    options: dict[str, Any] = {}
-    config: Any = model.config
-    if getattr(config, "model_type", "") == "vit_mae":
-        count = (pixels.shape[-1] // config.patch_size) ** 2
-        # MAE orders its tokens by noise even when nothing is masked: rising noise keeps the order.
-        options["noise"] = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
-    output = model(pixels, **options)
-    if pooling == "pooler":
-        return _pooler_output(model, output)
-    tokens = output.last_hidden_state
-    if tokens.ndim == 4:  # a convolutional map: (batch, dim, height, width)
-        tokens, prefix = tokens.flatten(2).transpose(1, 2), 0
-    else:
-        prefix = _prefix_tokens(model, tokens, pixels)
-    patches = tokens[:, prefix:]
-    if "cls" in pooling and prefix == 0:
-        raise EncoderError(
-            f"{type(model).__name__} has no class token, so pooling {pooling!r} is not there. "
-            f"Use `mean`, `mean+max` or `pooler`."
-        )
-    parts = {
-        "cls": lambda: [tokens[:, 0]],
-        "mean": lambda: [patches.mean(1)],
-        "cls+mean": lambda: [tokens[:, 0], patches.mean(1)],
-        "mean+max": lambda: [patches.mean(1), patches.amax(1)],
-    }[pooling]()
-    return torch.cat(parts, dim=-1)
+def _column(
+    name: str, settings: ImageColumnConfig, dim: int, identity: dict[str, Any]
+) -> ImageColumn:
+    of_column = {"pooling": settings.pooling, "layer": settings.layer, "dim": dim}
+    return ImageColumn(name, settings, dim, identity | of_column)
 
 
-def _pooler_output(model: nn.Module, output: Any) -> Tensor:
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is None:
-        raise EncoderError(
-            f"{type(model).__name__} has no pooler, so pooling 'pooler' is not there. Use `cls`, "
-            f"`mean` or `cls+mean`."
-        )
-    result: Tensor = pooled.flatten(1)
-    return result
+def _wants_pooler(settings: Iterable[ImageColumnConfig]) -> bool:
+    return any(each.pooling == "pooler" for each in settings)
 
 
-def _prefix_tokens(model: nn.Module, tokens: Tensor, pixels: Tensor) -> int:
-    patch = getattr(model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        raise EncoderError(
-            f"The patches of {type(model).__name__} cannot be told from its other tokens: its "
-            f"config has patch_size {patch!r}, not a number. Use pooling `pooler`."
-        )
-    return int(tokens.shape[1] - (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch))
-
-
-def _feature_length(
-    model: nn.Module, preprocessing: Preprocessing, pooling: str, device: torch.device
-) -> int:
-    height, width = preprocessing.output_size
-    with torch.inference_mode():
-        blank = torch.zeros(1, 3, height, width, device=device)
-        return int(pool_image(model, blank, pooling).shape[-1])
+def _load(
+    config: ImageEncoderConfig, *, pooler: bool
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Return the model, the settings of its image processor, and what identifies it."""
+    if config.model in BASELINES:
+        model, processor = BASELINES[config.model]()
+        return model, processor, {"model": config.model}
+    files = find_encoder(config.model, config.revision)
+    processor = _read_processor(files.folder)
+    model_config = _without_masking(read_config(files.folder))
+    tower = IMAGE_TOWERS.get(model_config.model_type)
+    loaded = load_weights(
+        tower or AutoModel,
+        files.folder,
+        optional="^$" if pooler else r"(^|\.)pooler\.",
+        config=model_config.vision_config if tower else model_config,
+    )
+    return loaded, processor, files.fingerprint()
 
 
 def _without_masking(config: Any) -> Any:

@@ -60,6 +60,11 @@ class TextEncoder:
     dim: int
     fingerprint: dict[str, Any]
 
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """The fingerprint, by the encoder's name in the store; its fields share it."""
+        return {f"text/{self.name}": self.fingerprint}
+
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts feature_dim"]:
         """Return one vector per text, not normalised unless the model itself does it."""
         return self.encode_tokens(self.tokenise(texts))

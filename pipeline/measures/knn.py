@@ -30,7 +30,7 @@ class _Search:
 def score_knn(context: Context, split: str, reference: str) -> None:
     """Score the features of every image encoder, the embeddings, and images against captions."""
     queries, voters = context.stores[split], context.stores[reference]
-    for name in context.config.encoders.image:
+    for name in context.config.encoders.image_columns:
         columns = [complete_column(store, f"image/{name}") for store in (queries, voters)]
         encoders: dict[str, str | None] = {"image": name, "text": None}
         about = "frozen features, not centred"

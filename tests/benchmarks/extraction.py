@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from features.column_group import ColumnGroup
 from features.config import ImageEncoderConfig, WebdatasetSource
 from features.encoders import ImageEncoder, load_image_encoder
 from features.extract import Run
@@ -65,7 +66,7 @@ def seconds_of_bare_encoder(encoder: ImageEncoder, batches: list[torch.Tensor]) 
     """Time the encoder alone on pixels that are already decoded."""
     started = time.perf_counter()
     for batch in batches:
-        encoder.encode(batch).half().cpu().numpy()
+        encoder.encode(batch)[0].half().cpu().numpy()
     return time.perf_counter() - started
 
 
@@ -97,10 +98,11 @@ def measure(images: int = 96, rounds: int = 3, batch_size: int = 16) -> list[Fig
         for number in range(rounds):
             bare = seconds_of_bare_encoder(encoder, batches)
             store = FeatureStore.create(folder / f"{number}.zarr", index, rows_per_chunk=64)
-            store.add_encoder("image/dinov2-small", encoder.fingerprint, dim=encoder.dim)
+            made = encoder.columns[0]
+            store.add_encoder("image/dinov2-small", made.fingerprint, dim=made.dim)
             started = time.perf_counter()
             run = Run(workers=2, max_pixels=10**8)
-            extract_images(store.column("image/dinov2-small"), index, encoder, run)
+            extract_images(ColumnGroup.open(store, ["image/dinov2-small"]), index, encoder, run)
             ratios.append(bare / (time.perf_counter() - started))
     return [
         figure_of(

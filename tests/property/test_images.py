@@ -1,6 +1,7 @@
 """What holds for decoding and preprocessing, whatever the image."""
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil
 
+from features.fast_images import decode_fast
 from features.images import ImageFault, Preprocessing, decode
+from features.status import Status
 from tests import tiny
+from tests.photographs import as_jpeg, synthetic
 
 # In a run Pillow's warnings are switched off by `features.images`; pytest switches all on again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -18,7 +22,22 @@ FILES = {
     form: tiny.encoded(tiny.picture(5, 33, 21), form)
     for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 }
+JPEGS = {
+    "baseline": as_jpeg(synthetic(0, 60, 45)),
+    "progressive": as_jpeg(synthetic(1, 60, 45), progressive=True),
+    "grey": as_jpeg(synthetic(2, 60, 45).convert("L")),
+    "cmyk": as_jpeg(synthetic(3, 60, 45).convert("CMYK")),
+    "restarts": as_jpeg(synthetic(4, 60, 45), restart_marker_blocks=2),
+}
 sides = st.integers(1, 70)
+
+
+def outcome(decoder: Callable[..., object], data: bytes) -> Status | np.ndarray:
+    """The pixels, or why there are none."""
+    try:
+        return np.asarray(decoder(data, max_pixels=100_000))
+    except ImageFault as fault:
+        return fault.status
 
 
 @settings(deadline=None, max_examples=200)
@@ -31,6 +50,21 @@ def test_damaged_bytes_decode_or_are_quarantined(data: st.DataObject, form: str)
     cut = data.draw(st.integers(0, len(content)))
     with contextlib.suppress(ImageFault):
         assert decode(bytes(content[:cut]), max_pixels=100_000).mode == "RGB"
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), kind=st.sampled_from(sorted(JPEGS)))
+def test_a_damaged_jpeg_fares_in_the_fast_mode_as_in_the_exact_one(
+    data: st.DataObject, kind: str
+) -> None:
+    content = bytearray(JPEGS[kind])
+    places = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)
+    for place, value in data.draw(places):
+        content[place] = value
+    damaged = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    exact, fast = outcome(decode, damaged), outcome(decode_fast, damaged)
+    assert type(exact) is type(fast)
+    np.testing.assert_array_equal(exact, fast)
 
 
 @settings(deadline=None, max_examples=200)

@@ -189,10 +189,10 @@ def test_a_stop_request_ends_after_the_chunk_at_hand_and_the_next_run_goes_on(
 def test_features_that_are_not_finite_are_quarantined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflow(model: object, pixels: torch.Tensor, pooling: str) -> torch.Tensor:
+    def overflow(_model: object, pixels: torch.Tensor, _wanted: object) -> list[torch.Tensor]:
         features = pixels.flatten(1)[:, :16] * 1.0
         features[0] = 1e6  # more than float16 holds
-        return features
+        return [features]
 
     monkeypatch.setattr("features.encoders.image.pool_image", overflow)
     store = extracted(tiny.world(tmp_path))

@@ -1,0 +1,100 @@
+"""Makes one vector of the tokens of an image: which tokens, and of which layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from features.config import ImageColumnConfig
+from features.errors import EncoderError
+
+LAST_LAYER = -1
+
+
+def pool_image(
+    model: nn.Module,
+    pixels: Float[Tensor, "batch 3 height width"],
+    wanted: Sequence[ImageColumnConfig],
+) -> list[Float[Tensor, "batch _"]]:
+    """Run a vision model once, and make one vector an image for each pooling that is wanted.
+
+    Layer -1 is the model's `last_hidden_state`; any other is an entry of its `hidden_states` as
+    transformers gives them, which for most models means before the final normalisation.
+
+    Raises:
+        EncoderError: The model has not what a pooling asks for.
+    """
+    options: dict[str, Any] = {}
+    config: Any = model.config
+    if getattr(config, "model_type", "") == "vit_mae":
+        count = (pixels.shape[-1] // config.patch_size) ** 2
+        # MAE orders its tokens by noise even when nothing is masked: rising noise keeps the order.
+        options["noise"] = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+    if config is not None and any(each.layer != LAST_LAYER for each in wanted):
+        options["output_hidden_states"] = True
+    output = model(pixels, **options)
+    return [_pooled(model, output, pixels, each) for each in wanted]
+
+
+def _pooled(model: nn.Module, output: Any, pixels: Tensor, wanted: ImageColumnConfig) -> Tensor:
+    pooling = wanted.pooling
+    if pooling == "pooler":
+        return _pooler_output(model, output)
+    tokens = _layer(model, output, wanted.layer)
+    if tokens.ndim == 4:  # a convolutional map: (batch, dim, height, width)
+        tokens, prefix = tokens.flatten(2).transpose(1, 2), 0
+    else:
+        prefix = _prefix_tokens(model, tokens, pixels)
+    patches = tokens[:, prefix:]
+    if "cls" in pooling and prefix == 0:
+        raise EncoderError(
+            f"{type(model).__name__} has no class token, so pooling {pooling!r} is not there. "
+            f"Use `mean`, `mean+max` or `pooler`."
+        )
+    parts = {
+        "cls": lambda: [tokens[:, 0]],
+        "mean": lambda: [patches.mean(1)],
+        "cls+mean": lambda: [tokens[:, 0], patches.mean(1)],
+        "mean+max": lambda: [patches.mean(1), patches.amax(1)],
+    }[pooling]()
+    return torch.cat(parts, dim=-1)
+
+
+def _pooler_output(model: nn.Module, output: Any) -> Tensor:
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        raise EncoderError(
+            f"{type(model).__name__} has no pooler, so pooling 'pooler' is not there. Use `cls`, "
+            f"`mean` or `cls+mean`."
+        )
+    result: Tensor = pooled.flatten(1)
+    return result
+
+
+def _layer(model: nn.Module, output: Any, layer: int) -> Tensor:
+    if layer == LAST_LAYER:
+        last: Tensor = output.last_hidden_state
+        return last
+    layers: Sequence[Tensor] = getattr(output, "hidden_states", None) or ()
+    if not -len(layers) <= layer < len(layers):
+        there = f"-{len(layers)} to {len(layers) - 1}" if layers else "-1 alone"
+        raise EncoderError(
+            f"{type(model).__name__} has no layer {layer}. {there} was expected. Correct `layer`."
+        )
+    return layers[layer]
+
+
+def _prefix_tokens(model: nn.Module, tokens: Tensor, pixels: Tensor) -> int:
+    """Return how many tokens stand before the patches: none, a class token, registers.
+
+    That is the number of tokens less the number of patches.
+    """
+    patch = getattr(model.config, "patch_size", None)
+    if not isinstance(patch, int):
+        raise EncoderError(
+            f"The patches of {type(model).__name__} cannot be told from its other tokens: its "
+            f"config has patch_size {patch!r}, not a number. Use pooling `pooler`."
+        )
+    return int(tokens.shape[1] - (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch))
