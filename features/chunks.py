@@ -10,7 +10,7 @@ import numpy as np
 from features.errors import StoreCorruptError
 from features.partial import partial_path
 from features.storage import files
-from features.storage.place import Place
+from features.storage.place import Place, RemotePath
 
 CRC_BYTES = 4
 
@@ -47,10 +47,10 @@ def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
             count = file.readinto(target)
             checksum = file.read(CRC_BYTES + 1)
     else:
-        content = _content(place)
-        count = min(len(content), len(target))
+        content = _content(place, buffer.nbytes + CRC_BYTES)
+        count = min(len(content), buffer.nbytes)
         target[:count] = content[:count]
-        checksum = content[count : count + CRC_BYTES + 1]
+        checksum = bytes(content[count:])
     if count != buffer.nbytes or len(checksum) != CRC_BYTES:
         size = count + len(checksum)
         raise StoreCorruptError(place, f"it has {size} bytes, not {buffer.nbytes + CRC_BYTES}")
@@ -86,9 +86,11 @@ def _opened(path: Path) -> Any:
         raise _missing(path) from error
 
 
-def _content(place: Place) -> bytes:
+def _content(place: RemotePath, size: int) -> memoryview:
     try:
-        return files.read(place)
+        return files.read_ranges(place, [(0, size)])[0]
+    except files.FileEndsEarlyError as error:
+        raise StoreCorruptError(place, f"it has {error.size} bytes, not {size}") from error
     except FileNotFoundError as error:
         raise _missing(place) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from features.partial import partial_path, remove_leftovers
 from features.storage.files import delete, files_below, in_order, write
 from features.storage.place import Place, RemotePath
+from features.storage.remote import check_writable
 
 
 @contextmanager
@@ -32,6 +33,7 @@ def new_group(place: Place, *, store: Place) -> Iterator[Path]:
         place.parent.mkdir(exist_ok=True)
         _rename_if_first(partial, place)
     elif isinstance(place, RemotePath):
+        check_writable(place)
         with tempfile.TemporaryDirectory(prefix="sail-") as temporary:
             yield Path(temporary) / place.name
             _upload(Path(temporary) / place.name, place)

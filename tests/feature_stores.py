@@ -57,7 +57,7 @@ def make_store(
         words = captions[field] if captions else [f"{field} of {row}" for row in range(rows)]
         _strings(group, f"caption/{field}", words, rows_per_chunk)
     for name, dim in [(f"image/{IMAGE}", image_dim), (f"text/{TEXT}", text_dim)]:
-        encoder = zarr.create_group(path / name, attributes={"model": name, "dim": dim})
+        encoder = group.create_group(name, attributes={"model": name, "dim": dim})
         for column in [encoder] if name.startswith("image") else map(encoder.create_group, fields):
             create_column(column, rows, dim, rows_per_chunk)
     group.attrs.update(

@@ -2,29 +2,35 @@
 
 import io
 import os
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from features.errors import StorageError
 from features.partial import partial_path
 from features.storage.place import Place, RemotePath
-from features.storage.remote import Entry, backend, failure
+from features.storage.remote import (
+    ATTEMPTS,
+    Backend,
+    Entry,
+    backend,
+    failure,
+    is_broken_body,
+    seconds_before,
+)
 
 T = TypeVar("T")
 U = TypeVar("U")
 IN_FLIGHT = 32
 """Requests at once where there are many."""
+GAP_BYTES = 1 << 20
+"""Ranges no further apart than this are read as one."""
 PIECE_BYTES = 8 << 20
 """A long range is read as several of this size, at once."""
 BUFFER_BYTES = 4 << 20
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 0.2
 
 
 class FileEndsEarlyError(StorageError):
@@ -35,20 +41,6 @@ class FileEndsEarlyError(StorageError):
         super().__init__(
             f"{place} has {size} bytes. At least {stop} were expected. Put the whole file there."
         )
-
-
-@contextmanager
-def failures_named(place: Place, what: str) -> Iterator[None]:
-    """Turn what a client raises into a `StorageError` that names the place.
-
-    Args:
-        place: What is asked for; nothing is changed where it is local.
-        what: What is expected, for the message.
-    """
-    try:
-        yield
-    except _client_errors(place) as error:
-        raise failure(place, error, what) from error
 
 
 def is_file(place: Place) -> bool:
@@ -73,8 +65,7 @@ def entry(place: RemotePath) -> Entry:
         PlaceNotFoundError: There is none.
         StorageError: The server fails.
     """
-    with failures_named(place, "A file"):
-        return backend(place).entry(place)
+    return _tried(place, "A file", lambda found: found.entry(place))
 
 
 def version(place: Place) -> dict[str, list[int | str]]:
@@ -110,8 +101,8 @@ def children(folder: Place) -> list[tuple[str, int | None]]:
     if isinstance(folder, Path):
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
         return [(path.name, path.stat().st_size if path.is_file() else None) for path in paths]
-    with failures_named(folder, "A folder that can be listed"):
-        return sorted(backend(folder).children(folder))
+    what = "A folder that can be listed"
+    return _tried(folder, what, lambda found: sorted(found.children(folder)))
 
 
 def files_below(folder: Place) -> Iterator[tuple[Place, int]]:
@@ -121,9 +112,9 @@ def files_below(folder: Place) -> Iterator[tuple[Place, int]]:
             if path.is_file():
                 yield path, path.stat().st_size
         return
-    with failures_named(folder, "A folder that can be listed"):
-        for found in backend(folder).files(folder):
-            yield found.place, found.size
+    what = "A folder that can be listed"
+    for about in _tried(folder, what, lambda found: list(found.files(folder))):
+        yield about.place, about.size
 
 
 def read(place: Place) -> bytes:
@@ -134,8 +125,7 @@ def read(place: Place) -> bytes:
     """
     if isinstance(place, Path):
         return place.read_bytes()
-    with failures_named(place, "A file"):
-        return bytes(backend(place).whole(place))
+    return _tried(place, "A file", lambda found: bytes(found.whole(place)))
 
 
 def read_into(place: RemotePath, start: int, buffer: Any) -> None:
@@ -149,7 +139,7 @@ def read_into(place: RemotePath, start: int, buffer: Any) -> None:
 
     def fill(offset: int) -> None:
         part = view[offset : offset + PIECE_BYTES]
-        part[:] = read_ranges(place, [(start + offset, start + offset + len(part))])[0]
+        part[:] = _range(place, start + offset, start + offset + len(part))
 
     offsets = range(0, len(view), PIECE_BYTES)
     for _ in in_order(fill, offsets, remote=len(offsets) > 1):
@@ -157,34 +147,23 @@ def read_into(place: RemotePath, start: int, buffer: Any) -> None:
 
 
 def read_ranges(place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-    """Return the bytes of ranges (start, stop) of a file under a URL; near ones are read as one.
-
-    A body that is shorter than asked is asked for again, with exponential back-off and jitter.
+    """Return the bytes of ranges (start, stop) of a file under a URL; near ones come as one.
 
     Raises:
         FileEndsEarlyError: The file ends before one of them does.
         StorageError: The server fails.
     """
-    wanted = [(start, stop) for start, stop in ranges if stop > start]
-    found: list[memoryview] = []
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, FIRST_WAIT_SECONDS * 2**attempt))
-        found = _ranges(place, wanted)
-        if all(
-            len(part) == stop - start for part, (start, stop) in zip(found, wanted, strict=True)
-        ):
-            parts = iter(found)
-            return [next(parts) if stop > start else memoryview(b"") for start, stop in ranges]
-    short = next(
-        f"{len(part)} bytes came from byte {start}, {stop - start} were asked for"
-        for part, (start, stop) in zip(found, wanted, strict=True)
-        if len(part) != stop - start
-    )
-    raise StorageError(
-        f"{place} cannot be read: {short}, {ATTEMPTS} times. A server that answers whole was "
-        f"expected. Run the command again later, or copy the file; what is done is kept."
-    )
+    blocks = _merged(ranges)
+    content = in_order(lambda block: _range(place, *block), blocks, remote=len(blocks) > 1)
+    read = list(zip(blocks, content, strict=True))
+    return [
+        next(
+            content[start - first : stop - first]
+            for (first, last), content in read
+            if first <= start and stop <= last
+        )
+        for start, stop in ranges
+    ]
 
 
 def open_file(place: Place) -> BinaryIO:
@@ -206,8 +185,7 @@ def write(place: Place, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(place)
         return
-    with failures_named(place, "A place that can be written"):
-        backend(place).put(place, content)
+    _tried(place, "A place that can be written", lambda found: found.put(place, content))
 
 
 def delete(place: Place) -> None:
@@ -215,8 +193,7 @@ def delete(place: Place) -> None:
     if isinstance(place, Path):
         place.unlink(missing_ok=True)
         return
-    with failures_named(place, "A file that can be deleted"):
-        backend(place).delete(place)
+    _tried(place, "A file that can be deleted", lambda found: found.delete(place))
 
 
 def zarr_store(folder: Place) -> Any:
@@ -279,23 +256,59 @@ class _RangedFile(io.RawIOBase):
         return count
 
 
-def _ranges(place: RemotePath, wanted: Sequence[tuple[int, int]]) -> list[memoryview]:
-    if not wanted:
-        return []
-    stop = max(stop for _, stop in wanted)
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges to ask for: those wanted, and what lies between two that are near."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start - merged[-1][1] <= GAP_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _range(place: RemotePath, start: int, stop: int) -> memoryview:
+    """Return a range; a body that is shorter is asked for again, with exponential back-off."""
+    found = memoryview(b"")
+    for attempt in range(ATTEMPTS if stop > start else 0):
+        if attempt:
+            time.sleep(seconds_before(attempt))
+        found = _range_once(place, start, stop)
+        if len(found) == stop - start:
+            return found
+    if stop > start:
+        raise StorageError(
+            f"{place} cannot be read: {len(found)} bytes came from byte {start}, {stop - start} "
+            f"were asked for, {ATTEMPTS} times. A server that answers whole was expected. Run the "
+            f"command again later, or copy the file; what is done is kept."
+        )
+    return found
+
+
+def _range_once(place: RemotePath, start: int, stop: int) -> memoryview:
+    what = f"An answer with its bytes up to {stop}"
     try:
-        with failures_named(place, f"The bytes up to {stop}"):
-            found = backend(place).ranges(place, wanted)
+        found = _tried(place, what, lambda server: server.range(place, start, stop))
     except StorageError as error:
         if "status code: 416" not in str(error):  # no range of the file: it is shorter than it was
             raise
-        raise FileEndsEarlyError(place, entry(place).size, stop) from error
-    if sum(map(len, found)) != sum(stop - start for start, stop in wanted):
+        found = memoryview(b"")
+    if len(found) < stop - start:
         size = entry(place).size
         if size < stop:
             raise FileEndsEarlyError(place, size, stop)
     return found
 
 
-def _client_errors(place: Place) -> tuple[type[Exception], ...]:
-    return () if isinstance(place, Path) else backend(place).errors
+def _tried(place: RemotePath, what: str, call: Callable[[Backend], T]) -> T:
+    """Return what a call gives; failures name the place, and what was expected there."""
+    server = backend(place)
+    attempt = 0
+    while True:
+        try:
+            return call(server)
+        except server.errors as error:
+            attempt += 1
+            if attempt == ATTEMPTS or not is_broken_body(error):
+                raise failure(place, error, what) from error
+            time.sleep(seconds_before(attempt))

@@ -1,17 +1,15 @@
 """Files of repositories on the Hugging Face hub, read only: `hf://datasets/<owner>/<name>/<path>`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-from fsspec.utils import merge_offset_ranges
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from zarr.storage import FsspecStore
 
-from features.errors import StorageError
 from features.storage.place import RemotePath
-from features.storage.remote import GAP_BYTES, Entry
+from features.storage.remote import Entry, check_writable
 
 
 class Hub:
@@ -35,25 +33,11 @@ class Hub:
         with self._files.open(place.path, "rb", cache_type="none") as file:
             return memoryview(file.read(file.size))
 
-    def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Return the bytes of some ranges (start, stop), those near each other read as one."""
-        starts, stops = map(list, zip(*ranges, strict=True))
-        _, firsts, lasts = merge_offset_ranges(
-            [place.path] * len(ranges), starts, stops, max_gap=GAP_BYTES, sort=True
-        )
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
         with self._files.open(place.path, "rb", cache_type="none") as file:
-            blocks = {}
-            for first, last in zip(firsts, lasts, strict=True):
-                file.seek(first)
-                blocks[first, last] = memoryview(file.read(last - first))
-        return [
-            next(
-                block[start - first : stop - first]
-                for (first, last), block in blocks.items()
-                if first <= start and stop <= last
-            )
-            for start, stop in ranges
-        ]
+            file.seek(start)
+            return memoryview(file.read(stop - start))
 
     def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
         """Yield the names of what is in a folder, and the size of what is a file."""
@@ -72,11 +56,11 @@ class Hub:
 
     def put(self, place: RemotePath, content: bytes) -> None:  # noqa: ARG002
         """Refuse to write."""
-        raise _read_only(place)
+        check_writable(place)
 
     def delete(self, place: RemotePath) -> None:
         """Refuse to write."""
-        raise _read_only(place)
+        check_writable(place)
 
     def zarr(self, folder: RemotePath) -> Any:
         """Return a folder as a Zarr store that is read only."""
@@ -95,10 +79,3 @@ def _entry(place: RemotePath, about: dict[str, Any]) -> Entry:
     large = about.get("lfs") or {}
     version = large.get("sha256") or about.get("blob_id") or ""
     return Entry(place, about["size"], str(version))
-
-
-def _read_only(place: RemotePath) -> StorageError:
-    return StorageError(
-        f"{place} cannot be written: the hub is only read. A local folder, s3:// or gs:// was "
-        f"expected. Correct `extract.store`."
-    )

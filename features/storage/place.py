@@ -64,6 +64,11 @@ class RemotePath:
         """Whether its server tells which files there are; web servers do not."""
         return self.scheme not in ("http", "https")
 
+    @property
+    def can_be_written(self) -> bool:
+        """Whether files can be put there; web servers and the hub are only read."""
+        return self.scheme in ("s3", "gs")
+
 
 Place = Path | RemotePath
 

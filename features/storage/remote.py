@@ -5,26 +5,30 @@ jitter, and goes on within a body where it broke off. Credentials come from the 
 with AWS_ENDPOINT_URL for other servers that speak S3; GOOGLE_*; HF_TOKEN.
 """
 
+import asyncio
 import functools
 import os
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from features.errors import PlaceNotFoundError, StorageError
-from features.storage.place import Place, RemotePath, without_secrets
+from features.storage.place import RemotePath, without_secrets
 
 RETRIES = 8
-GAP_BYTES = 1 << 20
-"""Ranges nearer to each other than this are read as one."""
+"""Of a request, by obstore."""
+ATTEMPTS = 5
+"""At what obstore does not retry: bodies that are too short, or those of errors."""
+FIRST_WAIT_SECONDS = 0.2
 MAX_REASON = 300
 RETRY: Any = {
     "max_retries": RETRIES,
@@ -66,8 +70,8 @@ class Backend(Protocol):
     def whole(self, place: RemotePath) -> memoryview:
         """Return the content of a file."""
 
-    def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Return the bytes of some ranges (start, stop), those near each other read as one."""
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
 
     def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
         """Yield the names of what is in a folder, and the size of what is a file."""
@@ -94,7 +98,7 @@ def backend(place: RemotePath) -> Backend:
     return Objects()
 
 
-def failure(place: Place, error: Exception, what: str) -> StorageError:
+def failure(place: RemotePath, error: Exception, what: str) -> StorageError:
     """Return the error to raise when a server refuses, or fails after all retries.
 
     Args:
@@ -104,6 +108,12 @@ def failure(place: Place, error: Exception, what: str) -> StorageError:
     """
     if isinstance(error, FileNotFoundError):
         return PlaceNotFoundError(place)
+    if isinstance(error, NotSupportedError):
+        return StorageError(
+            f"{place} cannot be read by parts: its server sends whole files only. One that honours "
+            f"Range requests was expected. Copy the files to local disk or S3, or let another "
+            f"server serve them."
+        )
     reason = _reason(str(error))
     return StorageError(
         f"{place} cannot be used: {reason}. {what} was expected. Check the address, the network "
@@ -111,18 +121,45 @@ def failure(place: Place, error: Exception, what: str) -> StorageError:
     )
 
 
+def is_broken_body(error: Exception) -> bool:
+    """Return whether a body broke off where obstore does not go on by itself, as in an error's."""
+    return isinstance(error, BrokenBody) or "request or response body error" in str(error)
+
+
+def seconds_before(attempt: int) -> float:
+    """Return how long to wait before another attempt: exponential back-off with jitter."""
+    return random.uniform(0, FIRST_WAIT_SECONDS * 2**attempt)
+
+
+def check_writable(place: RemotePath) -> None:
+    """Refuse to write where files are only read.
+
+    Raises:
+        StorageError: Saying where can be written.
+    """
+    if not place.can_be_written:
+        raise StorageError(
+            f"{place} cannot be written: {place.scheme}:// is only read. A local folder, s3:// or "
+            f"gs:// was expected. Correct `extract.store`."
+        )
+
+
 def _reason(text: str) -> str:
     """Return what a client complains of, without the address and the page that came with it."""
     line = text.split("\n", 1)[0]
     retries = re.search(r"after \d+ retries", line)
-    told = without_secrets(line.rpartition(" - ")[2].partition(": <")[0])[:MAX_REASON]
+    told = without_secrets(line.rpartition(" - ")[2].partition(": <")[0])[:MAX_REASON].rstrip(": ")
     return f"{told} ({retries[0]})" if retries else told
+
+
+class BrokenBody(Exception):  # noqa: N818 - never seen: it is tried again, then worded
+    """A body is shorter than the server said."""
 
 
 class Objects:
     """S3, Google Cloud Storage and HTTP, by obstore."""
 
-    errors: tuple[type[Exception], ...] = (BaseError, OSError)
+    errors: tuple[type[Exception], ...] = (BaseError, BrokenBody, OSError)
 
     def entry(self, place: RemotePath) -> Entry:
         """Return the size and version of a file."""
@@ -130,15 +167,12 @@ class Objects:
 
     def whole(self, place: RemotePath) -> memoryview:
         """Return the content of a file."""
-        return memoryview(obstore.get(_store(place), _key(place)).bytes())
+        found = obstore.get(_store(place), _key(place))
+        return memoryview(_whole(found.bytes(), found.meta["size"]))
 
-    def ranges(self, place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Return the bytes of some ranges (start, stop), those near each other read as one."""
-        starts, stops = zip(*ranges, strict=True)
-        found = obstore.get_ranges(
-            _store(place), _key(place), starts=starts, ends=stops, coalesce=GAP_BYTES
-        )
-        return [memoryview(part) for part in found]
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
+        return memoryview(obstore.get_range(_store(place), _key(place), start=start, end=stop))
 
     def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
         """Yield the names of what is in a folder, and the size of what is a file."""
@@ -157,15 +191,17 @@ class Objects:
 
     def put(self, place: RemotePath, content: bytes) -> None:
         """Write a file as a whole: it appears when the server has all of it."""
+        check_writable(place)
         obstore.put(_store(place), _key(place), content, use_multipart=False)
 
     def delete(self, place: RemotePath) -> None:
         """Remove a file."""
+        check_writable(place)
         obstore.delete(_store(place), _key(place))
 
     def zarr(self, folder: RemotePath) -> Any:
         """Return a folder as a Zarr store that is read only."""
-        store = _ZarrStore(_connected(folder.scheme, folder.bucket, _key(folder)), read_only=True)
+        store = _ZarrStore(_store(folder, _key(folder)), read_only=True)
         store.folder = folder
         return store
 
@@ -175,15 +211,40 @@ class _ZarrStore(ZarrObjectStore[ObjectStore]):
 
     folder: RemotePath
 
-    async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return await self._get(key, prototype, byte_range)
+            except (BaseError, BrokenBody) as error:
+                attempt += 1
+                if attempt == ATTEMPTS or not is_broken_body(error):
+                    raise failure(self.folder / key, error, "A part of a Zarr store") from error
+                await asyncio.sleep(seconds_before(attempt))
+
+    async def _get(self, key: str, prototype: Any, byte_range: Any) -> Any:
+        if byte_range is not None:
+            return await super().get(key, prototype, byte_range)
         try:
-            return await super().get(key, *arguments, **options)
-        except BaseError as error:
-            raise failure(self.folder / key, error, "A part of a Zarr store") from error
+            found = await obstore.get_async(self.store, key)
+            content = _whole(await found.bytes_async(), found.meta["size"])
+        except FileNotFoundError:
+            return None
+        return prototype.buffer.from_bytes(content)
 
 
-def _store(place: RemotePath) -> ObjectStore:
-    return _connected(place.scheme, place.bucket, "")
+def _whole(content: Any, size: int) -> Any:
+    if len(content) != size:
+        raise BrokenBody(f"{len(content)} bytes came of a body of {size}")
+    return content
+
+
+def _store(place: RemotePath, prefix: str = "") -> ObjectStore:
+    return _connected(place.scheme, place.bucket, prefix, _s3_endpoint())
+
+
+def _s3_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
 
 
 def _listable(folder: RemotePath) -> ObjectStore:
@@ -197,16 +258,14 @@ def _listable(folder: RemotePath) -> ObjectStore:
 
 
 @functools.lru_cache(maxsize=64)
-def _connected(scheme: str, bucket: str, prefix: str) -> ObjectStore:
+def _connected(scheme: str, bucket: str, prefix: str, s3_endpoint: str) -> ObjectStore:
+    is_plain = s3_endpoint.startswith("http://") if scheme == "s3" else scheme == "http"
+    client: Any = {**CLIENT, "allow_http": is_plain}
     if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        client: Any = {**CLIENT, "allow_http": endpoint.startswith("http://")}
         return S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=RETRY)
     if scheme == "gs":
-        return GCSStore(bucket, prefix=prefix or None, client_options=CLIENT, retry_config=RETRY)
-    client = {**CLIENT, "allow_http": scheme == "http"}
-    url = f"{scheme}://{bucket}/{prefix}"
-    return HTTPStore(url, client_options=client, retry_config=RETRY)
+        return GCSStore(bucket, prefix=prefix or None, client_options=client, retry_config=RETRY)
+    return HTTPStore(f"{scheme}://{bucket}/{prefix}", client_options=client, retry_config=RETRY)
 
 
 def _key(place: RemotePath) -> str:

@@ -1,0 +1,219 @@
+"""Real servers on loopback: S3, a web server with or without ranges, and a proxy that fails."""
+
+import http.client
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import S3Store
+
+Fault = Callable[[int, str, str | None], str | None]
+"""From the number of a request, its method and its range to what goes wrong with it."""
+
+
+OWN_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "date", "server"})
+
+
+class Server:
+    """A threaded HTTP server on a free port; use it with `with`."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self.port = int(self._server.server_port)
+
+    def __enter__(self) -> "Server":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Proxy(Server):
+    """Passes requests on to another server, and lets some of them fail.
+
+    Faults: `drop` closes the connection without an answer, `503` answers that, `truncate` closes it
+    in the middle of the body, `shorten` sends half of the body as if it were all.
+    """
+
+    def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
+        self.requests: list[tuple[str, str, str | None]] = []
+        """Method, path and range of each request."""
+        self.faults: list[str] = []
+        lock = threading.Lock()
+        proxy = self
+
+        class Handler(_Quiet):
+            def answer(self) -> None:
+                with lock:
+                    number = len(proxy.requests)
+                    wanted = self.headers.get("Range")
+                    proxy.requests.append((self.command, self.path, wanted))
+                    failing = fault(number, self.command, wanted)
+                    if failing:
+                        proxy.faults.append(failing)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if failing == "drop":
+                    self.close_connection = True
+                elif failing == "503":
+                    self.send(503, [], b"")
+                else:
+                    self.send(*self.upstream_answer(body), fault=failing)
+
+            def upstream_answer(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+                connection = http.client.HTTPConnection("127.0.0.1", upstream)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                response = connection.getresponse()
+                content = response.read()
+                connection.close()
+                return response.status, response.getheaders(), content
+
+        super().__init__(Handler)
+
+    def __enter__(self) -> "Proxy":
+        super().__enter__()
+        return self
+
+
+class WebServer(Server):
+    """Serves the files of a folder, by ranges or (as the simplest servers do) only whole."""
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        class Handler(_Quiet):
+            def answer(self) -> None:
+                file = folder / self.path.lstrip("/")
+                if not file.is_file():
+                    self.send(404, [], b"")
+                    return
+                content = file.read_bytes()
+                headers = [("ETag", f'"{file.stat().st_mtime_ns:x}"')]
+                wanted = self.headers.get("Range") if ranges else None
+                if wanted is None:
+                    self.send(200, headers, content)
+                    return
+                first, last = wanted.removeprefix("bytes=").split("-")
+                part = content[int(first) : int(last) + 1]
+                end = int(first) + len(part) - 1
+                headers.append(("Content-Range", f"bytes {first}-{end}/{len(content)}"))
+                self.send(206, headers, part)
+
+        super().__init__(Handler)
+
+
+class Bucket:
+    """A bucket of an S3 server, looked at from outside the program."""
+
+    def __init__(self, port: int, name: str) -> None:
+        self.name = name
+        self._connection = http.client.HTTPConnection("127.0.0.1", port)
+        self._connection.request("PUT", f"/{name}")
+        self._connection.getresponse().read()
+        self._store = S3Store(
+            name,
+            endpoint=f"http://127.0.0.1:{port}",
+            access_key_id="test",
+            secret_access_key="test",
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+
+    def url(self, path: str) -> str:
+        """The URL of a path in the bucket."""
+        return f"s3://{self.name}/{path}"
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Copy a folder under a prefix."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                key = f"{prefix}/{file.relative_to(folder).as_posix()}"
+                obstore.put(self._store, key, file.read_bytes())
+
+    def content(self, prefix: str) -> dict[str, bytes]:
+        """What lies under a prefix."""
+        listed = [entry for entries in obstore.list(self._store, prefix) for entry in entries]
+        return {
+            entry["path"].removeprefix(f"{prefix}/"): bytes(
+                obstore.get(self._store, entry["path"]).bytes()
+            )
+            for entry in listed
+        }
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server that lives as long as the tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the server's own imports
+        from moto.server import ThreadedMotoServer
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_port: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, with the environment that leads to it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    reach_s3(s3_port, monkeypatch)
+    return Bucket(s3_port, f"b{abs(hash(request.node.nodeid))}")
+
+
+def reach_s3(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let s3:// lead to a port on loopback, and retries wait but shortly."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+
+
+class _Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def send(
+        self,
+        status: int,
+        headers: list[tuple[str, str]],
+        content: bytes,
+        fault: str | None = None,
+    ) -> None:
+        if fault == "shorten":
+            content = content[: len(content) // 2]
+        given = {name.lower(): value for name, value in headers}
+        length = given.get("content-length") if self.command == "HEAD" else None
+        self.send_response(status)
+        for name, value in given.items():
+            if name not in OWN_HEADERS:
+                self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "truncate":
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self.wfile.write(content)
