@@ -10,8 +10,9 @@ from torch import Tensor
 from align.config import AlignConfig
 from align.head import AlignmentModel
 from align.loader import Batch
-from align.loss import LossOptions, contrastive_loss
+from align.loss import ALONE, LossOptions, contrastive_loss
 from align.pairs import Pairs
+from align.ring import Ring
 
 BLOCK_ROWS = {"cuda": 4096}
 BLOCK_ROWS_ELSEWHERE = 1024
@@ -32,11 +33,18 @@ class Gradients:
     """
 
     def __init__(
-        self, model: AlignmentModel, config: AlignConfig, *, seed: int, device: torch.device
+        self,
+        model: AlignmentModel,
+        config: AlignConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        ring: Ring = ALONE,
     ) -> None:
         self.model = model
         self.seed = seed
         self.device = device
+        self.ring = ring
         self._micro_batch = config.micro_batch
         self._has_dropout = config.head.dropout > 0
         loss = config.loss
@@ -45,18 +53,30 @@ class Gradients:
         self._autocast_type = autocast_type(config, device)
 
     def backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
-        """Add the gradients of a batch to those of the weights; return its loss, without a graph.
+        """Set the gradients of the weights to those of a batch; return its loss, without a graph.
 
         Args:
-            batch: The rows.
+            batch: This process' share of the rows; loss and gradients are those of all together.
             step: Number of the update; decides on the dropout.
         """
+        self.model.zero_grad(set_to_none=True)
+        loss = self._backward(batch, step)
+        gradients = (weight.grad for weight in self.model.parameters())
+        self.ring.sum_in_place(each for each in gradients if each is not None)
+        return loss.detach()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the heads run."""
+        kind = self._autocast_type
+        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+    def _backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
         rows = len(batch.image)
         size = self._micro_batch or rows
         if size >= rows:
             loss = self._loss(*self._embed(batch, slice(0, rows), step), batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+            return loss
         with torch.no_grad():
             parts = [self._embed(batch, part, step) for part in _parts(rows, size)]
         image = torch.cat([image for image, _ in parts]).requires_grad_()
@@ -66,16 +86,11 @@ class Gradients:
         for part in _parts(rows, size):
             gradients = [each.grad[part] for each in (image, text) if each.grad is not None]
             torch.autograd.backward(self._embed(batch, part, step), gradients)
-        return loss.detach()
-
-    def autocast(self) -> torch.autocast:
-        """Return the context in which the heads run."""
-        kind = self._autocast_type
-        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
+        return loss
 
     def _embed(self, batch: Batch, part: slice, step: int) -> Embeddings:
         if self._has_dropout:  # the same masks, however often a part is embedded
-            torch.manual_seed(_seed(self.seed, step, part.start))
+            torch.manual_seed(_seed(self.seed, step, self.ring.rank, part.start))
         features = batch.text[part]
         with self.autocast():
             image = self.model.embed_image(batch.image[part])
@@ -95,6 +110,7 @@ class Gradients:
             bias=self.model.bias,
             pairs=Pairs(text.shape[1], batch.weights.flatten(), batch.caption_ids),
             options=self._options,
+            ring=self.ring,
         )
 
 

@@ -4,7 +4,8 @@ Every process has as many images. The texts travel, the images stay: after as ma
 processes every image has met every text once, and nobody ever held more than two shares of texts.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ class Ring:
         if not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process, the one that writes."""
+        return self.rank == 0
 
     def tour(
         self, constant: Sequence[Tensor], changing: Sequence[Tensor]
@@ -57,6 +63,40 @@ class Ring:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes."""
+        if self.size > 1:
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by those of the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def greatest(self, *numbers: int) -> list[int]:
+        """Return the greatest over all processes of each number; so all of them come here first."""
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers or (0,))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        greatest: list[int] = found.tolist()
+        return greatest
+
+    def from_first(self, scores: dict[str, float]) -> dict[str, float]:
+        """Return the scores that the first process has, whatever the others give."""
+        if self.size == 1:
+            return scores
+        text = json.dumps(scores).encode()
+        (size,) = self.greatest(len(text) * self.leads)
+        letters = torch.zeros(size, dtype=torch.uint8)
+        if self.leads:
+            letters[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(letters, src=0)
+        told: dict[str, float] = json.loads(letters.numpy().tobytes())
+        return told
 
     def _send(self, tensors: Sequence[Tensor]) -> "_Coming":
         """Begin to pass tensors to the next process and to receive those of the one before."""

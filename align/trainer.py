@@ -3,37 +3,34 @@
 A run is a function of its settings, its seed and the store: the order of the rows and every random
 number of a step depend on the seed and the step alone. So a run that was killed and resumed ends
 with the same weights, bit for bit, as one that was not (on one device, with as many threads).
+
+The processes that torch.distributed has joined train one head together: each takes its share of
+every batch, and the result is that of one process but for the order in which numbers are summed.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from align.checkpoint import CheckpointFolder
+from align.checkpoint import Checkpoint, CheckpointFolder
 from align.config import AlignConfig
 from align.gradients import autocast_type
 from align.head import build_model
 from align.heldout import HeldOut
-from align.loader import MIB, Batch, Loader, LoaderOptions
+from align.loader import MIB, Loader, LoaderOptions
+from align.loop import Loop, OnStep
 from align.metrics import MetricsLog
 from align.optimizer import build_optimizer
+from align.ring import Ring
 from align.selection import Columns, Selection, select_rows
-from align.training import CHOSEN_BY, Training
+from align.training import Training
 from features.column import Column
-from features.errors import TrainingError
 from features.store import FeatureStore
 
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-SAVING_SHARE = 20.0  # at most one part in so many of the time goes into checkpoints
 ELSEWHERE = {"image", "text"}  # the settings may leave the names out; the encoders have them
-
-OnStep = Callable[[int, int, str], None]
-"""Told the number of a step that was made, the steps in all, and in words how it goes."""
 
 
 def train(  # noqa: PLR0913 - the one entry of the stage
@@ -73,19 +70,36 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         CheckpointError: The checkpoint in `run_dir` is of another training, or damaged, or a new
             one cannot be written.
     """
+    ring = Ring.of_processes()
     columns = Columns.open(store, config, image, text)
     folder = CheckpointFolder(run_dir)
     described = describe(columns, config, seed)
-    checkpoint = folder.resume(described)
+    checkpoint = _resume(folder, described, ring)
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
     with _random_numbers(device, seed), _fast_products(config, device):
         training = _prepare(columns, config, seed=seed, device=device, described=described)
         if checkpoint is not None:
             training.restore(checkpoint)
-        with closing(MetricsLog(run_dir, step=training.step)) as log:
-            _Run(training, columns, folder, log).run(should_stop, on_step)
+        ring.copy_from_first(training.model.parameters())
+        with _metrics_log(run_dir, training) as log:
+            Loop(training, columns, folder, log).run(should_stop, on_step)
     return folder.best if training.is_finished else None
+
+
+def _resume(folder: CheckpointFolder, described: dict[str, Any], ring: Ring) -> Checkpoint | None:
+    """Let the first process put the folder in order before the others look at it."""
+    checkpoint = folder.resume(described) if ring.leads else None
+    ring.greatest()
+    if not ring.leads and folder.last.exists():
+        checkpoint = Checkpoint.open(folder.last)
+    return checkpoint
+
+
+def _metrics_log(run_dir: Path, training: Training) -> AbstractContextManager[MetricsLog | None]:
+    if training.ring.leads:
+        return closing(MetricsLog(run_dir, step=training.step))
+    return nullcontext()
 
 
 def _prepare(
@@ -98,7 +112,7 @@ def _prepare(
 ) -> Training:
     selection = select_rows(columns, holdout=config.holdout, holdout_rows=config.holdout_rows)
     identical = config.loss.positives == "identical"
-    weights = config.loss.field_weights
+    weights, ring = config.loss.field_weights, Ring.of_processes()
     loader = Loader(
         columns,
         selection.train,
@@ -111,6 +125,8 @@ def _prepare(
             field_weights=tuple(weights.get(name, 1.0) for name in columns.fields),
             with_caption_ids=identical,
             device=device,
+            rank=ring.rank,
+            ranks=ring.size,
         ),
     )
     model = build_model(
@@ -121,10 +137,15 @@ def _prepare(
         seed=seed,
         device=device,
         loader=loader,
-        heldout=_held_out(columns, selection, identical=identical, device=device),
+        heldout=(
+            _held_out(columns, selection, identical=identical, device=device)
+            if ring.leads
+            else None
+        ),
         model=model,
         optimizer=build_optimizer(model, config.optimizer),
         described=described,
+        ring=ring,
     )
 
 
@@ -135,155 +156,6 @@ def _held_out(
     if not len(rows):
         return None
     return HeldOut(columns, rows, selection.text_ok[rows], identical=identical, device=device)
-
-
-class _Run:
-    """The loop over the steps: what is done when."""
-
-    def __init__(
-        self, training: Training, columns: Columns, folder: CheckpointFolder, log: MetricsLog
-    ) -> None:
-        self.training = training
-        self.columns = columns
-        self.folder = folder
-        self.log = log
-        config = training.config
-        self.eval_every = config.eval_every or training.loader.steps_per_epoch
-        self.log_every = min(50, max(1, training.total_steps // 500))
-        self.checkpoint_every = config.checkpoint_every
-        self.clock = _Clock()
-        self.note = ""
-
-    def run(self, should_stop: Callable[[], bool], on_step: OnStep) -> None:
-        """Train until the end, or until asked to stop; either way the last step is saved."""
-        training = self.training
-        stop = False
-        with closing(training.loader.batches(training.step, training.total_steps)) as batches:
-            while not training.is_finished and not stop:
-                batch = self.next_batch(batches)
-                rate = training.rate
-                loss = training.update(batch)
-                self.clock.images += len(batch.rows)
-                if self.is_due(self.log_every):
-                    self.write_metrics(loss, rate)
-                if self.is_due(self.eval_every):
-                    self.evaluate()
-                stop = should_stop()
-                if stop or self.is_due_for_checkpoint():
-                    self.save()
-                on_step(training.step, training.total_steps, self.note)
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch, and count how long it was waited for."""
-        started = time.monotonic()
-        batch = next(batches)
-        self.clock.waited += time.monotonic() - started
-        return batch
-
-    def write_metrics(self, loss: Tensor, rate: float) -> None:
-        """Write down how the training goes."""
-        training = self.training
-        self.check_loss()
-        value = loss.item()  # the CPU waits for the device here, and hardly anywhere else
-        values = {
-            "loss": value,
-            "learning_rate": rate,
-            "scale": training.model.log_scale.exp().item(),
-            "bias": training.model.bias.item(),
-            "images_per_second": round(self.clock.images / self.clock.seconds, 1),
-            "wait_for_data_seconds": round(self.clock.waited, 4),
-        }
-        self.log.write(training.step, training.epoch, values)
-        self.clock.restart()
-        self.note = f"loss {value:.4g}"
-        if training.best_score is not None:
-            self.note += f", held-out {CHOSEN_BY} {training.best_score:.3f}"
-
-    def evaluate(self) -> None:
-        """Score the held-out rows, and write that down."""
-        self.check_loss()
-        self.training.evaluate()
-        if scores := self.training.scores:
-            values = {f"heldout/{name}": score for name, score in scores.items()}
-            self.log.write(self.training.step, self.training.epoch, values)
-        self.clock.restart()
-
-    def save(self) -> None:
-        """Write a checkpoint that this training can go on from.
-
-        Raises:
-            TrainingError: A weight is not finite, as after a gradient that was not.
-            CheckpointError: It cannot be written.
-        """
-        self.check_loss()
-        training, started = self.training, time.monotonic()
-        snapshot = training.snapshot()
-        if not all(weight.isfinite().all() for weight in snapshot.weights.values()):
-            raise self.failure(training.step, "update is")
-        self.folder.save(snapshot, training.state(), training.best)
-        training.best = None
-        self.clock.saved(time.monotonic() - started)
-
-    def check_loss(self) -> None:
-        """Refuse to go on from a loss that is not finite.
-
-        Raises:
-            TrainingError: With the step, the first keys of its batch and the last good checkpoint.
-        """
-        if step := self.training.failed_at:
-            raise self.failure(step, "loss is")
-
-    def failure(self, step: int, what: str) -> TrainingError:
-        """Return the error that says at which step and rows numbers ceased to be finite."""
-        rows = self.training.loader.order.rows(step - 1)[:3].tolist()
-        keys = [str(self.columns.store.keys(row, row + 1)[0]) for row in rows]
-        last = self.folder.last
-        good = f"is {last.resolve()}" if last.exists() else "was not written yet"
-        return TrainingError(
-            f"The {what} not finite at step {step}, whose batch begins with the keys {keys}. "
-            f"A number was expected. Lower align.optimizer.learning_rate, or set "
-            f"align.optimizer.max_grad_norm. The last good checkpoint {good}."
-        )
-
-    def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is due."""
-        return self.training.step % every == 0 or self.training.is_finished
-
-    def is_due_for_checkpoint(self) -> bool:
-        """Whether to save now: by the setting, or by the time since the last one."""
-        if self.checkpoint_every is not None:
-            return self.is_due(self.checkpoint_every)
-        return self.training.is_finished or self.clock.checkpoint_is_due()
-
-
-class _Clock:
-    """What happened since the last line of the metrics, and when the last checkpoint was."""
-
-    def __init__(self) -> None:
-        self._saved_at = time.monotonic()
-        self._between = SECONDS_BETWEEN_CHECKPOINTS
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the images and the times."""
-        self._started_at = time.monotonic()
-        self.images = 0
-        self.waited = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the last restart."""
-        return max(time.monotonic() - self._started_at, 1e-9)
-
-    def checkpoint_is_due(self) -> bool:
-        """Whether enough time has passed since the last checkpoint."""
-        return time.monotonic() - self._saved_at >= self._between
-
-    def saved(self, seconds: float) -> None:
-        """Note that a checkpoint was written, and how long that took."""
-        self._saved_at = time.monotonic()
-        self._between = max(SECONDS_BETWEEN_CHECKPOINTS, SAVING_SHARE * seconds)
-        self.restart()
 
 
 def describe(columns: Columns, config: AlignConfig, seed: int) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from align.gradients import Gradients
 from align.head import AlignmentModel
 from align.heldout import HeldOut
 from align.loader import Batch, Loader
+from align.loss import ALONE
 from align.optimizer import learning_rate, set_learning_rate
+from align.ring import Ring
 
 logger = logging.getLogger(__name__)
 CHOSEN_BY = "recall@10"
@@ -31,10 +33,13 @@ class Training:
     device: torch.device
     loader: Loader
     heldout: HeldOut | None
+    """Only the first of several processes has it."""
     model: AlignmentModel
     optimizer: Optimizer
     described: dict[str, Any]
     """What checkpoints say that this training was given."""
+    ring: Ring = ALONE
+    """The processes that train together."""
     step: int = 0
     """Updates made."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -49,7 +54,9 @@ class Training:
     def __post_init__(self) -> None:
         per_epoch = self.loader.steps_per_epoch
         self.total_steps = self.config.steps or max(1, round(self.config.epochs * per_epoch))
-        self.gradients = Gradients(self.model, self.config, seed=self.seed, device=self.device)
+        self.gradients = Gradients(
+            self.model, self.config, seed=self.seed, device=self.device, ring=self.ring
+        )
         self._average: AveragedModel | None = None
         if self.config.ema is not None:
             average = get_ema_multi_avg_fn(self.config.ema)  # type: ignore[no-untyped-call]
@@ -90,7 +97,6 @@ class Training:
 
     def update(self, batch: Batch) -> Tensor:
         """Make one update, without waiting for the device; return the loss before it."""
-        self.optimizer.zero_grad(set_to_none=True)
         loss = self.gradients.backward(batch, self.step)
         if (norm := self.config.optimizer.max_grad_norm) is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
@@ -106,16 +112,17 @@ class Training:
 
     def evaluate(self) -> None:
         """Score the held-out rows, and keep a copy of the weights if they are the best so far."""
-        if self.heldout is None:
-            return
         with self.gradients.autocast():
-            self.scores = self.heldout.score(self.result)
+            scores = {} if self.heldout is None else self.heldout.score(self.result)
+        self.scores = self.ring.from_first(scores)
+        if not self.scores:
+            return
         score = self.scores[CHOSEN_BY]
         self.scores_since_best += 1
         if self.best_score is None or score > self.best_score:
             self.best_step, self.best_score = self.step, score
             self.scores_since_best = 0
-            self.best = self.snapshot()
+            self.best = self.snapshot() if self.ring.leads else None
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the weights, with what is said about them."""

@@ -95,17 +95,20 @@ def extract(
 def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     """Train the head on the feature stores (stage two).
 
-    Resumes by itself from its last checkpoint. Prints the path of the best checkpoint.
+    Resumes by itself from its last checkpoint. Prints the path of the best checkpoint. Several
+    processes, on as many GPUs, train one head under torchrun.
 
     \b
     Examples:
       sail align demo
       sail align my.toml --set align.head.kind=linear --set run.seed=1
+      torchrun --nproc-per-node 4 -m pipeline.cli align my.toml
     """
     from pipeline.training import align_run
 
-    def work(config: Any, stop: Any) -> list[str]:
-        return [str(align_run(config, stop))]
+    def work(config: Any, stop: Any) -> list[str] | None:
+        best = align_run(config, stop)
+        return None if best is None else [str(best)]
 
     _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 
@@ -230,7 +233,10 @@ def _run_stage(
     as_json: bool | None,
     verbose: bool,
 ) -> Any:
-    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns."""
+    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns.
+
+    Nothing is printed where it returns None.
+    """
     from pipeline.config import load_config
     from pipeline.interrupt import Stopped, stop_on_signal
     from pipeline.memory import keep_freed_memory
@@ -247,7 +253,7 @@ def _run_stage(
                 "Stopped; what is done is saved. The same command goes on from here.", err=True
             )
             sys.exit(stop.exit_code)
-    if as_json is not None:
+    if as_json is not None and result is not None:
         click.echo(json.dumps(result) if as_json else "\n".join(result))
     return result
 

@@ -55,9 +55,14 @@ class RunFolder:
         return self.path / "model"
 
 
+def run_folder(config: RunConfig) -> RunFolder:
+    """Return where a run keeps what, without making anything."""
+    return RunFolder(config.run.dir, config.run.features, config.extract.store)
+
+
 def start_run(config: RunConfig) -> RunFolder:
     """Make the run folder, and write the resolved settings there."""
-    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
+    folder = run_folder(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder.path / "config.toml")
     partial.write_text(dump_config(config), encoding="utf-8")

@@ -13,7 +13,8 @@ import torch
 import align.checkpoint
 from align.checkpoint import Checkpoint, load_aligned
 from align.config import AlignConfig, HeadConfig
-from align.trainer import OnStep, train
+from align.loop import OnStep
+from align.trainer import train
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
 
