@@ -1,6 +1,5 @@
 """The files of a column: a chunk of values as they are, and four bytes of crc32c behind them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import google_crc32c
 import numpy as np
 
 from features.errors import StoreCorruptError
-from features.partial import partial_path
+from features.partial import appearing
 from features.storage import files
 from features.storage.place import Place, RemotePath
 
@@ -28,11 +27,10 @@ def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> None:
         files.write(place, b"".join((data, _checksum(values))))
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(beside)
-    with partial.open("wb", buffering=0) as file:
+    # Not unbuffered: such a write may end early, on a disk that is nearly full or after 2 GiB.
+    with appearing(place, beside=beside) as partial, partial.open("wb") as file:
         file.write(data)
         file.write(_checksum(values))
-    os.replace(partial, place)  # noqa: PTH105 - Path.replace is the same call with a longer trace
 
 
 def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:

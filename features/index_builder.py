@@ -180,9 +180,11 @@ class _RowWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._writer.close()
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
+        try:
+            self._writer.close()
+        finally:
+            if kind is not None:
+                self._partial.unlink(missing_ok=True)
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Write one row group."""

@@ -13,6 +13,8 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{12})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
@@ -24,6 +26,23 @@ def partial_path(path: Path) -> Path:
     """Return a hidden name beside `path` that only this call will ever use."""
     writer = f"{_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name}.{writer}.partial")
+
+
+@contextmanager
+def appearing(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
+    """Yield a name to write a file under; it becomes `path` if that succeeds, and goes if not.
+
+    Args:
+        path: What the file is called when it is whole.
+        beside: The name until then is beside this one; beside `path` if not given.
+    """
+    partial = partial_path(beside or path)
+    try:
+        yield partial
+        os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same with a longer trace
+    except BaseException:  # a full disk, above all: what is half-written would keep it full
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -29,9 +29,13 @@ def new_group(place: Place, *, store: Place) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         partial = partial_path(folder / place.relative_to(folder).as_posix().replace("/", "-"))
-        yield partial
-        place.parent.mkdir(exist_ok=True)
-        _rename_if_first(partial, place)
+        try:
+            yield partial
+            place.parent.mkdir(exist_ok=True)
+            _rename_if_first(partial, place)
+        except BaseException:  # a full disk, above all: what is half-written would keep it full
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     elif isinstance(place, RemotePath):
         check_writable(place)
         with tempfile.TemporaryDirectory(prefix="sail-") as temporary:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from features.errors import SourceError
-from features.partial import partial_path
 from features.status import Status
+from features.storage.files import write
 from features.store import FeatureStore
 from pipeline.config import RunConfig
 
@@ -56,9 +56,7 @@ class KnownEncoders:
             "follows_from": _causes(name, config, place),
             "fingerprints": fingerprints,
         }
-        partial = partial_path(self._path)
-        partial.write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
-        partial.replace(self._path)
+        write(self._path, json.dumps(self._entries, indent=1).encode())
 
 
 def is_finished(

@@ -8,8 +8,8 @@ from features.config import ScenesSource, Source, WebdatasetSource
 from features.errors import ConfigError
 from features.growth import follow_index
 from features.index import Index
-from features.partial import partial_path
 from features.reindex import find_changes, update_index
+from features.storage.files import write
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.config import RunConfig, dump_config
@@ -64,9 +64,7 @@ def start_run(config: RunConfig) -> RunFolder:
     """Make the run folder, and write the resolved settings there."""
     folder = run_folder(config)
     folder.path.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(folder.path / "config.toml")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(folder.path / "config.toml")
+    write(folder.path / "config.toml", dump_config(config).encode())
     return folder
 
 

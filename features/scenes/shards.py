@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from features.partial import partial_path
 from features.scenes.captions import long_caption, pair_captions, short_caption
 from features.scenes.draw import draw
 from features.scenes.world import CLASS_NAMES, EVERY, SEEN, Scene, sample_pair, sample_scene
+from features.storage.files import write
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write_shards(
     if split == "compositional" and rows % 2:
         raise ValueError(f"rows={rows} of the compositional split must be even: two for a group.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "classes.txt", "".join(f"{name}\n" for name in CLASS_NAMES).encode())
+    write(folder / "classes.txt", "".join(f"{name}\n" for name in CLASS_NAMES).encode())
     _keep_only_same(folder, split, rows=rows, seed=seed, rows_per_shard=rows_per_shard)
     shards = [
         _Shard(
@@ -136,7 +136,7 @@ def _write_shard(shard: _Shard) -> _Shard:
                 member = tarfile.TarInfo(f"{row:06d}.{name}")  # owner 0, time 0: same bytes always
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    _write(shard.path, buffer.getvalue())
+    write(shard.path, buffer.getvalue())
     return shard
 
 
@@ -164,11 +164,4 @@ def _keep_only_same(folder: Path, split: str, **settings: int) -> None:
         return
     for tar in folder.glob(f"{split}-*.tar"):
         tar.unlink()
-    _write(note, wanted)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or not there."""
-    partial = partial_path(path)
-    partial.write_bytes(data)
-    partial.replace(path)
+    write(note, wanted)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from features.errors import StorageError
-from features.partial import partial_path
+from features.partial import appearing
 from features.storage.place import Place, RemotePath
 from features.storage.remote import (
     ATTEMPTS,
@@ -181,9 +181,8 @@ def write(place: Place, content: bytes) -> None:
     """Write a file: it appears under its name as a whole, or not at all."""
     if isinstance(place, Path):
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(place)
-        partial.write_bytes(content)
-        partial.replace(place)
+        with appearing(place) as partial:
+            partial.write_bytes(content)
         return
     _tried(place, "A place that can be written", lambda found: found.put(place, content))
 

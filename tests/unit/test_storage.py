@@ -81,10 +81,11 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(
         raise OSError("no space left")
 
     files.write(tmp_path / "folder" / "file", b"one")
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
         files.write(tmp_path / "folder" / "file", b"two")
     assert (tmp_path / "folder" / "file").read_bytes() == b"one"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
 
 
 def test_the_names_of_a_folder_are_sorted_and_none_where_there_is_none(tmp_path: Path) -> None:
