@@ -83,6 +83,11 @@ def nvembed(folder: Path, *, shards: int = 1, **settings: Any) -> Path:
     return folder
 
 
+def any_model(folder: Path, model_type: str) -> Path:
+    """Write an NV-Embed, or a model of a type in `MODELS`."""
+    return nvembed(folder) if model_type == "nvembed" else transformers_model(folder, model_type)
+
+
 def llama_tokenizer(folder: Path) -> Path:
     """Write a tokenizer of letters with the normaliser of Llama's: a space in front of all."""
     vocabulary = {letter: number for number, letter in enumerate(LETTERS)}

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from transformers import Dinov2Config, Dinov2Model
@@ -17,7 +18,10 @@ from align.head import AlignmentModel, build_model
 from align.loss import LossOptions, contrastive_loss
 from align.optimizer import build_optimizer
 from align.pairs import Pairs
+from features.encoders.nvembed import NVEmbed
+from tests.benchmarks.captions import drift
 from tests.benchmarks.figure import Figure, machine
+from tests.benchmarks.nvembed import REAL, captions, operations, random_encoder
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -61,6 +65,46 @@ def encoder_figures(
         _figure("DINOv2-L images/s, 224 px", rate, "images/s", repeats, device, goal=2500.0),
         _figure("DINOv2-L share of the matrix peak", rate * flops / peak, "share", repeats, device),
     ]
+
+
+def text_figures(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    config: dict[str, Any],
+    count: int,
+    peak: float,
+    repeats: int,
+) -> list[Figure]:
+    """NV-Embed captions/s, packed, mean 20 and 90 tokens, and the share of the matrix peak.
+
+    Tokenising is not counted: it runs beside the encoder. Captions share one budget of 32,768
+    tokens, and there are `count` of them of each mean length.
+    """
+    encoder = random_encoder(config, device, dtype, 32_768)
+    vocabulary = config["text_config"]["vocab_size"]
+    figures = []
+    for mean in (20, 90):
+        ids = captions(count, mean, vocabulary)
+        tokens = sum(map(len, ids))
+        flops = sum(operations(cast(NVEmbed, encoder.model), len(i)) for i in ids)
+        seconds = seconds_each(lambda: encoder.encode_tokens(ids), device, repeats=repeats)  # noqa: B023
+        name = f"NV-Embed-v2 shape, {str(dtype).removeprefix('torch.')}, mean {mean} tokens"
+        figures += [
+            _figure(f"{name}: captions/s", count / seconds, "captions/s", repeats, device),
+            _figure(f"{name}: tokens/s", tokens / seconds, "tokens/s", repeats, device),
+            _figure(
+                f"{name}: share of the matrix peak",
+                flops / seconds / peak,
+                "share",
+                repeats,
+                device,
+                goal=0.5,
+            ),
+        ]
+    greatest = drift(encoder, captions(min(count, 256), 20, vocabulary))
+    name = f"NV-Embed-v2 shape, {str(dtype).removeprefix('torch.')}: drift with the batch"
+    return [*figures, _figure(name, greatest, "difference", 1, device)]
 
 
 def step_figures(
@@ -144,9 +188,17 @@ def measure() -> list[Figure]:
     return [
         _figure("bf16 matrix peak, 8192 square", peak / 1e12, "TFLOP/s", 20, device),
         *encoder_figures(device, dtype, batch=256, peak=peak, repeats=10),
+        *_text_figures_in_float16(device),
         *step_figures(device, dtype, batch=16_384, repeats=10),
         *loss_figures(device, batches=[16_384, 65_536, 131_072], repeats=3),
     ]
+
+
+def _text_figures_in_float16(device: torch.device) -> list[Figure]:
+    """Measure NV-Embed in the type that its reference computes in."""
+    half = torch.float16
+    peak = matrix_peak(device, half, 8192, 20)
+    return text_figures(device, half, config=REAL, count=8192, peak=peak, repeats=3)
 
 
 def _loss(
@@ -167,7 +219,7 @@ def _figure(
 ) -> Figure:
     return Figure(
         figure=name,
-        value=round(value, 4),
+        value=float(f"{value:.5g}"),
         unit=unit,
         goal=goal,
         direction="min",

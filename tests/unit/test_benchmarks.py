@@ -6,6 +6,7 @@ import torch
 
 from tests import tiny
 from tests.benchmarks import (
+    captions,
     extraction,
     extraction_memory,
     finished,
@@ -56,11 +57,21 @@ def test_indexing_and_writer_benchmarks_measure_ratios() -> None:
     assert all(figure.value > 0 for figure in figures)
 
 
+def test_caption_benchmarks_measure_padding_speed_and_drift() -> None:
+    figures = captions.measure(count=20, rounds=1)
+    values = {figure.figure: figure.value for figure in figures}
+    assert values["caption tokens computed / real, mean 20"] == 1
+    assert values["captions/s / released way, NV-Embed shape, mean 20"] > 0
+    assert values["drift of a caption's vector with its batch, MiniLM, float32"] <= 1e-5
+
+
 def test_gpu_scripts_run_small_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     figures = gpu.loss_figures(cpu, batches=[32], repeats=1)
     figures += gpu.step_figures(cpu, torch.float32, batch=2, repeats=1, scale=16)
-    assert all(figure.value > 0 for figure in figures)
+    small = captions.SMALL
+    figures += gpu.text_figures(cpu, torch.float32, config=small, count=4, peak=1e9, repeats=1)
+    assert all(figure.value > 0 for figure in figures if "drift" not in figure.figure)
 
 
 def test_a_figure_is_ok_on_the_right_side_of_its_goal() -> None:

@@ -1,5 +1,6 @@
 """Captions of a batch lie behind each other without padding, and never see each other."""
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModel
 
 from features.config import TextEncoderConfig
@@ -94,17 +96,73 @@ def test_captions_longer_than_a_sliding_window_are_not_packed(tmp_path: Path) ->
 def test_a_caption_has_the_same_vector_whatever_shares_its_batch(
     tmp_path: Path, model_type: str
 ) -> None:
-    if model_type == "nvembed":
-        folder = text_models.nvembed(tmp_path)
-    else:
-        folder = text_models.transformers_model(tmp_path, model_type)
-    encoder = loaded(folder)
+    encoder = loaded(text_models.any_model(tmp_path, model_type))
     ids = text_models.sequences(30)
     alone = np.concatenate([encoder.encode_tokens([tokens]) for tokens in ids])
     for tokens_per_batch in (1, 50, 200, 10_000):
         encoder.tokens_per_batch = tokens_per_batch
         np.testing.assert_allclose(encoder.encode_tokens(ids), alone, atol=1e-5)
         np.testing.assert_allclose(encoder.encode_tokens(ids[::-1])[::-1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mistral", "nvembed"])
+def test_the_call_of_the_variable_length_kernel_asks_for_the_same_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """The kernel is CUDA's own. Here its arguments are bound to its signature and obeyed."""
+    encoder = loaded(text_models.any_model(tmp_path, model_type))
+    ids = text_models.sequences(12)
+    expected = encoder.encode_tokens(ids)
+    calls = 0
+
+    def kernel(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        bound = inspect.signature(varlen_attn).bind(*arguments, **options)
+        bound.apply_defaults()
+        return attend_one_by_one(**bound.arguments)
+
+    monkeypatch.setattr("features.encoders.packing.varlen_attn", kernel)
+    monkeypatch.setattr("features.encoders.packing._has_varlen_kernel", lambda _: True)
+    np.testing.assert_allclose(encoder.encode_tokens(ids), expected, atol=2e-6)
+    assert calls > 0
+
+
+def attend_one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, **rest: Any
+) -> torch.Tensor:
+    """What the documentation of `varlen_attn` says it computes, sequence by sequence."""
+    assert rest["cu_seq_k"].tolist() == cu_seq_q.tolist()
+    assert cu_seq_q.dtype == torch.int32
+    assert rest["max_q"] == rest["max_k"] == int(cu_seq_q.diff().max())
+    assert rest["enable_gqa"] or query.shape[1] == key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    attended = []
+    for start, stop in pairwise(cu_seq_q.tolist()):
+        q, k, v = (tensor[start:stop].transpose(0, 1) for tensor in (query, key, value))
+        k, v = (tensor.repeat_interleave(repeats, dim=0) for tensor in (k, v))
+        scores = q @ k.transpose(1, 2) * rest["scale"]
+        if rest["window_size"] == (-1, 0):
+            scores = scores + torch.full_like(scores, -torch.inf).triu(1)
+        attended.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(attended)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model_type", ["bert", "mistral", "nvembed"])
+@pytest.mark.parametrize(("precision", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_a_gpu_gives_nearly_what_a_cpu_gives(
+    tmp_path: Path, model_type: str, precision: str, error: float
+) -> None:
+    folder = text_models.any_model(tmp_path, model_type)
+    ids = text_models.sequences(30)
+    exact = loaded(folder).encode_tokens(ids)
+    settings = {"model": str(folder), "max_length": 100, "precision": precision}
+    config = TextEncoderConfig.model_validate(settings)
+    found = load_text_encoder("tiny", config, torch.device("cuda")).encode_tokens(ids)
+    lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(found, axis=1)
+    assert (1 - (exact * found).sum(1) / lengths).max() < error
 
 
 def test_positions_starts_and_runs_of_a_batch_are_those_worked_out_by_hand() -> None:
