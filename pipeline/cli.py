@@ -137,6 +137,47 @@ def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bo
 
 
 @cli.command()
+@stage
+@click.option("--rows", metavar="COUNT", help="Rows of the training split, such as 23M.")
+@click.option("--seconds", default=20.0, show_default=True, help="What measuring may take.")
+@click.option("--price", type=float, metavar="EUROS", help="Of one hour of a GPU.")
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    rows: str | None,
+    seconds: float,
+    price: float | None,
+) -> None:
+    """Say what a run will cost before it starts: rows, bytes, hours of both stages.
+
+    Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
+    GPUs are computed from the work of the encoders.
+
+    \b
+    Examples:
+      sail plan my.toml
+      sail plan sail --rows 23M --price 2.5
+    """
+    from pipeline.config import load_config
+    from pipeline.estimate import parsed_count
+    from pipeline.progress import start_log
+    from pipeline.tables import plan_table
+
+    start_log(verbose=verbose)
+    config = load_config(recipe, overrides)
+    try:
+        count = None if rows is None else parsed_count(rows)
+    except ValueError as error:
+        raise click.BadParameter(f"{rows!r} is no number of rows, such as 23M.") from error
+    from pipeline.budget import plan_run  # torch loads here: a fault in the recipe is told before
+
+    description = plan_run(config, rows=count, seconds=seconds, price=price)
+    click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
+
+
+@cli.command()
 @click.argument("store")
 @click.option("--row", type=int, help="Show this row instead of the whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -125,21 +125,25 @@ def build_index(folder: RunFolder, split: str, source: Source, *, append: bool) 
     return index
 
 
+def draw_scenes(source: ScenesSource, folder: Path) -> WebdatasetSource:
+    """Draw shards of the demo world into a folder, and return the source that they are."""
+    from features.scenes.shards import write_shards
+
+    write_shards(folder, split=source.split, rows=source.rows, seed=source.seed)
+    return WebdatasetSource(
+        kind="webdataset",
+        path=str(folder / "*.tar"),
+        captions=("short", "long"),
+        class_names=folder / "classes.txt",
+    )
+
+
 def _drawn(folder: RunFolder, split: str, source: Source) -> Source:
     """Draw the shards of the demo world, where that is the source; leave any other as it is."""
     if not isinstance(source, ScenesSource):
         return source
-    from features.scenes.shards import write_shards
-
-    shards = folder.path / "shards" / split
     with timed(f"drawing {source.rows} scenes for {split}"):
-        write_shards(shards, split=source.split, rows=source.rows, seed=source.seed)
-    return WebdatasetSource(
-        kind="webdataset",
-        path=str(shards / "*.tar"),
-        captions=("short", "long"),
-        class_names=shards / "classes.txt",
-    )
+        return draw_scenes(source, folder.path / "shards" / split)
 
 
 def _open_store(

@@ -58,6 +58,106 @@ def row_table(description: dict[str, Any]) -> str:
     return _rendered(table)
 
 
+def plan_table(plan: dict[str, Any]) -> str:
+    """Return what `sail plan RECIPE` prints."""
+    splits = [
+        f"{name}: {'' if split['exact'] else 'about '}{split['rows']:,} rows ({split['found_in']})"
+        for name, split in plan["splits"].items()
+    ]
+    splits += [f"{name}: left out. {why}" for name, why in plan["splits_left_out"].items()]
+    sizes = Table(title="on disk", title_justify="left")
+    for heading in ("column", "length", "size"):
+        sizes.add_column(heading)
+    for column in plan["columns"]:
+        is_known = column["bytes"] is not None
+        size = byte_size(column["bytes"]) if is_known else "not known: load it once"
+        sizes.add_row(column["column"], str(column["dim"] or "?"), size)
+    total, free = f"{byte_size(plan['bytes'])} of features", plan["free_bytes"]
+    if free is not None:
+        total += f"; {byte_size(free)} are free there"
+        total += "" if plan["bytes"] < free else ", which is not enough"
+    parts = [*splits, _rendered(sizes), total, _machine_table(plan), _gpu_table(plan)]
+    return "\n".join([*parts, *_assumptions(plan)])
+
+
+def _machine_table(plan: dict[str, Any]) -> str:
+    machine = plan["this_machine"]
+    title = f"stage one on this machine: {machine['device']}, {machine['cores']} cores"
+    table = Table(title=title, title_justify="left")
+    for heading in ("pass", "work per row", "rows/s by phase", "time", "slowest"):
+        table.add_column(heading, overflow="fold")
+    for each in plan["passes"]:
+        work = "not known" if each["flops_per_row"] is None else f"{_flops(each['flops_per_row'])}"
+        if each["tokens"] is not None:
+            work += f", {each['tokens']:.0f} tokens ({each['tokens_from']})"
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in each["rows_per_second"].items())
+        table.add_row(
+            each["pass"],
+            work,
+            rates or "not measured: the data or the weights are not here",
+            _duration(each["total_hours"]),
+            each["bottleneck"] or "-",
+        )
+    lines = [_rendered(table)]
+    if machine["bottleneck"]:
+        lines.append(f"bottleneck on this machine: {machine['bottleneck']}")
+    return "\n".join(lines)
+
+
+def _gpu_table(plan: dict[str, Any]) -> str:
+    table = Table(title="on one GPU, computed", title_justify="left")
+    names = [each["pass"] for each in plan["passes"] if each["flops_per_row"] is not None]
+    headings = ["GPU", *names, "stage one", "stage two", "total"]
+    price = "euros" if plan["price"] is None else f"euros at {plan['price']:g} an hour"
+    for heading in [*headings, price, "cores to decode"]:
+        table.add_column(heading, overflow="fold")
+    for gpu in plan["gpus"]:
+        hours = [gpu["hours"][name] for name in names]
+        hours += [gpu["stage_one_hours"], gpu["stage_two_hours"], gpu["total_hours"]]
+        euros = "-" if gpu["euros"] is None else f"{gpu['euros']:,.0f}"
+        needed = str(gpu["cores_to_decode"] or "-")
+        table.add_row(gpu["gpu"], *map(_duration, hours), euros, needed)
+    return _rendered(table)
+
+
+def _assumptions(plan: dict[str, Any]) -> list[str]:
+    assumed, two = plan["assumed"], plan["stage_two"]
+    lines = [
+        f"GPU hours are work ÷ (dense bfloat16 peak of its data sheet × utilisation), the latter "
+        f"assumed: {assumed['encoder_utilisation']:.0%} for encoders, "
+        f"{assumed['head_utilisation']:.0%} for the head. With fewer cores than are needed to "
+        f"decode, decoding is the bottleneck.",
+    ]
+    if assumed["decoded_per_core"]:
+        lines.append(f"Decoding: {assumed['decoded_per_core']:.0f} images/s a core, assumed.")
+    if plan["passes"]:
+        lines.append("Equal captions of a chunk are encoded once, so text can take less.")
+    if two:
+        lines.append(
+            f"Stage two: {two['samples']:,.0f} samples of {_flops(two['flops_per_sample'])}; an "
+            f"epoch reads {byte_size(two['bytes_per_epoch'])}."
+        )
+    return lines
+
+
+def _flops(count: float) -> str:
+    """Return a number of FLOPs in words: `162 GFLOP`."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TFLOP"
+
+
+def _duration(hours: float | None) -> str:
+    """Return hours in the unit that suits them: `35.6 h`, `21 min`, `0.4 s`."""
+    if hours is None:
+        return "?"
+    if hours >= 1:
+        return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.1f} s"
+
+
 def byte_size(count: int) -> str:
     """Return a number of bytes in words: `8.4 MB`."""
     size = float(count)

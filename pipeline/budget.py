@@ -1,0 +1,227 @@
+"""What a run will cost, before anything is spent: `sail plan`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from features.errors import SourceError
+from features.storage.place import Place
+from pipeline.calibration import cores
+from pipeline.config import RunConfig
+from pipeline.device import prepare_device
+from pipeline.estimate import (
+    BYTES_PER_VALUE,
+    ENCODER_UTILISATION,
+    GPUS,
+    HEAD_UTILISATION,
+    bottleneck,
+    column_bytes,
+    column_hours,
+    head_parameters,
+    hours,
+    training_flops,
+)
+from pipeline.passes import Measuring, Pass, existing_folder, sample_index
+from pipeline.run import RunFolder
+from pipeline.sizing import Rows, rows_of
+
+ASSUMED_DECODED_PER_CORE = 150.0
+"""Images a second; photographs of about half a megapixel, where none was there to be measured."""
+
+
+def plan_run(
+    config: RunConfig, *, rows: int | None, seconds: float, price: float | None
+) -> dict[str, Any]:
+    """Return rows, bytes, and hours of both stages, as plain data.
+
+    Args:
+        config: The recipe; nothing is downloaded for it, and nothing written but a temporary file.
+        rows: Rows of the training split, where they are not to be taken from its source.
+        seconds: What measuring may take on this machine, apart from loading encoders.
+        price: Euros an hour of a GPU.
+
+    Raises:
+        SourceError: The rows of the training split are not known.
+    """
+    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
+    parts = 2 + len(config.encoders.image) + len(config.encoders.text)
+    splits, missing = _rows_of_splits(config, folder, rows, seconds / parts)
+    every = sum(found.count for found in splits.values())
+    with sample_index(config, folder.index(config.align.split)) as index:
+        measuring = Measuring(config, index, seconds / parts)
+        passes = [
+            *(measuring.image(name, every) for name in config.encoders.image),
+            *(each for name in config.encoders.text for each in measuring.text(name, every)),
+        ]
+    size = _bytes(config, passes, splits)
+    return {
+        "run": config.run.name,
+        "splits": {
+            name: {"rows": found.count, "found_in": found.found_in, "exact": found.is_exact}
+            for name, found in splits.items()
+        },
+        "splits_left_out": missing,
+        "columns": size,
+        "bytes": sum(column["bytes"] or 0 for column in size),
+        "free_bytes": _free_bytes(folder.store(config.align.split)),
+        "passes": [_described(each) for each in passes],
+        "this_machine": _this_machine(config, passes, seconds),
+        "stage_two": _stage_two(config, passes, splits),
+        "price": price,
+        "gpus": _gpus(config, passes, splits, price),
+        "assumed": {
+            "encoder_utilisation": ENCODER_UTILISATION,
+            "head_utilisation": HEAD_UTILISATION,
+            "decoded_per_core": None
+            if any(each.images for each in passes)
+            else ASSUMED_DECODED_PER_CORE,
+        },
+    }
+
+
+def _rows_of_splits(
+    config: RunConfig, folder: RunFolder, rows: int | None, seconds: float
+) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Return the rows of each split, and why those of others are not known."""
+    found, missing = {}, {}
+    for split, source in config.data.items():
+        is_training = split == config.align.split
+        try:
+            found[split] = rows_of(
+                folder.index(split),
+                source,
+                given=rows if is_training else None,
+                seconds=seconds / len(config.data),
+            )
+        except SourceError as error:
+            if is_training:
+                raise
+            missing[split] = str(error)
+    return found, missing
+
+
+def _bytes(config: RunConfig, passes: list[Pass], splits: dict[str, Rows]) -> list[dict[str, Any]]:
+    chunk = config.extract.rows_per_chunk
+    return [
+        {
+            "column": name,
+            "dim": dim,
+            "bytes": None
+            if dim is None
+            else sum(column_bytes(found.count, dim, chunk) for found in splits.values()),
+        }
+        for each in passes
+        for name, dim in each.dims.items()
+    ]
+
+
+def _free_bytes(store: Place) -> int | None:
+    """Return the room where a store will be; None under a URL."""
+    return shutil.disk_usage(existing_folder(store)).free if isinstance(store, Path) else None
+
+
+def _described(made: Pass) -> dict[str, Any]:
+    return {
+        "pass": made.name,
+        "rows": made.rows,
+        "flops_per_row": made.flops,
+        "flops_from": made.flops_from,
+        "tokens": made.tokens,
+        "tokens_from": made.tokens_from,
+        "rows_per_second": made.per_second,
+        "hours": {phase.name: phase.hours for phase in made.phases},
+        "total_hours": column_hours(made.phases) if made.phases else None,
+        "bottleneck": bottleneck(made.phases),
+    }
+
+
+def _this_machine(config: RunConfig, passes: list[Pass], seconds: float) -> dict[str, Any]:
+    device = prepare_device(config.run)
+    is_gpu = device.type == "cuda"
+    measured = [each for each in passes if each.phases]
+    slowest = max(measured, key=lambda each: column_hours(each.phases), default=None)
+    return {
+        "device": torch.cuda.get_device_name(device) if is_gpu else str(device),
+        "cores": cores(),
+        "seconds_given": seconds,
+        "measured": [each.name for each in measured],
+        "stage_one_hours": sum(column_hours(each.phases) for each in measured)
+        if len(measured) == len(passes)
+        else None,
+        "bottleneck": f"{bottleneck(slowest.phases)} of {slowest.name}" if slowest else None,
+    }
+
+
+def _stage_two(
+    config: RunConfig, passes: list[Pass], splits: dict[str, Rows]
+) -> dict[str, Any] | None:
+    """Return the work of training the head, None where the encoders' lengths are not known."""
+    image = config.aligned_encoder("image")
+    text = config.aligned_encoder("text")
+    dims = {name: dim for each in passes for name, dim in each.dims.items()}
+    fields = [name for name in dims if name.startswith(f"text/{text}/")]
+    image_dim = dims.get(f"image/{image}")
+    text_dim = dims[fields[0]] if fields else None
+    if image_dim is None or text_dim is None:
+        return None
+    align = config.align
+    rows = round(splits[align.split].count * (1 - align.holdout))
+    samples = align.batch_size * align.steps if align.steps else rows * align.epochs
+    flops = training_flops(
+        head_parameters(image_dim, align.head),
+        head_parameters(text_dim, align.head),
+        fields=len(fields),
+        batch=min(align.batch_size, rows),
+        dim=align.head.dim,
+    )
+    return {
+        "samples": samples,
+        "flops_per_sample": flops,
+        "bytes_per_epoch": rows * BYTES_PER_VALUE * (image_dim + len(fields) * text_dim),
+    }
+
+
+def _gpus(
+    config: RunConfig, passes: list[Pass], splits: dict[str, Rows], price: float | None
+) -> list[dict[str, Any]]:
+    """Return the hours of both stages on each named GPU, and what it takes to feed it."""
+    stage_two = _stage_two(config, passes, splits)
+    known = [each for each in passes if each.flops is not None]
+    described = []
+    for name, peak in GPUS.items():
+        each_hours = {
+            each.name: hours(each.rows * (each.flops or 0), ENCODER_UTILISATION * peak)
+            for each in known
+        }
+        one = sum(each_hours.values()) if len(known) == len(passes) else None
+        two = None
+        if stage_two is not None:
+            work = stage_two["samples"] * stage_two["flops_per_sample"]
+            two = hours(work, HEAD_UTILISATION * peak)
+        total = None if one is None or two is None else one + two
+        described.append(
+            {
+                "gpu": name,
+                "peak_flops": peak,
+                "hours": each_hours,
+                "stage_one_hours": one,
+                "stage_two_hours": two,
+                "total_hours": total,
+                "euros": None if price is None or total is None else price * total,
+                "cores_to_decode": _cores_to_decode(known, peak),
+            }
+        )
+    return described
+
+
+def _cores_to_decode(passes: list[Pass], peak: float) -> int | None:
+    """Return how many cores must decode so that the GPU does not wait; None without images."""
+    needed = []
+    for each in passes:
+        if each.name.startswith("image/") and each.flops:
+            encoded = ENCODER_UTILISATION * peak / each.flops
+            rate = each.images.decode if each.images else ASSUMED_DECODED_PER_CORE
+            needed.append(-(-encoded // rate))
+    return int(max(needed)) if needed else None

@@ -1,0 +1,204 @@
+"""The passes of stage one: what each is, and how fast its phases are on this machine."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from features.config import ImageEncoderConfig, ScenesSource, TextEncoderConfig
+from features.encoders import load_image_encoder, load_text_encoder
+from features.errors import SailError
+from features.index import Index
+from pipeline.calibration import (
+    SAMPLES,
+    CaptionRates,
+    ImageRates,
+    cores,
+    measure_captions,
+    measure_images,
+    measure_writing,
+)
+from pipeline.config import RunConfig
+from pipeline.device import prepare_device
+from pipeline.encoder_sizes import image_size, local_folder, text_size
+from pipeline.estimate import Phase, hours
+from pipeline.run import draw_scenes
+
+SCENES = 64
+ASSUMED_TOKENS = {"short": 16, "long": 120}
+ASSUMED_TOKENS_OF_OTHERS = 40
+
+
+@dataclass
+class Pass:
+    """One pass of an encoder over rows: all columns of an image encoder, or one caption field."""
+
+    name: str
+    rows: int
+    dims: dict[str, int | None]
+    """Length of the features of each column that it fills."""
+    flops: float | None
+    """Of one row; None where the encoder is neither known nor here."""
+    flops_from: str
+    tokens: float | None = None
+    tokens_from: str | None = None
+    phases: list[Phase] = field(default_factory=list)
+    """On this machine, where they were measured."""
+    per_second: dict[str, float] = field(default_factory=dict)
+    images: ImageRates | None = None
+
+
+@contextmanager
+def sample_index(config: RunConfig, path: Path) -> Iterator[Index | None]:
+    """Yield an index of real rows of the training split, None where its source is not there."""
+    split = config.align.split
+    source = config.data[split]
+    if path.is_file():
+        yield Index.open(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="sail-plan-") as temporary:
+        if isinstance(source, ScenesSource):
+            source = draw_scenes(source.model_copy(update={"rows": SCENES}), Path(temporary))
+        few = source.model_copy(update={"rows": min(SAMPLES, source.rows or SAMPLES)})
+        try:
+            index = Index.build(few, Path(temporary) / "sample.parquet")
+        except SailError:
+            index = None
+        yield index
+
+
+class Measuring:
+    """Sizes an encoder, and measures it where it and data are on this machine.
+
+    Args:
+        config: The recipe.
+        index: Real rows of the training split, if its source is there.
+        seconds: What one encoder may take, once it is loaded.
+    """
+
+    def __init__(self, config: RunConfig, index: Index | None, seconds: float) -> None:
+        self._config = config
+        self._index = index
+        self._seconds = seconds
+        self._device = prepare_device(config.run)
+        self._on_cpu = self._device.type == "cpu"
+        self._cores = cores()
+        self._workers = config.extract.workers or self._cores
+
+    def image(self, name: str, rows: int) -> Pass:
+        """Return the pass of an image encoder."""
+        settings = self._config.encoders.image[name]
+        size = image_size(name, settings)
+        flops = size.image.flops if size.image else None
+        made = Pass(f"image/{name}", rows, _columns("image", size.dims), flops, size.found_in)
+        if self._index is None or not _is_here(settings):
+            return made
+        encoder = load_image_encoder(name, settings, self._device)
+        made.dims = {f"image/{column.name}": column.dim for column in encoder.columns}
+        rates = measure_images(
+            encoder,
+            self._index,
+            max_pixels=self._config.extract.max_pixels,
+            seconds=self._seconds,
+        )
+        if rates is None:
+            return made
+        made.images = rates
+        if flops is None:
+            made.flops, made.flops_from = rates.flops, "counted in a forward pass"
+        self._add(made, "read", rates.read * self._workers, on_processor=False)
+        decoded = rates.decode * min(self._workers, self._cores)
+        self._add(made, "decode", decoded, on_processor=self._on_cpu)
+        if rates.copy is not None:
+            self._add(made, "copy", rates.copy, on_processor=False)
+        self._add(made, "encode", rates.encode, on_processor=self._on_cpu)
+        self._add_writing(made)
+        return made
+
+    def text(self, name: str, rows: int) -> list[Pass]:
+        """Return the passes of a text encoder, one for each caption field."""
+        settings = self._config.encoders.text[name]
+        size = text_size(settings)
+        captions = self._captions()
+        is_measured = self._index is not None and _is_here(settings)
+        encoder = load_text_encoder(name, settings, self._device) if is_measured else None
+        passes = []
+        for caption_field, texts in captions.items():
+            rates = None
+            if encoder is not None:
+                seconds = self._seconds / len(captions)
+                rates = measure_captions(encoder, texts, seconds=seconds)
+            tokens, origin = _tokens(settings, caption_field, texts, rates)
+            column = f"text/{name}/{caption_field}"
+            dim = encoder.dim if encoder is not None else size.dims[""]
+            flops = size.text.flops(tokens) if size.text else None
+            made = Pass(column, rows, {column: dim}, flops, size.found_in, tokens, origin)
+            if rates is not None:
+                self._add(made, "tokenise", rates.tokenise, on_processor=self._on_cpu)
+                self._add(made, "encode", rates.encode, on_processor=self._on_cpu)
+                self._add_writing(made)
+            passes.append(made)
+        return passes
+
+    def _captions(self) -> dict[str, list[str]]:
+        """Return some captions of each field; none where there is no data."""
+        if self._index is None:
+            source = self._config.data[self._config.align.split]
+            names = source.captions if not isinstance(source, ScenesSource) else ("short", "long")
+            return {name: [] for name in names or ("caption",)}
+        stop = min(SAMPLES, self._index.rows)
+        names = tuple(f"caption/{name}" for name in self._index.fields)
+        table = self._index.rows_between(0, stop, names) if names else None
+        return {
+            name: table.column(f"caption/{name}").to_pylist() if table is not None else []
+            for name in self._index.fields
+        }
+
+    def _add(self, made: Pass, phase: str, per_second: float, *, on_processor: bool) -> None:
+        made.per_second[phase] = per_second
+        made.phases.append(Phase(phase, hours(made.rows, per_second), on_processor))
+
+    def _add_writing(self, made: Pass) -> None:
+        place = self._config.extract.store or self._config.run.dir
+        if not isinstance(place, Path):
+            return  # nothing is put under a URL to find out
+        dim = sum(each or 0 for each in made.dims.values())
+        with tempfile.TemporaryDirectory(
+            prefix=".sail-plan-", dir=existing_folder(place)
+        ) as temporary:
+            chunk = self._config.extract.rows_per_chunk
+            rate = measure_writing(Path(temporary), dim, chunk, seconds=self._seconds / 10)
+        self._add(made, "write", rate, on_processor=False)
+
+
+def _is_here(settings: ImageEncoderConfig | TextEncoderConfig) -> bool:
+    """Return whether an encoder can be loaded without the hub."""
+    if settings.model.startswith(("bundled:", "baseline:")):
+        return True
+    folder = local_folder(settings.model, settings.revision)
+    return folder is not None and any(folder.glob("*.safetensors"))
+
+
+def _columns(kind: str, dims: dict[str, int | None]) -> dict[str, int | None]:
+    return {f"{kind}/{name}": dim for name, dim in dims.items()}
+
+
+def _tokens(
+    settings: TextEncoderConfig, name: str, texts: list[str], rates: CaptionRates | None
+) -> tuple[float, str]:
+    """Return the mean tokens of a caption, and where that is from."""
+    if rates is not None:
+        return rates.tokens, f"mean of {rates.captions} captions"
+    if words := [len(text.split()) for text in texts if text.strip()]:
+        return min(4 / 3 * sum(words) / len(words) + 2, settings.max_length), "words of captions"
+    assumed = ASSUMED_TOKENS.get(name, ASSUMED_TOKENS_OF_OTHERS)
+    return min(assumed, settings.max_length), "assumed"
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder above a path that is there."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path

@@ -1,0 +1,117 @@
+"""`sail plan` says what a run will cost, from what is there and what is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from pydantic import TypeAdapter
+
+from features.config import Source
+from features.errors import SourceError
+from pipeline.cli import cli
+from pipeline.sizing import rows_of
+from tests import tiny
+
+
+def plan(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(cli, ["plan", *arguments])
+    assert done.exit_code == code, done.output
+    return done.stdout if code == 0 else done.stderr
+
+
+def as_json(*arguments: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(plan(*arguments, "--json"))
+    return document
+
+
+def webdataset(path: Path, **settings: Any) -> Source:
+    source: Source = TypeAdapter(Source).validate_python(
+        {"kind": "webdataset", "path": str(path / "*.tar"), **settings}
+    )
+    return source
+
+
+def test_the_large_recipe_is_planned_without_its_data_and_weights() -> None:
+    document = as_json("sail", "--rows", "23M", "--price", "2")
+    assert document["splits"] == {
+        "train": {"rows": 23_000_000, "found_in": "as given", "exact": True}
+    }
+    assert set(document["splits_left_out"]) == {"test"}
+    images, short, long = document["passes"]
+    assert images["flops_per_row"] == pytest.approx(162e9, rel=0.01)
+    assert (short["tokens_from"], long["tokens_from"]) == ("assumed", "assumed")
+    assert document["bytes"] == pytest.approx(23e6 * 2 * (1024 + 2 * 4096), rel=0.001)
+    gpus = {gpu["gpu"]: gpu for gpu in document["gpus"]}
+    assert gpus["A100"]["stage_one_hours"] > 2 * gpus["H100"]["stage_one_hours"]
+    assert 1 / 60 < gpus["H100"]["stage_two_hours"] < 1  # minutes to an hour
+    assert gpus["H100"]["euros"] == 2 * gpus["H100"]["total_hours"]
+    assert document["this_machine"]["measured"] == []
+
+
+def test_the_table_says_what_is_assumed() -> None:
+    text = plan("sail", "--rows", "23M")
+    assert "23,000,000 rows (as given)" in text
+    assert "40% for encoders" in text
+    assert "162 GFLOP" in text
+    assert "not measured: the data or the weights are not here" in text
+
+
+def test_without_data_the_rows_must_be_given() -> None:
+    assert "give them with --rows, such as 23M" in plan("sail", code=1)
+    assert "no number of rows" in plan("sail", "--rows", "many", code=2)
+
+
+def test_what_is_here_is_measured_on_this_machine(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    document = as_json(str(run_file), "--seconds", "1")
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
+    assert document["splits"]["train"] == {
+        "rows": 40,
+        "found_in": "listing its source",
+        "exact": True,
+    }
+    images, *texts = document["passes"]
+    assert images["pass"] == "image/vit"
+    assert set(images["rows_per_second"]) == {"read", "decode", "encode", "write"}
+    assert images["total_hours"] >= max(images["hours"].values()) > 0
+    assert [text["pass"] for text in texts] == ["text/bert/long", "text/bert/short"]
+    for text in texts:
+        assert set(text["rows_per_second"]) == {"tokenise", "encode", "write"}
+        assert "captions" in text["tokens_from"]
+    assert document["this_machine"]["stage_one_hours"] > 0
+    assert "image/vit" in plan(str(run_file), "--seconds", "1")
+
+
+def test_a_convolutional_encoder_has_its_work_counted(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path)
+    override = "--set=encoders.image.vit={model='bundled:scenes',pooling='pooler'}"
+    images = as_json(str(run_file), "--seconds", "1", override)["passes"][0]
+    assert images["flops_from"] == "counted in a forward pass"
+    assert images["flops_per_row"] > 1e6
+
+
+def test_rows_of_many_shards_are_taken_from_a_few_by_their_bytes(tmp_path: Path) -> None:
+    for number in range(9):
+        tiny.write_tar(tmp_path / f"{number}.tar", tiny.samples(10 + number, first=100 * number))
+    source = webdataset(tmp_path)
+    found = rows_of(tmp_path / "none", source, given=None, seconds=60)
+    assert (found.found_in, found.is_exact) == ("3 of 9 files", False)
+    assert found.count == pytest.approx(sum(range(10, 19)), rel=0.1)
+    limited = rows_of(tmp_path / "none", webdataset(tmp_path, rows=7), given=None, seconds=60)
+    assert (limited.count, limited.found_in) == (7, "`rows` of the source")
+
+
+def test_a_long_shard_is_listed_for_as_long_as_there_is_time(tmp_path: Path) -> None:
+    members = [(f"{number:05d}.jpg", bytes(3000)) for number in range(1000)]
+    tiny.write_tar(tmp_path / "long.tar", members)
+    found = rows_of(tmp_path / "none", webdataset(tmp_path), given=None, seconds=0)
+    assert not found.is_exact
+    assert found.count == pytest.approx(1000, rel=0.03)
+
+
+def test_rows_of_a_source_that_is_not_there_are_not_guessed(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"No file matches .* --rows"):
+        rows_of(tmp_path / "none", webdataset(tmp_path), given=None, seconds=1)

@@ -1,0 +1,146 @@
+"""The arithmetic of `sail plan` against published numbers, real heads and hand calculation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.config import HeadConfig
+from align.head import HEADS
+from features.column import create_column
+from features.config import ImageEncoderConfig, TextEncoderConfig
+from pipeline.encoder_sizes import KNOWN_IMAGE, KNOWN_TEXT, image_size, text_size
+from pipeline.estimate import (
+    GPUS,
+    Phase,
+    Transformer,
+    bottleneck,
+    column_bytes,
+    column_hours,
+    head_parameters,
+    hours,
+    parsed_count,
+    training_flops,
+)
+from tests import tiny
+
+
+def test_dinov2_large_has_its_published_parameters_and_work() -> None:
+    large = KNOWN_IMAGE["facebook/dinov2-large"]
+    # 304.4 M parameters in all; the rest are embeddings of patches and places, norms and biases.
+    assert large.trunk.parameters == pytest.approx(304.4e6, rel=0.01)
+    assert large.tokens == 257
+    # A ViT-L/14 at 224 pixels: 81 billion multiplications (timm), two FLOPs each.
+    assert large.flops == pytest.approx(2 * 81.1e9, rel=0.01)
+
+
+def test_nv_embed_v2_has_its_published_parameters() -> None:
+    embed = KNOWN_TEXT["nvidia/NV-Embed-v2"]
+    embeddings, keys_and_values, latents = 32000 * 4096, 4096 * 65536, 512 * 4096
+    total = embed.parameters + embed.pooling_parameters + embeddings + keys_and_values + latents
+    assert total == pytest.approx(7.85e9, rel=0.002)
+    assert embed.flops(100) > 2 * 100 * (embed.parameters + embed.pooling_parameters)
+
+
+def test_minilm_has_the_parameters_of_its_layers() -> None:
+    assert KNOWN_TEXT["bundled:minilm"].parameters == pytest.approx(10.6e6, rel=0.01)
+
+
+def test_the_work_of_one_small_layer_is_that_worked_out_by_hand() -> None:
+    layer = Transformer(1, width=4, mlp_width=8, heads=2, head_dim=2, kv_heads=1)
+    # q and output: 4*4 each; k and v: 4*2 each; MLP: 4*8 twice
+    assert layer.parameters == 16 + 16 + 8 + 8 + 64
+    # scores and their sum of values: 2 * tokens * tokens * 4 each
+    assert layer.flops(3) == 2 * 112 * 3 + 2 * (2 * 3 * 3 * 4)
+
+
+def test_flops_are_those_that_torch_counts_in_a_real_model(tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import ViTModel
+
+    folder = tiny.image_encoder(tmp_path / "vit")
+    size = image_size("vit", ImageEncoderConfig(model=str(folder)))
+    assert size.image is not None
+    assert size.dims == {"vit": 16}
+    model = ViTModel.from_pretrained(
+        folder, add_pooling_layer=False, attn_implementation="eager"
+    ).eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, 16, 16))
+    assert size.image.flops == counter.get_total_flops()
+
+
+def test_a_local_text_encoder_is_sized_by_its_config(tmp_path: Path) -> None:
+    size = text_size(TextEncoderConfig(model=str(tiny.text_encoder(tmp_path / "bert"))))
+    assert size.dims == {"": 12}
+    assert size.text == Transformer(1, 12, 24, heads=2, head_dim=6, kv_heads=2)
+
+
+def test_an_encoder_that_is_not_here_and_not_known_has_no_size() -> None:
+    assert image_size("eye", ImageEncoderConfig(model="someone/else")).dims == {"eye": None}
+    assert text_size(TextEncoderConfig(model="someone/else")).dims == {"": None}
+
+
+def test_further_columns_of_an_encoder_have_the_length_of_their_pooling() -> None:
+    settings = ImageEncoderConfig.model_validate(
+        {"model": "facebook/dinov2-large", "also": {"both": {"pooling": "cls+mean"}}}
+    )
+    assert image_size("dino", settings).dims == {"dino": 1024, "both": 2048}
+
+
+@pytest.mark.parametrize("kind", ["glu", "star", "mlp", "linear"])
+@pytest.mark.parametrize("feature_dim", [8, 12])
+def test_parameters_of_a_head_are_those_of_the_real_one(kind: str, feature_dim: int) -> None:
+    config = HeadConfig.model_validate({"kind": kind, "dim": 8, "depth": 3})
+    head = HEADS[kind](feature_dim, config)
+    matrices = [weight.numel() for weight in head.parameters() if weight.ndim == 2]
+    every, first = head_parameters(feature_dim, config)
+    assert every == sum(matrices)
+    assert 0 < first <= every
+
+
+def test_work_of_a_step_is_three_forward_passes_less_the_gradient_of_the_features() -> None:
+    assert training_flops((10, 10), (5, 2), fields=2, batch=7, dim=3) == (
+        (60 - 20) + 2 * (30 - 4) + 6 * 7 * 2 * 3
+    )
+
+
+def test_bytes_of_a_column_are_those_on_disk(tmp_path: Path) -> None:
+    import numpy as np
+    import zarr
+
+    from features.column import Column
+
+    create_column(zarr.create_group(tmp_path).create_group("image/eye"), 20, 3, 8)
+    column = Column(tmp_path, "image/eye")
+    for chunk in range(3):
+        rows = column.chunk_rows(chunk)
+        column.write(chunk, np.zeros((rows, 3), np.float16), np.ones(rows, np.uint8))
+    files = [*tmp_path.rglob("c/*/0"), *tmp_path.rglob("status/c/*")]
+    assert column_bytes(20, 3, 8) == sum(file.stat().st_size for file in files if file.is_file())
+
+
+def test_a_column_takes_its_slowest_phase_and_shares_the_cores() -> None:
+    read, decode = Phase("read", 1.0, False), Phase("decode", 2.0, True)
+    assert column_hours([read, decode, Phase("encode", 3.0, False)]) == 3.0
+    assert column_hours([read, decode, Phase("encode", 3.0, True)]) == 5.0
+    assert bottleneck([read, decode]) == "decode"
+    assert (column_hours([]), bottleneck([])) == (0.0, None)
+
+
+def test_23_million_images_take_a_few_hours_on_an_h100() -> None:
+    work = 23e6 * KNOWN_IMAGE["facebook/dinov2-large"].flops
+    assert hours(work, 0.4 * GPUS["H100"]) == pytest.approx(2.6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("23M", 23_000_000), ("1.5k", 1500), ("7", 7), ("2G", 2 * 10**9)]
+)
+def test_counts_may_be_written_short(text: str, count: int) -> None:
+    assert parsed_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3", "0", "many"])
+def test_what_is_no_count_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"float|positive"):
+        parsed_count(text)
