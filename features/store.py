@@ -26,7 +26,7 @@ from features.errors import (
 )
 from features.index import Index
 from features.publish import new_group
-from features.storage.files import is_file, names, zarr_store
+from features.storage.files import children, is_file, zarr_store
 from features.storage.place import Place, RemotePath
 
 FORMAT = "sail-features"
@@ -203,7 +203,7 @@ class FeatureStore:
         if isinstance(self.path, RemotePath) and not self.path.can_be_listed:
             return self._consolidated_members(group)
         folder = self.path / group
-        found = [name for name in names(folder) if not name.startswith(".")]
+        found = [name for name, size in children(folder) if size is None and name[0] != "."]
         return [name for name in found if is_file(folder / name / "zarr.json")]
 
     def _consolidated_members(self, group: str) -> list[str]:

@@ -1,6 +1,8 @@
 """Real servers on loopback: S3, a web server with or without ranges, and a proxy that fails."""
 
+import hashlib
 import http.client
+import json
 import logging
 import os
 import threading
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import obstore
 import pytest
@@ -19,6 +22,11 @@ Fault = Callable[[int, str, str | None], str | None]
 
 
 OWN_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "date", "server"})
+
+SIGNED = (
+    "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, "
+    "Signature=0"
+)
 
 
 class Server:
@@ -73,7 +81,12 @@ class Proxy(Server):
 
             def upstream_answer(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
                 connection = http.client.HTTPConnection("127.0.0.1", upstream)
-                connection.request(self.command, self.path, body, dict(self.headers))
+                # So a server that speaks S3 takes requests to Google Cloud too.
+                path = self.path.replace("%2F", "/")
+                headers = dict(self.headers)
+                if not headers.get("authorization", "").startswith("AWS"):
+                    headers["authorization"] = SIGNED
+                connection.request(self.command, path, body, headers)
                 response = connection.getresponse()
                 content = response.read()
                 connection.close()
@@ -92,21 +105,44 @@ class WebServer(Server):
     def __init__(self, folder: Path, *, ranges: bool = True) -> None:
         class Handler(_Quiet):
             def answer(self) -> None:
-                file = folder / self.path.lstrip("/")
+                file = folder / unquote(self.path).lstrip("/")
                 if not file.is_file():
                     self.send(404, [], b"")
                     return
                 content = file.read_bytes()
-                headers = [("ETag", f'"{file.stat().st_mtime_ns:x}"')]
-                wanted = self.headers.get("Range") if ranges else None
-                if wanted is None:
-                    self.send(200, headers, content)
-                    return
-                first, last = wanted.removeprefix("bytes=").split("-")
-                part = content[int(first) : int(last) + 1]
-                end = int(first) + len(part) - 1
-                headers.append(("Content-Range", f"bytes {first}-{end}/{len(content)}"))
-                self.send(206, headers, part)
+                self.send_part(content, ("ETag", f'"{file.stat().st_mtime_ns:x}"'))
+
+            def send_part(self, content: bytes, *headers: tuple[str, str]) -> None:
+                if ranges:
+                    super().send_part(content, *headers)
+                else:
+                    self.send(200, [*headers], content)
+
+        super().__init__(Handler)
+
+
+class HubServer(Server):
+    """Answers as the Hugging Face hub does for one dataset, whose files are those of a folder."""
+
+    def __init__(self, folder: Path, repository: str) -> None:
+        api, content = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/main/"
+
+        class Handler(_Quiet):
+            def answer(self) -> None:
+                path = unquote(self.path.partition("?")[0])
+                name = path.removeprefix(f"{api}/tree/main").removeprefix(content).strip("/")
+                if path == api:
+                    self.send_json({"id": repository, "sha": "0" * 40})
+                elif path.startswith(content) and (folder / name).is_file():
+                    self.send_part((folder / name).read_bytes())
+                elif path.startswith(api) and (folder / name).is_dir():
+                    self.send_json(_listed_on_the_hub(folder, name))
+                else:
+                    self.send(404, [("X-Error-Code", "EntryNotFound")], b"")
+
+            def send_json(self, value: object) -> None:
+                headers = [("Content-Type", "application/json")]
+                self.send(200, headers, json.dumps(value).encode())
 
         super().__init__(Handler)
 
@@ -180,6 +216,20 @@ def reach_s3(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
 
 
+def _listed_on_the_hub(root: Path, folder: str) -> list[dict[str, object]]:
+    listed: list[dict[str, object]] = []
+    for path in sorted((root / folder).iterdir()):
+        content = path.read_bytes() if path.is_file() else b""
+        about: dict[str, object] = {
+            "type": "file" if path.is_file() else "directory",
+            "path": path.relative_to(root).as_posix(),
+            "oid": hashlib.sha1(content, usedforsecurity=False).hexdigest(),
+            "size": len(content),
+        }
+        listed.append(about)
+    return listed
+
+
 class _Quiet(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -193,6 +243,16 @@ class _Quiet(BaseHTTPRequestHandler):
         self.answer()
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def send_part(self, content: bytes, *headers: tuple[str, str]) -> None:
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            self.send(200, [*headers], content)
+            return
+        first, last = wanted.removeprefix("bytes=").split("-")
+        part = content[int(first) : int(last) + 1]
+        place = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        self.send(206, [*headers, ("Content-Range", place)], part)
 
     def send(
         self,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -106,17 +107,18 @@ class CaptionTable:
     def _find(self, folder: Place, name: str) -> tuple[str, int | None]:
         """Return the path of an image, and its size or None where there is no such file."""
         if isinstance(folder, RemotePath):
-            parts = PurePosixPath(name).parts
-            if name.startswith("/") or ".." in parts or "://" in name:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
                 raise self._outside(folder, name)
-            return str(folder / name), remote_size(folder / name)
-        path = folder / name
+            place = folder / (quote(str(path)) if folder.has_escapes else str(path))
+            return str(place), remote_size(place)
+        file = folder / name
         try:
-            if not path.resolve().is_relative_to(folder):
+            if not file.resolve().is_relative_to(folder):
                 raise self._outside(folder, name)
-            return str(path), path.stat().st_size if path.is_file() else None
+            return str(file), file.stat().st_size if file.is_file() else None
         except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
-            return str(path), None
+            return str(file), None
 
     def _outside(self, folder: Place, name: str) -> SourceError:
         return SourceError(

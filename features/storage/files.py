@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from features.errors import StorageError
 from features.partial import appearing
@@ -166,7 +166,7 @@ def read_ranges(place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[me
     ]
 
 
-def open_file(place: Place) -> BinaryIO:
+def open_file(place: Place) -> io.BufferedReader:
     """Open a file for reading; one under a URL is read by ranges.
 
     Raises:

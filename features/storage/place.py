@@ -60,9 +60,14 @@ class RemotePath:
         return self.path.partition("/")[2]
 
     @property
+    def has_escapes(self) -> bool:
+        """Whether `%20` in it stands for a blank, as in a web address."""
+        return self.scheme in ("http", "https")
+
+    @property
     def can_be_listed(self) -> bool:
         """Whether its server tells which files there are; web servers do not."""
-        return self.scheme not in ("http", "https")
+        return not self.has_escapes
 
     @property
     def can_be_written(self) -> bool:
@@ -84,10 +89,11 @@ def as_place(text: str | Place) -> Place:
     scheme, separator, path = text.partition("://")
     if not separator:
         return Path(text)
-    if scheme not in SCHEMES or not path.strip("/"):
+    if scheme not in SCHEMES or "" in path.rstrip("/").split("/"):
         raise PlaceError(
             f"{without_secrets(text)} is no place that can be read. A local path, or a URL that "
-            f"begins with {', '.join(f'{name}://' for name in SCHEMES)}, was expected. Correct it."
+            f"begins with {', '.join(f'{name}://' for name in SCHEMES)} and has no empty part, "
+            f"was expected. Correct it."
         )
     if without_secrets(text) != text:
         raise PlaceError(

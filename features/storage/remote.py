@@ -260,7 +260,7 @@ def _listable(folder: RemotePath) -> ObjectStore:
 @functools.lru_cache(maxsize=64)
 def _connected(scheme: str, bucket: str, prefix: str, s3_endpoint: str) -> ObjectStore:
     is_plain = s3_endpoint.startswith("http://") if scheme == "s3" else scheme == "http"
-    client: Any = {**CLIENT, "allow_http": is_plain}
+    client: Any = {**CLIENT, "allow_http": True} if is_plain else CLIENT
     if scheme == "s3":
         return S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=RETRY)
     if scheme == "gs":
@@ -270,7 +270,7 @@ def _connected(scheme: str, bucket: str, prefix: str, s3_endpoint: str) -> Objec
 
 def _key(place: RemotePath) -> str:
     """Return the key; the paths of web addresses are written with escapes, keys are not."""
-    return unquote(place.key) if place.scheme in ("http", "https") else place.key
+    return unquote(place.key) if place.has_escapes else place.key
 
 
 def _entry(place: RemotePath, about: Any) -> Entry:

@@ -23,7 +23,7 @@ def test_anything_without_a_scheme_is_a_local_path() -> None:
     assert as_place("data/train-0.tar") == Path("data/train-0.tar")
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "s3://", "s3:///", "S3//x://y"])
+@pytest.mark.parametrize("url", ["ftp://host/x", "s3://", "s3:///x", "s3://b//x", "S3//x://y"])
 def test_a_url_of_no_known_kind_is_refused_with_those_that_are(url: str) -> None:
     with pytest.raises(PlaceError, match=r"no place that can be read.* s3://, gs://, http://"):
         as_place(url)

@@ -1,0 +1,141 @@
+"""Each kind of source under each kind of URL: the rows and the images of the same files on disk."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import HfFileSystem, constants
+from pydantic import TypeAdapter
+
+from features.config import Source
+from features.index import Index, SampleReader
+from features.storage import remote
+from features.storage.place import as_place
+from features.store import FeatureStore
+from tests import tiny
+from tests.feature_stores import make_store
+from tests.servers import Bucket, HubServer, Proxy, WebServer
+
+COMPARED = ("key", "offset", "size", "problem", "label", "group")
+
+
+@pytest.fixture(params=["s3", "gs", "hf", "http"])
+def url_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of the folder `data` of the test, which a server of the kind has."""
+    folder = request.getfixturevalue("tmp_path") / "data"
+    if request.param in ("s3", "gs"):
+        s3: Bucket = request.getfixturevalue("s3")
+        port: int = request.getfixturevalue("s3_port")
+        with Proxy(port) as proxy:
+            google_cloud(folder.parent / "account.json", proxy.port, monkeypatch)
+            yield f"{request.param}://{s3.name}/data"
+    elif request.param == "hf":
+        with HubServer(folder, "owner/name") as server:
+            endpoint = f"http://127.0.0.1:{server.port}"
+            template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            HfFileSystem.clear_instance_cache()
+            yield "hf://datasets/owner/name"
+        HfFileSystem.clear_instance_cache()
+    else:
+        with WebServer(folder) as server:
+            yield f"http://127.0.0.1:{server.port}"
+
+
+def google_cloud(account: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gs:// lead to a port on loopback, without TLS and credentials."""
+    empty = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    server = {"gcs_base_url": f"http://127.0.0.1:{port}", "disable_oauth": True}
+    account.write_text(json.dumps(empty | server))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    monkeypatch.setitem(remote.CLIENT, "allow_http", True)
+
+
+def tars(folder: Path) -> dict[str, str]:
+    for number in (0, 1):
+        members = tiny.samples(5, first=5 * number)
+        tiny.write_tar(folder / f"s-{number}.tar", [*members, ("broken.txt", b"no image")])
+    return {"kind": "webdataset", "path": "ROOT/s-{0..1}.tar"}
+
+
+def parquet(folder: Path) -> dict[str, str]:
+    images = [tiny.encoded(tiny.picture(seed)) for seed in range(7)]
+    rows = [{"image": image, "caption": tiny.caption(i)} for i, image in enumerate(images)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=3)
+    return {"kind": "parquet", "path": "ROOT/a.parquet"}
+
+
+def table(folder: Path) -> dict[str, str]:
+    names = ["é 1.jpg", "sub/2.jpg", "./sub/3#.jpg", "gone.jpg"]
+    for seed, name in enumerate(names[:3]):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(tiny.encoded(tiny.picture(seed)))
+    lines = [{"image": name, "caption": tiny.caption(i)} for i, name in enumerate(names)]
+    (folder / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"kind": "folder", "path": "ROOT/t.jsonl"}
+
+
+def class_folders(folder: Path) -> dict[str, str]:
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        for seed in range(3):
+            content = tiny.encoded(tiny.picture(seed))
+            (folder / "images" / name / f"{seed}.jpg").write_bytes(content)
+    (folder / "images" / "dog" / "notes.txt").write_text("no image")
+    (folder / "names.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    return {"kind": "classes", "path": "ROOT/images", "names": "ROOT/names.json"}
+
+
+@pytest.mark.parametrize("write", [tars, parquet, table, class_folders])
+def test_it_gives_the_rows_and_images_of_the_files_on_disk(
+    write: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+    url_of: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    if write is class_folders and url_of.startswith("http"):
+        pytest.skip("a web server lists no folders; the error is tested in tests/fault")
+    (tmp_path / "data").mkdir()
+    settings = write(tmp_path / "data")
+    if url_of.startswith(("s3", "gs")):
+        request.getfixturevalue("s3").upload(tmp_path / "data", "data")
+    local, there = (
+        built(tmp_path / name, {key: text.replace("ROOT", root) for key, text in settings.items()})
+        for name, root in [("local", str(tmp_path / "data")), ("there", url_of)]
+    )
+    columns = (*COMPARED, *(f"caption/{field}" for field in local.fields))
+    assert there.rows_between(0, there.rows, columns).equals(
+        local.rows_between(0, local.rows, columns)
+    )
+    assert (there.fields, there.class_names) == (local.fields, local.class_names)
+    assert there.counts == local.counts
+    images = SampleReader(there).read(0, there.rows)
+    assert images == SampleReader(local).read(0, local.rows)
+    assert sum(image is not None for image in images) >= 3
+
+
+def test_a_store_is_read_from_any_server_that_lists_its_files(
+    tmp_path: Path, url_of: str, request: pytest.FixtureRequest
+) -> None:
+    if url_of.startswith("http"):
+        pytest.skip("a web server lists no files; tested in tests/fault")
+    local = make_store(tmp_path / "data" / "train.zarr", bad_images=(3,))
+    if url_of.startswith(("s3", "gs")):
+        request.getfixturevalue("s3").upload(tmp_path / "data", "data")
+    found = FeatureStore.open(as_place(f"{url_of}/train.zarr"))
+    assert found.columns() == local.columns()
+    assert found.captions("long").tolist() == local.captions("long").tolist()
+    for name in found.columns():
+        a, b = local.column(name), found.column(name)
+        assert b.pending() == []
+        assert (a.status() == b.status()).all()
+        assert (a.read(5, 190) == b.read(5, 190)).all()
+
+
+def built(folder: Path, settings: dict[str, str]) -> Index:
+    source: Source = TypeAdapter(Source).validate_python(settings)
+    return Index.build(source, folder / "index.parquet")
