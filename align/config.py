@@ -89,6 +89,9 @@ class AlignConfig(BaseModel):
     """Name of the text encoder; the only one of the recipe if not given."""
     fields: tuple[str, ...] = ()
     """Caption fields used as positives; all if empty."""
+    rows: PositiveInt | None = None
+    """Train on at most this many rows, those with the smallest hashes of their keys, so that a
+    larger number holds all rows of a smaller one; all if not given."""
     captions_per_image: PositiveInt | None = None
     """Draw this many of the fields at random for each image and step; all of them if not given."""
     batch_size: PositiveInt = 16_384
@@ -124,6 +127,14 @@ class AlignConfig(BaseModel):
     head: HeadConfig = HeadConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _rows_fill_a_batch(self) -> "AlignConfig":
+        if self.rows is not None and self.rows < self.batch_size:
+            raise ValueError(
+                f"rows = {self.rows} do not fill a batch of batch_size = {self.batch_size}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patience_has_scores(self) -> "AlignConfig":

@@ -72,7 +72,9 @@ class Selection:
     """How many rows are not used, by reason."""
 
 
-def select_rows(columns: Columns, *, holdout: float, holdout_rows: int) -> Selection:
+def select_rows(
+    columns: Columns, *, holdout: float, holdout_rows: int, rows: int | None = None
+) -> Selection:
     """Decide on every row by its status and the hash of its key.
 
     A row is used when its image is ok and at least one of its captions is; captions that are not
@@ -82,6 +84,8 @@ def select_rows(columns: Columns, *, holdout: float, holdout_rows: int) -> Selec
         columns: What is trained on.
         holdout: Fraction of rows kept from training.
         holdout_rows: At most this many of them are scored.
+        rows: At most this many are trained on, those with the smallest hashes, so that what is
+            taken holds all that a smaller number takes; all if not given.
 
     Raises:
         TrainingError: No row is left to train on.
@@ -97,12 +101,17 @@ def select_rows(columns: Columns, *, holdout: float, holdout_rows: int) -> Selec
         logger.info("%d rows of %s are not used: %s", count, columns.store.path, reason)
     held = np.zeros_like(usable)
     heldout = np.empty(0, dtype=np.int64)
-    if holdout > 0:
+    hashes = np.empty(0, dtype=np.uint64)
+    if holdout > 0 or rows is not None:
         hashes = key_hashes(_all_keys(columns.store), columns.store.rows)
+    if holdout > 0:
         held = below_fraction(hashes, holdout) & usable
         heldout = np.flatnonzero(held)
         heldout = np.sort(heldout[np.argsort(hashes[heldout], kind="stable")[:holdout_rows]])
     train = usable & ~held
+    if rows is not None and rows < np.count_nonzero(train):
+        trained = np.flatnonzero(train)
+        train[trained[np.argsort(hashes[trained], kind="stable")[rows:]]] = False
     if not train.any():
         raise TrainingError(
             f"No row of {columns.store.path} is left to train on: {int(held.sum())} are held out, "

@@ -110,7 +110,9 @@ def _prepare(
     device: torch.device,
     described: dict[str, Any],
 ) -> Training:
-    selection = select_rows(columns, holdout=config.holdout, holdout_rows=config.holdout_rows)
+    selection = select_rows(
+        columns, holdout=config.holdout, holdout_rows=config.holdout_rows, rows=config.rows
+    )
     identical = config.loss.positives == "identical"
     weights, ring = config.loss.field_weights, Ring.of_processes()
     loader = Loader(

@@ -13,6 +13,7 @@ import click
 
 from features.errors import SailError
 from features.storage.place import as_place
+from pipeline.varied import count_of, seeds_of, values_of
 
 
 class Commands(click.Group):
@@ -111,6 +112,69 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
         return None if best is None else [str(best)]
 
     _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+
+
+@cli.command()
+@click.option(
+    "--over",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUE,VALUE,…",
+    help="A setting of [align] and its values; may be repeated.",
+)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of every combination.")
+@click.option("--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too.")
+@stage
+def sweep(
+    over: tuple[str, ...],
+    seeds: str,
+    evaluates: bool,
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Train every combination of some settings on the run's features, and compare them.
+
+    Resumes by itself. Prints mean and sd of the held-out recall over the seeds; sweep.json and
+    sweep.png are in run.dir/sweep.
+
+    \b
+    Example:
+      sail sweep demo --over align.head.kind=glu,linear --over align.head.dim=128,256
+    """
+    varied = dict(values_of(each) for each in over)
+    options = {"name": "sweep", "over": varied, "seeds": seeds_of(seeds), "evaluates": evaluates}
+    _run_sweep(options, recipe, overrides, as_json=as_json, verbose=verbose)
+
+
+@cli.command()
+@click.option("--rows", required=True, metavar="1k,3k,…", help="Numbers of pairs to train on.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of every number.")
+@click.option("--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too.")
+@stage
+def scaling(
+    rows: str,
+    seeds: str,
+    evaluates: bool,
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Train on more and more pairs of the run's features, and draw quality against pairs.
+
+    A larger number holds all pairs of a smaller one. Resumes by itself; scaling.json and
+    scaling.png are in run.dir/scaling.
+
+    \b
+    Example:
+      sail scaling demo --rows 1500,3k,5k --eval
+    """
+    sizes = [count_of(each) for each in rows.split(",")]
+    over = {"align.rows": [str(size) for size in sizes]}
+    options = {"name": "scaling", "over": over, "seeds": seeds_of(seeds), "evaluates": evaluates}
+    _run_sweep(options, recipe, overrides, as_json=as_json, verbose=verbose)
 
 
 @cli.command(name="eval")
@@ -264,6 +328,29 @@ def export_head(checkpoint: Path, file: Path) -> None:
     from pipeline import heads
 
     click.echo(heads.export_head(checkpoint, file))
+
+
+def _run_sweep(
+    options: dict[str, Any],
+    recipe: str,
+    overrides: tuple[str, ...],
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    from pipeline.sweep import Sweep, sweep_run
+    from pipeline.sweep_output import sweep_table
+
+    def work(_config: Any, stop: Any) -> Path:
+        return sweep_run(Sweep(**options), recipe, overrides, stop)
+
+    path = _run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
+    text = path.read_text(encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        click.echo(sweep_table(json.loads(text)))
+        click.echo(f"{path}\n{path.with_suffix('.png')}")
 
 
 def _run_stage(

@@ -39,7 +39,7 @@ def store_table(description: dict[str, Any]) -> str:
     for name, column in description["columns"].items():
         told = [what for what in ("licence", "supervision") if column[what]]
         lines += [f"{name}: {what}: {column[what]}" for what in told]
-    return "\n".join([_rendered(table), *lines])
+    return "\n".join([rendered(table), *lines])
 
 
 def row_table(description: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def row_table(description: dict[str, Any]) -> str:
             table.add_row(what, str(description[what]))
     for name, column in description["columns"].items():
         table.add_row(name, f"{column['status']}; norm {column['norm']}; {column['first']} …")
-    return _rendered(table)
+    return rendered(table)
 
 
 def plan_table(plan: dict[str, Any]) -> str:
@@ -168,7 +168,8 @@ def byte_size(count: int) -> str:
     return f"{size:.3g} TB"
 
 
-def _rendered(table: Table) -> str:
+def rendered(table: Table) -> str:
+    """Return a table as text, as wide as the terminal, or for a pipe 160 columns."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_PIPE)

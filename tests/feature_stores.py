@@ -88,6 +88,29 @@ def make_store(
     return store
 
 
+def make_run(folder: Path, align: str) -> Path:
+    """Write a run whose features are there, and return its run file; `align` is that section."""
+    (folder / "features").mkdir(parents=True)
+    make_store(folder / "features" / "train.zarr")
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+[run]
+dir = "{folder}"
+[data.train]
+kind = "folder"
+path = "table.jsonl"
+[encoders.image.{IMAGE}]
+model = "none"
+[encoders.text.{TEXT}]
+model = "none"
+[align]
+{align}
+"""
+    )
+    return path
+
+
 def _strings(group: zarr.Group, name: str, values: list[str], rows_per_chunk: int) -> None:
     array = group.create_array(name, shape=(len(values),), chunks=(rows_per_chunk,), dtype="string")
     array[:] = np.array(values, dtype=np.dtypes.StringDType())

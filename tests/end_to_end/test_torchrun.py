@@ -10,36 +10,17 @@ from pathlib import Path
 import pytest
 
 from align.checkpoint import Checkpoint, load_aligned
-from tests.feature_stores import IMAGE, TEXT, make_store
+from tests.feature_stores import make_run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-RUN_FILE = f"""
-[run]
-dir = "{{folder}}"
-[data.train]
-kind = "folder"
-path = "table.jsonl"
-[encoders.image.{IMAGE}]
-model = "none"
-[encoders.text.{TEXT}]
-model = "none"
-[align]
+ALIGN = """
 batch_size = 32
 steps = 300
 eval_every = 50
 memory_mb = 1
-head = {{{{ dim = 8, depth = 2 }}}}
+head = { dim = 8, depth = 2 }
 """
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    (tmp_path / "features").mkdir()
-    make_store(tmp_path / "features" / "train.zarr")
-    path = tmp_path / "two.toml"
-    path.write_text(RUN_FILE.format(folder=tmp_path))
-    return path
 
 
 def torchrun(run_file: Path) -> subprocess.Popen[str]:
@@ -65,8 +46,9 @@ def worker(launcher: int, rank: int) -> int:
 
 
 def test_a_signal_to_one_process_saves_and_ends_all_and_the_command_goes_on_from_there(
-    run_file: Path,
+    tmp_path: Path,
 ) -> None:
+    run_file = make_run(tmp_path, ALIGN)
     align = run_file.parent / "align"
     launched = torchrun(run_file)
     deadline = time.monotonic() + 120

@@ -60,6 +60,17 @@ def test_no_more_rows_are_scored_than_asked_for_and_none_of_the_held_out_is_trai
     np.testing.assert_array_equal(few.train, all_of_them.train)
 
 
+def test_fewer_rows_are_among_more_of_them_and_the_held_out_stay(tmp_path: Path) -> None:
+    columns = Columns.open(make_store(tmp_path / "s.zarr"), AlignConfig(), IMAGE, TEXT)
+    few, more, every = (
+        select_rows(columns, holdout=0.2, holdout_rows=1000, rows=rows) for rows in (20, 90, None)
+    )
+    assert (few.train.sum(), more.train.sum()) == (20, 90)
+    assert more.train[few.train].all()
+    assert every.train[more.train].all()
+    np.testing.assert_array_equal(few.heldout, every.heldout)
+
+
 def test_a_store_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", rows=4, bad_images=(0, 1, 2, 3))
     columns = Columns.open(store, AlignConfig(), IMAGE, TEXT)

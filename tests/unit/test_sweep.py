@@ -1,0 +1,137 @@
+"""A sweep trains every combination once, and says what each scored."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from align.checkpoint import Checkpoint
+from align.training import Training
+from features.errors import ConfigError, TrainingError
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.sweep import Sweep, sweep_run
+from pipeline.sweep_output import sweep_table
+from pipeline.varied import count_of, seeds_of, values_of
+from tests.feature_stores import make_run
+
+ALIGN = """
+batch_size = 32
+steps = 6
+holdout = 0.2
+memory_mb = 1
+head = { kind = "linear", dim = 8 }
+"""
+KINDS = Sweep("sweep", {"align.head.kind": ["linear", "glu"]}, [0, 1])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    return str(make_run(tmp_path / "run", ALIGN))
+
+
+def document(sweep: Sweep, recipe: str, *overrides: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        sweep_run(sweep, recipe, overrides, StopRequest()).read_text()
+    )
+    return found
+
+
+def test_every_combination_is_trained_with_every_seed_and_summed_up(recipe: str) -> None:
+    found = document(KINDS, recipe)
+    runs = {(run["settings"]["align.head.kind"], run["seed"]): run for run in found["runs"]}
+    assert list(runs) == [("linear", 0), ("linear", 1), ("glu", 0), ("glu", 1)]
+    for (kind, seed), run in runs.items():
+        best = Checkpoint.open(Path(run["dir"]) / "align" / "best")
+        assert best.head.kind == kind
+        assert best.run["seed"] == seed
+        assert run["scores"]["heldout/recall@10"] == best.heldout["recall@10"]
+    for row in found["summary"]:
+        kind = row["settings"]["align.head.kind"]
+        scores = [runs[kind, seed]["scores"]["heldout/recall@10"] for seed in (0, 1)]
+        expected = {"mean": statistics.mean(scores), "sd": statistics.stdev(scores), "n": 2}
+        assert row["scores"]["heldout/recall@10"] == pytest.approx(expected)
+    assert Path(recipe).parent.joinpath("sweep", "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert "linear" in sweep_table(found)
+
+
+def test_a_sweep_that_was_stopped_goes_on_without_training_anew(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, updates, original = StopRequest(), list[int](), Training.update
+
+    def update(training: Training, batch: Any) -> Any:
+        updates.append(training.step)
+        if len(updates) == 9:  # in the second of four trainings of six steps
+            stop.signal_number = 15
+        return original(training, batch)
+
+    monkeypatch.setattr(Training, "update", update)
+    with pytest.raises(Stopped):
+        sweep_run(KINDS, recipe, [], stop)
+    path = Path(recipe).parent / "sweep" / "sweep.json"
+    assert len(json.loads(path.read_text())["runs"]) == 1
+    found = document(KINDS, recipe)
+    assert len(found["runs"]) == 4
+    assert len(updates) == 4 * 6
+
+
+def test_scaling_trains_on_nested_rows(recipe: str) -> None:
+    sizes = Sweep("scaling", {"align.rows": ["40", "100"]}, [0])
+    found = document(sizes, recipe)
+    assert [row["settings"]["align.rows"] for row in found["summary"]] == ["40", "100"]
+    assert found["summary"][0]["scores"]["heldout/recall@10"]["sd"] is None
+    assert (Path(recipe).parent / "scaling" / "scaling.png").is_file()
+
+
+def test_a_training_that_fails_is_noted_and_the_others_go_on(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Training.update
+
+    def update(training: Training, batch: Any) -> Any:
+        if training.config.head.kind == "glu":
+            raise TrainingError("The loss is not finite.")
+        return original(training, batch)
+
+    monkeypatch.setattr(Training, "update", update)
+    found = document(KINDS, recipe)
+    assert [run["failed"] for run in found["runs"]] == [None] * 2 + ["The loss is not finite."] * 2
+    assert "failed" in sweep_table(found)
+    only_glu = Sweep("sweep", {"align.head.kind": ["glu"]}, [0])
+    with pytest.raises(TrainingError, match="None of 1 trainings came to an end"):
+        document(only_glu, recipe)
+
+
+@pytest.mark.parametrize(
+    ("over", "overrides", "words"),
+    [
+        ({"run.seed": ["1"]}, [], r"--over run.seed cannot be varied"),
+        ({"align.head.kind": ["linear", "gluu"]}, [], r"align.head.kind.*got 'gluu'"),
+        ({"align.rows": ["8"]}, [], r"rows = 8 do not fill a batch"),
+        ({"align.head.dim": ["4"]}, ["align.holdout=0"], r"holdout = 0 leaves no rows"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
+    recipe: str, over: dict[str, list[str]], overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        document(Sweep("sweep", over, [0]), recipe, *overrides)
+    assert not (Path(recipe).parent / "sweep").exists()
+
+
+def test_values_are_read_as_they_are_written() -> None:
+    assert values_of("align.head.kind=glu, linear") == ("align.head.kind", ["glu", "linear"])
+    assert seeds_of("0,1, 7") == [0, 1, 7]
+    assert [count_of(text) for text in ("500", "10k", "2M")] == [500, 10_000, 2_000_000]
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(values_of, "align.head.kind"), (values_of, "a=1,,2"), (seeds_of, "0,x"), (count_of, "many")],
+)
+def test_values_that_cannot_be_read_are_refused(read: Any, text: str) -> None:
+    with pytest.raises(click.BadParameter, match=text):
+        read(text)
