@@ -76,7 +76,7 @@ def plan_table(plan: dict[str, Any]) -> str:
     if free is not None:
         total += f"; {byte_size(free)} are free there"
         total += "" if plan["bytes"] < free else ", which is not enough"
-    parts = [*splits, _rendered(sizes), total, _machine_table(plan), _gpu_table(plan)]
+    parts = [*splits, rendered(sizes), total, _machine_table(plan), _gpu_table(plan)]
     return "\n".join([*parts, *_assumptions(plan)])
 
 
@@ -98,7 +98,7 @@ def _machine_table(plan: dict[str, Any]) -> str:
             _duration(each["total_hours"]),
             each["bottleneck"] or "-",
         )
-    lines = [_rendered(table)]
+    lines = [rendered(table)]
     if machine["bottleneck"]:
         lines.append(f"bottleneck on this machine: {machine['bottleneck']}")
     return "\n".join(lines)
@@ -117,7 +117,7 @@ def _gpu_table(plan: dict[str, Any]) -> str:
         euros = "-" if gpu["euros"] is None else f"{gpu['euros']:,.0f}"
         needed = str(gpu["cores_to_decode"] or "-")
         table.add_row(gpu["gpu"], *map(_duration, hours), euros, needed)
-    return _rendered(table)
+    return rendered(table)
 
 
 def _assumptions(plan: dict[str, Any]) -> list[str]:
