@@ -35,6 +35,7 @@ from features.storage import files
 from features.storage.place import Place, RemotePath, as_place
 
 GROUPS_KEPT = 4
+NEVER_READ = (Status.MISSING_IMAGE, Status.IMAGE_TOO_LARGE)
 
 
 class Index:
@@ -181,7 +182,7 @@ class SampleReader:
         there = (
             (i, path, offset, size)
             for i, (path, offset, size, problem) in listed
-            if offset >= 0 and problem != Status.MISSING_IMAGE
+            if offset >= 0 and problem not in NEVER_READ
         )
         groups = itertools.groupby(there, key=lambda item: item[1])
         jobs = [(as_place(path), list(group)) for path, group in groups]

@@ -15,12 +15,14 @@ from features.config import ClassFolderSource, ScenesSource, Source
 from features.errors import SourceError
 from features.partial import partial_path, remove_leftovers
 from features.sources import Counts, Sample, Shards, open_source
+from features.status import Status
 from features.storage.files import in_order, version
 from features.storage.place import Place, RemotePath
 
 VERSION = 2
 ROWS_PER_GROUP = 4096
 MAX_FIELDS = 256
+MAX_IMAGE_BYTES = 1 << 28  # no photograph is as large; reading it would take as much memory
 METADATA_KEY = b"sail"
 COLUMNS = {
     "key": pa.string(),
@@ -114,6 +116,7 @@ class _Listing:
         listed = itertools.chain.from_iterable(shards.samples(file, counts) for file in files)
         samples = itertools.islice(itertools.chain(known, listed), self.source.rows)
         while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
+            _quarantine_giants(group, counts)
             yield group
 
     def check(self, shards: Shards) -> None:
@@ -225,6 +228,13 @@ def _all_fields(listing: _Listing) -> list[str]:
                 f"the source."
             )
     return _sorted_fields(fields)
+
+
+def _quarantine_giants(samples: Sequence[Sample], counts: Counts) -> None:
+    for sample in samples:
+        if sample.size > MAX_IMAGE_BYTES and not sample.problem:
+            counts["images over 256 MiB (quarantined)"] += 1
+            sample.problem = int(Status.IMAGE_TOO_LARGE)
 
 
 def _sorted_fields(fields: set[str]) -> list[str]:
