@@ -131,6 +131,24 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip"])
+def test_a_parquet_file_damaged_within_its_images_is_named(
+    compression: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.parquet"
+    table = pa.table({"image": [bytes([row]) * 5_000 for row in range(9)], "caption": ["a"] * 9})
+    pq.write_table(table, path, compression=compression, use_dictionary=False)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    middle = chunk.data_page_offset + chunk.total_compressed_size // 2
+    content[middle : middle + 16] = bytes(byte ^ 0xFF for byte in content[middle : middle + 16])
+    path.write_bytes(content)
+    source = ParquetSource(kind="parquet", path=str(path))
+    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    with pytest.raises(SourceError, match=r"p\.parquet cannot be read as it was indexed"):
+        reader.read(0, 9)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -59,5 +59,19 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_tests_that_the_table_of_faults_names_exist() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    rows = [row for row in rows if not row.startswith("| fault |")]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(?:\w+::)?(test_\w+)`", row)
+        assert named, row
+        for file, test in named:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert test in found, f"{file} has no {test}"
+
+
 def test_evaluate_is_ours_and_not_the_pypi_package_of_that_name() -> None:
     assert Path(evaluate.__file__).is_relative_to(ROOT)

@@ -1,0 +1,213 @@
+"""Shards made to do harm: nothing is run or written elsewhere, and memory is bounded."""
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from features.errors import EncoderError
+from features.status import Status
+from features.store import FeatureStore
+from pipeline.config import load_config
+from pipeline.inspection import verify_store
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+GIGABYTE = 1 << 30
+JPEG = tiny.encoded(tiny.picture(0))
+JSON = b'{"short": "a circle", "long": "a red circle"}'
+
+
+def extracted(run_file: Path) -> FeatureStore:
+    """Run stage one and open the training store, which must be whole."""
+    store = FeatureStore.open(extract(load_config(str(run_file)), StopRequest())[0])
+    assert verify_store(store.path) == []
+    return store
+
+
+def statuses(store: FeatureStore, column: str) -> dict[str, Status]:
+    """Return what became of each row of the hostile shard, by name."""
+    codes = map(Status, store.column(column).status().tolist())
+    rows = zip(store.keys().tolist(), codes, strict=True)
+    return {key.partition("/")[2]: code for key, code in rows if key.startswith("train-1/")}
+
+
+def files_outside(folder: Path) -> set[str]:
+    """Return all paths below a folder, but not those of the run."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {path.as_posix() for path in paths if path.parts[0] != "run"}
+
+
+def test_members_that_lead_out_of_the_archive_make_no_row_and_no_file(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=4)
+    names = ["../up", "/absolute", "a/../../up", "./../up", "a/..", "inside", "a/b/inside"]
+    members = [
+        (f"{name}{end}", data) for name in names for end, data in [(".jpg", JPEG), (".json", JSON)]
+    ]
+    tiny.write_tar(tmp_path / "shards" / "train-1.tar", members)
+    before = files_outside(tmp_path)
+    store = extracted(run_file)
+    assert statuses(store, "image/vit") == {"inside": Status.OK, "a/b/inside": Status.OK}
+    assert files_outside(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE],
+    ids=["symbolic link", "hard link", "character device", "block device", "pipe"],
+)
+def test_links_and_devices_are_never_followed(kind: bytes, tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=4)
+    with tarfile.open(tmp_path / "shards" / "train-1.tar", "w") as tar:
+        for name, content in [("good.jpg", JPEG), ("good.json", JSON), ("x.json", JSON)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, target in [
+            ("x.jpg", "good.jpg"),
+            ("y.jpg", str(run_file)),
+            ("y.txt", "/etc/passwd"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    store = extracted(run_file)
+    found = statuses(store, "image/vit")
+    assert found == {"good": Status.OK, "x": Status.MISSING_IMAGE}
+
+
+def pickle_that_makes(folder: Path) -> bytes:
+    """A pickle that makes a folder when it is loaded."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(folder),)
+
+    return pickle.dumps(Trap())
+
+
+def test_pickles_in_shards_and_encoders_are_never_loaded(tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    content = pickle_that_makes(trap)
+    pickle.loads(content)  # noqa: S301 - our own, to see that it would work
+    trap.rmdir()
+
+    run_file = tiny.world(tmp_path, rows=4)
+    suffixes = ["pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "jpg", "json", "txt", "cls"]
+    members = [(f"x.{suffix}", content) for suffix in suffixes]
+    tiny.write_tar(tmp_path / "shards" / "train-1.tar", members)
+    store = extracted(run_file)
+    assert statuses(store, "image/vit") == {"x": Status.NOT_AN_IMAGE}
+    assert not trap.exists()
+
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    (tmp_path / "vit" / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(EncoderError, match=r"no \.safetensors"):
+        extracted(run_file)
+    assert not trap.exists()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of one black pixel row that says it has another size, and further chunks."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    body = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(bytes(2))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in body
+    )
+
+
+def write_sparse_tar(path: Path, members: Sequence[tuple[str, bytes | int]]) -> None:
+    """Write a tar in which a member given by its size alone is a hole in the file."""
+    with path.open("wb") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = content if isinstance(content, int) else len(content)
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            if isinstance(content, bytes):
+                file.write(content)
+            padded = -(-info.size // 512) * 512
+            file.seek(padded - (len(content) if isinstance(content, bytes) else 0), os.SEEK_CUR)
+        file.write(bytes(1024))
+
+
+def bombs() -> list[tuple[str, bytes | int]]:
+    """Members that say they are, or become when unpacked, much more than they are."""
+    zeros = zlib.compress(bytes(1 << 27), 9)
+    return [
+        ("pixels.png", png(60_000, 60_000)),
+        ("text.png", png(8, 1, (b"zTXt", b"k\0\0" + zeros))),
+        ("profile.png", png(8, 1, (b"iCCP", b"k\0\0" + zeros))),
+        ("packed.jpg", gzip.compress(JPEG)),
+        ("unread.json.gz", gzip.compress(bytes(1 << 27))),
+        ("good.jpg", JPEG),
+        ("giant.jpg", 3 * GIGABYTE),
+        ("words.jpg", JPEG),
+        ("words.json", 3 * GIGABYTE),
+        ("deep.jpg", JPEG),
+        ("deep.json", b"[" * 1_000_000),
+        ("digits.jpg", JPEG),
+        ("digits.json", b'{"short": "a", "label": ' + b"9" * 1_000_000 + b"}"),
+    ]
+
+
+def test_bombs_are_quarantined_in_bounded_memory(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=4)
+    write_sparse_tar(tmp_path / "shards" / "train-1.tar", bombs())
+    command = [sys.executable, "-m", "pipeline.cli", "extract", str(run_file)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stderr.close()
+    assert process.returncode == 0, errors
+    assert usage.ru_maxrss < GIGABYTE / 1024  # kilobytes; 0.55 GB without the bombs
+
+    found = statuses(extracted(run_file), "image/vit")
+    assert found == {
+        "pixels": Status.IMAGE_TOO_LARGE,
+        "text": Status.TRUNCATED_IMAGE,
+        "profile": Status.TRUNCATED_IMAGE,
+        "packed": Status.NOT_AN_IMAGE,
+        "good": Status.OK,
+        "giant": Status.IMAGE_TOO_LARGE,
+        "words": Status.OK,
+        "deep": Status.OK,
+        "digits": Status.OK,
+    }
+    assert "images over 256 MiB (quarantined): 1" in errors
+
+
+def test_keys_in_any_script_stay_as_they_are_and_apart(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=4)
+    names = [
+        "caf\u00e9",  # one character for the letter and its accent
+        "cafe\u0301",  # two: it looks the same
+        "🟥🔵",
+        "👩‍👩‍👧",
+        "中文/日本語",
+        "עברית",
+        "a b\tc",
+        "x" * 5_000,
+        "/".join(["folder"] * 300),
+    ]
+    members = [
+        (f"{name}.{end}", data) for name in names for end, data in [("jpg", JPEG), ("json", JSON)]
+    ]
+    tiny.write_tar(tmp_path / "shards" / "train-1.tar", members)
+    store = extracted(run_file)
+    assert list(statuses(store, "image/vit")) == names
+    assert set(statuses(store, "image/vit").values()) == {Status.OK}
+    assert store.rows == 2 + len(names)
