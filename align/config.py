@@ -2,7 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from features.storage.place import PlaceSetting
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -83,6 +93,15 @@ class AlignConfig(BaseModel):
 
     split: str = "train"
     """Split of `[data]` to train on."""
+    mix: dict[str, PositiveFloat] = {}
+    """Splits of `[data]` to train on together instead, and how many rows of each batch come from
+    each, in proportion: `{ cc3m = 1.0, flickr = 2.0 }`."""
+    store: PlaceSetting | None = None
+    """Store, or folder of a run, whose features are used instead of this run's own: one that `sail
+    convert` wrote, for example."""
+    text_store: PlaceSetting | None = None
+    """Store, or folder of a run, whose text features and captions are used with the images of the
+    other; its keys must be the same, in the same order."""
     image: str | None = None
     """Name of the image encoder; the only one of the recipe if not given."""
     text: str | None = None
@@ -115,8 +134,13 @@ class AlignConfig(BaseModel):
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; one a minute (and at the end) if not given."""
     memory_mb: PositiveInt = 2048
-    """Memory for the loader's windows of chunks, in MiB, on the device that trains: larger shuffles
-    better. A store that fits in it is read once."""
+    """Memory for the loader's windows of chunks, in MiB, on the device that trains (on all devices
+    together, where there are several): larger shuffles better. Stores that fit are read once."""
+    host_memory_mb: NonNegativeInt = 8192
+    """Pinned memory of the host, in MiB, for stores that do not fit in `memory_mb` of a GPU: those
+    that fit here are read once. 0 to read windows of them from the disk again and again."""
+    verify: bool = True
+    """Check the crc32c of every chunk of features when it is read for the first time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where a GPU has it. Weights stay float32."""
     ema: float | None = Field(default=None, gt=0, lt=1)

@@ -1,10 +1,11 @@
 """Retrieval on the held-out rows during training: what the best checkpoint is chosen by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64
+from jaxtyping import Bool, Float, Float16, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,14 +18,27 @@ RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024
 
 
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Rows of one store that are scored."""
+
+    columns: Columns
+    rows: Int64[np.ndarray, "queries"]
+    """In order."""
+    text_ok: Bool[np.ndarray, "queries fields"]
+    """Their captions that can be used."""
+
+    def texts(self) -> Float16[np.ndarray, "queries fields dim"]:
+        """Read the features of all captions."""
+        return np.stack([_read_rows(column, self.rows) for column in self.columns.text], axis=1)
+
+
 class HeldOut:
     """The features of the held-out rows, in memory, and what is right for each of them."""
 
     def __init__(
         self,
-        columns: Columns,
-        rows: Int64[np.ndarray, "queries"],
-        text_ok: Bool[np.ndarray, "queries fields"],
+        parts: Sequence[HeldOutRows],
         *,
         identical: bool,
         device: torch.device,
@@ -32,21 +46,24 @@ class HeldOut:
         """Read the rows.
 
         Args:
-            columns: What is read.
-            rows: Rows of the store, in order.
-            text_ok: Their captions that can be used.
+            parts: Rows of each store. One that has fewer caption fields than another is filled up
+                with captions that do not count.
             identical: Whether a caption with the same words is as right as the image's own.
             device: Where the features are kept.
         """
         self.device = device
-        texts = [_read_rows(column, rows) for column in columns.text]
-        self._image = torch.from_numpy(_read_rows(columns.image, rows)).to(device)
-        self._text = torch.from_numpy(np.stack(texts, axis=1)).flatten(0, 1).to(device)
+        fields = max(len(part.columns.text) for part in parts)
+        images = [_read_rows(part.columns.image, part.rows) for part in parts]
+        texts = [_filled(part.texts(), fields) for part in parts]
+        weights = [_filled(part.text_ok, fields).astype(np.float32) for part in parts]
+        self._image = torch.from_numpy(np.concatenate(images)).to(device)
+        self._text = torch.from_numpy(np.concatenate(texts)).flatten(0, 1).to(device)
         ids = None
         if identical:
-            ids = torch.from_numpy(_caption_ids(columns, rows)).to(device)
-        weights = torch.from_numpy(text_ok.reshape(-1).astype(np.float32)).to(device)
-        self._pairs = Pairs(len(columns.text), weights, ids)
+            every = [_filled(_caption_ids(part.columns, part.rows), fields) for part in parts]
+            ids = torch.from_numpy(np.concatenate(every)).to(device)
+        used = torch.from_numpy(np.concatenate(weights)).flatten().to(device)
+        self._pairs = Pairs(fields, used, ids)
 
     def __len__(self) -> int:
         return len(self._image)
@@ -125,9 +142,15 @@ def _caption_ids(
     for part in _by_chunk(rows, columns.image.rows_per_chunk):
         first, last = int(rows[part][0]), int(rows[part][-1])
         for field, name in enumerate(columns.fields):
-            captions = columns.store.captions(name, first, last + 1)[rows[part] - first]
+            captions = columns.text_store.captions(name, first, last + 1)[rows[part] - first]
             ids[part, field] = key_hashes(captions, len(captions)).view(np.int64)
     return ids
+
+
+def _filled(values: Shaped[np.ndarray, "queries ..."], fields: int) -> np.ndarray:
+    """Append fields of zeros until there are as many."""
+    missing = fields - values.shape[1]
+    return np.pad(values, [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)])
 
 
 def _by_chunk(rows: Int64[np.ndarray, "queries"], rows_per_chunk: int) -> list[slice]:

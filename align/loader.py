@@ -1,26 +1,29 @@
-"""Shuffled batches of features from a store that may be far larger than memory.
+"""Shuffled batches of features from stores that may be far larger than memory.
 
 Windows of random chunks (see `align.order`) are read straight into reused buffers, one while the
-batches of the other are used; no row is touched by Python. A store that fits is read once.
+batches of the other are used; no row is touched by Python. Stores that fit are read once. See
+docs/loader.md.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64
+from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
-from align.order import Order, Window
+from align.chunks import ChunkReader
+from align.order import Order
 from align.pool import Pool
-from align.selection import Columns
+from align.stream import Part, Source, Stream, joined
+from align.tiers import MIB, Needs, plan_memory, shares
 from features.errors import TrainingError
 
-CAPTIONS = 2  # stream of random numbers; those of align.order are 0 and 1
-MIB = 2**20
+__all__ = ["MIB", "Batch", "Loader", "LoaderOptions", "Source"]
 CPU = torch.device("cpu")
 
 
@@ -32,14 +35,16 @@ class LoaderOptions:
     """Images per batch, those of all processes together."""
     memory_bytes: int
     """For what grows with the windows and the batch, on the devices of all processes together."""
+    host_memory_bytes: int = 0
+    """For all rows on the host, where a GPU has not room for them; of all processes together."""
     seed: int = 0
     """Of the order and of the drawn captions."""
     captions_per_image: int | None = None
     """Captions drawn per image and step; all if not given."""
-    field_weights: tuple[float, ...] | None = None
-    """Weight of each caption field in the loss; 1 if not given."""
     with_caption_ids: bool = False
     """Hand out a hash of every caption."""
+    verify: bool = True
+    """Check the crc32c of every chunk the first time that it is read."""
     device: torch.device = CPU
     """Where the windows and the batches lie."""
     rank: int = 0
@@ -48,19 +53,13 @@ class LoaderOptions:
     """Processes that train together: each takes its share of every batch, in order of the ranks.
     The batches are the same for any number of them."""
 
-    @property
-    def places(self) -> range:
-        """Places of each batch that this process takes."""
-        share = self.batch_size // self.ranks
-        return range(self.rank * share, (self.rank + 1) * share)
-
 
 @dataclass(frozen=True)
 class Batch:
     """What this process has of one step; the next batch overwrites the memory of the features."""
 
     rows: Int64[np.ndarray, "batch"]
-    """Rows of the store."""
+    """Rows of the store; of several, as if they stood one behind the other."""
     image: Float16[Tensor, "batch image_dim"]
     text: Float16[Tensor, "batch fields text_dim"]
     weights: Float[Tensor, "batch fields"]
@@ -72,24 +71,17 @@ class Batch:
 class Loader:
     """A stream of batches that can begin at any step."""
 
-    def __init__(
-        self,
-        columns: Columns,
-        rows: Bool[np.ndarray, "rows"],
-        text_ok: Bool[np.ndarray, "rows fields"],
-        options: LoaderOptions,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], options: LoaderOptions) -> None:
         """Take the memory that all batches will need.
 
         Args:
-            columns: What is read.
-            rows: The rows to go through; each has an image, and a caption at least.
-            text_ok: Captions that can be used.
+            sources: What is read; each batch has rows of all of them, in proportion to the weights.
             options: How.
 
         Raises:
             TrainingError: The memory does not hold two chunks and a batch, there are fewer rows
-                than a batch has, or a batch cannot be shared out evenly.
+                than a batch has, a batch cannot be shared out evenly, or the sources do not go
+                together.
         """
         if options.batch_size % options.ranks:
             raise TrainingError(
@@ -97,45 +89,46 @@ class Loader:
                 f"{options.ranks} processes. A multiple of their number was expected. Correct "
                 f"align.batch_size, or start another number of processes."
             )
-        self.columns = columns
         self.options = options
-        self._text_ok = text_ok
-        fields = len(columns.text)
-        self._drawn = min(options.captions_per_image or fields, fields)
-        self._field_weights = np.array(options.field_weights or (1.0,) * fields, dtype=np.float32)
-        self.order = Order(
-            rows,
-            rows_per_chunk=columns.image.rows_per_chunk,
-            chunks_per_window=self._chunks_that_fit(),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            places=options.places,
-        )
-        if self.order.steps_per_epoch == 0:
-            raise TrainingError(
-                f"align.batch_size = {options.batch_size} is more than the {int(rows.sum())} rows "
-                f"of {columns.store.path} to train on. At least one whole batch was expected. "
-                f"Lower align.batch_size."
-            )
-        self._pools = [
-            Pool(
-                columns,
-                self._slots(),
-                with_caption_ids=options.with_caption_ids,
-                device=options.device,
-            )
-            for _ in range(1 if self.order.is_resident else 2)
+        captions = _captions(sources, options.captions_per_image)
+        parts = shares([source.weight for source in sources], options.batch_size)
+        self.steps_per_epoch = _rows(sources) // options.batch_size
+        """Whole batches that one pass over the rows gives."""
+        for source, share in zip(sources, parts, strict=True):
+            _check_share(source, share, options.batch_size)
+        needs = [
+            Needs(source.columns, share, captions, options.with_caption_ids)
+            for source, share in zip(sources, parts, strict=True)
         ]
-        size, device = len(options.places), options.device
-        self._image = torch.empty(size, columns.image.dim, dtype=torch.float16, device=device)
-        self._text = torch.empty(
-            size, self._drawn, columns.text[0].dim, dtype=torch.float16, device=device
+        has_host = options.device.type == "cuda"
+        plan = plan_memory(
+            needs,
+            device_bytes=options.memory_bytes,
+            host_bytes=options.host_memory_bytes if has_host else 0,
+            device=str(options.device),
+        )
+        self.tier = plan.tier
+        self.streams = [
+            self._stream(source, share, places, chunks=chunks, captions=captions)
+            for source, share, places, chunks in zip(
+                sources, parts, _places(parts, options), plan.chunks, strict=True
+            )
+        ]
+        size, first = options.batch_size // options.ranks, sources[0].columns
+        self._image, self._text = (
+            [
+                torch.empty(size, *shape, dtype=torch.float16, device=options.device)
+                for _ in range(2 if plan.tier == "host" else 1)
+            ]
+            for shape in ((first.image.dim,), (captions, first.text[0].dim))
         )
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches that one pass over the rows gives."""
-        return self.order.steps_per_epoch
+    def nbytes(self) -> int:
+        """Bytes of the windows and of the batch."""
+        pools = [pool for stream in self.streams for pool in stream.pools]
+        batches = [*self._image, *self._text]
+        return sum(each.nbytes for each in pools) + sum(each.nbytes for each in batches)
 
     def batches(self, first_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of some steps, epoch after epoch.
@@ -145,114 +138,127 @@ class Loader:
         Raises:
             StoreCorruptError: A chunk is not what was written.
         """
-        windows = self.order.windows(first_step, stop_step)
-        step, parts = first_step, list[_Part]()
-        missing = size = len(self.options.places)
-        for window, pool in self._loaded(windows):
-            start = 0
-            while start < len(window.positions):
-                positions = window.positions[start : start + missing]
-                done = size - missing
-                parts.append(self._gather(window, pool, positions, step=step, done=done))
-                start += len(positions)
-                missing -= len(positions)
-                if missing == 0:
-                    yield self._batch(parts)
-                    step, parts, missing = step + 1, [], size
+        batches = self._batches(first_step, stop_step)
+        with closing(batches):
+            yield from _one_ahead(batches) if self.tier == "host" else batches
 
-    def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Pool]]:
-        """Yield windows in memory; the next is loaded meanwhile, into the pool that is free."""
+    def keys(self, step: int, count: int) -> list[str]:
+        """Return the keys of the first rows of a step, without reading any features."""
+        found: list[str] = []
+        for stream in self.streams:
+            store = stream.source.columns.store
+            rows = stream.order.rows(step)[: count - len(found)].tolist()
+            found += [str(store.keys(row, row + 1)[0]) for row in rows]
+        return found
 
-        def load(pool: Pool) -> tuple[Window, Pool] | None:
-            window = next(windows, None)
-            if window is None:
-                return None
-            pool.fill(window)
-            return window, pool
-
-        pools = cycle(self._pools)
-        with ThreadPoolExecutor(1, "sail-window") as background:
-            coming = background.submit(load, next(pools))
-            while (loaded := coming.result()) is not None:
-                coming = background.submit(load, next(pools))
-                yield loaded
-                loaded[1].mark_used()
-
-    def _gather(
-        self,
-        window: Window,
-        pool: Pool,
-        positions: Int64[np.ndarray, "part"],
-        *,
-        step: int,
-        done: int,
-    ) -> "_Part":
-        """Copy rows of a window into the batch, behind the `done` rows that are there."""
-        rows = self.order.store_rows(window, positions)
-        ok = self._text_ok[rows]
-        fields = self._draw(ok, step, done)
-        into = slice(done, done + len(positions))
-        pool.gather(positions, fields, self._image[into], self._text[into])
-        weights = self._field_weights[fields] * np.take_along_axis(ok, fields, axis=1)
-        return _Part(rows, weights, pool.caption_ids(positions, fields))
-
-    def _draw(
-        self, ok: Bool[np.ndarray, "part all_fields"], step: int, done: int
-    ) -> Int64[np.ndarray, "part fields"]:
-        """Choose caption fields for each row, those that can be used before the others."""
-        fields = ok.shape[1]
-        if self._drawn == fields:
-            return np.broadcast_to(np.arange(fields), ok.shape)
-        generator = np.random.Generator(np.random.PCG64([self.options.seed, CAPTIONS, step]))
-        ranks = generator.random((self.options.batch_size, fields), dtype=np.float32)
-        first = self.options.places.start + done
-        ranks = ranks[first : first + len(ok)] + ~ok
-        chosen = np.argpartition(ranks, self._drawn - 1, axis=1)[:, : self._drawn]
-        return np.sort(chosen, axis=1)
-
-    def _batch(self, parts: "list[_Part]") -> Batch:
+    def _batches(self, first_step: int, stop_step: int) -> Generator[Batch, None, None]:
+        """Gather batch after batch, into as many memories in turn as there are."""
         device = self.options.device
-        weights = np.concatenate([part.weights for part in parts])
-        ids = [part.caption_ids for part in parts if part.caption_ids is not None]
-        return Batch(
-            rows=np.concatenate([part.rows for part in parts]),
-            image=self._image,
-            text=self._text,
-            weights=torch.from_numpy(weights).to(device),
-            caption_ids=torch.from_numpy(np.concatenate(ids)).to(device) if ids else None,
-        )
+        turns = cycle(zip(self._image, self._text, strict=True))
+        with ExitStack() as stack:
+            streams = [
+                stack.enter_context(closing(each)) for each in self._parts(first_step, stop_step)
+            ]
+            for _ in range(first_step, stop_step):
+                part = joined([next(each) for each in streams])
+                image, text = next(turns)
+                ids = part.caption_ids
+                yield Batch(
+                    rows=part.rows,
+                    image=image,
+                    text=text,
+                    weights=torch.from_numpy(part.weights).to(device),
+                    caption_ids=None if ids is None else torch.from_numpy(ids).to(device),
+                )
 
-    def _slots(self) -> int:
-        """Chunks of a window that this process reads; the parts of two others may touch them."""
-        return min(
-            self.order.chunks_per_window // self.options.ranks + 2, self.order.chunks_per_window
-        )
+    def _parts(self, first_step: int, stop_step: int) -> list[Generator[Part, None, None]]:
+        """Begin the streams, each with its own places of the batch to fill."""
+        begun, first_row, start = [], 0, 0
+        for stream in self.streams:
+            stop = start + len(stream.order.places)
+            if start < stop:
+                memories = [
+                    (image[start:stop], text[start:stop])
+                    for image, text in zip(self._image, self._text, strict=True)
+                ]
+                begun.append(stream.parts(first_step, stop_step, memories, first_row=first_row))
+            first_row += stream.source.columns.store.rows
+            start = stop
+        return begun
 
-    def _chunks_that_fit(self) -> int:
-        image, text = self.columns.image, self.columns.text
-        text_dim = text[0].dim
-        row_bytes = 2 * (image.dim + len(text) * text_dim)
-        row_bytes += 8 * len(text) * self.options.with_caption_ids
-        chunk_bytes = image.rows_per_chunk * row_bytes
-        batch_bytes = 2 * self.options.batch_size * (image.dim + self._drawn * text_dim)
-        left = self.options.memory_bytes - batch_bytes
-        if image.num_chunks * chunk_bytes <= left:
-            return image.num_chunks
-        if left < 2 * chunk_bytes:
-            needed = -(-(batch_bytes + 2 * chunk_bytes) // MIB)
-            raise TrainingError(
-                f"align.memory_mb = {self.options.memory_bytes // MIB} does not hold two chunks "
-                f"({chunk_bytes / MIB:,.1f} MiB each) and a batch ({batch_bytes / MIB:,.1f} MiB). "
-                f"At least {needed} were expected. Raise align.memory_mb, lower align.batch_size, "
-                f"or extract with fewer extract.rows_per_chunk."
+    def _stream(
+        self, source: Source, share: int, places: range, *, chunks: int, captions: int
+    ) -> Stream:
+        options, columns = self.options, source.columns
+        order = Order(
+            source.rows,
+            rows_per_chunk=columns.image.rows_per_chunk,
+            chunks_per_window=chunks,
+            batch_size=share,
+            seed=options.seed,
+            places=places,
+        )
+        memory = CPU if self.tier == "host" else options.device
+        reader = ChunkReader(columns, verify=options.verify, memory=memory)
+        slots = order.chunks_per_window * len(places) // share + 2  # two may be shared with others
+        pools = [
+            Pool(
+                reader,
+                min(slots, order.chunks_per_window),
+                with_caption_ids=options.with_caption_ids,
+                memory=memory,
+                device=options.device,
             )
-        return left // (2 * chunk_bytes)
+            for _ in range(1 if order.is_resident else 2)
+        ]
+        return Stream(source, order, pools if places else [], captions=captions)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What is known of rows of a batch that come from one window, beside their features."""
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches that a thread makes while the one before is used."""
+    with ThreadPoolExecutor(1, "sail-batch") as background:
+        coming = background.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = background.submit(next, batches, None)
+            yield batch
 
-    rows: Int64[np.ndarray, "part"]
-    weights: Float[np.ndarray, "part fields"]
-    caption_ids: Int64[np.ndarray, "part fields"] | None
+
+def _places(parts: Sequence[int], options: LoaderOptions) -> Iterator[range]:
+    """Yield, for each source, which of its places in a batch this process takes."""
+    size = options.batch_size // options.ranks
+    first = options.rank * size
+    for share in parts:
+        yield range(min(max(first, 0), share), max(min(first + size, share), 0))
+        first -= share
+
+
+def _captions(sources: Sequence[Source], captions_per_image: int | None) -> int:
+    """Return how many captions each image of a batch has; the same for all sources."""
+    counts = {len(source.columns.text) for source in sources}
+    drawn = {min(captions_per_image or count, count) for count in counts}
+    if len(drawn) > 1:
+        raise TrainingError(
+            f"The stores of align.mix give {sorted(drawn)} captions per image. The same number was "
+            f"expected from each. Set align.captions_per_image, or name fields that all of them "
+            f"have in align.fields."
+        )
+    return drawn.pop()
+
+
+def _rows(sources: Sequence[Source]) -> int:
+    return sum(int(source.rows.sum()) for source in sources)
+
+
+def _check_share(source: Source, share: int, batch_size: int) -> None:
+    rows, path = int(source.rows.sum()), source.columns.store.path
+    if share == 0:
+        raise TrainingError(
+            f"The weight of {path} in align.mix gives it no row of a batch of {batch_size}. At "
+            f"least one was expected. Raise its weight or align.batch_size."
+        )
+    if share > rows:
+        part = "" if share == batch_size else f", of which {share} come from that store"
+        raise TrainingError(
+            f"align.batch_size = {batch_size}{part} is more than the {rows} rows of {path} to "
+            f"train on. At least one whole batch was expected. Lower align.batch_size."
+        )

@@ -9,7 +9,6 @@ from torch import Tensor
 from align.checkpoint import CheckpointFolder
 from align.loader import Batch
 from align.metrics import MetricsLog
-from align.selection import Columns
 from align.training import CHOSEN_BY, Training
 from features.errors import TrainingError
 
@@ -26,7 +25,6 @@ class Loop:
     def __init__(
         self,
         training: Training,
-        columns: Columns,
         folder: CheckpointFolder,
         log: MetricsLog | None,
     ) -> None:
@@ -34,13 +32,11 @@ class Loop:
 
         Args:
             training: What changes.
-            columns: What it is trained on.
             folder: Where checkpoints go.
             log: Where metrics go; only the first of several processes has one.
         """
         self.ring = training.ring
         self.training = training
-        self.columns = columns
         self.folder = folder
         self.log = log
         config = training.config
@@ -136,8 +132,7 @@ class Loop:
 
     def failure(self, step: int, what: str) -> TrainingError:
         """Return the error that says at which step and rows numbers ceased to be finite."""
-        rows = self.training.loader.order.rows(step - 1)[:3].tolist()
-        keys = [str(self.columns.store.keys(row, row + 1)[0]) for row in rows]
+        keys = self.training.loader.keys(step - 1, 3)
         last = self.folder.last
         good = f"is {last.resolve()}" if last.exists() else "was not written yet"
         return TrainingError(

@@ -2,8 +2,8 @@
 
 An epoch goes through all chunks in random order. As many as fit in memory form a window, whose
 rows are shuffled, so that a row meets rows of that many random chunks. Batches are cut from the
-windows one after the other and may span two. What is left at the end of an epoch and does not fill
-a batch is dropped; the next epoch drops others.
+windows one after the other and may span two. Rows of the last window that would not fill a batch
+are dropped; the next epoch drops others.
 
 The places of a batch are divided into lanes, and the rows of a window into as many parts: the
 places of a lane take the rows of its part, shuffled. So every batch has rows of all parts; but a
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
 CHUNKS, ROWS = 0, 1  # streams of random numbers
-LANES = 64
+LANES, PLACES_PER_LANE = 64, 8  # at most so many lanes, at least so wide
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,22 @@ class Order:
             key: Number of the epoch and of the window in it.
         """
         size, places = self.batch_size, self.places
+        lanes = max(1, min(LANES, size // PLACES_PER_LANE))
         ordered = self._usable(chunks)
-        after = before + len(ordered)
-        shuffled = np.full(len(ordered), -1)
-        for lane in range(LANES):
-            first, last = lane * size // LANES, (lane + 1) * size // LANES
+        count = min(len(ordered), self.steps_per_epoch * size - before)  # the others are dropped
+        after = before + count
+        shuffled = np.full(count, -1)
+        for lane in range(lanes):
+            first, last = lane * size // lanes, (lane + 1) * size // lanes
             taken = range(max(first, places.start), min(last, places.stop))
             if not taken:
                 continue
-            part = slice(
-                _places_between(before, after, first, size),
-                _places_between(before, after, last, size),
+            start, stop = (
+                _places_between(before, after, place, size) * len(ordered) // count
+                for place in (first, last)
             )
-            rows = self._generator(ROWS, *key, lane).permutation(ordered[part])
             index = _indices(before, after, range(first, last), size)
+            rows = self._generator(ROWS, *key, lane).permutation(ordered[start:stop])[: len(index)]
             place = (index + before) % size
             mine = (place >= taken.start) & (place < taken.stop)
             shuffled[index[mine]] = rows[mine]

@@ -1,39 +1,53 @@
 """Memory for one window of chunks: filled from the store by a few threads, gathered from by row."""
 
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 
 import numpy as np
 import torch
 from jaxtyping import Float16, Int64
 from torch import Tensor
 
+from align.chunks import ChunkReader
 from align.order import Window
-from align.selection import Columns, key_hashes
-from features.column import Column
-
-READERS = 4  # threads that read chunks: enough to keep a local disk busy
-REMOTE_READERS = 16  # under a URL they mostly wait
+from align.selection import key_hashes
 
 
 class Pool:
-    """The features, and on request the caption ids, of the chunks of one window.
-
-    On a GPU the features lie on the device; chunks come there through pinned memory on a stream of
-    their own, so that training goes on meanwhile.
-    """
+    """The features, and on request the caption ids, of the chunks of one window."""
 
     def __init__(
-        self, columns: Columns, slots: int, *, with_caption_ids: bool, device: torch.device
+        self,
+        reader: ChunkReader,
+        slots: int,
+        *,
+        with_caption_ids: bool,
+        memory: torch.device,
+        device: torch.device,
     ) -> None:
-        """Take memory for a number of chunks; a window that has more of them takes more."""
-        self.columns = columns
-        self.device = device
+        """Take memory for a number of chunks; a window that has more of them takes more.
+
+        Args:
+            reader: Reads the chunks.
+            slots: How many.
+            with_caption_ids: Whether the captions are hashed too.
+            memory: Where the chunks lie.
+            device: Where the batches lie.
+        """
+        self.columns = reader.columns
+        self.memory = memory
+        self._reader = reader
+        self._image = RowsInMemory(self.columns.image.dtype, memory, device)
+        self._text = RowsInMemory(self.columns.text[0].dtype, memory, device)
         self._with_caption_ids = with_caption_ids
         self._take_memory(slots)
         self._chunks: np.ndarray | None = None
-        self._staging = _Staging(columns, device) if device.type == "cuda" else None
         self._used: torch.cuda.Event | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks that can be here."""
+        ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
+        return self._image.nbytes + self._text.nbytes + ids
 
     def fill(self, window: Window) -> None:
         """Read the chunks of a window, unless they are here already.
@@ -49,12 +63,16 @@ class Pool:
         if len(window.chunks) > self._slots:
             self._take_memory(len(window.chunks))
         jobs = list(enumerate(window.chunks.tolist()))
-        with ThreadPoolExecutor(_readers(self.columns), "sail-read") as readers:
+        with ThreadPoolExecutor(self._reader.threads, "sail-read") as readers:
             reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
-            for slot, chunk in jobs:
-                self._hash_captions(slot, chunk)
-            for read in reads:
-                read.result()
+            try:
+                for slot, chunk in jobs:
+                    self._hash_captions(slot, chunk)
+                for read in reads:
+                    read.result()
+            finally:
+                for read in reads:
+                    read.cancel()  # of no use after a chunk that cannot be read
         self._chunks = window.chunks
 
     def gather(
@@ -65,9 +83,9 @@ class Pool:
         text: Float16[Tensor, "batch fields text_dim"],
     ) -> None:
         """Copy rows, and the given caption fields of each, into the memory of a batch."""
-        captions = fields * self._text.shape[1] + positions[:, None]
-        _take(self._image, positions, image)
-        _take(self._text.flatten(0, 1), captions.reshape(-1), text.flatten(0, 1))
+        captions = fields * (self._slots * self._size) + positions[:, None]
+        self._image.gather(positions, image)
+        self._text.gather(captions.reshape(-1), text.flatten(0, 1))
 
     def caption_ids(
         self, positions: Int64[np.ndarray, "batch"], fields: Int64[np.ndarray, "batch fields"]
@@ -77,39 +95,32 @@ class Pool:
 
     def mark_used(self) -> None:
         """Say that nothing more will be gathered from the chunks that are here."""
-        if self.device.type == "cuda":
+        if self.memory.type == "cuda":
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used.record()
 
     def _take_memory(self, slots: int) -> None:
-        columns, device = self.columns, self.device
-        rows, fields = slots * columns.image.rows_per_chunk, len(columns.text)
+        self._size = self.columns.image.rows_per_chunk
         self._slots = slots
-        self._image = self._text = torch.empty(0)  # what there was is given back first
-        self._image = torch.empty(rows, columns.image.dim, dtype=torch.float16, device=device)
-        self._text = torch.empty(
-            fields, rows, columns.text[0].dim, dtype=torch.float16, device=device
-        )
+        rows, fields = slots * self._size, len(self.columns.text)
+        self._image.take_memory(rows, self.columns.image.dim)
+        self._text.take_memory(fields * rows, self.columns.text[0].dim)
         ids = np.empty((rows, fields), dtype=np.int64)
         self._caption_ids = ids if self._with_caption_ids else None
 
     def _read_chunk(self, slot: int, chunk: int) -> None:
-        size = self.columns.image.rows_per_chunk
-        part = slice(slot * size, (slot + 1) * size)
-        self._read(self.columns.image, chunk, self._image[part])
+        targets = [(self.columns.image, self._image, slot)]
         for field, column in enumerate(self.columns.text):
-            self._read(column, chunk, self._text[field, part])
-
-    def _read(self, column: Column, chunk: int, target: Float16[Tensor, "rows dim"]) -> None:
-        if self._staging is None:
-            column.read_into(chunk, target.numpy())
-        else:
-            self._staging.read(column, chunk, target)
+            targets.append((column, self._text, field * self._slots + slot))
+        for column, rows, place in targets:
+            part = slice(place * self._size, (place + 1) * self._size)
+            scale = None if rows.scale is None else rows.scale[part]
+            self._reader.read(column, chunk, rows.values[part], scale)
 
     def _hash_captions(self, slot: int, chunk: int) -> None:
         if self._caption_ids is None:
             return
-        store, size = self.columns.store, self.columns.image.rows_per_chunk
+        store, size = self.columns.text_store, self._size
         start, stop = chunk * size, min((chunk + 1) * size, store.rows)
         for field, name in enumerate(self.columns.fields):
             hashes = key_hashes(store.captions(name, start, stop), stop - start)
@@ -117,41 +128,54 @@ class Pool:
             rows[:, field] = hashes.view(np.int64)
 
 
-def _readers(columns: Columns) -> int:
-    return REMOTE_READERS if columns.image.is_remote else READERS
+class RowsInMemory:
+    """Rows of features as they are on disk, and how to make a batch of some of them.
 
+    Where the memory is that of the host and the batch is on a GPU, rows are gathered into pinned
+    memory and copied; int8 features are multiplied by the factors of their rows on the device.
+    """
 
-def _take(
-    features: Float16[Tensor, "rows dim"],
-    rows: Int64[np.ndarray, "batch"],
-    out: Float16[Tensor, "batch dim"],
-) -> None:
-    if features.device.type == "cpu":  # with `clip`, which never applies, numpy copies rows whole
-        np.take(features.numpy(), rows, axis=0, out=out.numpy(), mode="clip")
-    else:
-        torch.index_select(features, 0, torch.from_numpy(rows).to(features.device), out=out)
+    def __init__(self, dtype: np.dtype, memory: torch.device, device: torch.device) -> None:
+        self.values = torch.empty(0, dtype=torch.int8 if dtype == np.int8 else torch.float16)
+        self.scale: Tensor | None = None
+        self._memory = memory
+        self._device = device
+        self._pin = memory.type == "cpu" and device.type == "cuda"
+        self._gathered = self.values
+        self._copied: torch.cuda.Event | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-class _Staging:
-    """Pinned buffers of one chunk each, and the stream on which they are copied to a GPU."""
+    def take_memory(self, rows: int, dim: int) -> None:
+        """Make room for rows; what there was is given back first."""
+        self.values, dtype = torch.empty(0), self.values.dtype
+        self.values = self._empty(rows, dim, dtype=dtype)
+        if dtype == torch.int8:
+            self.scale = self._empty(rows, dtype=torch.float32)
 
-    def __init__(self, columns: Columns, device: torch.device) -> None:
-        dim = max(columns.image.dim, columns.text[0].dim)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._free: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(_readers(columns)):
-            elements = columns.image.rows_per_chunk * dim
-            self._free.put(torch.empty(elements, dtype=torch.float16, pin_memory=True))
+    def gather(self, rows: Int64[np.ndarray, "batch"], out: Float16[Tensor, "batch dim"]) -> None:
+        """Copy rows into the memory of a batch."""
+        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self._memory)
+        if self.scale is None and self._memory == self._device:
+            torch.index_select(self.values, 0, index, out=out)
+            return
+        if self._copied is not None:
+            self._copied.synchronize()  # what was gathered before may still be on its way
+        if len(self._gathered) < len(rows):
+            self._gathered = self._empty(*out.shape, dtype=self.values.dtype)
+        values = torch.index_select(self.values, 0, index, out=self._gathered[: len(rows)])
+        if self.scale is None:
+            out.copy_(values, non_blocking=True)
+        else:
+            scale = torch.index_select(self.scale, 0, index).to(self._device)
+            values = values.to(self._device, non_blocking=True)
+            torch.mul(values, scale[:, None], out=out)
+        if self._pin:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
 
-    def read(self, column: Column, chunk: int, target: Float16[Tensor, "rows dim"]) -> None:
-        buffer = self._free.get()
-        try:
-            pinned = buffer[: target.numel()].view(target.shape)
-            column.read_into(chunk, pinned.numpy())
-            with torch.cuda.stream(self._stream):
-                target.copy_(pinned, non_blocking=True)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-            copied.synchronize()
-        finally:
-            self._free.put(buffer)
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._memory, pin_memory=self._pin)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 
 from align.config import AlignConfig
+from align.join import check_same_rows
 from features.column import Column
 from features.errors import TrainingError
 from features.status import Status
@@ -21,22 +22,48 @@ KEY_CHUNKS_AT_ONCE = 16  # under a URL they are fetched side by side
 
 
 @dataclass(frozen=True)
+class PairedStore:
+    """Where the features of the same pairs are, and how many rows of a batch come from there."""
+
+    image: FeatureStore
+    text: FeatureStore
+    weight: float = 1.0
+    """In proportion to other stores."""
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> "PairedStore":
+        """Return a store that has both."""
+        return cls(store, store)
+
+
+@dataclass(frozen=True)
 class Columns:
     """The columns of one image encoder and one text encoder, a text column per caption field."""
 
     store: FeatureStore
+    """Of the images."""
+    text_store: FeatureStore
+    """Of the texts: the same, or one with the same keys in the same order."""
     image: Column
     text: tuple[Column, ...]
     fields: tuple[str, ...]
 
     @classmethod
-    def open(cls, store: FeatureStore, config: AlignConfig, image: str, text: str) -> "Columns":
+    def open(
+        cls, stores: PairedStore | FeatureStore, config: AlignConfig, image: str, text: str
+    ) -> "Columns":
         """Open the columns that a training reads.
 
         Raises:
             StoreError: A column is not there.
-            TrainingError: The store has not the caption fields that the settings name.
+            TrainingError: The store has not the caption fields that the settings name, or two
+                stores have not the same rows.
         """
+        if isinstance(stores, FeatureStore):
+            stores = PairedStore.of(stores)
+        store = stores.text
+        if stores.image is not store:
+            check_same_rows(stores.image, store)
         fields = config.fields or store.fields
         named = {"align.fields": fields, "align.loss.field_weights": config.loss.field_weights}
         for setting, names in named.items():
@@ -50,12 +77,30 @@ class Columns:
                 f"{store.path} has no captions. At least one caption field was expected. Train on "
                 f"a split whose source has captions: set align.split."
             )
-        return cls(
-            store=store,
-            image=store.column(f"image/{image}"),
+        columns = cls(
+            store=stores.image,
+            text_store=store,
+            image=stores.image.column(f"image/{image}"),
             text=tuple(store.column(f"text/{text}/{field}") for field in fields),
             fields=tuple(fields),
         )
+        columns._check_texts()
+        return columns
+
+    def _check_texts(self) -> None:
+        """Refuse caption fields whose features cannot lie in one array."""
+        first = self.text[0]
+        for column in self.text[1:]:
+            for what, found, expected in [
+                ("dim", column.dim, first.dim),
+                ("dtype", column.dtype.name, first.dtype.name),
+            ]:
+                if found != expected:
+                    raise TrainingError(
+                        f"{column.path} has {what} = {found}, but {first.path} has {expected}. The "
+                        f"same was expected of all caption fields. Extract or convert both again, "
+                        f"or name one of them in align.fields."
+                    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ The processes that torch.distributed has joined train one head together: each ta
 every batch, and the result is that of one process but for the order in which numbers are summed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,19 @@ import torch
 
 from align.checkpoint import Checkpoint, CheckpointFolder
 from align.config import AlignConfig
+from align.data import describe, open_columns, training_data
 from align.gradients import autocast_type
 from align.head import build_model
-from align.heldout import HeldOut
-from align.loader import MIB, Loader, LoaderOptions
 from align.loop import Loop, OnStep
 from align.metrics import MetricsLog
 from align.optimizer import build_optimizer
 from align.ring import Ring
-from align.selection import Columns, Selection, select_rows
+from align.selection import Columns, PairedStore
 from align.training import Training
-from features.column import Column
-from features.store import FeatureStore
-
-ELSEWHERE = {"image", "text"}  # the settings may leave the names out; the encoders have them
 
 
 def train(  # noqa: PLR0913 - the one entry of the stage
-    store: FeatureStore,
+    stores: Sequence[PairedStore],
     config: AlignConfig,
     *,
     image: str,
@@ -48,10 +43,10 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     """Train to the end, or until asked to stop; return at once if that was done before.
 
     Args:
-        store: Features of the pairs; rows that are not ok are skipped.
+        stores: Features of the pairs; rows that are not ok are skipped.
         config: Settings.
-        image: Name of the image encoder in the store.
-        text: Name of the text encoder in the store.
+        image: Name of the image encoder in the stores.
+        text: Name of the text encoder in the stores.
         run_dir: Where checkpoints and metrics go, and come from.
         device: Where to train.
         seed: Of the first weights, the order and the dropout.
@@ -71,19 +66,20 @@ def train(  # noqa: PLR0913 - the one entry of the stage
             one cannot be written.
     """
     ring = Ring.of_processes()
-    columns = Columns.open(store, config, image, text)
+    columns = open_columns(stores, config, image, text)
+    weights = [each.weight for each in stores]
     folder = CheckpointFolder(run_dir)
-    described = describe(columns, config, seed)
+    described = describe(columns, weights, config, seed)
     checkpoint = _resume(folder, described, ring)
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
     with _random_numbers(device, seed), _fast_products(config, device):
-        training = _prepare(columns, config, seed=seed, device=device, described=described)
+        training = _prepare(columns, weights, config, seed=seed, device=device, described=described)
         if checkpoint is not None:
             training.restore(checkpoint)
         ring.copy_from_first(training.model.parameters())
         with _metrics_log(run_dir, training) as log:
-            Loop(training, columns, folder, log).run(should_stop, on_step)
+            Loop(training, folder, log).run(should_stop, on_step)
     return folder.best if training.is_finished else None
 
 
@@ -103,79 +99,30 @@ def _metrics_log(run_dir: Path, training: Training) -> AbstractContextManager[Me
 
 
 def _prepare(
-    columns: Columns,
+    columns: Sequence[Columns],
+    weights: Sequence[float],
     config: AlignConfig,
     *,
     seed: int,
     device: torch.device,
     described: dict[str, Any],
 ) -> Training:
-    selection = select_rows(
-        columns, holdout=config.holdout, holdout_rows=config.holdout_rows, rows=config.rows
-    )
-    identical = config.loss.positives == "identical"
-    weights, ring = config.loss.field_weights, Ring.of_processes()
-    loader = Loader(
-        columns,
-        selection.train,
-        selection.text_ok,
-        LoaderOptions(
-            batch_size=config.batch_size,
-            memory_bytes=config.memory_mb * MIB,
-            seed=seed,
-            captions_per_image=config.captions_per_image,
-            field_weights=tuple(weights.get(name, 1.0) for name in columns.fields),
-            with_caption_ids=identical,
-            device=device,
-            rank=ring.rank,
-            ranks=ring.size,
-        ),
-    )
+    loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
+    first = columns[0]
     model = build_model(
-        config.head, config.loss, image_dim=columns.image.dim, text_dim=columns.text[0].dim
+        config.head, config.loss, image_dim=first.image.dim, text_dim=first.text[0].dim
     ).to(device)
     return Training(
         config=config,
         seed=seed,
         device=device,
         loader=loader,
-        heldout=(
-            _held_out(columns, selection, identical=identical, device=device)
-            if ring.leads
-            else None
-        ),
+        heldout=heldout,
         model=model,
         optimizer=build_optimizer(model, config.optimizer),
         described=described,
-        ring=ring,
+        ring=Ring.of_processes(),
     )
-
-
-def _held_out(
-    columns: Columns, selection: Selection, *, identical: bool, device: torch.device
-) -> HeldOut | None:
-    rows = selection.heldout
-    if not len(rows):
-        return None
-    return HeldOut(columns, rows, selection.text_ok[rows], identical=identical, device=device)
-
-
-def describe(columns: Columns, config: AlignConfig, seed: int) -> dict[str, Any]:
-    """Return what decides the result of a training, as JSON."""
-
-    def encoder(column: Column) -> dict[str, Any]:
-        name = column.name.split("/")[1]
-        return {"name": name, "dim": column.dim, "fingerprint": column.fingerprint}
-
-    store = columns.store
-    return {
-        "align": config.model_dump(mode="json", exclude=ELSEWHERE),
-        "fields": list(columns.fields),
-        "seed": seed,
-        "image": encoder(columns.image),
-        "text": encoder(columns.text[0]),
-        "store": {"rows": store.rows, "keys_sha256": store.keys_sha256},
-    }
 
 
 @contextmanager

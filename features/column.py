@@ -1,4 +1,4 @@
-"""A column of features: chunks of float16 rows, and a status for each row."""
+"""A column of features: chunks of float16 (or int8) rows, and a status for each row."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float16, UInt8
+from jaxtyping import Float16, Float32, Shaped, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features.chunks import CRC_BYTES, read_chunk, read_part, write_chunk
 from features.partial import remove_leftovers
+from features.quantisation import dequantise, quantise
 from features.status import Status
 from features.storage.files import in_order, is_file, names, zarr_store
 from features.storage.place import Place, RemotePath
@@ -19,18 +20,28 @@ from features.storage.place import Place, RemotePath
 class Column:
     """The features of one encoder (and caption field) for every row, with a status for each."""
 
-    def __init__(self, store: Place, name: str, *, verify: bool = False) -> None:
+    def __init__(self, store: Place, name: str) -> None:
         self.name = name
         self.path = store / name
         self.is_remote = isinstance(store, RemotePath)
         """Under a URL: reading is waiting, and worth many threads."""
-        self.verify = verify
-        """Check the crc32c of every chunk that is read as a whole."""
         array = zarr.open_array(zarr_store(self.path / "features"), mode="r")
+        self.dtype: np.dtype[Any] = array.dtype
+        """Of the features in the store: float16, or int8 with a factor for each row in `scale`."""
         self.rows, self.dim = array.shape
         self.rows_per_chunk = array.chunks[0]
         encoder = zarr_store(store / "/".join(name.split("/")[:2]))
         self.fingerprint: dict[str, Any] = zarr.open_group(encoder, mode="r").attrs.asdict()
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the features are whole numbers, to be multiplied by the `scale` of their row."""
+        return bool(self.dtype == np.int8)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features of a row, with its factor if it has one."""
+        return self.dim * self.dtype.itemsize + 4 * self.is_scaled
 
     @property
     def num_chunks(self) -> int:
@@ -39,12 +50,16 @@ class Column:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the two files of a chunk: features and status."""
-        return self.rows_per_chunk * (2 * self.dim + 1) + 2 * CRC_BYTES
+        """Bytes of the files of a chunk: features and status, and scale for int8 features."""
+        return self.rows_per_chunk * (self.row_bytes + 1) + CRC_BYTES * (2 + self.is_scaled)
 
     def features_file(self, chunk: int) -> Place:
-        """Path of a chunk of features: (rows_per_chunk, dim) float16 and 4 bytes of crc32c."""
+        """Path of a chunk of features: (rows_per_chunk, dim) and 4 bytes of crc32c."""
         return self.path / "features" / "c" / str(chunk) / "0"
+
+    def scale_file(self, chunk: int) -> Place:
+        """Path of a chunk of factors: (rows_per_chunk,) float32 and 4 bytes of crc32c."""
+        return self.path / "scale" / "c" / str(chunk)
 
     def status_file(self, chunk: int) -> Place:
         """Path of a chunk of status: (rows_per_chunk,) uint8 and 4 bytes of crc32c."""
@@ -68,6 +83,8 @@ class Column:
     ) -> None:
         """Write a chunk and then its status; killed at any moment, the chunk is whole or pending.
 
+        Where the column has int8 features, they are rounded.
+
         Raises:
             ValueError: The rows are not those of the chunk.
         """
@@ -78,17 +95,20 @@ class Column:
                 f"and {status.shape} status."
             )
         padding = self.rows_per_chunk - len(features)
-        little_endian = features.astype("<f2", copy=False)
-        for array, file, values in [
-            ("features", self.features_file(chunk), little_endian),
-            ("status", self.status_file(chunk), status),
-        ]:
+        arrays: list[tuple[str, Place, np.ndarray]] = []
+        values: np.ndarray = features.astype("<f2", copy=False)
+        if self.is_scaled:
+            values, scale = quantise(features)
+            arrays = [("scale", self.scale_file(chunk), scale.astype("<f4", copy=False))]
+        arrays.append(("features", self.features_file(chunk), values))
+        arrays.append(("status", self.status_file(chunk), status))
+        for array, file, values in arrays:
             write_chunk(file, _padded(values, padding), beside=self.path / array / str(chunk))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left half-written; those at work are left alone."""
         if isinstance(self.path, Path):
-            for array in ("features", "status"):
+            for array in ("scale", "features", "status"):
                 remove_leftovers(self.path / array)
 
     def status(self) -> UInt8[np.ndarray, "rows"]:
@@ -104,14 +124,45 @@ class Column:
             pass
         return codes[: self.rows]
 
-    def read_into(self, chunk: int, buffer: Float16[np.ndarray, "rows_per_chunk dim"]) -> int:
-        """Fill a buffer with a chunk, and return how many of its rows are real.
+    def read_into(
+        self, chunk: int, buffer: Shaped[np.ndarray, "rows_per_chunk dim"], *, verify: bool = False
+    ) -> int:
+        """Fill a buffer with a chunk as it is in the store; return how many of its rows are real.
+
+        Args:
+            chunk: Number of the chunk.
+            buffer: Of the column's dtype; filled without a copy from local disk.
+            verify: Whether to check the crc32c.
 
         Raises:
             StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
         """
-        read_chunk(self.features_file(chunk), buffer, verify=self.verify)
+        read_chunk(self.features_file(chunk), buffer, verify=verify)
         return self.chunk_rows(chunk)
+
+    def read_scale_into(self, chunk: int, buffer: Float32[np.ndarray, "rows_per_chunk"]) -> None:
+        """Fill a buffer with the factors of the rows of a chunk of int8 features.
+
+        Raises:
+            StoreCorruptError: The file is missing, cut off or damaged.
+        """
+        read_chunk(self.scale_file(chunk), buffer, verify=True)
+
+    def restored(
+        self, chunk: int, values: Shaped[np.ndarray, "rows dim"], first: int = 0
+    ) -> Float16[np.ndarray, "rows dim"]:
+        """Return the features that rows of a chunk, as they are in the store, stand for.
+
+        Args:
+            chunk: Number of the chunk.
+            values: Of the column's dtype.
+            first: The row of the chunk that they begin with.
+        """
+        if not self.is_scaled:
+            return values
+        scale = np.empty(self.rows_per_chunk, dtype=np.float32)
+        self.read_scale_into(chunk, scale)
+        return dequantise(values, scale[first : first + len(values)])
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "batch dim"]:
         """Return rows `start` to `stop`; zeros where a row is pending or quarantined."""
@@ -121,8 +172,13 @@ class Column:
         def fill(part: tuple[int, int, int]) -> None:
             chunk, first, last = part
             if is_file(self.status_file(chunk)):
-                offset = (first - chunk * self.rows_per_chunk) * self.dim * 2
-                read_part(self.features_file(chunk), offset, features[first - start : last - start])
+                skipped = first - chunk * self.rows_per_chunk
+                target = features[first - start : last - start]
+                values = np.empty(target.shape, self.dtype) if self.is_scaled else target
+                offset = skipped * self.dim * self.dtype.itemsize
+                read_part(self.features_file(chunk), offset, values)
+                if self.is_scaled:
+                    target[:] = self.restored(chunk, values, skipped)
 
         parts = _chunks_between(start, stop, self.rows_per_chunk)
         for _ in in_order(
@@ -141,30 +197,33 @@ class Column:
         return [chunk for chunk, done in zip(chunks, there, strict=True) if done]
 
 
-def create_column(group: zarr.Group, rows: int, dim: int, rows_per_chunk: int) -> None:
-    """Make the two empty arrays of a column."""
+def create_column(
+    group: zarr.Group, rows: int, dim: int, rows_per_chunk: int, *, dtype: str = "float16"
+) -> None:
+    """Make the empty arrays of a column: features and status, and scale for int8 features."""
+    row_array: dict[str, Any] = {
+        "shape": (rows,),
+        "chunks": (rows_per_chunk,),
+        "filters": None,
+        "compressors": [Crc32cCodec()],
+        "fill_value": 0,
+        "dimension_names": ["row"],
+    }
+    if dtype == "int8":
+        group.create_array("scale", dtype="float32", **row_array)
     group.create_array(
         "features",
         shape=(rows, dim),
         chunks=(rows_per_chunk, dim),
-        dtype="float16",
-        serializer=BytesCodec(endian="little"),
+        dtype=dtype,
+        serializer=BytesCodec(endian="little" if dtype == "float16" else None),
         filters=None,
         compressors=[Crc32cCodec()],
         fill_value=0,
         dimension_names=["row", "feature"],
     )
-    group.create_array(
-        "status",
-        shape=(rows,),
-        chunks=(rows_per_chunk,),
-        dtype="uint8",
-        filters=None,
-        compressors=[Crc32cCodec()],
-        fill_value=0,
-        dimension_names=["row"],
-        attributes={"codes": {status.label: int(status) for status in Status}},
-    )
+    codes = {status.label: int(status) for status in Status}
+    group.create_array("status", dtype="uint8", attributes={"codes": codes}, **row_array)
 
 
 def _chunks_between(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ The layout is documented in docs/store.md. Two ideas carry it:
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,8 @@ from features.errors import (
 )
 from features.index import Index
 from features.publish import new_group
-from features.storage.files import children, is_file, zarr_store
-from features.storage.place import Place, RemotePath
+from features.storage.files import children, files_below, is_file, read, zarr_store
+from features.storage.place import Place, RemotePath, posix
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
@@ -92,6 +93,24 @@ class FeatureStore:
                 str(path), "keys_sha256", found=store.keys_sha256, expected=digest
             )
         return store
+
+    def copy_rows(self, path: Place) -> "FeatureStore":
+        """Write a store of the same keys, captions, labels and groups, without columns.
+
+        It appears at `path` as a whole; where there is one of these keys already, it stays.
+
+        Raises:
+            StoreMismatchError: There is a store at `path`, of other rows.
+        """
+        if not self.is_at(path):
+            with new_group(path, store=path) as folder:
+                _copy_rows(self.path, folder)
+        copy = FeatureStore.open(path)
+        if copy.keys_sha256 != self.keys_sha256:
+            raise StoreMismatchError(
+                str(path), "keys_sha256", found=copy.keys_sha256, expected=self.keys_sha256
+            )
+        return copy
 
     @property
     def num_chunks(self) -> int:
@@ -159,7 +178,9 @@ class FeatureStore:
         column.rows = self.rows  # a store that was killed while it grew still has its old rows
         return column
 
-    def add_encoder(self, name: str, fingerprint: dict[str, Any], *, dim: int) -> None:
+    def add_encoder(
+        self, name: str, fingerprint: dict[str, Any], *, dim: int, dtype: str = "float16"
+    ) -> None:
         """Make the empty columns of an encoder, or check that those there are of the same one.
 
         A text encoder has a column per caption field; fields that came later get theirs now.
@@ -169,6 +190,7 @@ class FeatureStore:
             name: `image/<encoder>` or `text/<encoder>`.
             fingerprint: What decides the features; see `features.encoders`.
             dim: Length of a feature vector.
+            dtype: `float16`, or `int8` for features in half the space; see docs/store.md.
 
         Raises:
             StoreMismatchError: The column was made by something else; the field is named.
@@ -179,7 +201,8 @@ class FeatureStore:
             self._check_fingerprint(name, fingerprint)
             for field in sorted(set(fields).difference(self._members(name))):
                 with new_group(target / field, store=self.path) as folder:
-                    create_column(zarr.create_group(folder), self.rows, dim, self.rows_per_chunk)
+                    group = zarr.create_group(folder)
+                    create_column(group, self.rows, dim, self.rows_per_chunk, dtype=dtype)
             return
         with new_group(target, store=self.path) as folder:
             group = zarr.create_group(folder, attributes=fingerprint)
@@ -187,7 +210,7 @@ class FeatureStore:
             if name.startswith("text/"):
                 columns = [group.create_group(field) for field in fields]
             for column in columns:
-                create_column(column, self.rows, dim, self.rows_per_chunk)
+                create_column(column, self.rows, dim, self.rows_per_chunk, dtype=dtype)
         self._check_fingerprint(name, fingerprint)
 
     def _numbers(self, name: str) -> Int32[np.ndarray, "rows"] | None:
@@ -253,6 +276,21 @@ def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
         }
     )
     return digest
+
+
+def _copy_rows(store: Place, folder: Path) -> None:
+    """Copy the files of a store that belong to no encoder."""
+    groups = [store / name / "zarr.json" for name in ("image", "text")]
+    copied = [place for place in groups if is_file(place)]
+    for name in ("key", "label", "group", "caption"):
+        copied += [place for place, _ in files_below(store / name)]
+    for place in copied:
+        target = folder / posix(place).relative_to(posix(store))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read(place))
+    metadata = json.loads(read(store / "zarr.json"))
+    metadata.pop("consolidated_metadata", None)  # it would speak of the columns
+    (folder / "zarr.json").write_text(json.dumps(metadata))
 
 
 def keys_digest(index: Index, rows: int | None = None) -> str:

@@ -98,7 +98,8 @@ class RunConfig(BaseModel):
     def _names_exist(self) -> "RunConfig":
         evaluated = self.eval.retrieval + self.eval.zero_shot + self.eval.knn
         named: list[tuple[str, str | None]] = [
-            ("align.split", self.align.split),
+            *(("align.mix", split) for split in self.align.mix),
+            ("align.split", None if self.align.mix else self.align.split),
             ("eval.knn_reference", self.eval.knn_reference),
         ]
         named += [("eval", split) for split in evaluated + self.eval.compositional]

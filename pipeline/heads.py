@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from align.checkpoint import CheckpointFolder, Snapshot, load_aligned
+from align.data import describe
 from align.head import AlignmentModel
 from align.released import load_released, save_released
 from align.selection import Columns
-from align.trainer import describe
 from features.column import Column
 from features.errors import CheckpointError
 from features.store import FeatureStore
@@ -49,7 +49,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
             f"{folder.align} has a head already. A run without one was expected. Give this run "
             f"another `run.dir`, or delete {folder.align}."
         )
-    described = describe(columns, settings, config.run.seed)
+    described = describe([columns], [1.0], settings, config.run.seed)
     described["imported"] = {"file": file.name, "sha256": _sha256(file)}
     checkpoints = CheckpointFolder(folder.align)
     checkpoints.resume(described)

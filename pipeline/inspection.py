@@ -75,7 +75,6 @@ def verify_store(path: Place) -> list[str]:
     faults = list(_key_faults(store))
     for name in store.columns():
         column = store.column(name)
-        column.verify = True
         faults += _column_faults(column)
     return faults
 
@@ -88,6 +87,7 @@ def _describe_column(column: Column) -> dict[str, Any]:
     fingerprint = column.fingerprint
     return {
         "shape": [column.rows, column.dim],
+        "dtype": column.dtype.name,
         "status": dict(zip(names, map(int, counts), strict=True)),
         "norms": _norms(column, status),
         "bytes": done * column.chunk_bytes,
@@ -134,7 +134,7 @@ def _key_faults(store: FeatureStore) -> Iterator[str]:
 
 def _column_faults(column: Column) -> list[str]:
     faults = []
-    buffer = np.empty((column.rows_per_chunk, column.dim), dtype=np.float16)
+    buffer = np.empty((column.rows_per_chunk, column.dim), dtype=column.dtype)
     try:
         status = column.status()
     except StoreCorruptError as error:
@@ -148,11 +148,12 @@ def _column_faults(column: Column) -> list[str]:
             continue
         first = chunk * column.rows_per_chunk
         try:
-            rows = column.read_into(chunk, buffer)
+            rows = column.read_into(chunk, buffer, verify=True)
+            features = column.restored(chunk, buffer[:rows])
         except StoreCorruptError as error:
             faults.append(str(error))
             continue
-        faults += _row_faults(column, first, buffer[:rows], status[first : first + rows])
+        faults += _row_faults(column, first, features, status[first : first + rows])
     return faults
 
 

@@ -25,7 +25,7 @@ def store_table(description: dict[str, Any]) -> str:
         norms = column["norms"]
         table.add_row(
             name,
-            " × ".join(map(str, column["shape"])),
+            f"{' × '.join(map(str, column['shape']))} {column['dtype']}",
             "\n".join(f"{count} {status}" for status, count in column["status"].items()),
             " / ".join(f"{norms[key]:g}" for key in ("min", "mean", "max")) if norms else "-",
             byte_size(column["bytes"]),
@@ -156,6 +156,23 @@ def _duration(hours: float | None) -> str:
     if hours >= 1:
         return f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
     return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.1f} s"
+
+
+def conversion_table(losses: dict[str, dict[str, float]]) -> str:
+    """Return what `sail convert` prints: how far each column is from what it was."""
+    table = Table(title="against the old features", title_justify="left")
+    headings = ["column", "error / norm, mean", "greatest", "same 10 neighbours", "size"]
+    for heading in headings:
+        table.add_column(heading)
+    for name, loss in losses.items():
+        table.add_row(
+            name,
+            f"{loss['relative_error_mean']:.4f}",
+            f"{loss['relative_error_max']:.4f}",
+            f"{loss['same_neighbours']:.3f}",
+            f"{byte_size(int(loss['bytes']))} of {byte_size(int(loss['bytes_before']))}",
+        )
+    return rendered(table)
 
 
 def byte_size(count: int) -> str:

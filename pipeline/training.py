@@ -8,14 +8,13 @@ import torch
 
 from align.ring import Ring
 from align.trainer import train
-from features.errors import TrainingError
-from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.export import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.processes import joined_processes
 from pipeline.progress import ProgressLine
 from pipeline.run import RunFolder, run_folder, start_run
+from pipeline.training_stores import check_complete, open_stores
 
 
 def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
@@ -25,7 +24,8 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
     head, and only the first returns a checkpoint.
 
     Raises:
-        TrainingError: The store has not all the rows done that the recipe trains on.
+        ConfigError: Several splits are mixed, but one store is named for all of them.
+        TrainingError: A store has not all the rows done that the recipe trains on.
         Stopped: A signal came, here or to another process; the last checkpoint is on disk.
     """
     with joined_processes(config.run) as (ring, device):
@@ -44,14 +44,13 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
 def _train(
     config: RunConfig, folder: RunFolder, ring: Ring, device: torch.device, stop: StopRequest
 ) -> Path | None:
-    store = FeatureStore.open(folder.store(config.align.split))
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    for name in [f"image/{image}", *(f"text/{text}/{field}" for field in store.fields)]:
-        if pending := store.column(name).pending():
-            raise TrainingError(
-                f"{store.path}/{name} has {len(pending)} chunks that are not done. A complete "
-                f"column was expected. Finish it with `sail extract`."
-            )
+    stores = [
+        open_stores(config, folder, split, weight)
+        for split, weight in (config.align.mix or {config.align.split: 1.0}).items()
+    ]
+    for each in stores:
+        check_complete(each, config, image, text)
     with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:
 
         def on_step(step: int, total: int, note: str) -> None:
@@ -59,7 +58,7 @@ def _train(
                 line.set(step, total, note)
 
         return train(
-            store,
+            stores,
             config.align,
             image=image,
             text=text,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from align.config import AlignConfig
-from align.loader import MIB, Loader, LoaderOptions
+from align.loader import MIB, Loader, LoaderOptions, Source
 from align.selection import Columns, select_rows
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import synthetic_store
@@ -38,7 +38,7 @@ def measure(rows: int = 131_072, rounds: int = 5) -> list[Figure]:
         for _ in range(rounds):
             raw = seconds_of_raw_reads(columns)
             options = LoaderOptions(batch_size=8192, memory_bytes=256 * MIB)
-            loader = Loader(columns, selection.train, selection.text_ok, options)
+            loader = Loader([Source(columns, selection.train, selection.text_ok)], options)
             used = 0
             started = time.perf_counter()
             for batch in loader.batches(0, loader.steps_per_epoch):

@@ -14,6 +14,7 @@ import align.checkpoint
 from align.checkpoint import Checkpoint, load_aligned
 from align.config import AlignConfig, HeadConfig
 from align.loop import OnStep
+from align.selection import PairedStore
 from align.trainer import train
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
@@ -77,7 +78,7 @@ def run(
     on_step: OnStep = lambda _step, _total, _note: None,
 ) -> Path | None:
     return train(
-        store,
+        [PairedStore.of(store)],
         config,
         image=IMAGE,
         text=TEXT,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from align.checkpoint import Checkpoint
 from align.config import AlignConfig
 from align.ring import Ring
+from align.selection import PairedStore
 from align.trainer import train
 from features.errors import TrainingError
 from features.store import FeatureStore
@@ -53,7 +54,7 @@ def train_one(store: str, run_dir: str, name: str, stop_after: str = "") -> None
         return ring.rank == ring.size - 1 and len(steps) == int(stop_after or 1000)
 
     best = train(
-        FeatureStore.open(Path(store)),
+        [PairedStore.of(FeatureStore.open(Path(store)))],
         config(name),
         image=IMAGE,
         text=TEXT,

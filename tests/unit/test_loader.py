@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from align.config import AlignConfig
-from align.loader import MIB, Batch, Loader, LoaderOptions
+from align.loader import MIB, Batch, Loader, LoaderOptions, Source
 from align.selection import Columns, select_rows
 from features.column import Column
 from features.errors import StoreCorruptError, TrainingError
@@ -30,10 +30,14 @@ def make_loader(path: Path, *, memory: int = SMALL, holdout: float = 0.0, **opti
         batch_size=options.pop("batch_size", 24),
         memory_bytes=memory,
         with_caption_ids=True,
-        field_weights=(0.5, 2.0),
         captions_per_image=options.pop("captions_per_image", None),
     )
-    return Loader(columns, selection.train, selection.text_ok, settings)
+    source = Source(columns, selection.train, selection.text_ok, field_weights=(0.5, 2.0))
+    return Loader([source], settings)
+
+
+def columns_of(loader: Loader) -> Columns:
+    return loader.streams[0].source.columns
 
 
 def copies(loader: Loader, first: int, stop: int) -> list[Batch]:
@@ -53,9 +57,9 @@ def copies(loader: Loader, first: int, stop: int) -> list[Batch]:
 @pytest.mark.parametrize("memory", [SMALL, LARGE])
 def test_a_batch_holds_the_features_of_its_rows(tmp_path: Path, memory: int) -> None:
     loader = make_loader(tmp_path, memory=memory)
-    assert loader.order.is_resident == (memory == LARGE)
-    image = loader.columns.image.read(0, 200)
-    text = np.stack([column.read(0, 200) for column in loader.columns.text], axis=1)
+    assert loader.tier == ("device" if memory == LARGE else "streaming")
+    image = columns_of(loader).image.read(0, 200)
+    text = np.stack([column.read(0, 200) for column in columns_of(loader).text], axis=1)
     for batch in loader.batches(0, 2 * loader.steps_per_epoch):
         np.testing.assert_array_equal(batch.image.numpy(), image[batch.rows])
         np.testing.assert_array_equal(batch.text.numpy(), text[batch.rows])
@@ -97,9 +101,9 @@ def test_beginning_in_the_middle_gives_the_same_batches_and_reads_only_their_chu
     read = list[int]()
     original = Column.read_into
 
-    def read_into(column: Column, chunk: int, buffer: np.ndarray) -> int:
+    def read_into(column: Column, chunk: int, buffer: np.ndarray, *, verify: bool) -> int:
         read.append(chunk)
-        return original(column, chunk, buffer)
+        return original(column, chunk, buffer, verify=verify)
 
     monkeypatch.setattr(Column, "read_into", read_into)
     resumed = make_again(loader)
@@ -107,12 +111,12 @@ def test_beginning_in_the_middle_gives_the_same_batches_and_reads_only_their_chu
     assert (late.rows == whole[-1].rows).all()
     for name in ("image", "text", "weights", "caption_ids"):
         assert torch.equal(getattr(late, name), getattr(whole[-1], name))
-    windows = list(resumed.order.windows(steps - 1, steps))
+    windows = list(resumed.streams[0].order.windows(steps - 1, steps))
     assert sorted(set(read)) == sorted(np.concatenate([window.chunks for window in windows]))
 
 
 def make_again(loader: Loader) -> Loader:
-    return Loader(loader.columns, loader.order.usable, loader._text_ok, loader.options)
+    return Loader([stream.source for stream in loader.streams], loader.options)
 
 
 def test_a_store_that_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +124,13 @@ def test_a_store_that_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     read = list[int]()
     original = Column.read_into
 
-    def read_into(column: Column, chunk: int, buffer: np.ndarray) -> int:
+    def read_into(column: Column, chunk: int, buffer: np.ndarray, *, verify: bool) -> int:
         read.append(chunk)
-        return original(column, chunk, buffer)
+        return original(column, chunk, buffer, verify=verify)
 
     monkeypatch.setattr(Column, "read_into", read_into)
     list(loader.batches(0, 3 * loader.steps_per_epoch))
-    assert len(read) == 3 * loader.columns.image.num_chunks  # three columns
+    assert len(read) == 3 * columns_of(loader).image.num_chunks  # three columns
 
 
 def test_drawn_captions_are_ones_that_can_be_used_and_change_from_step_to_step(
@@ -147,11 +151,7 @@ def test_drawn_captions_are_ones_that_can_be_used_and_change_from_step_to_step(
 def test_the_windows_and_the_batch_take_no_more_than_the_memory(tmp_path: Path) -> None:
     for memory in (SMALL, LARGE):
         loader = make_loader(tmp_path / str(memory), memory=memory)
-        tensors = [loader._image, loader._text]
-        for pool in loader._pools:
-            assert pool._caption_ids is not None
-            tensors += [pool._image, pool._text, torch.from_numpy(pool._caption_ids)]
-        assert sum(tensor.nbytes for tensor in tensors) <= memory
+        assert loader.nbytes <= memory
 
 
 def test_too_little_memory_is_refused_by_the_name_of_the_setting(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_batch_larger_than_the_rows_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_chunk_stops_the_loader_with_its_name(tmp_path: Path) -> None:
     loader = make_loader(tmp_path)
-    file = on_disk(loader.columns.image.features_file(3))
+    file = on_disk(columns_of(loader).image.features_file(3))
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(StoreCorruptError, match=r"features/c/3/0 is damaged"):
         list(loader.batches(0, loader.steps_per_epoch))
@@ -190,7 +190,7 @@ def test_the_batches_of_several_processes_together_are_those_of_one(
 
 def share_of(loader: Loader, rank: int, ranks: int) -> Loader:
     options = replace(loader.options, rank=rank, ranks=ranks)
-    return Loader(loader.columns, loader.order.usable, loader._text_ok, options)
+    return Loader([stream.source for stream in loader.streams], options)
 
 
 def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(tmp_path: Path) -> None:

@@ -72,3 +72,14 @@ def test_a_process_reads_little_more_than_its_share_of_the_chunks() -> None:
     read = [sum(len(window.chunks) for window in share.windows(0, 15)) for share in shares]
     assert sum(read) <= 96 + 3 * 3  # a chunk at the edge of two shares is read by both
     assert max(read) <= 96 / 4 + 2 * 3
+
+
+def test_no_row_of_a_store_that_is_kept_whole_is_dropped_much_more_often_than_another() -> None:
+    it = Order(
+        np.ones(90, dtype=bool), rows_per_chunk=10, chunks_per_window=9, batch_size=16, seed=0
+    )
+    windows = it.windows(0, 5 * 200)
+    rows = np.concatenate([it.store_rows(window, window.positions) for window in windows])
+    seen = np.bincount(rows, minlength=90)
+    assert seen.sum() == 200 * 80
+    np.testing.assert_allclose(seen / 200, 80 / 90, atol=0.1)  # four standard deviations

@@ -9,6 +9,7 @@ import torch
 
 from align.checkpoint import Checkpoint, load_aligned
 from align.config import AlignConfig
+from align.selection import PairedStore
 from align.trainer import train
 from align.training import Training
 from features.errors import CheckpointError, TrainingError
@@ -32,7 +33,7 @@ def settings(**changes: Any) -> AlignConfig:
 
 def run(store: FeatureStore, path: Path, config: AlignConfig, **given: Any) -> Path | None:
     options = {"image": IMAGE, "text": TEXT, "device": CPU, "seed": 0, **given}
-    return train(store, config, run_dir=path, **options)
+    return train([PairedStore.of(store)], config, run_dir=path, **options)
 
 
 @pytest.fixture

@@ -1,0 +1,59 @@
+"""Whether two stores have the same rows, so that images of one go with texts of the other."""
+
+import numpy as np
+from jaxtyping import Int64
+
+from features.errors import TrainingError
+from features.store import FeatureStore
+
+KEYS_AT_ONCE = 65_536
+
+
+def check_same_rows(image: FeatureStore, text: FeatureStore) -> None:
+    """Refuse two stores that have not the same keys in the same order.
+
+    Raises:
+        TrainingError: The first key that differs is named, and whether it is only the order.
+    """
+    if image.keys_sha256 != text.keys_sha256:
+        row = _first_difference(image, text)
+        raise _differing(image, text, row)
+    if image.rows_per_chunk != text.rows_per_chunk:
+        raise TrainingError(
+            f"{image.path} has {image.rows_per_chunk} rows per chunk, {text.path} has "
+            f"{text.rows_per_chunk}. The same number was expected. Extract one of them again with "
+            f"extract.rows_per_chunk of the other."
+        )
+
+
+def _first_difference(image: FeatureStore, text: FeatureStore) -> int:
+    shared = min(image.rows, text.rows)
+    for start in range(0, shared, KEYS_AT_ONCE):
+        stop = min(start + KEYS_AT_ONCE, shared)
+        differs = image.keys(start, stop) != text.keys(start, stop)
+        if differs.any():
+            return start + int(differs.argmax())
+    return shared
+
+
+def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingError:
+    keys = [
+        repr(str(store.keys(row, row + 1)[0])) if row < store.rows else "beyond its end"
+        for store in (image, text)
+    ]
+    how = "They have other keys: extract both from the same sources."
+    if image.rows == text.rows and np.array_equal(_sorted_hashes(image), _sorted_hashes(text)):
+        how = "They have the same keys in another order: list the sources of both in one order."
+    return TrainingError(
+        f"{image.path} and {text.path} have not the same rows: row {row} is {keys[0]} in the one "
+        f"and {keys[1]} in the other. The same keys in the same order were expected. {how}"
+    )
+
+
+def _sorted_hashes(store: FeatureStore) -> Int64[np.ndarray, "rows"]:
+    hashes = np.empty(store.rows, dtype=np.int64)
+    for start in range(0, store.rows, KEYS_AT_ONCE):
+        keys = store.keys(start, start + KEYS_AT_ONCE).tolist()
+        hashes[start : start + len(keys)] = np.fromiter(map(hash, keys), dtype=np.int64)
+    hashes.sort()
+    return hashes

@@ -1,0 +1,56 @@
+"""Which stores a training reads: the run's own, or those that the settings name instead."""
+
+from typing import Literal
+
+from align.selection import PairedStore
+from features.errors import ConfigError, TrainingError
+from features.storage.files import is_file
+from features.storage.place import Place
+from features.store import FeatureStore
+from pipeline.config import RunConfig
+from pipeline.run import RunFolder
+
+
+def open_stores(config: RunConfig, folder: RunFolder, split: str, weight: float) -> PairedStore:
+    """Open the store of a split, and that of its texts where they are elsewhere.
+
+    Raises:
+        ConfigError: One store is named for several splits.
+        StoreError: There is no store.
+    """
+    image = FeatureStore.open(_named(config, "store", split) or folder.store(split))
+    elsewhere = _named(config, "text_store", split)
+    return PairedStore(image, FeatureStore.open(elsewhere) if elsewhere else image, weight)
+
+
+def check_complete(stores: PairedStore, config: RunConfig, image: str, text: str) -> None:
+    """Refuse columns of which not every chunk is done.
+
+    Raises:
+        StoreError: There is no such column.
+        TrainingError: There are pending chunks.
+    """
+    used = set(config.align.fields or stores.text.fields)
+    columns = [stores.image.column(f"image/{image}")]
+    columns += [
+        stores.text.column(f"text/{text}/{field}") for field in stores.text.fields if field in used
+    ]
+    for column in columns:
+        if pending := column.pending():
+            raise TrainingError(
+                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
+                f"expected. Finish it with `sail extract`."
+            )
+
+
+def _named(config: RunConfig, setting: Literal["store", "text_store"], split: str) -> Place | None:
+    """Return the store that a setting names: itself, or that of a split in the folder of a run."""
+    path: Place | None = getattr(config.align, setting)
+    if path is None or not is_file(path / "zarr.json"):
+        return path and path / "features" / f"{split}.zarr"
+    if len(config.align.mix) > 1:
+        raise ConfigError(
+            f"align.{setting} = {path} is one store, but align.mix has the splits "
+            f"{list(config.align.mix)}. The folder of a run that has them all was expected."
+        )
+    return path
