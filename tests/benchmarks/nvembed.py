@@ -99,11 +99,11 @@ class ReleasedWay:
     """The same weights as the released SAIL code runs them.
 
     An unsorted list in batches, padded to the longest of the batch, with a mask in every layer;
-    and the keys and values of the latents computed anew for every sequence. Its batches have 64
-    captions here; the released code gives a whole list of 1024 to one call, which pads more.
+    and the keys and values of the latents computed anew for every sequence. Its batches have 128
+    captions here; the released code runs all that it reads at once as one batch, which pads more.
     """
 
-    def __init__(self, model: NVEmbed, captions_per_batch: int = 64) -> None:
+    def __init__(self, model: NVEmbed, captions_per_batch: int = 128) -> None:
         config = copy.deepcopy(model.trunk.config)
         config._attn_implementation = "sdpa"
         self.trunk = MistralModel(config).eval().requires_grad_(False)

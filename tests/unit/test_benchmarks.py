@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from features.encoders.nvembed import NVEmbed
+from pipeline.encoder_sizes import KNOWN_TEXT
 from tests import tiny
 from tests.benchmarks import (
     captions,
@@ -18,6 +21,7 @@ from tests.benchmarks import (
     writer,
 )
 from tests.benchmarks.figure import Figure
+from tests.benchmarks.nvembed import REAL, operations
 
 
 def test_loader_benchmark_measures_a_ratio() -> None:
@@ -63,6 +67,15 @@ def test_caption_benchmarks_measure_padding_speed_and_drift() -> None:
     assert values["caption tokens computed / real, mean 20"] == 1
     assert values["captions/s / released way, NV-Embed shape, mean 20"] > 0
     assert values["drift of a caption's vector with its batch, MiniLM, float32"] <= 1e-5
+
+
+def test_the_work_of_nv_embed_is_what_sail_plan_counts() -> None:
+    with torch.device("meta"):  # the real size, without its memory
+        model = NVEmbed(REAL)
+        model.latent.prepare()
+    for length in (1, 20, 512):
+        expected = KNOWN_TEXT["nvidia/NV-Embed-v2"].flops(length)
+        assert operations(model, length) == pytest.approx(expected, rel=1e-12)
 
 
 def test_gpu_scripts_run_small_on_a_cpu() -> None:
