@@ -67,7 +67,10 @@ class Pool:
             reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
             try:
                 for slot, chunk in jobs:
-                    self._hash_captions(slot, chunk)
+                    if self.columns.text[0].is_remote:  # reading them is waiting too
+                        reads.append(readers.submit(self._hash_captions, slot, chunk))
+                    else:
+                        self._hash_captions(slot, chunk)
                 for read in reads:
                     read.result()
             finally:

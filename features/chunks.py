@@ -10,6 +10,7 @@ from features.errors import StoreCorruptError
 from features.partial import appearing
 from features.storage import files
 from features.storage.place import Place, RemotePath
+from features.storage.requests import FileEndsEarlyError, read_into, read_ranges
 
 CRC_BYTES = 4
 
@@ -70,8 +71,8 @@ def read_part(place: Place, start: int, part: np.ndarray) -> None:
                 raise StoreCorruptError(place, "the file is cut off")
         return
     try:
-        files.read_into(place, start, target)
-    except files.FileEndsEarlyError as error:
+        read_into(place, start, target)
+    except FileEndsEarlyError as error:
         raise StoreCorruptError(place, "the file is cut off") from error
     except FileNotFoundError as error:
         raise _missing(place) from error
@@ -86,8 +87,8 @@ def _opened(path: Path) -> Any:
 
 def _content(place: RemotePath, size: int) -> memoryview:
     try:
-        return files.read_ranges(place, [(0, size)])[0]
-    except files.FileEndsEarlyError as error:
+        return read_ranges(place, [(0, size)])[0]
+    except FileEndsEarlyError as error:
         raise StoreCorruptError(place, f"it has {error.size} bytes, not {size}") from error
     except FileNotFoundError as error:
         raise _missing(place) from error

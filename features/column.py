@@ -13,7 +13,8 @@ from features.chunks import CRC_BYTES, read_chunk, read_part, write_chunk
 from features.partial import remove_leftovers
 from features.quantisation import dequantise, quantise
 from features.status import Status
-from features.storage.files import in_order, is_file, names, zarr_store
+from features.storage.files import is_file, names, zarr_store
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 

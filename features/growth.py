@@ -21,7 +21,8 @@ from features.column import create_column
 from features.errors import SourceError
 from features.index import Index
 from features.partial import partial_path, remove_leftovers
-from features.storage.files import delete, in_order, is_file, write
+from features.storage.files import delete, is_file, write
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 from features.store import (
     FeatureStore,

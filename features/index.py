@@ -32,7 +32,9 @@ from features.sources import Sample
 from features.sources.parquet import ParquetImages
 from features.status import Status
 from features.storage import files
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
+from features.storage.requests import FileEndsEarlyError, read_ranges
 
 GROUPS_KEPT = 4
 NEVER_READ = (Status.MISSING_IMAGE, Status.IMAGE_TOO_LARGE)
@@ -187,7 +189,7 @@ class SampleReader:
         groups = itertools.groupby(there, key=lambda item: item[1])
         jobs = [(as_place(path), list(group)) for path, group in groups]
         remote = len(jobs) > 1 and isinstance(jobs[0][0], RemotePath)
-        parts = files.in_order(self._read, jobs, remote=remote)
+        parts = in_order(self._read, jobs, remote=remote)
         for (_, group), found in zip(jobs, parts, strict=True):
             for (row, *_), image in zip(group, found, strict=True):
                 images[row] = image
@@ -218,8 +220,8 @@ class SampleReader:
             return [image] * len(offsets)
         ranges = [(start, start + size) for start, size in zip(offsets, sizes, strict=True)]
         try:
-            return list(map(bytes, files.read_ranges(place, ranges)))
-        except files.FileEndsEarlyError as error:
+            return list(map(bytes, read_ranges(place, ranges)))
+        except FileEndsEarlyError as error:
             raise self._changed(str(place), f"has {error.size} bytes") from error
 
     def _read_file(

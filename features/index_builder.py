@@ -16,7 +16,8 @@ from features.errors import SourceError
 from features.partial import partial_path, remove_leftovers
 from features.sources import Counts, Sample, Shards, open_source
 from features.status import Status
-from features.storage.files import in_order, version
+from features.storage.files import version
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 VERSION = 2

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from features.partial import partial_path, remove_leftovers
-from features.storage.files import delete, files_below, in_order, write
+from features.storage.files import delete, files_below, write
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 from features.storage.remote import check_writable
 

@@ -14,6 +14,7 @@ from features.index import Index
 from features.index_builder import COLUMNS, ROWS_PER_GROUP, Earlier, build_index, settings_of
 from features.sources import open_source
 from features.storage import files
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 MAY_DIFFER = {"captions", "path", "rows"}
@@ -111,7 +112,7 @@ def _changed_tables(index: Index, source: Source) -> tuple[Place, ...]:
         return ()  # the files are the images; they are checked when they are read
     changed = []
     remote = any(isinstance(path, RemotePath) for path in index.shards)
-    versions = files.in_order(files.version_or_none, index.shards, remote=remote)
+    versions = in_order(files.version_or_none, index.shards, remote=remote)
     for (path, shard), found in zip(index.shards.items(), versions, strict=True):
         if found is not None and shard == {"path": str(path), "name": shard["name"], **found}:
             continue

@@ -51,6 +51,7 @@ class FeatureStore:
         self.rows_per_chunk = int(self.attributes["rows_per_chunk"])
         self.keys_sha256 = str(self.attributes["keys_sha256"])
         self.source: dict[str, Any] = self.attributes["source"]
+        self._opened: dict[str, zarr.Array[Any]] = {}
 
     @staticmethod
     def is_at(path: Place) -> bool:
@@ -136,7 +137,7 @@ class FeatureStore:
 
     def keys(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the keys of rows `start` to `stop` as a numpy string array."""
-        return np.asarray(_array(self._group, "key")[self._slice(start, stop)])
+        return np.asarray(self._row_array("key")[self._slice(start, stop)])
 
     def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one caption per row, empty where there is none, as a numpy string array."""
@@ -145,7 +146,7 @@ class FeatureStore:
                 f"{self.path} has no caption field {field!r}; it has {list(self.fields)}. "
                 f"Name one of these."
             )
-        return np.asarray(_array(self._group, f"caption/{field}")[self._slice(start, stop)])
+        return np.asarray(self._row_array(f"caption/{field}")[self._slice(start, stop)])
 
     def labels(self) -> Int32[np.ndarray, "rows"] | None:
         """Return the class of every row, -1 where unknown."""
@@ -216,7 +217,12 @@ class FeatureStore:
     def _numbers(self, name: str) -> Int32[np.ndarray, "rows"] | None:
         if name not in self._group:
             return None
-        return np.asarray(_array(self._group, name)[: self.rows])
+        return np.asarray(self._row_array(name)[: self.rows])
+
+    def _row_array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._opened:
+            self._opened[name] = _array(self._group, name)
+        return self._opened[name]
 
     def _slice(self, start: int, stop: int | None) -> slice:
         return slice(start, self.rows if stop is None else min(stop, self.rows))

@@ -24,7 +24,8 @@ from features.sources.sample import (
     whole_number,
 )
 from features.status import Status
-from features.storage.files import in_order, is_file, open_file, remote_size
+from features.storage.files import is_file, open_file, remote_size
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 ROWS_AT_ONCE = 4096

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from features.storage.files import children, files_below, in_order, is_file
+from features.storage.files import children, files_below, is_file
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")

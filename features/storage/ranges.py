@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from features.storage.files import entry, read_ranges
 from features.storage.place import Place, RemotePath
+from features.storage.requests import entry, read_ranges
 
 BLOCK_BYTES = 4 << 20
 BLOCKS_AHEAD = 4

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from features.config import Source
 from features.index import Index, SampleReader
-from features.storage import remote
+from features.storage import objects
 from features.storage.place import as_place
 from features.store import FeatureStore
 from tests import tiny
@@ -52,7 +52,7 @@ def google_cloud(account: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> N
     server = {"gcs_base_url": f"http://127.0.0.1:{port}", "disable_oauth": True}
     account.write_text(json.dumps(empty | server))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
-    monkeypatch.setitem(remote.CLIENT, "allow_http", True)
+    monkeypatch.setitem(objects.CLIENT, "allow_http", True)
 
 
 def tars(folder: Path) -> dict[str, str]:

@@ -12,8 +12,9 @@ from features.config import Source, WebdatasetSource
 from features.errors import SourceError, StorageError, StoreError
 from features.index import Index, SampleReader
 from features.reindex import find_changes
-from features.storage import files, remote
+from features.storage import files, objects, remote
 from features.storage.place import RemotePath, as_place
+from features.storage.requests import read_ranges
 from features.store import FeatureStore
 from pipeline.config import load_config
 from pipeline.inspection import verify_store
@@ -29,8 +30,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let retries wait but shortly, and give up soon."""
     short, long = timedelta(milliseconds=2), timedelta(milliseconds=20)
     backoff = {"init_backoff": short, "max_backoff": long, "base": 2}
-    monkeypatch.setitem(remote.RETRY, "backoff", backoff)
-    monkeypatch.setitem(remote.RETRY, "max_retries", 4)
+    monkeypatch.setitem(objects.RETRY, "backoff", backoff)
+    monkeypatch.setitem(objects.RETRY, "max_retries", 4)
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
 
 
@@ -98,7 +99,7 @@ def test_a_server_that_keeps_failing_is_named_with_what_it_did(
     with Proxy(s3_port, always(fault)) as proxy:
         reach_s3(proxy.port, monkeypatch)
         with pytest.raises(StorageError, match=words) as caught:
-            files.read_ranges(place(s3.url("file")), [(0, 100)])
+            read_ranges(place(s3.url("file")), [(0, 100)])
     assert str(caught.value).startswith(s3.url("file"))
     assert "expected" in str(caught.value)
     assert f"127.0.0.1:{proxy.port}" not in str(caught.value)
@@ -183,10 +184,10 @@ def test_a_store_whose_upload_was_cut_off_is_none_and_is_made_anew(
     tiny.write_tar(tmp_path / "s.tar", tiny.samples(30))
     index = indexed(tmp_path, kind="webdataset", path=str(tmp_path / "s.tar"))
     url = as_place(s3.url("train.zarr"))
-    put = remote.Objects.put
+    put = objects.Objects.put
     left = 5
 
-    def cut_off(self: remote.Objects, place: RemotePath, content: bytes) -> None:
+    def cut_off(self: objects.Objects, place: RemotePath, content: bytes) -> None:
         nonlocal left
         left -= 1
         if left < 0:
@@ -194,7 +195,7 @@ def test_a_store_whose_upload_was_cut_off_is_none_and_is_made_anew(
         put(self, place, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.Objects, "put", cut_off)
+        patch.setattr(objects.Objects, "put", cut_off)
         with pytest.raises(KeyboardInterrupt):
             FeatureStore.create(url, index, rows_per_chunk=8)
     assert not FeatureStore.is_at(url)

@@ -7,6 +7,7 @@ import pytest
 
 from features.errors import PlaceError
 from features.storage import files
+from features.storage.parallel import IN_FLIGHT, in_order
 from features.storage.patterns import expanded, matching_places
 from features.storage.place import RemotePath, as_place, without_secrets
 
@@ -104,7 +105,7 @@ def test_results_come_in_order_and_items_are_not_taken_far_ahead() -> None:
             taken += 1
             yield number
 
-    results = files.in_order(lambda number: number * 2, items(), remote=True)
+    results = in_order(lambda number: number * 2, items(), remote=True)
     assert [next(results) for _ in range(3)] == [0, 2, 4]
-    assert taken <= files.IN_FLIGHT + 3
+    assert taken <= IN_FLIGHT + 3
     results.close()

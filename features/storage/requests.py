@@ -1,0 +1,140 @@
+"""Requests to a server: what fails or comes short is tried again, then told with its place."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from features.errors import StorageError
+from features.storage.parallel import in_order
+from features.storage.place import RemotePath
+from features.storage.remote import (
+    ATTEMPTS,
+    Backend,
+    Entry,
+    backend,
+    failure,
+    is_broken_body,
+    seconds_before,
+)
+
+T = TypeVar("T")
+GAP_BYTES = 1 << 20
+"""Ranges no further apart than this are read as one."""
+PIECE_BYTES = 8 << 20
+"""A long range is read as several of this size, at once."""
+
+
+class FileEndsEarlyError(StorageError):
+    """A file under a URL is shorter than the range that was asked for."""
+
+    def __init__(self, place: RemotePath, size: int, stop: int) -> None:
+        self.size = size
+        super().__init__(
+            f"{place} has {size} bytes. At least {stop} were expected. Put the whole file there."
+        )
+
+
+def tried(place: RemotePath, what: str, call: Callable[[Backend], T]) -> T:
+    """Return what a call gives; failures name the place, and what was expected there."""
+    server = backend(place)
+    attempt = 0
+    while True:
+        try:
+            return call(server)
+        except server.errors as error:
+            attempt += 1
+            if attempt == ATTEMPTS or not is_broken_body(error):
+                raise failure(place, error, what) from error
+            time.sleep(seconds_before(attempt))
+
+
+def entry(place: RemotePath) -> Entry:
+    """Return the size and version of a file under a URL.
+
+    Raises:
+        PlaceNotFoundError: There is none.
+        StorageError: The server fails.
+    """
+    return tried(place, "A file", lambda found: found.entry(place))
+
+
+def read_into(place: RemotePath, start: int, buffer: Any) -> None:
+    """Fill a buffer with the bytes of a file under a URL from `start`; long ones in pieces at once.
+
+    Raises:
+        FileEndsEarlyError: The file ends before the buffer is full.
+        StorageError: The server fails.
+    """
+    view = memoryview(buffer).cast("B")
+
+    def fill(offset: int) -> None:
+        part = view[offset : offset + PIECE_BYTES]
+        part[:] = _range(place, start + offset, start + offset + len(part))
+
+    offsets = range(0, len(view), PIECE_BYTES)
+    for _ in in_order(fill, offsets, remote=len(offsets) > 1):
+        pass
+
+
+def read_ranges(place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """Return the bytes of ranges (start, stop) of a file under a URL; near ones come as one.
+
+    Raises:
+        FileEndsEarlyError: The file ends before one of them does.
+        StorageError: The server fails.
+    """
+    blocks = _merged(ranges)
+    content = in_order(lambda block: _range(place, *block), blocks, remote=len(blocks) > 1)
+    read = list(zip(blocks, content, strict=True))
+    return [
+        next(
+            content[start - first : stop - first]
+            for (first, last), content in read
+            if first <= start and stop <= last
+        )
+        for start, stop in ranges
+    ]
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges to ask for: those wanted, and what lies between two that are near."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start - merged[-1][1] <= GAP_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _range(place: RemotePath, start: int, stop: int) -> memoryview:
+    """Return a range; a body that is shorter is asked for again, with exponential back-off."""
+    found = memoryview(b"")
+    for attempt in range(ATTEMPTS if stop > start else 0):
+        if attempt:
+            time.sleep(seconds_before(attempt))
+        found = _range_once(place, start, stop)
+        if len(found) == stop - start:
+            return found
+    if stop > start:
+        raise StorageError(
+            f"{place} cannot be read: {len(found)} bytes came from byte {start}, {stop - start} "
+            f"were asked for, {ATTEMPTS} times. A server that answers whole was expected. Run the "
+            f"command again later, or copy the file; what is done is kept."
+        )
+    return found
+
+
+def _range_once(place: RemotePath, start: int, stop: int) -> memoryview:
+    what = f"An answer with its bytes up to {stop}"
+    try:
+        found = tried(place, what, lambda server: server.range(place, start, stop))
+    except StorageError as error:
+        if "status code: 416" not in str(error):  # no range of the file: it is shorter than it was
+            raise
+        found = memoryview(b"")
+    if len(found) < stop - start:
+        size = entry(place).size
+        if size < stop:
+            raise FileEndsEarlyError(place, size, stop)
+    return found
