@@ -65,12 +65,11 @@ class Pool:
         jobs = list(enumerate(window.chunks.tolist()))
         with ThreadPoolExecutor(self._reader.threads, "sail-read") as readers:
             reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
+            beside = jobs if self.columns.text[0].is_remote else []  # reading them is waiting too
+            reads += [readers.submit(self._hash_captions, *job) for job in beside]
             try:
-                for slot, chunk in jobs:
-                    if self.columns.text[0].is_remote:  # reading them is waiting too
-                        reads.append(readers.submit(self._hash_captions, slot, chunk))
-                    else:
-                        self._hash_captions(slot, chunk)
+                for slot, chunk in [] if beside else jobs:
+                    self._hash_captions(slot, chunk)
                 for read in reads:
                     read.result()
             finally:
