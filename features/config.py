@@ -172,7 +172,7 @@ class ExtractConfig(BaseModel):
     rows_per_chunk: PositiveInt = 4096
     """Rows of one chunk: the unit of work, of writing and of resuming."""
     workers: PositiveInt | None = None
-    """Threads that decode or tokenise; one per processor if not given."""
+    """Threads that decode or tokenise; one per processor that the process may use if not given."""
     max_pixels: PositiveInt = 178_956_970
     """Images with more pixels are refused as decompression bombs (Pillow's own limit)."""
     max_bad_fraction: float = Field(default=1.0, ge=0, le=1)

@@ -8,7 +8,6 @@ import torch
 
 from features.errors import SourceError
 from features.storage.place import Place
-from pipeline.calibration import cores
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
 from pipeline.estimate import (
@@ -24,6 +23,7 @@ from pipeline.estimate import (
     training_flops,
 )
 from pipeline.passes import Measuring, Pass, existing_folder, sample_index
+from pipeline.processors import usable_processors
 from pipeline.run import RunFolder
 from pipeline.sizing import Rows, rows_of
 
@@ -144,7 +144,7 @@ def _this_machine(config: RunConfig, passes: list[Pass], seconds: float) -> dict
     slowest = max(measured, key=lambda each: column_hours(each.phases), default=None)
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else str(device),
-        "cores": cores(),
+        "cores": usable_processors(),
         "seconds_given": seconds,
         "measured": [each.name for each in measured],
         "stage_one_hours": sum(column_hours(each.phases) for each in measured)

@@ -1,7 +1,6 @@
 """Measures for some seconds what the phases of stage one do on this machine, with its own parts."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,11 +125,6 @@ def measure_writing(folder: Path, dim: int, rows_per_chunk: int, *, seconds: flo
     chunks = itertools.cycle(range(column.num_chunks))
     per_second = _per_second(lambda chunk: column.write(chunk, features, status), chunks, seconds)
     return per_second * rows_per_chunk
-
-
-def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode(encoder: ImageEncoder, batch: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.device import prepare_device
 from pipeline.finished import KnownEncoders, check_quarantined, columns_of
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.processors import usable_processors
 from pipeline.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def fill_columns(
         with ProgressLine(f"{split}  {columns.name}", rows, "rows") as line:
             phases = fill(
                 Run(
-                    workers=config.extract.workers or os.cpu_count() or 1,
+                    workers=config.extract.workers or usable_processors(),
                     max_pixels=config.extract.max_pixels,
                     should_stop=stop,
                     on_rows=line.advance,

@@ -14,7 +14,6 @@ from pipeline.calibration import (
     SAMPLES,
     CaptionRates,
     ImageRates,
-    cores,
     measure_captions,
     measure_images,
     measure_writing,
@@ -23,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.device import prepare_device
 from pipeline.encoder_sizes import image_size, local_folder, text_size
 from pipeline.estimate import Phase, hours
+from pipeline.processors import usable_processors
 from pipeline.run import draw_scenes
 
 SCENES = 64
@@ -83,7 +83,7 @@ class Measuring:
         self._seconds = seconds
         self._device = prepare_device(config.run)
         self._on_cpu = self._device.type == "cpu"
-        self._cores = cores()
+        self._cores = usable_processors()
         self._workers = config.extract.workers or self._cores
 
     def image(self, name: str, rows: int) -> Pass:

@@ -7,7 +7,6 @@ as many as there are processors.
 
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 from features.fast_images import prepare_fast
 from features.images import Preprocessing, decode
 from pipeline.memory import keep_freed_memory
+from pipeline.processors import usable_processors
 from tests.benchmarks.figure import Figure, figure_of
 from tests.photographs import as_jpeg, synthetic
 
@@ -81,7 +81,7 @@ def measure(images: int = 256, rounds: int = 5) -> list[Figure]:
     faster: list[float] = []
     threaded: dict[str, list[float]] = {"exact": [], "fast": []}
     spawn = multiprocessing.get_context("spawn")
-    workers = os.cpu_count() or 1
+    workers = usable_processors()
     with (
         ThreadPoolExecutor(workers) as threads,
         ProcessPoolExecutor(workers, spawn, start_process) as processes,

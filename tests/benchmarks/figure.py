@@ -61,6 +61,7 @@ def figure_of(
     goal: float | None,
     direction: str,
     module: str,
+    device: str = "cpu",
 ) -> Figure:
     """Make a figure of the median of several measurements."""
     return Figure(
@@ -72,4 +73,5 @@ def figure_of(
         n=len(values),
         spread=round(max(values) - min(values), 4),
         command=f"python -m tests.benchmarks.{module}",
+        machine=machine(device),
     )

@@ -13,6 +13,7 @@ from tests.benchmarks.figure import Figure
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
 CPU_MODULES = [
+    "decoding",
     "captions",
     "extraction",
     "extraction_memory",

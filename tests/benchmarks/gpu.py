@@ -6,8 +6,10 @@ arguments, so that a test can run the same code small on a CPU.
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,9 @@ from align.loss import LossOptions, contrastive_loss
 from align.optimizer import build_optimizer
 from align.pairs import Pairs
 from features.encoders.nvembed import NVEmbed
+from tests.benchmarks import extraction
 from tests.benchmarks.captions import drift
-from tests.benchmarks.figure import Figure, machine
+from tests.benchmarks.figure import Figure, figure_of, machine
 from tests.benchmarks.nvembed import REAL, captions, operations, random_encoder
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -107,6 +110,27 @@ def text_figures(
     return [*figures, _figure(name, greatest, "difference", 1, device)]
 
 
+def extraction_figures(
+    task: extraction.Task, *, rounds: int, compiled: bool = True
+) -> list[Figure]:
+    """Stage one end to end against the bare encoder, and that encoder alone, also compiled."""
+    figures = extraction.ratio_figures(task, "DINOv2-L", goal=0.95, rounds=rounds, module="gpu")
+    for words, settings in [("eager", {}), ("compiled", {"compile": True})][: 1 + compiled]:
+        seconds = task.bare(task.encoder("exact", **settings))
+        figures.append(
+            figure_of(
+                f"DINOv2-L as extraction runs it, {words}",
+                [task.images / seconds() for _ in range(rounds)],
+                unit="images/s",
+                goal=None,
+                direction="min",
+                module="gpu",
+                device=task.device.type,
+            )
+        )
+    return figures
+
+
 def step_figures(
     device: torch.device, dtype: torch.dtype, *, batch: int, repeats: int, scale: int = 1
 ) -> list[Figure]:
@@ -185,10 +209,17 @@ def measure() -> list[Figure]:
         raise SystemExit("make figures-gpu needs a CUDA device; none is here. Nothing was changed.")
     device, dtype = torch.device("cuda"), torch.bfloat16
     peak = matrix_peak(device, dtype, 8192, 20)
+    with tempfile.TemporaryDirectory() as name:
+        model = extraction.random_dinov2(Path(name) / "dino", **LARGE)
+        task = extraction.Task(
+            Path(name), model, device, images=32_768, distinct=1024, batch_size=256
+        )
+        extracted = extraction_figures(task, rounds=3)
     return [
         _figure("bf16 matrix peak, 8192 square", peak / 1e12, "TFLOP/s", 20, device),
         *encoder_figures(device, dtype, batch=256, peak=peak, repeats=10),
         *_text_figures_in_float16(device),
+        *extracted,
         *step_figures(device, dtype, batch=16_384, repeats=10),
         *loss_figures(device, batches=[16_384, 65_536, 131_072], repeats=3),
     ]

@@ -10,6 +10,7 @@ from pipeline.encoder_sizes import KNOWN_TEXT
 from tests import tiny
 from tests.benchmarks import (
     captions,
+    decoding,
     extraction,
     extraction_memory,
     finished,
@@ -39,9 +40,14 @@ def test_loss_benchmarks_measure_ratios() -> None:
     assert all(figure.value > 0 for figure in figures)
 
 
-def test_extraction_benchmark_measures_a_ratio() -> None:
-    (figure,) = extraction.measure(images=4, rounds=1, batch_size=2)
-    assert figure.value > 0
+def test_extraction_benchmark_measures_a_ratio_for_each_mode() -> None:
+    figures = extraction.measure(images=2, rounds=1, batch_size=2)
+    assert [figure.value > 0 for figure in figures] == [True, True]
+
+
+def test_decoding_benchmark_measures_ratios() -> None:
+    figures = decoding.measure(images=2, rounds=1)
+    assert [figure.value > 0 for figure in figures] == [True, True, True]
 
 
 def test_extraction_memory_benchmark_measures_bytes_of_another_process(tmp_path: Path) -> None:
@@ -78,9 +84,13 @@ def test_the_work_of_nv_embed_is_what_sail_plan_counts() -> None:
         assert operations(model, length) == pytest.approx(expected, rel=1e-12)
 
 
-def test_gpu_scripts_run_small_on_a_cpu() -> None:
+def test_gpu_scripts_run_small_on_a_cpu(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    figures = gpu.loss_figures(cpu, batches=[32], repeats=1)
+    tiny_size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = extraction.random_dinov2(tmp_path / "dino", **tiny_size)
+    task = extraction.Task(tmp_path, model, cpu, images=4, distinct=2, batch_size=2)
+    figures = gpu.extraction_figures(task, rounds=1, compiled=False)
+    figures += gpu.loss_figures(cpu, batches=[32], repeats=1)
     figures += gpu.step_figures(cpu, torch.float32, batch=2, repeats=1, scale=16)
     small = captions.SMALL
     figures += gpu.text_figures(cpu, torch.float32, config=small, count=4, peak=1e9, repeats=1)
