@@ -151,7 +151,11 @@ def _attend_on_gpu(
     scale: float | None,
     is_causal: bool,
 ) -> Tensor:
-    """Attend with torch's own variable-length kernel."""
+    """Attend with torch's own variable-length kernel.
+
+    That is FlashAttention 2, which splits the keys of a sequence only when it generates text: so a
+    sequence's result does not depend on the others of its batch.
+    """
     attended = varlen_attn(
         query,
         key,
@@ -163,7 +167,6 @@ def _attend_on_gpu(
         scale=scale,
         window_size=(-1, 0) if is_causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
-        num_splits=1,  # so that a sequence's result does not depend on the others of its batch
     )
     return cast(Tensor, attended)  # with return_aux it would be a tuple
 
@@ -192,6 +195,7 @@ def _has_varlen_kernel(tensor: Tensor) -> bool:
     return (
         tensor.is_cuda
         and tensor.dtype in (torch.float16, torch.bfloat16)
+        and tensor.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
     )
 
