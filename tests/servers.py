@@ -51,8 +51,8 @@ class Server:
 class Proxy(Server):
     """Passes requests on to another server, and lets some of them fail.
 
-    Faults: `drop` closes the connection without an answer, `503` answers that, `truncate` closes it
-    in the middle of the body, `shorten` sends half of the body as if it were all.
+    Faults: `drop` closes the connection without an answer, `429` and `503` answer that, `truncate`
+    closes it in the middle of the body, `shorten` sends half of the body as if it were all.
     """
 
     def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
@@ -74,8 +74,8 @@ class Proxy(Server):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if failing == "drop":
                     self.close_connection = True
-                elif failing == "503":
-                    self.send(503, [], b"")
+                elif failing in ("429", "503"):
+                    self.send(int(failing), [], b"")
                 else:
                     self.send(*self.upstream_answer(body), fault=failing)
 

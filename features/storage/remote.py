@@ -19,6 +19,8 @@ ATTEMPTS = 5
 """At what obstore does not retry: bodies that are too short, or those of errors."""
 FIRST_WAIT_SECONDS = 0.2
 MAX_REASON = 300
+METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")
+"""Where machines in the cloud ask for their credentials, if none are given."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ def check_writable(place: RemotePath) -> None:
 def _reason(text: str) -> str:
     """Return what a client complains of, without the address and the page that came with it."""
     line = text.split("\n", 1)[0]
+    if any(server in line for server in METADATA_SERVERS):
+        return (
+            "the environment has no credentials, and this is no machine in the cloud that has its "
+            "own (AWS_SKIP_SIGNATURE=true reads a public bucket without)"
+        )
     retries = re.search(r"after \d+ retries", line)
     told = without_secrets(line.rpartition(" - ")[2].partition(": <")[0])[:MAX_REASON].rstrip(": ")
     return f"{told} ({retries[0]})" if retries else told

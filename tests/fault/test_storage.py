@@ -87,6 +87,7 @@ def test_an_extraction_through_a_failing_network_ends_with_the_bytes_of_a_local_
     ("fault", "words"),
     [
         ("503", r"503 Service Unavailable \(after 4 retries\)"),
+        ("429", r"429 Too Many Requests \(after 4 retries\)"),
         ("drop", r"error sending request \(after 4 retries\)"),
         ("truncate", "request or response body error"),
         ("shorten", r"50 bytes came from byte 0, 100 were asked for, 5 times"),
