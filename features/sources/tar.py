@@ -13,7 +13,7 @@ from features.storage.place import Place
 from features.storage.ranges import open_ranges
 
 BLOCK = 512
-WINDOW_BYTES = 1 << 14
+WINDOW_BYTES = 1 << 12  # a sample's headers and captions; what is read beyond them is in vain
 MAX_HEADER_BYTES = 1 << 20
 ZEROS = bytes(BLOCK)
 ADLER_BASE = 65521

@@ -35,12 +35,13 @@ def synthetic_store(
     return store
 
 
-def webdataset_shards(folder: Path, *, shards: int, samples: int) -> str:
+def webdataset_shards(folder: Path, *, shards: int, samples: int, image_bytes: int = 0) -> str:
     """Write a tar of small real JPEGs and JSON captions under many names; return its pattern.
 
     The names are hard links to one file, so that a million samples take no room on the disk.
+    The JPEGs have 682 bytes, or `image_bytes` with zeros behind their end.
     """
-    jpeg = tiny.encoded(tiny.picture(0, 8, 8))
+    jpeg = tiny.encoded(tiny.picture(0, 8, 8)).ljust(image_bytes, b"\0")
     members = []
     for sample in range(samples):
         record = {"caption": f"{tiny.caption(sample % 1000)} {sample}", "width": 8, "height": 8}
