@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from features.errors import SailError
-from features.storage.place import as_place
+from pipeline.cli_readonly import doctor, inspect, plan, verify
+from pipeline.options import stage
 from pipeline.varied import count_of, seeds_of, values_of
 
 
@@ -35,25 +36,6 @@ class Commands(click.Group):
             ) from error
 
 
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the argument and the options that all stages share."""
-    options = [
-        click.argument("recipe"),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override a setting of the recipe; may be repeated.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--verbose", is_flag=True, help="Log more."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sail")
 def cli() -> None:
@@ -62,6 +44,10 @@ def cli() -> None:
     RECIPE is the path of a TOML file, or the name of one that ships with the program: demo,
     sail-small, sail, sail-paper. docs/recipes.md lists every setting.
     """
+
+
+for command in (plan, doctor, inspect, verify):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -201,72 +187,6 @@ def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bo
 
 
 @cli.command()
-@stage
-@click.option("--rows", metavar="COUNT", help="Rows of the training split, such as 23M.")
-@click.option("--seconds", default=20.0, show_default=True, help="What measuring may take.")
-@click.option("--price", type=float, metavar="EUROS", help="Of one hour of a GPU.")
-def plan(
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-    rows: str | None,
-    seconds: float,
-    price: float | None,
-) -> None:
-    """Say what a run will cost before it starts: rows, bytes, hours of both stages.
-
-    Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
-    GPUs are computed from the work of the encoders.
-
-    \b
-    Examples:
-      sail plan my.toml
-      sail plan sail --rows 23M --price 2.5
-    """
-    from pipeline.config import load_config
-    from pipeline.estimate import parsed_count
-    from pipeline.progress import start_log
-    from pipeline.tables import plan_table
-
-    start_log(verbose=verbose)
-    config = load_config(recipe, overrides)
-    try:
-        count = None if rows is None else parsed_count(rows)
-    except ValueError as error:
-        raise click.BadParameter(f"{rows!r} is no number of rows, such as 23M.") from error
-    from pipeline.budget import plan_run  # torch loads here: a fault in the recipe is told before
-
-    description = plan_run(config, rows=count, seconds=seconds, price=price)
-    click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
-
-
-@cli.command()
-@click.argument("store")
-@click.option("--row", type=int, help="Show this row instead of the whole.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(store: str, row: int | None, as_json: bool) -> None:
-    """Show what a store holds: columns, rows per status, norms, sizes.
-
-    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://).
-
-    \b
-    Examples:
-      sail inspect runs/demo/features/train.zarr
-      sail inspect runs/demo/features/train.zarr --row 7 --json
-    """
-    from pipeline.inspection import describe_row, describe_store
-    from pipeline.tables import row_table, store_table
-
-    place = as_place(store)
-    description = describe_store(place) if row is None else describe_row(place, row)
-    if as_json:
-        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
-    else:
-        click.echo(store_table(description) if row is None else row_table(description))
-
-
-@cli.command()
 @click.argument("store")
 @click.option(
     "--dtype", type=click.Choice(["int8", "float16"]), required=True, help="Of the features."
@@ -298,28 +218,6 @@ def convert(store: str, dtype: str, out: str | None, as_json: bool) -> None:
     else:
         click.echo(conversion_table(losses))
         click.echo(str(target))
-
-
-@cli.command()
-@click.argument("store")
-def verify(store: str) -> None:
-    """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
-
-    \b
-    Example:
-      sail verify runs/demo/features/train.zarr
-    """
-    from pipeline.inspection import verify_store
-
-    faults = verify_store(as_place(store))
-    if faults:
-        for fault in faults:
-            click.echo(fault, err=True)
-        raise click.ClickException(
-            f"{store} has {len(faults)} faults, named above. A whole store was expected. Each "
-            f"line says what to do."
-        )
-    click.echo(f"{store} is whole.")
 
 
 @cli.command(name="import-head")

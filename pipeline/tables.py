@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 WIDTH_OF_A_PIPE = 160
@@ -173,6 +174,18 @@ def conversion_table(losses: dict[str, dict[str, float]]) -> str:
             f"{byte_size(int(loss['bytes']))} of {byte_size(int(loss['bytes_before']))}",
         )
     return rendered(table)
+
+
+def doctor_table(examination: dict[str, Any]) -> str:
+    """Return what `sail doctor` prints."""
+    table = Table(show_header=True)
+    for heading in ("", "looked at", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in examination["checks"]:
+        table.add_row(*(escape(check[what]) for what in ("status", "name", "found", "advice")))
+    broken = sum(check["status"] == "broken" for check in examination["checks"])
+    end = "Nothing that is needed is broken." if not broken else f"{broken} broken, see above."
+    return f"{rendered(table)}\n{end}"
 
 
 def byte_size(count: int) -> str:

@@ -1,0 +1,125 @@
+"""The commands of `sail` that look and change nothing.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import json
+import sys
+
+import click
+
+from features.storage.place import as_place
+from pipeline.options import stage
+
+
+@click.command()
+@stage
+@click.option("--rows", metavar="COUNT", help="Rows of the training split, such as 23M.")
+@click.option("--seconds", default=20.0, show_default=True, help="What measuring may take.")
+@click.option("--price", type=float, metavar="EUROS", help="Of one hour of a GPU.")
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    rows: str | None,
+    seconds: float,
+    price: float | None,
+) -> None:
+    """Say what a run will cost before it starts: rows, bytes, hours of both stages.
+
+    Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
+    GPUs are computed from the work of the encoders.
+
+    \b
+    Examples:
+      sail plan my.toml
+      sail plan sail --rows 23M --price 2.5
+    """
+    from pipeline.config import load_config
+    from pipeline.estimate import parsed_count
+    from pipeline.progress import start_log
+    from pipeline.tables import plan_table
+
+    start_log(verbose=verbose)
+    config = load_config(recipe, overrides)
+    try:
+        count = None if rows is None else parsed_count(rows)
+    except ValueError as error:
+        raise click.BadParameter(f"{rows!r} is no number of rows, such as 23M.") from error
+    from pipeline.budget import plan_run  # torch loads here: a fault in the recipe is told before
+
+    description = plan_run(config, rows=count, seconds=seconds, price=price)
+    click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(recipe: str | None, as_json: bool) -> None:
+    """Look at this machine: versions, devices, faiss, disk, decoding, what is missing.
+
+    With RECIPE also at its data, encoders and folder. Exit 1 if something needed is broken.
+
+    \b
+    Examples:
+      sail doctor
+      sail doctor my.toml --json
+    """
+    from pipeline.config import load_config
+
+    config = load_config(recipe) if recipe else None
+    from pipeline.doctor import examine
+    from pipeline.tables import doctor_table
+
+    examination = examine(config)
+    click.echo(json.dumps(examination, indent=2) if as_json else doctor_table(examination))
+    if not examination["ok"]:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--row", type=int, help="Show this row instead of the whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(store: str, row: int | None, as_json: bool) -> None:
+    """Show what a store holds: columns, rows per status, norms, sizes.
+
+    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://).
+
+    \b
+    Examples:
+      sail inspect runs/demo/features/train.zarr
+      sail inspect runs/demo/features/train.zarr --row 7 --json
+    """
+    from pipeline.inspection import describe_row, describe_store
+    from pipeline.tables import row_table, store_table
+
+    place = as_place(store)
+    description = describe_store(place) if row is None else describe_row(place, row)
+    if as_json:
+        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+    else:
+        click.echo(store_table(description) if row is None else row_table(description))
+
+
+@click.command()
+@click.argument("store")
+def verify(store: str) -> None:
+    """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
+
+    \b
+    Example:
+      sail verify runs/demo/features/train.zarr
+    """
+    from pipeline.inspection import verify_store
+
+    faults = verify_store(as_place(store))
+    if faults:
+        for fault in faults:
+            click.echo(fault, err=True)
+        raise click.ClickException(
+            f"{store} has {len(faults)} faults, named above. A whole store was expected. Each "
+            f"line says what to do."
+        )
+    click.echo(f"{store} is whole.")

