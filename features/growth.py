@@ -95,8 +95,9 @@ def _write(folder: Path, store: FeatureStore, index: Index, added: list[str]) ->
     if grows:
         write_rows(group, there, index, store.rows_per_chunk, store.full_chunks)
         for name in store.columns():
-            dim = store.column(name).dim
-            create_column(group.create_group(name), index.rows, dim, store.rows_per_chunk)
+            column, longer = store.column(name), group.create_group(name)
+            size = store.rows_per_chunk
+            create_column(longer, index.rows, column.dim, size, dtype=column.dtype.name)
 
 
 def _move(folder: Path, store: FeatureStore, *, grows: bool) -> None:
