@@ -150,7 +150,8 @@ def _load_images(
         np.stack(pixels) if pixels else np.empty((0, 3, 1, 1), dtype=np.uint8)
     )
     if encoder.device.type == "cuda":
-        stacked = stacked.pin_memory()  # or the copy to the device could not overlap with work
+        with torch.cuda.device(encoder.device):
+            stacked = stacked.pin_memory()  # or the copy to the device would hold up the encoder
     decode_seconds = time.perf_counter() - begun
     return _Images(batch, status, stacked, read_seconds, decode_seconds, faults)
 

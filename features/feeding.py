@@ -86,11 +86,12 @@ def _to_host(features: Sequence[Tensor]) -> Encoding:
     if halves[0].device.type != "cuda":
         arrays = [each.cpu().numpy() for each in halves]
         return lambda: arrays
-    copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in halves]
-    for copy, half in zip(copies, halves, strict=True):
-        copy.copy_(half, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    with torch.cuda.device(halves[0].device):
+        copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in halves]
+        for copy, half in zip(copies, halves, strict=True):
+            copy.copy_(half, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
 
     def wait() -> list[np.ndarray]:
         copied.synchronize()

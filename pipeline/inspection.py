@@ -93,6 +93,8 @@ def _describe_column(column: Column) -> dict[str, Any]:
         "bytes": done * column.chunk_bytes,
         "model": fingerprint.get("model"),
         "pooling": fingerprint.get("pooling"),
+        "layer": fingerprint.get("layer"),
+        "mode": fingerprint.get("mode"),
         "licence": fingerprint.get("licence"),
         "supervision": fingerprint.get("supervision"),
         "weights_sha256": fingerprint.get("weights_sha256"),

@@ -136,8 +136,8 @@ def _encoders(context: Context) -> list[EncoderFacts]:
 
 
 def _full(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("model", "revision", "pooling", "supervision", "licence", "weights_sha256")
-    return {key: fingerprint.get(key) for key in keys}
+    keys = "model revision pooling layer mode supervision licence weights_sha256"
+    return {key: fingerprint.get(key) for key in keys.split()}
 
 
 def _split(name: str, store: FeatureStore, plan: Plan, config: RunConfig) -> SplitFacts:

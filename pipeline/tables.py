@@ -31,7 +31,7 @@ def store_table(description: dict[str, Any]) -> str:
             " / ".join(f"{norms[key]:g}" for key in ("min", "mean", "max")) if norms else "-",
             byte_size(column["bytes"]),
             str(column["model"]),
-            str(column["pooling"]),
+            _pooling(column),
         )
     lines = [
         f"{description['rows']} rows in chunks of {description['rows_per_chunk']}; caption fields: "
@@ -41,6 +41,12 @@ def store_table(description: dict[str, Any]) -> str:
         told = [what for what in ("licence", "supervision") if column[what]]
         lines += [f"{name}: {what}: {column[what]}" for what in told]
     return "\n".join([rendered(table), *lines])
+
+
+def _pooling(column: dict[str, Any]) -> str:
+    """Return the pooling, and the layer unless it is the last."""
+    layer = column["layer"]
+    return str(column["pooling"]) + (f", layer {layer}" if layer not in (None, -1) else "")
 
 
 def row_table(description: dict[str, Any]) -> str:

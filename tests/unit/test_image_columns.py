@@ -7,11 +7,15 @@ import pytest
 import torch
 from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTModel
 
+from features.encoders import ImageEncoder
 from features.errors import ConfigError, EncoderError, StoreMismatchError
+from features.feeding import Feeder
 from features.store import FeatureStore
 from pipeline.config import dump_config, load_config
+from pipeline.inspection import describe_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
+from pipeline.tables import store_table
 from tests import tiny
 
 ALSO = """
@@ -116,6 +120,34 @@ def written(folder: Path, column: str) -> dict[Path, int]:
     """The files of a column, and when each was written."""
     path = folder / "run" / "features" / "train.zarr" / "image" / column
     return {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+
+
+def test_features_that_come_back_late_land_in_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a batch is handed over before the one ahead of it is back."""
+    run_file = deeper(tmp_path)
+    expected = extracted(run_file)
+    start = Feeder.__init__
+
+    def several_ahead(self: Feeder, encoder: ImageEncoder) -> None:
+        start(self, encoder)
+        self.ahead = 3  # more than the two batches of a chunk
+
+    monkeypatch.setattr(Feeder, "__init__", several_ahead)
+    found = extracted(run_file, elsewhere(tmp_path))
+    for name in NAMES:
+        np.testing.assert_array_equal(
+            found.column(f"image/{name}").read(0, 40), expected.column(f"image/{name}").read(0, 40)
+        )
+
+
+def test_inspection_tells_the_layer_and_the_mode_of_a_column(tmp_path: Path) -> None:
+    store = extracted(deeper(tmp_path))
+    description = describe_store(store.path)
+    inner = description["columns"]["image/vit-before-norm"]
+    assert (inner["pooling"], inner["layer"], inner["mode"]) == ("mean+max", -2, "exact")
+    assert "mean+max, layer -2" in " ".join(store_table(description).split())
 
 
 def test_another_layer_under_the_same_name_is_refused_by_name(tmp_path: Path) -> None:
