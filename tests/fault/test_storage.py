@@ -1,5 +1,6 @@
 """Servers that drop connections, answer 503, cut bodies short, have no ranges, or lose files."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,32 +56,69 @@ def images(index: Index) -> list[bytes | None]:
     return SampleReader(index).read(0, index.rows)
 
 
-def test_an_extraction_through_a_failing_network_ends_with_the_bytes_of_a_local_one(
-    tmp_path: Path, s3: Bucket, s3_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(frozen=True)
+class Extraction:
+    """A small extraction from S3 to S3, and the bytes that a local one gives."""
+
+    run_file: Path
+    overrides: list[str]
+    s3: Bucket
+
+    def run(self) -> None:
+        extract(load_config(str(self.run_file), self.overrides), StopRequest())
+
+    def found(self) -> dict[str, bytes]:
+        return without_root(self.s3.content("stores/train.zarr"))
+
+    def expected(self) -> dict[str, bytes]:
+        extract(load_config(str(self.run_file)), StopRequest())
+        local = self.run_file.parent / "run" / "features" / "train.zarr"
+        files = (path for path in local.rglob("*") if path.is_file())
+        return without_root(
+            {path.relative_to(local).as_posix(): path.read_bytes() for path in files}
+        )
+
+
+def without_root(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Leave out the metadata that name the source."""
+    return {name: content for name, content in files.items() if name != "zarr.json"}
+
+
+@pytest.fixture
+def extraction(tmp_path: Path, s3: Bucket) -> Extraction:
     run_file = tiny.world(tmp_path, rows=24)
-    extract(load_config(str(run_file)), StopRequest())
     s3.upload(tmp_path / "shards", "shards")
+    overrides = [
+        f"run.dir={tmp_path / 'elsewhere'}",
+        f"extract.store={s3.url('stores')}",
+        f"data.train.path={s3.url('shards/train-*.tar')}",
+        f"data.test.path={s3.url('shards/test-*.tar')}",
+    ]
+    return Extraction(run_file, overrides, s3)
+
+
+def test_an_extraction_through_a_failing_network_ends_with_the_bytes_of_a_local_one(
+    extraction: Extraction, s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Proxy(s3_port, sometimes) as proxy:
         reach_s3(proxy.port, monkeypatch)
-        overrides = [
-            f"run.dir={tmp_path / 'elsewhere'}",
-            f"extract.store={s3.url('stores')}",
-            f"data.train.path={s3.url('shards/train-*.tar')}",
-            f"data.test.path={s3.url('shards/test-*.tar')}",
-        ]
-        stores = extract(load_config(str(run_file), overrides), StopRequest())
-        assert verify_store(stores[0]) == []
+        extraction.run()
+        assert verify_store(as_place(extraction.s3.url("stores/train.zarr"))) == []
         assert {"drop", "503", "truncate", "shorten"} <= set(proxy.faults)
-    found = s3.content("stores/train.zarr")
-    local = tmp_path / "run" / "features" / "train.zarr"
-    expected = {
-        path.relative_to(local).as_posix(): path.read_bytes()
-        for path in local.rglob("*")
-        if path.is_file()
-    }
-    del found["zarr.json"], expected["zarr.json"]  # they name the source
-    assert found == expected
+    assert extraction.found() == extraction.expected()
+
+
+@pytest.mark.parametrize("requests", [90, 160])
+def test_a_server_that_goes_away_stops_the_run_and_the_next_one_goes_on(
+    requests: int, extraction: Extraction, s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(s3_port, lambda number, *_: "drop" if number >= requests else None) as proxy:
+        reach_s3(proxy.port, monkeypatch)
+        with pytest.raises(StorageError, match="what is done is kept"):
+            extraction.run()
+    reach_s3(s3_port, monkeypatch)
+    extraction.run()
+    assert extraction.found() == extraction.expected()
 
 
 @pytest.mark.parametrize(
