@@ -12,6 +12,7 @@ from features.config import ClassFolderSource, FolderSource, Source
 from features.errors import SourceError
 from features.index import Index
 from features.index_builder import COLUMNS, ROWS_PER_GROUP, Earlier, build_index, settings_of
+from features.partial import partial_path
 from features.sources import open_source
 from features.storage import files
 from features.storage.parallel import in_order
@@ -78,7 +79,7 @@ def update_index(
             f"when it was indexed in {index.path}: {changes.files[0]} is the first. "
             f"{_NOT_WITHOUT_APPEND}"
         )
-    candidate = index.path.with_name(index.path.name + ".new")
+    candidate = partial_path(index.path)
     earlier = Earlier(index.rows, index.names, index.grown_from)
     if not (changes.tables or changes.settings - {"path"} or source.rows):
         earlier = replace(earlier, samples=index.samples, counts=index.counts)

@@ -11,7 +11,9 @@ import pytest
 
 from features.config import WebdatasetSource
 from features.errors import StoreMismatchError
+from features.growth import follow_index
 from features.index import Index
+from features.reindex import find_changes, update_index
 from features.store import FeatureStore
 from pipeline.inspection import verify_store
 from tests import tiny
@@ -118,3 +120,31 @@ def test_of_two_that_add_an_encoder_with_different_settings_one_is_refused(tmp_p
     (refusal,) = [error for error in raised if error is not None]
     assert isinstance(refusal, StoreMismatchError)
     assert "pooling = " in str(refusal)
+
+
+def test_of_eight_that_append_to_an_index_and_a_store_each_ends_with_all_rows(
+    tmp_path: Path,
+) -> None:
+    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "*.tar"))
+    tiny.write_tar(tmp_path / "a.tar", tiny.samples(10))
+    path, store = tmp_path / "index.parquet", tmp_path / "rows.zarr"
+    FeatureStore.create(store, Index.build(source, path), rows_per_chunk=4)
+    tiny.write_tar(tmp_path / "b.tar", tiny.samples(7))
+
+    def append() -> None:
+        index = Index.open(path)
+        if changes := find_changes(index, source):
+            index = update_index(index, source, changes, append=True)
+        follow_index(FeatureStore.open(store), index, append=False)
+
+    assert all_at_once(*[append] * 8) == [None] * 8
+    whole = FeatureStore.create(tmp_path / "w.zarr", Index.build(source, path), rows_per_chunk=4)
+    assert store_files(store) == store_files(tmp_path / "w.zarr")
+    assert whole.rows == 17
+    assert [entry for entry in tmp_path.rglob("*") if entry.name.startswith(".")] == []
+
+
+def store_files(store: Path) -> dict[str, bytes]:
+    """Every file of a store, by its place."""
+    files = (path for path in store.rglob("*") if path.is_file())
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
