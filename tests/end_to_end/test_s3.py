@@ -105,3 +105,19 @@ def test_verify_names_a_chunk_on_s3_that_is_damaged(tmp_path: Path, s3: Bucket) 
     done = CliRunner().invoke(cli, ["verify", s3.url("remote.zarr")])
     assert done.exit_code == 1
     assert "features/c/1/0 is damaged: it has" in done.stderr
+
+
+def test_further_shards_and_captions_on_s3_give_the_bytes_of_a_local_extraction(
+    tmp_path: Path, s3: Bucket
+) -> None:
+    run_file = tiny.world(tmp_path, rows=19)
+    remote = on_s3(run_file, s3)
+    short = "data.train.captions=['short']"
+    extract(load_config(str(run_file), [*remote, short]), StopRequest())
+    tiny.write_tar(tmp_path / "shards" / "train-2.tar", tiny.samples(7, first=500))
+    later = tmp_path / "later"
+    tiny.write_tar(later / "train-2.tar", tiny.samples(7, first=500))
+    s3.upload(later, "shards")
+    extract(load_config(str(run_file), remote), StopRequest(), append=True)
+    extract(load_config(str(run_file)), StopRequest())
+    assert stored(s3, "train.zarr") == stored_locally(tmp_path, "train.zarr")
