@@ -13,6 +13,7 @@ They live in `features` because it is the package all others may import::
         StoreNotFoundError     nothing at that path
         StoreMismatchError     made from other rows or by another encoder
         StoreCorruptError      a chunk does not hold what was written
+      ClusterError             the workers or the scheduler of a cluster fail
       CheckpointError          a checkpoint is missing, incomplete, or from another head
       TrainingError            the head cannot be trained as asked
       EvaluationError          a measure cannot be computed from what is there
@@ -86,6 +87,10 @@ class StoreCorruptError(StoreError):
             f"{chunk} is damaged: {what}. A whole chunk was expected. Delete the `status` chunk of "
             f"the same number and run `sail extract` again to compute it anew."
         )
+
+
+class ClusterError(SailError):
+    """Workers are lost again and again, or the scheduler of a cluster cannot be reached."""
 
 
 class CheckpointError(SailError):

@@ -55,24 +55,46 @@ for command in (plan, doctor, inspect, verify):
 @click.option(
     "--append", is_flag=True, help="Add rows that came since the source was indexed, at the end."
 )
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Let the workers of a Dask cluster encode: tcp://HOST:PORT, or a scheduler file.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Let so many processes of this machine encode, one per GPU where there are several.",
+)
 def extract(
-    recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, append: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    append: bool,
+    scheduler: str | None,
+    workers: int | None,
 ) -> None:
     """Encode images and captions into feature stores (stage one).
 
     Resumes by itself: what is on disk is not computed again, also where the recipe has further
     encoders or caption fields. Prints the path of each store.
+    docs/scaling.md tells how to use many GPUs or machines.
 
     \b
     Examples:
       sail extract demo
       sail extract my.toml --append
       sail extract my.toml --set encoders.image.dinov2.batch_size=256
+      sail extract my.toml --scheduler tcp://10.0.0.1:8786
     """
     from pipeline import run
 
+    if scheduler is not None and workers is not None:
+        raise click.UsageError("--scheduler has workers of its own: leave --workers out.")
+
     def work(config: Any, stop: Any) -> list[str]:
-        return [str(path) for path in run.extract(config, stop, append=append)]
+        stores = run.extract(config, stop, append=append, scheduler=scheduler, workers=workers)
+        return [str(path) for path in stores]
 
     _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 

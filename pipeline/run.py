@@ -1,8 +1,10 @@
 """What runs when: each stage reads what the one before it wrote, and does only what is missing."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from features.config import ScenesSource, Source, WebdatasetSource
 from features.errors import ConfigError
@@ -16,6 +18,9 @@ from pipeline.config import RunConfig, dump_config
 from pipeline.finished import KnownEncoders, is_finished
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +73,22 @@ def start_run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def extract(config: RunConfig, stop: StopRequest, *, append: bool = False) -> list[Place]:
+def extract(
+    config: RunConfig,
+    stop: StopRequest,
+    *,
+    append: bool = False,
+    scheduler: str | None = None,
+    workers: int | None = None,
+) -> list[Place]:
     """Run stage one for every split and encoder of the recipe; return the stores.
 
     Args:
         config: The recipe.
         stop: Asked between chunks.
         append: Whether rows that came to a source since it was indexed are added at its end.
+        scheduler: Address or scheduler file of a Dask cluster whose workers encode.
+        workers: Or: so many processes of this machine do. Without either this process does.
 
     Raises:
         SourceError: A source changed otherwise than by captions, or has more rows without `append`.
@@ -85,23 +99,36 @@ def extract(config: RunConfig, stop: StopRequest, *, append: bool = False) -> li
             f"run.features = {config.run.features} says that the features of another run are used. "
             f"Nothing to extract was expected. Call `sail align`, or leave run.features out."
         )
-    folder = start_run(config)
-    splits = []
-    for split, source in config.data.items():
-        index = build_index(folder, split, _drawn(folder, split, source), append=append)
-        splits.append((_open_store(config, folder, split, index, append=append), index))
-    stores = [store for store, _ in splits]
-    known = KnownEncoders(folder.path / "encoders.json")
-    columns = [
-        (kind, name) for kind in ("image", "text") for name in getattr(config.encoders, kind)
-    ]
-    for kind, name in columns:
-        if is_finished(config, known, stores, f"{kind}/{name}"):
-            continue
-        from pipeline.filling import fill_encoder  # torch loads here: a finished run does without
+    with _cluster(config, scheduler, workers) as cluster:
+        folder = start_run(config)
+        splits = []
+        for split, source in config.data.items():
+            index = build_index(folder, split, _drawn(folder, split, source), append=append)
+            splits.append((_open_store(config, folder, split, index, append=append), index))
+        stores = [store for store, _ in splits]
+        known = KnownEncoders(folder.path / "encoders.json")
+        names = [f"image/{name}" for name in config.encoders.image]
+        names += [f"text/{name}" for name in config.encoders.text]
+        for name in names:
+            if is_finished(config, known, stores, name):
+                continue
+            if cluster is not None:
+                cluster.fill_encoder(stores, name, stop)
+                continue
+            from pipeline.filling import fill_encoder  # torch: a finished run does without
 
-        fill_encoder(config, known, splits, f"{kind}/{name}", stop)
+            fill_encoder(config, known, splits, name, stop)
     return [store.path for store in stores]
+
+
+def _cluster(
+    config: RunConfig, scheduler: str | None, workers: int | None
+) -> AbstractContextManager["Cluster | None"]:
+    if scheduler is None and workers is None:
+        return nullcontext()
+    from pipeline.cluster import open_cluster
+
+    return open_cluster(config, scheduler=scheduler, workers=workers)
 
 
 def build_index(folder: RunFolder, split: str, source: Source, *, append: bool) -> Index:

@@ -1,0 +1,64 @@
+"""`sail extract` on workers: the same stores as without, and a clean end whatever happens."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.inspection import verify_store
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from tests import tiny
+from tests.clusters import begin, cluster, done_chunks, finish, wait_until
+from tests.feature_stores import store_digests
+
+BROKEN = ("00007.jpg", b"\xff\xd8\xff\xe0 not all of it")
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file with a broken image, whose features in `inline` this process computed alone."""
+    folder = tmp_path_factory.mktemp("world")
+    run_file = tiny.world(folder, rows=400)
+    members = [BROKEN if name == BROKEN[0] else (name, data) for name, data in tiny.samples(200)]
+    tiny.write_tar(folder / "shards" / "train-0.tar", members)
+    extract(load_config(str(run_file), [f"run.dir='{folder / 'inline'}'"]), StopRequest())
+    return run_file
+
+
+@pytest.mark.slow
+def test_two_workers_leave_the_bytes_of_one_process(run_file: Path) -> None:
+    run = run_file.parent / "two"
+    command = begin("extract", str(run_file), "--set", f"run.dir='{run}'", "--workers", "2")
+    output, log = finish(command)
+
+    assert store_digests(run) == store_digests(run_file.parent / "inline")
+    stores = [run / "features" / "train.zarr", run / "features" / "test.zarr"]
+    assert output.split() == [str(store) for store in stores]
+    assert [verify_store(store) for store in stores] == [[], []]
+    assert "2 workers; dashboard at http://127.0.0.1:" in log
+    assert "quarantined row 7: truncated image" in log
+    assert log.count("train  image/vit  400 / 400 rows") == 1  # one line for all workers
+
+
+@pytest.mark.slow
+def test_a_stopped_command_leaves_its_cluster_idle_and_the_next_one_goes_on(
+    run_file: Path,
+) -> None:
+    run = run_file.parent / "stopped"
+    with cluster(run_file.parent, workers=2) as scheduler_file:
+        options = ["extract", str(run_file), "--set", f"run.dir='{run}'"]
+        options += ["--scheduler", str(scheduler_file)]
+        first = begin(*options)
+        wait_until(lambda: done_chunks(run) > 0)
+        first.send_signal(signal.SIGTERM)
+        output, log = finish(first, expect=143)
+        assert output == ""
+        assert "Stopped; what is done is saved." in log
+        done = done_chunks(run)
+        assert 0 < done < 50  # of 50: it did not go on to the end
+
+        _, log = finish(begin(*options))
+        assert f"train  image/vit: {400 - 8 * done} rows" in log  # nothing is done twice
+    assert store_digests(run) == store_digests(run_file.parent / "inline")
