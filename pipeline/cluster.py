@@ -88,9 +88,10 @@ def open_cluster(
         Client(local) as client,
         Cluster(client, config, processors=processors).ending() as cluster,
     ):
-        yield cluster
-        # An idle process may need more than the four seconds after which a warning is logged.
-        logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
+        try:
+            yield cluster
+        finally:  # to end, an idle process may need more than the seconds after which it warns
+            logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
 
 
 def cut_into_units(

@@ -1,0 +1,129 @@
+"""How units are cut and handed out; whole commands are in end_to_end and fault."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from distributed import Client, LocalCluster, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from hypothesis import given
+from hypothesis import strategies as st
+
+from features.errors import ClusterError
+from features.store import FeatureStore
+from pipeline import cluster
+from pipeline.cli import cli
+from pipeline.cluster import LEAST_UNITS, Cluster, cut_into_units, open_cluster
+from pipeline.config import RunSettings, load_config
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from pipeline.units import Job, device_settings
+from tests import tiny
+from tests.feature_stores import store_digests
+
+JOB: Job = {"id": "j", "version": "1", "recipe": {}, "processors": 1, "share_gpus": True}
+
+
+class Watcher(SchedulerPlugin):
+    """Notes how many tasks a scheduler has at a time, and what they are called with."""
+
+    name = "watcher"
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.most = 0
+        self.messages: list[str] = []
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
+        self.most = max(self.most, len(self._scheduler.tasks))
+        if start == "released" and finish != "forgotten":
+            arguments = self._scheduler.tasks[key].run_spec.args
+            self.messages.append(json.dumps([getattr(each, "value", each) for each in arguments]))
+
+
+@pytest.fixture
+def local() -> Iterator[LocalCluster]:
+    """A cluster whose one worker is a thread of this process."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as local:
+        yield local
+
+
+@given(
+    chunks=st.sets(st.integers(0, 6000), max_size=300),
+    most=st.integers(1, 40),
+    workers=st.integers(0, 16),
+)
+def test_units_hold_every_chunk_once_and_no_more_than_may_be(
+    chunks: set[int], most: int, workers: int
+) -> None:
+    units = list(cut_into_units(sorted(chunks), most=most, num_workers=lambda: workers))
+    assert list(itertools.chain(*units)) == sorted(chunks)
+    assert all(1 <= len(unit) <= most for unit in units)
+
+
+def test_a_column_of_23_million_rows_is_three_hundred_units_the_last_ones_small() -> None:
+    units = list(cut_into_units(range(5616), most=32, num_workers=lambda: 8))
+    assert len(units) == 302
+    assert [len(units[0]), len(units[-1])] == [32, 1]
+
+
+def test_few_units_are_under_way_and_their_messages_are_names_and_numbers(
+    tmp_path: Path, local: LocalCluster
+) -> None:
+    run_file = str(tiny.world(tmp_path, rows=160))
+    settings = ["extract.rows_per_chunk=1"]
+    extract(load_config(run_file, [*settings, f"run.dir='{tmp_path / 'inline'}'"]), StopRequest())
+    no_encoders = ["encoders.image={}", "encoders.text={}"]
+    stores = extract(load_config(run_file, [*settings, *no_encoders]), StopRequest())
+    with Client(local) as client, Cluster(client, load_config(run_file, settings)).ending() as c:
+        watcher = Watcher(local.scheduler)
+        local.scheduler.add_plugin(watcher)
+        for name in ("image/vit", "text/bert"):
+            c.fill_encoder([FeatureStore.open(store) for store in stores], name, StopRequest())
+    assert len(watcher.messages) > 2 * LEAST_UNITS
+    assert watcher.most <= LEAST_UNITS + 1  # one may be on its way out
+    assert max(map(len, watcher.messages)) < 10_000
+    assert store_digests(tmp_path / "run") == store_digests(tmp_path / "inline")
+
+
+def test_workers_that_see_all_gpus_take_one_each() -> None:
+    devices = [device_settings(RunSettings(), JOB, name, 2).device for name in (0, 1, "2")]
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 0), ("auto", 1), ("cpu", 4), ("cuda:3", 4)])
+def test_a_device_that_is_named_or_the_only_one_is_left_as_it_is(device: str, gpus: int) -> None:
+    settings = RunSettings(device=device)
+    assert device_settings(settings, JOB, 1, gpus) == settings
+
+
+def test_a_worker_of_a_cluster_that_sees_one_gpu_of_its_own_takes_the_setting() -> None:
+    own: Job = {**JOB, "share_gpus": False}
+    assert device_settings(RunSettings(), own, "tcp://10.0.0.1:4711", 8).device == "auto"
+
+
+def test_a_scheduler_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 0.5)
+    config = load_config(str(tiny.world(tmp_path, rows=2)))
+    expected = r"no Dask scheduler at 'tcp://127\.0\.0\.1:1'.*Start one with `dask scheduler`"
+    with (
+        pytest.raises(ClusterError, match=expected),
+        open_cluster(config, scheduler="tcp://127.0.0.1:1"),
+    ):
+        pass
+
+
+def test_workers_of_this_machine_and_of_a_scheduler_do_not_go_together() -> None:
+    done = CliRunner().invoke(
+        cli, ["extract", "demo", "--scheduler", "tcp://a:1", "--workers", "2"]
+    )
+    assert done.exit_code == 2
+    assert "leave --workers out" in done.output
