@@ -41,7 +41,8 @@ class Watcher(SchedulerPlugin):
     def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
         self.most = max(self.most, len(self._scheduler.tasks))
         if start == "released" and finish != "forgotten":
-            arguments = self._scheduler.tasks[key].run_spec.args
+            call: Any = self._scheduler.tasks[key].run_spec
+            arguments = call.args
             self.messages.append(json.dumps([getattr(each, "value", each) for each in arguments]))
 
 
@@ -82,8 +83,9 @@ def test_few_units_are_under_way_and_their_messages_are_names_and_numbers(
     no_encoders = ["encoders.image={}", "encoders.text={}"]
     stores = extract(load_config(run_file, [*settings, *no_encoders]), StopRequest())
     with Client(local) as client, Cluster(client, load_config(run_file, settings)).ending() as c:
-        watcher = Watcher(local.scheduler)
-        local.scheduler.add_plugin(watcher)
+        scheduler: Any = local.scheduler
+        watcher = Watcher(scheduler)
+        scheduler.add_plugin(watcher)
         for name in ("image/vit", "text/bert"):
             c.fill_encoder([FeatureStore.open(store) for store in stores], name, StopRequest())
     assert len(watcher.messages) > 2 * LEAST_UNITS
