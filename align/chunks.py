@@ -1,13 +1,16 @@
 """Reads whole chunks of a store into memory that is used again, on the host or on a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Int64
 from torch import Tensor
 
-from align.selection import Columns
+from align.rows import RowsInMemory
+from align.selection import Columns, key_hashes
 from features.column import Column
 
 READERS = 4  # threads that read chunks: enough to keep a local disk busy
@@ -15,80 +18,142 @@ REMOTE_READERS = 16  # under a URL they mostly wait
 
 
 class ChunkReader:
-    """What the windows of one store are read by.
+    """What the rows of one store are read by.
 
     Chunks come to a GPU through pinned memory on a stream of their own, so that training goes on
     meanwhile.
     """
 
-    def __init__(self, columns: Columns, *, verify: bool, memory: torch.device) -> None:
-        """Take the pinned memory, if chunks go to a GPU.
+    def __init__(
+        self, columns: Columns, *, verify: bool, memory: torch.device, threads: int
+    ) -> None:
+        """Prepare buffers, which are taken when they are first used.
 
         Args:
             columns: What is read.
             verify: Whether to check the crc32c of each chunk the first time that it is read.
-            memory: Where the chunks go.
+            memory: Where the rows go.
+            threads: How many may read at once.
         """
         self.columns = columns
+        self.memory = memory
+        self.threads = threads
         self._checked = {
             column.name: np.full(column.num_chunks, not verify)
             for column in (columns.image, *columns.text)
         }
-        self.threads = REMOTE_READERS if columns.image.is_remote else READERS
-        """How many may read at once."""
-        self._staging = _Staging(columns, memory, self.threads) if memory.type == "cuda" else None
+        self._on_gpu = memory.type == "cuda"
+        self._stream = torch.cuda.Stream(memory) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
+        for _ in range(threads):
+            self._buffers.put(None)
 
-    def read(
-        self,
-        column: Column,
-        chunk: int,
-        values: Shaped[Tensor, "rows dim"],
-        scale: Float32[Tensor, "rows"] | None,
-    ) -> None:
-        """Fill memory with a chunk as it is on disk, and with the factors of int8 features.
+    def read(self, column: Column, chunk: int, rows: RowsInMemory, first: int) -> None:
+        """Read a chunk to where its rows stand one behind the other.
+
+        Args:
+            column: Of the image or of a caption field.
+            chunk: Number of the chunk.
+            rows: The memory.
+            first: Where the first row goes.
 
         Raises:
             StoreCorruptError: The chunk is not what was written.
         """
+        part = slice(first, first + column.rows_per_chunk)
+        if not self._on_gpu:
+            self._read_into(column, chunk, rows.values[part])
+            if rows.scale is not None:
+                column.read_scale_into(chunk, rows.scale[part].numpy())
+            return
+        with self._buffer(column) as pinned:
+            self._read_into(column, chunk, pinned)
+            with self._copying():
+                rows.values[part].copy_(pinned, non_blocking=True)
+                if rows.scale is not None:
+                    rows.scale[part].copy_(self._scale(column, chunk))
+
+    def scatter(
+        self, column: Column, chunk: int, rows: RowsInMemory, places: Int64[np.ndarray, "rows"]
+    ) -> None:
+        """Read a chunk and put each of its rows at a place.
+
+        Args:
+            column: Of the image or of a caption field.
+            chunk: Number of the chunk.
+            rows: The memory.
+            places: Of each row of the chunk.
+
+        Raises:
+            StoreCorruptError: The chunk is not what was written.
+        """
+        with self._buffer(column) as buffer:
+            self._read_into(column, chunk, buffer)
+            if not self._on_gpu:
+                whole = _as_items(rows.values)
+                whole[places] = _as_items(buffer)  # numpy copies rows whole; torch does not
+                if rows.scale is not None:
+                    rows.scale.numpy()[places] = self._scale(column, chunk).numpy()
+                return
+            with self._copying():
+                index = torch.from_numpy(places).to(self.memory)
+                rows.values.index_copy_(0, index, buffer.to(self.memory, non_blocking=True))
+                if rows.scale is not None:
+                    scale = self._scale(column, chunk).to(self.memory)
+                    rows.scale.index_copy_(0, index, scale)
+
+    def _read_into(self, column: Column, chunk: int, values: Tensor) -> None:
         checked = self._checked[column.name]
-        if self._staging is None:
-            column.read_into(chunk, values.numpy(), verify=not checked[chunk])
-            if scale is not None:
-                column.read_scale_into(chunk, scale.numpy())
-        else:
-            self._staging.read(column, chunk, (values, scale), verify=not checked[chunk])
+        column.read_into(chunk, values.numpy(), verify=not checked[chunk])
         checked[chunk] = True
 
+    def _scale(self, column: Column, chunk: int) -> Tensor:
+        factors = np.empty(column.rows_per_chunk, dtype=np.float32)
+        column.read_scale_into(chunk, factors)
+        return torch.from_numpy(factors)
 
-class _Staging:
-    """Pinned buffers of one chunk each, and the stream on which they are copied to a GPU."""
-
-    def __init__(self, columns: Columns, device: torch.device, buffers: int) -> None:
-        size = max(
-            column.rows_per_chunk * column.dim * column.dtype.itemsize
-            for column in (columns.image, *columns.text)
-        )
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._free: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(buffers):
-            self._free.put(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-
-    def read(
-        self, column: Column, chunk: int, target: tuple[Tensor, Tensor | None], *, verify: bool
-    ) -> None:
-        values, scale = target
-        buffer = self._free.get()
+    @contextmanager
+    def _buffer(self, column: Column) -> Iterator[Tensor]:
+        """Lend a buffer for a chunk of a column."""
+        memory = self._buffers.get()
         try:
-            pinned = buffer[: values.nbytes].view(values.dtype).view(values.shape)
-            column.read_into(chunk, pinned.numpy(), verify=verify)
-            with torch.cuda.stream(self._stream):
-                values.copy_(pinned, non_blocking=True)
-                if scale is not None:
-                    factors = np.empty(column.rows_per_chunk, dtype=np.float32)
-                    column.read_scale_into(chunk, factors)
-                    scale.copy_(torch.from_numpy(factors))
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-            copied.synchronize()
+            if memory is None:
+                size = largest_chunk(self.columns)
+                memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
+            count = column.rows_per_chunk * column.dim * column.dtype.itemsize
+            dtype = torch.int8 if column.is_scaled else torch.float16
+            yield memory[:count].view(dtype).view(column.rows_per_chunk, column.dim)
         finally:
-            self._free.put(buffer)
+            self._buffers.put(memory)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Let the GPU copy on the stream of this reader; wait until it has."""
+        with torch.cuda.stream(self._stream):
+            yield
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        copied.synchronize()
+
+
+def largest_chunk(columns: Columns) -> int:
+    """Return the bytes of the largest chunk of features of any column."""
+    return max(
+        column.rows_per_chunk * column.dim * column.dtype.itemsize
+        for column in (columns.image, *columns.text)
+    )
+
+
+def caption_hashes(columns: Columns, field: int, chunk: int) -> Int64[np.ndarray, "rows"]:
+    """Return a hash of the caption of each row of a chunk: equal where the words are."""
+    store, size = columns.text_store, columns.image.rows_per_chunk
+    start, stop = chunk * size, min((chunk + 1) * size, store.rows)
+    words = store.captions(columns.fields[field], start, stop)
+    hashes: np.ndarray = key_hashes(words, stop - start).view(np.int64)
+    return hashes
+
+
+def _as_items(rows: Tensor) -> np.ndarray:
+    """Return rows as one array of items, each the bytes of a row."""
+    values = rows.numpy()
+    return values.view(f"V{values.shape[1] * values.itemsize}").ravel()

@@ -21,6 +21,7 @@ from align.order import Order
 from align.pool import Pool
 from align.stream import Part, Source, Stream, joined
 from align.tiers import MIB, Needs, plan_memory, shares
+from align.window import OrderedWindow
 from features.errors import TrainingError
 
 __all__ = ["MIB", "Batch", "Loader", "LoaderOptions", "Source"]
@@ -108,6 +109,7 @@ class Loader:
             device=str(options.device),
         )
         self.tier = plan.tier
+        self._readers = plan.readers
         self.streams = [
             self._stream(source, share, places, chunks=chunks, captions=captions)
             for source, share, places, chunks in zip(
@@ -126,9 +128,9 @@ class Loader:
     @property
     def nbytes(self) -> int:
         """Bytes of the windows and of the batch."""
-        pools = [pool for stream in self.streams for pool in stream.pools]
+        memories = [memory for stream in self.streams for memory in stream.memories]
         batches = [*self._image, *self._text]
-        return sum(each.nbytes for each in pools) + sum(each.nbytes for each in batches)
+        return sum(each.nbytes for each in memories) + sum(each.nbytes for each in batches)
 
     def batches(self, first_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of some steps, epoch after epoch.
@@ -162,6 +164,8 @@ class Loader:
             for _ in range(first_step, stop_step):
                 part = joined([next(each) for each in streams])
                 image, text = next(turns)
+                if len(self.streams) == 1:
+                    image, text = part.features  # it may be a view of a window
                 ids = part.caption_ids
                 yield Batch(
                     rows=part.rows,
@@ -177,11 +181,18 @@ class Loader:
         for stream in self.streams:
             stop = start + len(stream.order.places)
             if start < stop:
-                memories = [
+                batches = [
                     (image[start:stop], text[start:stop])
                     for image, text in zip(self._image, self._text, strict=True)
                 ]
-                begun.append(stream.parts(first_step, stop_step, memories, first_row=first_row))
+                parts = stream.parts(
+                    first_step,
+                    stop_step,
+                    batches,
+                    first_row=first_row,
+                    may_view=len(self.streams) == 1,
+                )
+                begun.append(parts)
             first_row += stream.source.columns.store.rows
             start = stop
         return begun
@@ -199,19 +210,26 @@ class Loader:
             places=places,
         )
         memory = CPU if self.tier == "host" else options.device
-        reader = ChunkReader(columns, verify=options.verify, memory=memory)
-        slots = order.chunks_per_window * len(places) // share + 2  # two may be shared with others
-        pools = [
-            Pool(
-                reader,
-                min(slots, order.chunks_per_window),
-                with_caption_ids=options.with_caption_ids,
-                memory=memory,
-                device=options.device,
-            )
-            for _ in range(1 if order.is_resident else 2)
-        ]
-        return Stream(source, order, pools if places else [], captions=captions)
+        reader = ChunkReader(columns, verify=options.verify, memory=memory, threads=self._readers)
+        return Stream(
+            source,
+            order,
+            self._memories(order, reader, captions, is_whole=chunks == columns.image.num_chunks),
+            captions,
+        )
+
+    def _memories(
+        self, order: Order, reader: ChunkReader, captions: int, *, is_whole: bool
+    ) -> Sequence[Pool | OrderedWindow]:
+        places, with_ids = len(order.places), self.options.with_caption_ids
+        if not places:
+            return []
+        if is_whole:
+            device, chunks = self.options.device, next(order.windows(0, 1)).chunks
+            return [Pool(reader, len(chunks), with_caption_ids=with_ids, device=device)]
+        rows = order.chunks_per_window * order.rows_per_chunk
+        rows = min(rows, rows * places // order.batch_size + places)
+        return [OrderedWindow(reader, rows, captions, with_caption_ids=with_ids) for _ in range(2)]
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

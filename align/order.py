@@ -94,8 +94,9 @@ class Order:
         self, window: Window, positions: Int64[np.ndarray, "batch"]
     ) -> Int64[np.ndarray, "batch"]:
         """Return the rows of the store at positions in a window."""
-        slots, rows = np.divmod(positions, self.rows_per_chunk)
-        return window.chunks[slots] * self.rows_per_chunk + rows
+        shifts = (window.chunks - np.arange(len(window.chunks))) * self.rows_per_chunk
+        rows: np.ndarray = positions + shifts[positions // self.rows_per_chunk]
+        return rows
 
     def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Window]:
         """Yield the windows of the rows `start` to `stop` of an epoch."""
@@ -108,17 +109,18 @@ class Order:
             rows = int(self._counts[members].sum())
             first, last = max(start - before, 0), min(stop - before, rows)
             if first < last:
-                positions = self._shuffled(members, before, (epoch, number))
-                window = _without_unused(members, positions, self.rows_per_chunk)
-                taken = window.positions[first:last]
-                if (taken >= 0).any():
-                    yield Window(window.chunks, taken[taken >= 0])
+                shuffled, used = self._shuffled(members, before, (epoch, number))
+                window = _own_part(members, shuffled[first:last], used, self.rows_per_chunk)
+                if len(window.positions):
+                    yield window
             before += rows
 
     def _shuffled(
         self, chunks: Integer[np.ndarray, "slots"], before: int, key: tuple[int, int]
-    ) -> Int64[np.ndarray, "positions"]:
-        """Return the rows of a window in the order of their use, -1 at places of others.
+    ) -> tuple[Int64[np.ndarray, "positions"], Bool[np.ndarray, "slots"]]:
+        """Return the rows of a window in the order of their use, and which chunks have our lanes.
+
+        At places of others is -1.
 
         Args:
             chunks: Of the window.
@@ -131,6 +133,7 @@ class Order:
         count = min(len(ordered), self.steps_per_epoch * size - before)  # the others are dropped
         after = before + count
         shuffled = np.full(count, -1)
+        used = np.full(len(chunks), len(places) == size)
         for lane in range(lanes):
             first, last = lane * size // lanes, (lane + 1) * size // lanes
             taken = range(max(first, places.start), min(last, places.stop))
@@ -141,11 +144,17 @@ class Order:
                 for place in (first, last)
             )
             index = _indices(before, after, range(first, last), size)
-            rows = self._generator(ROWS, *key, lane).permutation(ordered[start:stop])[: len(index)]
-            place = (index + before) % size
-            mine = (place >= taken.start) & (place < taken.stop)
-            shuffled[index[mine]] = rows[mine]
-        return shuffled
+            part = ordered[start:stop]
+            rows = self._generator(ROWS, *key, lane).permutation(part)[: len(index)]
+            if len(places) < size:
+                used[part // self.rows_per_chunk] = True
+            if taken == range(first, last):
+                shuffled[index] = rows
+            else:
+                place = (index + before) % size
+                mine = (place >= taken.start) & (place < taken.stop)
+                shuffled[index[mine]] = rows[mine]
+        return shuffled, used
 
     def _usable(self, chunks: Integer[np.ndarray, "slots"]) -> Int64[np.ndarray, "positions"]:
         size = self.rows_per_chunk
@@ -176,18 +185,15 @@ def _indices(before: int, after: int, places: range, size: int) -> Int64[np.ndar
     return rows[(rows >= before) & (rows < after)] - before
 
 
-def _without_unused(
+def _own_part(
     chunks: Integer[np.ndarray, "slots"],
     positions: Int64[np.ndarray, "positions"],
+    used: Bool[np.ndarray, "slots"],
     rows_per_chunk: int,
 ) -> Window:
-    """Leave out the chunks of which no row is at any position."""
-    used = np.zeros(len(chunks), dtype=bool)
-    used[positions[positions >= 0] // rows_per_chunk] = True
+    """Leave out the places of others, and the chunks that are not used."""
     if used.all():
-        return Window(chunks, positions)
-    slots, rows = np.divmod(positions, rows_per_chunk)
-    return Window(
-        chunks[used],
-        np.where(positions >= 0, (np.cumsum(used) - 1)[slots] * rows_per_chunk + rows, -1),
-    )
+        return Window(chunks, positions if (positions >= 0).all() else positions[positions >= 0])
+    own = positions[positions >= 0]
+    shifts = (np.cumsum(used) - 1 - np.arange(len(used))) * rows_per_chunk
+    return Window(chunks[used], own + shifts[own // rows_per_chunk])

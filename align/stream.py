@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
-from jaxtyping import Bool, Float, Float16, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Int64
 
 from align.order import Order, Window
 from align.pool import Pool
 from align.selection import Columns
+from align.window import Features, OrderedWindow
 
-Memory = tuple[Float16[Tensor, "places image_dim"], Float16[Tensor, "places captions text_dim"]]
 CAPTIONS = 2  # stream of random numbers; those of align.order are 0 and 1
+
+Loaded = tuple[Window, Pool | OrderedWindow, Int64[np.ndarray, "rows captions"] | None]
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,29 @@ class Part:
     rows: Int64[np.ndarray, "part"]
     weights: Float[np.ndarray, "part fields"]
     caption_ids: Int64[np.ndarray, "part fields"] | None
+    features: Features
+    """Of the whole share of this store, when all parts of it are together."""
 
 
 class Stream:
     """What one store gives to each batch; it can begin at any step."""
 
-    def __init__(self, source: Source, order: Order, pools: list[Pool], *, captions: int) -> None:
+    def __init__(
+        self, source: Source, order: Order, memories: Sequence[Pool | OrderedWindow], captions: int
+    ) -> None:
         """Take what was planned.
 
         Args:
             source: The rows.
             order: Their order, in batches of this store's share.
-            pools: Memory for windows: one if all rows are in one window, or else two.
+            memories: A pool if all rows stay in memory, or else two windows.
             captions: Drawn per image and step.
         """
         self.source = source
         self.order = order
-        self.pools = pools
+        self.memories = memories
         self.captions = captions
+        self._all_ok = bool(source.text_ok[source.rows].all())
         fields = source.field_weights or (1.0,) * len(source.columns.text)
         self._field_weights = np.array(fields, dtype=np.float32)
 
@@ -64,55 +70,90 @@ class Stream:
         self,
         first_step: int,
         stop_step: int,
-        memories: Sequence[Memory],
+        batches: Sequence[Features],
         *,
         first_row: int = 0,
+        may_view: bool = False,
     ) -> Generator[Part, None, None]:
         """Yield this store's part of each step.
 
         Args:
             first_step: Of those that are yielded.
             stop_step: The one after them.
-            memories: Where the features of a step go, image and text; taken in turn.
+            batches: Memory for the features of a step; taken in turn.
             first_row: What the first row of the store is called.
+            may_view: Whether the features may stay where a window has them in order.
         """
-        step, parts, done = first_step, list[Part](), 0
-        places, turns = len(self.order.places), cycle(memories)
-        image, text = next(turns)
-        for window, pool in self._loaded(self.order.windows(first_step, stop_step)):
+        parts, done, step = list[Part](), 0, first_step
+        places, turns = len(self.order.places), cycle(batches)
+        for window, memory, drawn in self._loaded(first_step, stop_step):
             start = 0
             while start < len(window.positions):
-                positions = window.positions[start : start + places - done]
+                if done == 0:
+                    image, text = next(turns)
+                part = slice(start, min(start + places - done, len(window.positions)))
+                positions = window.positions[part]
                 rows = self.order.store_rows(window, positions)
-                ok = self.source.text_ok[rows]
-                fields = self._draw(ok, step, done)
-                into = slice(done, done + len(positions))
-                pool.gather(positions, fields, image[into], text[into])
+                ok = self._usable_captions(rows)
+                fields = self._draw(ok, step, done) if drawn is None else drawn[part]
+                is_batch = may_view and part.stop - start == places
+                features = memory.view(part) if is_batch else None
+                if features is None:
+                    into = slice(done, done + len(positions))
+                    memory.copy(part, positions, fields, image[into], text[into])
+                    features = image, text
                 weights = self._field_weights[fields] * np.take_along_axis(ok, fields, axis=1)
-                parts.append(Part(first_row + rows, weights, pool.caption_ids(positions, fields)))
-                start, done = start + len(positions), done + len(positions)
+                ids = memory.caption_ids(part, positions, fields)
+                parts.append(Part(first_row + rows, weights, ids, features))
+                start, done = part.stop, done + len(positions)
                 if done == places:
                     yield joined(parts)
-                    step, parts, done = step + 1, [], 0
-                    image, text = next(turns)
+                    parts, done, step = [], 0, step + 1
 
-    def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Pool]]:
-        """Yield windows in memory; the next is loaded meanwhile, into the pool that is free."""
+    def _usable_captions(
+        self, rows: Int64[np.ndarray, "part"]
+    ) -> Bool[np.ndarray, "part all_fields"]:
+        if self._all_ok:  # as in most stores; then no row is looked up
+            return np.ones((len(rows), len(self.source.columns.text)), dtype=bool)
+        usable: np.ndarray = self.source.text_ok[rows]
+        return usable
 
-        def load(pool: Pool) -> tuple[Window, Pool] | None:
-            window = next(windows, None)
+    def _loaded(self, first_step: int, stop_step: int) -> Iterator[Loaded]:
+        """Yield windows in memory; the next is loaded meanwhile, into the memory that is free."""
+        windows = self._windows(first_step, stop_step)
+
+        def load(memory: Pool | OrderedWindow) -> Loaded | None:
+            window, fields = next(windows, (None, None))
             if window is None:
                 return None
-            pool.fill(window)
-            return window, pool
+            memory.fill(window, fields)
+            return window, memory, fields
 
-        pools = cycle(self.pools)
+        memories = cycle(self.memories)
         with ThreadPoolExecutor(1, "sail-window") as background:
-            coming = background.submit(load, next(pools))
+            coming = background.submit(load, next(memories))
             while (loaded := coming.result()) is not None:
-                coming = background.submit(load, next(pools))
+                coming = background.submit(load, next(memories))
                 yield loaded
                 loaded[1].mark_used()
+
+    def _windows(
+        self, first_step: int, stop_step: int
+    ) -> Iterator[tuple[Window, Int64[np.ndarray, "rows captions"] | None]]:
+        """Yield windows, with the caption fields of all their rows if those lie in their order."""
+        step, done, places = first_step, 0, len(self.order.places)
+        for window in self.order.windows(first_step, stop_step):
+            if isinstance(self.memories[0], Pool):
+                yield window, None
+                continue
+            fields, start, count = [], 0, len(window.positions)
+            while start < count:
+                stop = min(start + places - done, count)
+                rows = self.order.store_rows(window, window.positions[start:stop])
+                fields.append(self._draw(self._usable_captions(rows), step, done))
+                done += stop - start
+                step, done, start = step + done // places, done % places, stop
+            yield window, np.concatenate(fields)
 
     def _draw(
         self, ok: Bool[np.ndarray, "part all_fields"], step: int, done: int
@@ -137,4 +178,5 @@ def joined(parts: list[Part]) -> Part:
         rows=np.concatenate([part.rows for part in parts]),
         weights=np.concatenate([part.weights for part in parts]),
         caption_ids=np.concatenate(ids) if ids else None,
+        features=parts[-1].features,
     )

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align.chunks import READERS, REMOTE_READERS, largest_chunk
 from align.selection import Columns
 from features.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 MIB = 2**20
+BUFFERS_SHARE = 4  # at most one part in so many of the memory is for what threads read into
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,23 @@ class Needs:
     with_caption_ids: bool
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in a window."""
-        columns = self.columns
-        ids = 8 * len(columns.text) * self.with_caption_ids
-        return ids + sum(column.row_bytes for column in (columns.image, *columns.text))
+    def whole_bytes(self) -> int:
+        """Bytes of all chunks of all columns."""
+        return (
+            self.num_chunks
+            * self.columns.image.rows_per_chunk
+            * self._row_bytes(len(self.columns.text))
+        )
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk of all columns in a window."""
-        return self.columns.image.rows_per_chunk * self.row_bytes
+        """Bytes of a chunk in a window, which has the drawn captions alone."""
+        return self.columns.image.rows_per_chunk * self._row_bytes(self.captions)
+
+    @property
+    def rate(self) -> int:
+        """Bytes of the windows that a batch uses up."""
+        return self.share * self._row_bytes(self.captions)
 
     @property
     def num_chunks(self) -> int:
@@ -50,6 +59,12 @@ class Needs:
         size += sum(count * column.dim for column, count in kinds if column.is_scaled)
         return self.share * size
 
+    def _row_bytes(self, captions: int) -> int:
+        text = self.columns.text[0]
+        return self.columns.image.row_bytes + captions * (
+            text.row_bytes + 8 * self.with_caption_ids
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +74,8 @@ class Plan:
     """`device` or `host`: everything is read once and stays there; `streaming`: windows of it."""
     chunks: tuple[int, ...]
     """Chunks per window, for each store."""
+    readers: int
+    """Threads per store that read chunks; each has a buffer of one chunk."""
 
 
 def plan_memory(needs: Sequence[Needs], *, device_bytes: int, host_bytes: int, device: str) -> Plan:
@@ -74,17 +91,21 @@ def plan_memory(needs: Sequence[Needs], *, device_bytes: int, host_bytes: int, d
     Raises:
         TrainingError: The memory does not hold two chunks of each store and a batch.
     """
+    is_remote = any(need.columns.image.is_remote for need in needs)
+    wanted = REMOTE_READERS if is_remote else READERS
     left = device_bytes - sum(need.batch_bytes for need in needs)
-    everything = sum(need.num_chunks * need.chunk_bytes for need in needs)
+    everything = sum(need.whole_bytes for need in needs)
     whole = tuple(need.num_chunks for need in needs)
     size = f"{everything / MIB:,.0f} MiB of features"
     if everything <= left:
         logger.info("loader: %s are read once and stay on %s", size, device)
-        return Plan("device", whole)
+        return Plan("device", whole, wanted)
     if everything <= host_bytes:
         logger.info("loader: %s are read once and stay in host memory (pinned)", size)
-        return Plan("host", whole)
-    chunks = _windows(needs, left, device_bytes)
+        return Plan("host", whole, wanted)
+    buffer = sum(largest_chunk(need.columns) for need in needs)
+    readers = max(1, min(wanted, left // BUFFERS_SHARE // buffer))
+    chunks = _windows(needs, left - readers * buffer, device_bytes)
     rows = [f"{count} of {need.num_chunks}" for count, need in zip(chunks, needs, strict=True)]
     logger.info(
         "loader: %s do not fit in align.memory_mb = %d: streaming windows of %s chunks",
@@ -92,7 +113,7 @@ def plan_memory(needs: Sequence[Needs], *, device_bytes: int, host_bytes: int, d
         device_bytes // MIB,
         ", ".join(rows),
     )
-    return Plan("streaming", chunks)
+    return Plan("streaming", chunks, readers)
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:
@@ -112,22 +133,19 @@ def _windows(needs: Sequence[Needs], left: int, device_bytes: int) -> tuple[int,
     chunks = [0] * len(needs)
     open_ones = list(range(len(needs)))
     while open_ones:
-        rates = {each: needs[each].share * needs[each].row_bytes for each in open_ones}
+        rates = {each: needs[each].rate for each in open_ones}
         total = sum(rates.values())
         parts = {each: left * rate // total for each, rate in rates.items()}
-        whole = [
-            each
-            for each in open_ones
-            if needs[each].num_chunks * needs[each].chunk_bytes <= parts[each]
-        ]
+        whole = [each for each in open_ones if needs[each].whole_bytes <= parts[each]]
         if not whole:
             break
         for each in whole:
             chunks[each] = needs[each].num_chunks
-            left -= needs[each].num_chunks * needs[each].chunk_bytes
+            left -= needs[each].whole_bytes
             open_ones.remove(each)
-    for each in open_ones:
-        chunks[each] = parts[each] // (2 * needs[each].chunk_bytes)
+    for each in open_ones:  # all of its chunks at once would count as whole
+        fit = parts[each] // (2 * needs[each].chunk_bytes)
+        chunks[each] = min(fit, needs[each].num_chunks - 1)
     if any(count < 1 for count in chunks):
         raise _too_little(needs, device_bytes)
     return tuple(chunks)
@@ -135,10 +153,9 @@ def _windows(needs: Sequence[Needs], left: int, device_bytes: int) -> tuple[int,
 
 def _too_little(needs: Sequence[Needs], device_bytes: int) -> TrainingError:
     batch = sum(need.batch_bytes for need in needs)
-    rate = sum(need.share * need.row_bytes for need in needs)
-    windows = max(
-        -(-2 * need.chunk_bytes * rate // (need.share * need.row_bytes)) for need in needs
-    )
+    rate = sum(need.rate for need in needs)
+    windows = max(-(-2 * need.chunk_bytes * rate // need.rate) for need in needs)
+    windows += sum(largest_chunk(need.columns) for need in needs)
     largest = max(need.chunk_bytes for need in needs)
     return TrainingError(
         f"align.memory_mb = {device_bytes // MIB} does not hold two chunks "

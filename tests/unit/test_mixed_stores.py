@@ -12,7 +12,7 @@ import zarr
 from align.config import AlignConfig
 from align.data import open_columns, training_data
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
-from align.pool import RowsInMemory
+from align.rows import RowsInMemory
 from align.selection import Columns, PairedStore, select_rows
 from features.errors import TrainingError
 from features.store import FeatureStore
@@ -212,8 +212,8 @@ def test_batches_of_8_bit_features_are_those_that_the_store_stands_for(
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int8])
 def test_rows_kept_on_the_host_reach_the_batch_of_another_device(dtype: type) -> None:
-    rows = RowsInMemory(np.dtype(dtype), CPU, torch.device("cpu", 0))  # another name: it is copied
-    rows.take_memory(50, 4)
+    other = torch.device("cpu", 0)  # another name: rows are copied
+    rows = RowsInMemory((50, 4), np.dtype(dtype), CPU, other)
     values = torch.arange(200).view(50, 4) % 100
     rows.values.copy_(values)
     if rows.scale is not None:

@@ -12,6 +12,7 @@ from features.errors import TrainingError
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 CHUNK = 16 * 2 * (8 + 2 * 10)  # bytes of a chunk of the store below
+BUFFER = 16 * 2 * 10  # what one thread reads into
 BATCH = 24 * 2 * (8 + 2 * 10)
 
 
@@ -27,7 +28,7 @@ def needs(tmp_path: Path) -> Needs:
         (13 * CHUNK + BATCH, 0, "device", "read once and stay on cuda:0"),
         (13 * CHUNK + BATCH, 1 << 40, "device", "read once and stay on cuda:0"),
         (13 * CHUNK + BATCH - 1, 13 * CHUNK, "host", "read once and stay in host memory"),
-        (13 * CHUNK + BATCH - 1, 13 * CHUNK - 1, "streaming", "windows of 6 of 13 chunks"),
+        (13 * CHUNK + BATCH - 1, 13 * CHUNK - 1, "streaming", "windows of 5 of 13 chunks"),
     ],
 )
 def test_the_tier_is_the_first_that_holds_everything_and_the_log_says_which(
@@ -47,10 +48,11 @@ def test_the_tier_is_the_first_that_holds_everything_and_the_log_says_which(
 
 
 def test_two_windows_and_a_batch_take_no_more_than_the_memory(needs: Needs) -> None:
-    for memory in range(2 * CHUNK + BATCH, 13 * CHUNK + BATCH, CHUNK // 3):
+    for memory in range(2 * CHUNK + BATCH + BUFFER, 13 * CHUNK + BATCH, CHUNK // 3):
         plan = plan_memory([needs], device_bytes=memory, host_bytes=0, device="cpu")
-        assert 2 * plan.chunks[0] * CHUNK + BATCH <= memory
-        assert 2 * (plan.chunks[0] + 1) * CHUNK + BATCH > memory
+        rest = memory - BATCH - plan.readers * BUFFER
+        assert 1 <= plan.readers <= 4
+        assert 2 * plan.chunks[0] * CHUNK <= rest < 2 * (plan.chunks[0] + 1) * CHUNK
 
 
 def test_windows_of_several_stores_last_as_long_and_a_small_store_is_kept_whole(
@@ -59,16 +61,19 @@ def test_windows_of_several_stores_last_as_long_and_a_small_store_is_kept_whole(
     tiny = make_store(tmp_path / "tiny.zarr", rows=20)
     small = Needs(Columns.open(tiny, AlignConfig(), IMAGE, TEXT), 8, 2, with_caption_ids=False)
     large = Needs(needs.columns, 16, 2, with_caption_ids=False)
-    memory = BATCH + 2 * CHUNK + 10 * CHUNK
+    memory = BATCH + 4 * 2 * BUFFER + 2 * CHUNK + 10 * CHUNK
     plan = plan_memory([large, small], device_bytes=memory, host_bytes=0, device="cpu")
     assert plan.chunks == (5, 2)
     halves = [Needs(needs.columns, 12, 2, with_caption_ids=False)] * 2
     assert plan_memory(halves, device_bytes=memory, host_bytes=0, device="cpu").chunks == (3, 3)
+    assert plan.readers == 4
 
 
 def test_too_little_memory_says_how_much_would_do(needs: Needs) -> None:
     with pytest.raises(TrainingError, match=r"align\.memory_mb = 0 .* At least 1 were expected"):
-        plan_memory([needs], device_bytes=2 * CHUNK + BATCH - 1, host_bytes=0, device="cpu")
+        plan_memory(
+            [needs], device_bytes=2 * CHUNK + BATCH + BUFFER - 1, host_bytes=0, device="cpu"
+        )
     plan_memory([needs], device_bytes=MIB, host_bytes=0, device="cpu")
 
 
