@@ -167,7 +167,9 @@ def _stage_two(
     if image_dim is None or text_dim is None:
         return None
     align = config.align
-    rows = round(splits[align.split].count * (1 - align.holdout))
+    names = [name for name in align.mix or (align.split,) if name in splits]
+    rows = round(sum(splits[name].count for name in names) * (1 - align.holdout))
+    rows = min(rows, align.rows or rows)
     samples = align.batch_size * align.steps if align.steps else rows * align.epochs
     flops = training_flops(
         head_parameters(image_dim, align.head),

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from features.config import ScenesSource
 from features.errors import SailError
 from features.sources import open_source
+from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.encoder_sizes import local_folder
 from pipeline.machine import (
@@ -24,6 +25,7 @@ from pipeline.machine import (
 )
 from pipeline.passes import existing_folder
 from pipeline.processors import usable_processors
+from pipeline.run import RunFolder
 from pipeline.tables import byte_size
 
 DISTRIBUTION = "sail"
@@ -208,16 +210,17 @@ def _limits() -> Iterator[Check]:
 
 
 def _recipe(config: RunConfig) -> Iterator[Check]:
+    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
     for split, source in config.data.items():
         if isinstance(source, ScenesSource):
             yield Check(f"data.{split}", "ok", f"{source.rows} scenes, drawn when they are needed")
             continue
         try:
-            count = len(open_source(source).files)
+            yield Check(f"data.{split}", "ok", f"{len(open_source(source).files)} files")
         except SailError as error:
-            yield Check(f"data.{split}", "broken", str(error), "")
-            continue
-        yield Check(f"data.{split}", "ok", f"{count} files")
+            is_done = FeatureStore.is_at(folder.store(split))
+            words = f"{error}{' Its feature store is there.' if is_done else ''}"
+            yield Check(f"data.{split}", "note" if is_done else "broken", words)
     for kind in ("image", "text"):
         for name, settings in getattr(config.encoders, kind).items():
             yield _encoder(f"{kind}/{name}", settings.model, settings.revision)

@@ -9,7 +9,8 @@ from features.errors import SailError, SourceError
 from features.index import Index
 from features.sources import Counts, Shards, open_source
 from features.storage.files import version
-from features.storage.place import Place
+from features.storage.parallel import in_order
+from features.storage.place import Place, RemotePath
 
 FILES_SAMPLED = 3
 SAMPLES_AT_LEAST = 100
@@ -68,7 +69,8 @@ def _listed(shards: Shards, seconds: float) -> Rows:
         is_whole &= share == 1.0
     if is_whole and len(chosen) == len(files):
         return Rows(rows, "listing its source", is_exact=True)
-    total = sum(map(_bytes, files))
+    remote = any(isinstance(file, RemotePath) for file in files)
+    total = sum(in_order(_bytes, files, remote=remote))
     words = f"{len(chosen)} of {len(files)} files"
     return Rows(round(rows * total / max(sampled_bytes, 1e-9)), words, is_exact=False)
 

@@ -50,6 +50,13 @@ def test_the_large_recipe_is_planned_without_its_data_and_weights() -> None:
     assert document["this_machine"]["measured"] == []
 
 
+def test_stage_two_trains_on_the_rows_that_the_recipe_takes() -> None:
+    given = ["sail", "--rows", "23M", "--set", "align.epochs=2", "--set", "align.holdout=0.5"]
+    assert as_json(*given)["stage_two"]["samples"] == 23e6
+    assert as_json(*given, "--set", "align.rows=1000000")["stage_two"]["samples"] == 2e6
+    assert as_json(*given, "--set", "align.steps=10")["stage_two"]["samples"] == 10 * 16384
+
+
 def test_the_table_says_what_is_assumed() -> None:
     text = plan("sail", "--rows", "23M")
     assert "23,000,000 rows (as given)" in text

@@ -55,6 +55,8 @@ def test_a_recipe_is_looked_at_too(tmp_path: Path) -> None:
     for shard in (tmp_path / "shards").glob("test-*.tar"):
         shard.unlink()
     assert "No file matches" in examined(str(run_file), code=1)["data.test"]["found"]
+    (tmp_path / "run" / "features" / "test.zarr").mkdir(parents=True)
+    assert "feature store is there" in examined(str(run_file))["data.test"]["found"]
 
 
 def test_a_package_that_is_missing_or_too_old_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
