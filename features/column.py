@@ -26,13 +26,15 @@ class Column:
         self.path = store / name
         self.is_remote = isinstance(store, RemotePath)
         """Under a URL: reading is waiting, and worth many threads."""
-        array = zarr.open_array(zarr_store(self.path / "features"), mode="r")
+        array = zarr.open_array(zarr_store(self.path / "features"), mode="r", zarr_format=3)
         self.dtype: np.dtype[Any] = array.dtype
         """Of the features in the store: float16, or int8 with a factor for each row in `scale`."""
         self.rows, self.dim = array.shape
         self.rows_per_chunk = array.chunks[0]
         encoder = zarr_store(store / "/".join(name.split("/")[:2]))
-        self.fingerprint: dict[str, Any] = zarr.open_group(encoder, mode="r").attrs.asdict()
+        self.fingerprint: dict[str, Any] = zarr.open_group(
+            encoder, mode="r", zarr_format=3
+        ).attrs.asdict()
 
     @property
     def is_scaled(self) -> bool:

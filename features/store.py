@@ -68,7 +68,7 @@ class FeatureStore:
         """
         if not is_file(path / "zarr.json"):
             raise StoreNotFoundError(path)
-        group = zarr.open_group(zarr_store(path), mode="r")
+        group = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
         found = (group.attrs.get("format"), group.attrs.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise StoreError(
@@ -170,7 +170,11 @@ class FeatureStore:
         Raises:
             StoreError: There is none of that name.
         """
-        if name not in (columns := self.columns()):
+        encoder = "/".join(name.split("/")[:2])
+        if not all(
+            is_file(self.path / part / "zarr.json") for part in (encoder, f"{name}/features")
+        ):
+            columns = self.columns()
             raise StoreError(
                 f"{self.path} has no column {name!r}; it has {columns or 'none'}. "
                 f"Name one of these, or add the encoder to the recipe and run `sail extract`."
@@ -249,7 +253,7 @@ class FeatureStore:
         return sorted(path[-1] for path in paths if path[:-1] == parent)
 
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
-        group = zarr.open_group(zarr_store(self.path / name), mode="r")
+        group = zarr.open_group(zarr_store(self.path / name), mode="r", zarr_format=3)
         found, expected = UNRECORDED | group.attrs.asdict(), UNRECORDED | expected
         for field in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
             if found.get(field) != expected.get(field):

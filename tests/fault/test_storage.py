@@ -13,6 +13,7 @@ from features.config import Source, WebdatasetSource
 from features.errors import SourceError, StorageError, StoreError
 from features.index import Index, SampleReader
 from features.reindex import find_changes
+from features.sources import open_source
 from features.storage import files, objects, remote
 from features.storage.place import RemotePath, as_place
 from features.storage.requests import read_ranges
@@ -180,6 +181,12 @@ def test_a_web_server_without_ranges_is_refused(tmp_path: Path) -> None:
 def test_names_on_a_web_server_cannot_be_a_pattern_with_a_star(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"has no listing.*shard-\{00000\.\.00010\}\.tar"):
         indexed(tmp_path, kind="webdataset", path="http://127.0.0.1:1/s-*.tar")
+
+
+def test_class_folders_on_a_web_server_are_refused() -> None:
+    settings = {"kind": "classes", "path": "http://127.0.0.1:1/images"}
+    with pytest.raises(StorageError, match=r"/images cannot be listed: a web server has no list"):
+        open_source(TypeAdapter[Source](Source).validate_python(settings))
 
 
 def test_a_name_that_a_web_server_does_not_have_is_told(tmp_path: Path) -> None:
