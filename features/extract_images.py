@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Num, UInt8
+from jaxtyping import Bool, Num
 from torch import Tensor
 
 from features.column import Column
@@ -28,6 +28,8 @@ from features.feeding import Encoding, Feeder
 from features.images import ImageFault
 from features.index import Index, SampleReader
 from features.status import Status
+
+ROWS_AT_ONCE = 32  # of one worker: few, so that all help with the first batch
 
 
 def extract_images(
@@ -55,20 +57,24 @@ def extract_images(
     feeder = Feeder(encoder)
     made_by = {f"image/{column.name}": column for column in encoder.columns}
 
-    def load(batch: _Batch) -> _Images:
-        return _load_images(batch, reader, encoder, run.max_pixels)
+    def load(part: _Part) -> _Loaded:
+        return _load(part, reader, encoder, run.max_pixels)
 
+    parts = _parts(columns, chunks, encoder)
+    ahead = run.workers + 2 + encoder.batch_size // ROWS_AT_ONCE
+    on_device: deque[tuple[_Batch, Encoding]] = deque()
     with ThreadPoolExecutor(run.workers) as pool, Writer(phases) as writer:
-        batches = _batches(columns, chunks, encoder.batch_size)
-        on_device: deque[tuple[_Images, Encoding]] = deque()
-        with closing(prefetch(pool, load, batches, ahead=run.workers + 2, phases=phases)) as loaded:
-            for images in loaded:
-                chunk = images.batch.chunk
-                if images.batch.start == chunk.start and run.should_stop():
+        with closing(prefetch(pool, load, parts, ahead=ahead, phases=phases)) as all_loaded:
+            for loaded in all_loaded:
+                batch = loaded.part.batch
+                if loaded.part.start == batch.chunk.start and run.should_stop():
                     break
+                loaded.count(phases)
+                if loaded.part.stop < batch.stop:
+                    continue
                 started = time.perf_counter()
-                wanted = [made_by[column.name] for column in chunk.columns]
-                on_device.append((images, feeder.start(images.pixels, wanted)))
+                wanted = [made_by[column.name] for column in batch.chunk.columns]
+                on_device.append((batch, feeder.start(batch.decoded(), wanted)))
                 phases.encode += time.perf_counter() - started
                 while len(on_device) > feeder.ahead:
                     _finish(*on_device.popleft(), writer, run, phases)
@@ -95,85 +101,104 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows `start` to `stop` of the store, all in one chunk."""
+    """Rows `start` to `stop` of the store, all in one chunk, and room for their pixels."""
 
     chunk: _Chunk
+    start: int
+    stop: int
+    pixels: Num[Tensor, "batch 3 height width"]
+
+    @property
+    def ok(self) -> Bool[np.ndarray, "batch"]:
+        """Which of the rows could be decoded."""
+        first = self.chunk.start
+        rows: np.ndarray = self.chunk.status[self.start - first : self.stop - first] == Status.OK
+        return rows
+
+    def decoded(self) -> Num[Tensor, "ok 3 height width"]:
+        """Return the pixels of those rows."""
+        return self.pixels if self.ok.all() else self.pixels[torch.from_numpy(self.ok)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a batch that one worker decodes; no two share a row."""
+
+    batch: _Batch
     start: int
     stop: int
 
 
 @dataclass
-class _Images:
-    """A decoded batch: pixels of the rows that could be read, and the status of every row."""
+class _Loaded:
+    """How it went with a part; pixels and status are in their places."""
 
-    batch: _Batch
-    status: UInt8[np.ndarray, "batch"]
-    pixels: Num[Tensor, "ok 3 height width"]
-    read_seconds: float
-    decode_seconds: float
+    part: _Part
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    def count(self, phases: Phases) -> None:
+        """Add it to what is told of the column in the end."""
+        phases.read += self.read_seconds
+        phases.decode += self.decode_seconds
+        log_faults(self.faults, phases)
+        phases.faults += len(self.faults)
 
-def _batches(columns: ColumnGroup, chunks: Sequence[int] | None, size: int) -> Iterator[_Batch]:
+
+def _parts(
+    columns: ColumnGroup, chunks: Sequence[int] | None, encoder: ImageEncoder
+) -> Iterator[_Part]:
     numbers = columns.pending(chunks)
     pending = {column.name: set(column.pending(numbers)) for column in columns}
     for number in numbers:
         chunk = _Chunk(number, [each for each in columns if number in pending[each.name]])
-        for start in range(chunk.start, chunk.stop, size):
-            yield _Batch(chunk, start, min(start + size, chunk.stop))
+        for start in range(chunk.start, chunk.stop, encoder.batch_size):
+            stop = min(start + encoder.batch_size, chunk.stop)
+            batch = _Batch(chunk, start, stop, encoder.room_for(stop - start))
+            for first in range(start, stop, ROWS_AT_ONCE):
+                yield _Part(batch, first, min(first + ROWS_AT_ONCE, stop))
 
 
-def _load_images(
-    batch: _Batch, reader: SampleReader, encoder: ImageEncoder, max_pixels: int
-) -> _Images:
-    """Read and decode a batch; runs in a worker."""
+def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: int) -> _Loaded:
+    """Read and decode some rows; runs in a worker."""
+    loaded = _Loaded(part)
     begun = time.perf_counter()
-    samples = reader.read(batch.start, batch.stop)
-    table = reader.index.rows_between(batch.start, batch.stop, ("problem",))
+    samples = reader.read(part.start, part.stop)
+    table = reader.index.rows_between(part.start, part.stop, ("problem",))
     problems = table.column("problem").to_numpy()
-    read_seconds = time.perf_counter() - begun
+    loaded.read_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
-    status = np.full(len(samples), Status.OK, dtype=np.uint8)
-    pixels: list[np.ndarray] = []
-    faults: list[str] = []
+    first = part.start - part.batch.chunk.start
+    status = part.batch.chunk.status[first : first + len(samples)]  # a view, as the next one
+    pixels = part.batch.pixels[part.start - part.batch.start :].numpy()
     for i, data in enumerate(samples):
+        status[i] = Status.OK
         if problems[i] or data is None:
             status[i] = problems[i] or Status.MISSING_IMAGE
-            faults.append(f"row {batch.start + i}: {Status(int(status[i])).label}")
+            loaded.faults.append(f"row {part.start + i}: {Status(int(status[i])).label}")
             continue
         try:
-            pixels.append(encoder.prepare(data, max_pixels=max_pixels))
+            pixels[i] = encoder.prepare(data, max_pixels=max_pixels)
         except ImageFault as fault:
             status[i] = fault.status
-            faults.append(f"row {batch.start + i}: {fault.status.label} ({fault.reason})")
-    stacked = torch.from_numpy(
-        np.stack(pixels) if pixels else np.empty((0, 3, 1, 1), dtype=np.uint8)
-    )
-    if encoder.device.type == "cuda":
-        with torch.cuda.device(encoder.device):
-            stacked = stacked.pin_memory()  # or the copy to the device would hold up the encoder
-    decode_seconds = time.perf_counter() - begun
-    return _Images(batch, status, stacked, read_seconds, decode_seconds, faults)
+            loaded.faults.append(f"row {part.start + i}: {fault.status.label} ({fault.reason})")
+    loaded.decode_seconds = time.perf_counter() - begun
+    return loaded
 
 
-def _finish(images: _Images, encoding: Encoding, writer: Writer, run: Run, phases: Phases) -> None:
+def _finish(batch: _Batch, encoding: Encoding, writer: Writer, run: Run, phases: Phases) -> None:
     """Put the features of a batch in their places, and write the chunk if it is the last of it."""
     started = time.perf_counter()
-    chunk = images.batch.chunk
-    first = images.batch.start - chunk.start
-    chunk.status[first : first + len(images.status)] = images.status
-    ok = first + np.flatnonzero(images.status == Status.OK)
+    chunk = batch.chunk
+    ok = batch.start - chunk.start + np.flatnonzero(batch.ok)
     if len(ok):
         for target, features in zip(chunk.features, encoding(), strict=True):
             target[ok] = features
     phases.encode += time.perf_counter() - started
-    phases.read += images.read_seconds
-    phases.decode += images.decode_seconds
-    log_faults(images.faults, phases)
-    phases.rows += len(images.status)
-    phases.faults += len(images.faults)
-    run.on_rows(len(images.status))
-    if images.batch.stop == chunk.stop:
+    phases.rows += batch.stop - batch.start
+    run.on_rows(batch.stop - batch.start)
+    if batch.stop == chunk.stop:
         for column, features in zip(chunk.columns, chunk.features, strict=True):
             status = without_infinities(features, chunk.status.copy(), chunk.start, phases)
             writer.put(column, chunk.number, features, status)

@@ -73,6 +73,16 @@ class ImageEncoder:
             return prepare_fast(data, self.preprocessing, max_pixels=max_pixels)
         return self.preprocessing.apply(decode(data, max_pixels=max_pixels))
 
+    def room_for(self, images: int) -> Num[Tensor, "images 3 height width"]:
+        """Return memory for what `prepare` gives, from which the device can copy by itself."""
+        is_float = self.preprocessing.in_float and self.mode == "exact"
+        shape = (images, 3, *self.preprocessing.output_size)
+        dtype = torch.float32 if is_float else torch.uint8
+        if self.device.type != "cuda":
+            return torch.empty(shape, dtype=dtype)
+        with torch.cuda.device(self.device):
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+
     @torch.inference_mode()
     def encode(
         self,
@@ -84,8 +94,8 @@ class ImageEncoder:
         """Return one vector per image for each column, not normalised, on the device of the model.
 
         Args:
-            pixels: What `prepare` gave, stacked; still uint8 in most cases, so that little is
-                copied to the device.
+            pixels: What `prepare` gave; still uint8 in most cases, so that little is copied to the
+                device.
             columns: Those that are wanted; all if not given.
             batch_size: What a compiled model pads its batch to; the encoder's own if not given.
         """

@@ -19,6 +19,7 @@ from pipeline.inspection import describe_row, describe_store, verify_store
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from tests import text_models, tiny
+from tests.feature_stores import store_digests
 
 
 def extracted(run_file: Path, *overrides: str) -> FeatureStore:
@@ -132,6 +133,21 @@ def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
     assert verify_store(store.path) == []
     bad = store.keys().tolist().index("train-1/empty")
     assert describe_row(store.path, bad)["columns"]["image/vit"]["status"] == "empty image"
+
+
+def test_how_many_workers_share_a_batch_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file = tiny.world(tmp_path)
+    members = [(name, b"" if name == "00025.jpg" else data) for name, data in tiny.samples(20, 20)]
+    tiny.write_tar(tmp_path / "shards" / "train-1.tar", members)
+    batches = "encoders.image.vit.batch_size=8"
+    column = extracted(run_file, batches).column("image/vit")
+    assert (column.status() == Status.EMPTY_IMAGE).sum() == 1
+    for rows in (1, 3):
+        monkeypatch.setattr("features.extract_images.ROWS_AT_ONCE", rows)
+        extracted(run_file, batches, f"run.dir='{tmp_path / str(rows)}'")
+        assert store_digests(tmp_path / str(rows)) == store_digests(tmp_path / "run")
 
 
 def test_another_pooling_is_refused_by_name(tmp_path: Path) -> None:
