@@ -154,7 +154,7 @@ class TextEncoderConfig(BaseModel):
     """Tokens kept of a caption, special tokens included."""
     tokens_per_batch: PositiveInt | None = None
     """Token budget of a forward pass; there is no padding. Halved when the device runs out of
-    memory. 16,384 on a GPU and 1,024 on a CPU (what its caches hold) if not given."""
+    memory. 16,384 on a GPU and 2,048 on a CPU if not given."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU, and
     float16 on GPU for NV-Embed, as its reference computes."""

@@ -294,4 +294,4 @@ def _fingerprint(
 
 
 def _budget(config: TextEncoderConfig, device: torch.device) -> int:
-    return config.tokens_per_batch or (1024 if device.type == "cpu" else 16_384)
+    return config.tokens_per_batch or (2048 if device.type == "cpu" else 16_384)

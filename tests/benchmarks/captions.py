@@ -57,7 +57,7 @@ def drift(encoder: TextEncoder, ids: list[Tokens]) -> float:
 
 def padding_figures(count: int) -> list[Figure]:
     """Tokens computed over real tokens, for one chunk of captions."""
-    encoder = random_encoder(SMALL, CPU, torch.float32, 1024)
+    encoder = random_encoder(SMALL, CPU, torch.float32, 2048)
     return [
         figure_of(
             f"caption tokens computed / real, mean {mean}",
@@ -81,7 +81,7 @@ def speed_figures(counts: dict[int, int], rounds: int) -> list[Figure]:
     Raises:
         RuntimeError: The two do not give the same vectors.
     """
-    encoder = random_encoder(SCALED, CPU, torch.float32, 1024)
+    encoder = random_encoder(SCALED, CPU, torch.float32, 2048)
     released = ReleasedWay(cast(NVEmbed, encoder.model))
     figures = []
     for mean, count in counts.items():
