@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from features.partial import partial_path, remove_leftovers
-from features.storage.files import delete, files_below, write
+from features.storage.files import delete, files_below, is_file, write
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 from features.storage.remote import check_writable
+
+METADATA = "zarr.json"
 
 
 @contextmanager
@@ -55,17 +57,21 @@ def _rename_if_first(partial: Path, path: Path) -> None:
 
 
 def _upload(folder: Path, place: RemotePath) -> None:
-    """Write the files of a group under a URL, and remove what a killed writer left beside them."""
+    """Write the files of a group under a URL, its `zarr.json` last.
+
+    What a killed writer left there goes before that, so that it does not become part of the group.
+    """
     local = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    parts = sorted(set(local) - {"zarr.json"})
 
     def put(name: str) -> None:
         write(place / name, (folder / name).read_bytes())
 
-    for _ in in_order(put, parts, remote=True):
+    for _ in in_order(put, sorted(set(local) - {METADATA}), remote=True):
         pass
     written = {place / name for name in local}
-    for found, _ in list(files_below(place)):
-        if found not in written:
-            delete(found)
-    put("zarr.json")
+    others = [found for found, _ in files_below(place) if found not in written]
+    if is_file(place / METADATA):
+        return  # another writer was faster: what lies there besides may be its chunks
+    for other in others:
+        delete(other)
+    put(METADATA)

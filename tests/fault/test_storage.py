@@ -1,21 +1,24 @@
 """Servers that drop connections, answer 503, cut bodies short, have no ranges, or lose files."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zarr
 from pydantic import TypeAdapter
 
+from features import publish
 from features.config import Source, WebdatasetSource
 from features.errors import SourceError, StorageError, StoreError
 from features.index import Index, SampleReader
 from features.reindex import find_changes
 from features.sources import open_source
 from features.storage import files, objects, remote
-from features.storage.place import RemotePath, as_place
+from features.storage.place import Place, RemotePath, as_place
 from features.storage.requests import read_ranges
 from features.store import FeatureStore
 from pipeline.config import load_config
@@ -249,6 +252,31 @@ def test_a_store_whose_upload_was_cut_off_is_none_and_is_made_anew(
     store = FeatureStore.create(url, index, rows_per_chunk=8)
     assert store.fields == ("long", "short")
     assert store.keys().tolist() == index.rows_between(0, 30).column("key").to_pylist()
+
+
+def test_a_writer_that_is_slower_leaves_alone_what_the_faster_one_has_made(
+    tmp_path: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_tar(tmp_path / "s.tar", tiny.samples(8))
+    index = indexed(tmp_path, kind="webdataset", path=str(tmp_path / "s.tar"))
+    url = as_place(s3.url("train.zarr"))
+    listed = files.files_below
+
+    def make_column() -> None:
+        store = FeatureStore.create(url, index, rows_per_chunk=8)
+        store.add_encoder("image/eye", {"model": "eye"}, dim=3)
+        ones = np.ones((8, 3), dtype=np.float16)
+        store.column("image/eye").write(0, ones, np.ones(8, dtype=np.uint8))
+
+    def list_too_late(place: Place) -> Iterator[tuple[Place, int]]:
+        monkeypatch.setattr(publish, "files_below", listed)
+        make_column()
+        return listed(place)
+
+    monkeypatch.setattr(publish, "files_below", list_too_late)
+    store = FeatureStore.create(url, index, rows_per_chunk=8)
+    assert store.column("image/eye").pending() == []
+    assert (store.column("image/eye").read(0, 8) == 1).all()
 
 
 def test_a_store_on_a_web_server_is_read_if_its_metadata_are_consolidated(tmp_path: Path) -> None:
