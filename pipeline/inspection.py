@@ -118,15 +118,17 @@ def _norms(column: Column, status: np.ndarray) -> dict[str, float] | None:
 
 
 def _key_faults(store: FeatureStore) -> Iterator[str]:
-    digest, seen = hashlib.sha256(), set[bytes]()
+    digest = hashlib.sha256()
+    short = np.empty(store.rows, dtype=np.uint64)  # of each key, so that all fit in memory
     for start in range(0, store.rows, KEYS_AT_ONCE):
         keys = store.keys(start, start + KEYS_AT_ONCE).tolist()
         digest.update(("\n".join(keys) + "\n").encode())
-        for row, key in enumerate(keys, start):
-            short = hashlib.blake2b(key.encode(), digest_size=8).digest()
-            if short in seen:
-                yield f"row {row}: the key {key!r} occurs twice; keys are unique. Extract again."
-            seen.add(short)
+        hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+        short[start : start + len(keys)] = np.frombuffer(hashes, dtype=np.uint64)
+    order = np.argsort(short, kind="stable")
+    for row in np.sort(order[1:][short[order[1:]] == short[order[:-1]]]).tolist():
+        key = str(store.keys(row, row + 1)[0])
+        yield f"row {row}: the key {key!r} occurs twice; keys are unique. Extract again."
     if digest.hexdigest() != store.keys_sha256:
         yield (
             f"the keys have sha256 {digest.hexdigest()[:12]}…, the store was made with "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from features.column import Column
 from features.errors import StoreCorruptError, StoreError, StoreNotFoundError
@@ -51,6 +52,16 @@ def test_verify_names_a_damaged_chunk(
     assert str(column.features_file(1)) in fault
     assert words in fault
     assert "run `sail extract` again" in fault
+
+
+def test_verify_names_keys_that_occur_twice_and_keys_that_were_changed(column: Column) -> None:
+    store = on_disk(column.path).parents[1]
+    keys = zarr.open_array(store / "key", mode="r+")
+    keys[[7, 11, 12]] = np.array([keys[2], keys[2], "other"], dtype=np.dtypes.StringDType())
+    first, second, changed = verify_store(store)
+    assert first.startswith("row 7: the key 'train-0/00002' occurs twice")
+    assert second.startswith("row 11: the key 'train-0/00002' occurs twice")
+    assert "rows and features may not belong together" in changed
 
 
 def test_deleting_the_status_chunk_lets_the_next_run_mend_the_store(
