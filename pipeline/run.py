@@ -1,6 +1,7 @@
 """What runs when: each stage reads what the one before it wrote, and does only what is missing."""
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.config import RunConfig, dump_config
 from pipeline.finished import KnownEncoders, is_finished
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine, timed
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def extract(
         folder = start_run(config)
         splits = []
         for split, source in config.data.items():
-            index = build_index(folder, split, _drawn(folder, split, source), append=append)
+            index = build_index(folder, split, _drawn(folder, split, source), stop, append=append)
             splits.append((_open_store(config, folder, split, index, append=append), index))
         stores = [store for store, _ in splits]
         known = KnownEncoders(folder.path / "encoders.json")
@@ -112,6 +113,8 @@ def extract(
         for name in names:
             if is_finished(config, known, stores, name):
                 continue
+            if stop():
+                raise Stopped
             if cluster is not None:
                 cluster.fill_encoder(stores, name, stop)
                 continue
@@ -131,11 +134,14 @@ def _cluster(
     return open_cluster(config, scheduler=scheduler, workers=workers)
 
 
-def build_index(folder: RunFolder, split: str, source: Source, *, append: bool) -> Index:
+def build_index(
+    folder: RunFolder, split: str, source: Source, stop: StopRequest, *, append: bool
+) -> Index:
     """Open the index of a split, bring it up to date, or build it from its source.
 
     Raises:
         SourceError: The source changed since the index was built, otherwise than it may.
+        Stopped: A signal came; the index is as it was before.
     """
     path = folder.index(split)
     index = Index.open(path) if path.is_file() else None
@@ -144,12 +150,24 @@ def build_index(folder: RunFolder, split: str, source: Source, *, append: bool) 
         if not changes:
             return index
         with ProgressLine(f"index {split}", None, "samples") as line:
-            return update_index(index, source, changes, append=append, on_progress=line.advance)
+            advance = _until(stop, line)
+            return update_index(index, source, changes, append=append, on_progress=advance)
     with ProgressLine(f"index {split}", None, "samples") as line:
-        index = Index.build(source, path, on_progress=line.advance)
+        index = Index.build(source, path, on_progress=_until(stop, line))
     for what, count in index.counts.items():
         logger.info("index %s: %s: %d", split, what, count)
     return index
+
+
+def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:
+    """Return what moves the line on, until a signal asks to stop."""
+
+    def advance(count: int) -> None:
+        line.advance(count)
+        if stop():
+            raise Stopped
+
+    return advance
 
 
 def draw_scenes(source: ScenesSource, folder: Path) -> WebdatasetSource:

@@ -10,6 +10,7 @@ from features.column import create_column
 from features.status import Status
 from features.storage.place import Place
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+from pipeline.interrupt import StopRequest
 
 IMAGE, TEXT = "eye", "reader"
 LATENT = 6
@@ -18,6 +19,18 @@ LATENT = 6
 def on_disk(place: Place) -> Path:
     """Return a place of a store that a test made on local disk as the path that it is."""
     return Path(str(place))
+
+
+class StopBeforeChunks(StopRequest):
+    """A signal that comes as soon as the stores of a run have chunks to do."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._run = run
+
+    def __call__(self) -> bool:
+        stores = [FeatureStore.open(path) for path in self._run.glob("features/*.zarr")]
+        return any(store.column(name).pending() for store in stores for name in store.columns())
 
 
 def store_digests(run: Path) -> dict[str, str]:

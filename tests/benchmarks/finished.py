@@ -7,7 +7,6 @@ hold is not looked at. How large the encoders are does not matter: their weights
 
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,12 @@ from features.column import Column
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import load_config
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import Stopped
 from pipeline.run import RunFolder, extract
 from tests import tiny
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import webdataset_shards
+from tests.feature_stores import StopBeforeChunks
 
 RUN_FILE = """
 [run]
@@ -48,10 +48,9 @@ def finished_run(folder: Path, *, shards: int, samples: int) -> Path:
     run_file = folder / "finished.toml"
     run_file.write_text(RUN_FILE.format(run=folder / "run"))
     config = load_config(str(run_file))
-    stop_at_once = StopRequest(signal_number=signal.SIGTERM)
     for _ in range(len(config.encoders.image) + len(config.encoders.text)):
         with contextlib.suppress(Stopped):
-            extract(config, stop_at_once)  # makes the columns of one encoder more
+            extract(config, StopBeforeChunks(config.run.dir))  # makes the columns of one more
         store = FeatureStore.open(RunFolder(config.run.dir).store("train"))
         for name in store.columns():
             _fill(store.column(name))

@@ -15,7 +15,7 @@ import pytest
 from features.store import FeatureStore
 from pipeline.config import load_config
 from pipeline.inspection import verify_store
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from tests import tiny
 from tests.feature_stores import store_digests
@@ -109,3 +109,15 @@ def test_a_signal_ends_extract_after_the_chunk_at_hand_and_the_next_run_goes_on(
     extract_into(str(run_file), str(tmp_path / "run"))
     extract_into(str(run_file), str(tmp_path / "whole"))
     assert store_digests(tmp_path / "run") == store_digests(tmp_path / "whole")
+
+
+def test_a_signal_while_samples_are_listed_leaves_no_index_and_no_half_of_one(
+    tmp_path: Path,
+) -> None:
+    run_file = tiny.world(tmp_path, rows=12)
+    config = load_config(str(run_file))
+    with pytest.raises(Stopped):
+        extract(config, StopRequest(signal_number=signal.SIGTERM))
+    assert list((tmp_path / "run" / "index").iterdir()) == []
+    extract(config, StopRequest())
+    assert verify_store(tmp_path / "run" / "features" / "train.zarr") == []

@@ -19,7 +19,7 @@ from pipeline.inspection import describe_row, describe_store, verify_store
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from tests import text_models, tiny
-from tests.feature_stores import store_digests
+from tests.feature_stores import StopBeforeChunks, store_digests
 
 
 def extracted(run_file: Path, *overrides: str) -> FeatureStore:
@@ -193,9 +193,8 @@ def test_a_stop_request_ends_after_the_chunk_at_hand_and_the_next_run_goes_on(
     expected = whole.column("image/vit").read(0, whole.rows)
 
     config = load_config(str(run_file), [f"run.dir='{tmp_path / 'other'}'"])
-    request = StopRequest(signal_number=15)
     with pytest.raises(Stopped):
-        extract(config, request)
+        extract(config, StopBeforeChunks(tmp_path / "other"))
     store = FeatureStore.open(tmp_path / "other" / "features" / "train.zarr")
     assert len(store.column("image/vit").pending()) == 5
     extract(config, StopRequest())

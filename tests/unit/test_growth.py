@@ -17,6 +17,7 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from tests import tiny
+from tests.feature_stores import StopBeforeChunks
 
 
 def extracted(run_file: Path, *overrides: str, append: bool = False) -> FeatureStore:
@@ -154,7 +155,7 @@ def test_rows_that_were_appended_are_finished_without_asking_again(tmp_path: Pat
     extracted(run_file)
     tiny.write_tar(tmp_path / "shards" / "train-2.tar", tiny.samples(13, first=500))
     with pytest.raises(Stopped):
-        extract(load_config(str(run_file)), StopRequest(signal_number=15), append=True)
+        extract(load_config(str(run_file)), StopBeforeChunks(tmp_path / "run"), append=True)
     store = FeatureStore.open(tmp_path / "run" / "features" / "train.zarr")
     column = store.column("image/vit")
     assert column.pending() == [5, 6]
