@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from features.storage.place import PlaceSetting
+from features.storage.settings import PlaceSetting
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -2,13 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from features.storage.place import PlaceSetting, checked_pattern
+from features.storage.settings import Pattern, PlaceSetting
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
 class _Source(BaseModel):

@@ -3,9 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
-
-from pydantic import PlainSerializer, PlainValidator
 
 from features.errors import PlaceError
 
@@ -104,16 +101,6 @@ def as_place(text: str | Place) -> Place:
     return RemotePath(scheme, path.rstrip("/"))
 
 
-def checked_pattern(pattern: str) -> str:
-    """Return a pattern of files as it is.
-
-    Raises:
-        PlaceError: It is a URL of a kind that cannot be read, or carries credentials.
-    """
-    as_place(pattern)
-    return pattern
-
-
 def without_secrets(text: str) -> str:
     """Return a text in which URLs have neither user and password nor a query."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
@@ -122,13 +109,3 @@ def without_secrets(text: str) -> str:
 def posix(place: Place) -> PurePosixPath:
     """Return the whole path of a place: absolute if local, with the bucket or host if not."""
     return PurePosixPath(place.absolute() if isinstance(place, Path) else place.path)
-
-
-def _validated(value: Any) -> Place:
-    if not isinstance(value, str | Path | RemotePath):
-        raise ValueError(f"a path or a URL was expected, got {value!r}")
-    return as_place(value)
-
-
-PlaceSetting = Annotated[Place, PlainValidator(_validated), PlainSerializer(str)]
-"""The type of a setting that may be a URL."""
