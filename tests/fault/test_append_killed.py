@@ -33,6 +33,7 @@ from features.growth import follow_index
 from features.index import Index
 from features.store import FeatureStore
 
+PLACES = {"os.rename": 1, "os.remove": 0}  # what changes the store, and not what lies beside it
 source, index = Path(sys.argv[1]), Path(sys.argv[2])
 after = 0
 survived = False
@@ -42,12 +43,9 @@ while not survived:  # a process of its own for each moment; the imports are don
         shutil.copytree(source, store)
         left = after
 
-        def inside(path):  # what is written beside the store does not change it
-            return ".partial" not in str(path)
-
         def die_in_time(event, arguments):
             global left
-            if event == "os.remove" or (event == "os.rename" and inside(arguments[1])):
+            if event in PLACES and ".partial" not in str(arguments[PLACES[event]]):
                 left -= 1
                 if left < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -81,16 +79,28 @@ def digests(store: Place) -> dict[str, str]:
     }
 
 
-def check_what_is_ok(path: Path, expected: FeatureStore) -> None:
-    """Nothing is wrong but what is not done yet, and no row that is ok has other features."""
-    assert [fault for fault in verify_store(path) if "is not done" not in fault] == []
-    store = FeatureStore.open(path)
-    assert store.keys().tolist() == expected.keys(0, store.rows).tolist()
-    for name in store.columns():
-        column = store.column(name)
-        ok = column.status() == Status.OK
-        features = column.read(0, store.rows)[ok]
-        np.testing.assert_array_equal(features, expected.column(name).read(0, store.rows)[ok])
+class Expected:
+    """Keys and features of all rows, extracted at once."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.path = store.path
+        self.keys = store.keys().tolist()
+        self.features = {name: store.column(name).read(0, store.rows) for name in store.columns()}
+
+    def check(self, path: Path) -> int:
+        """See that nothing is wrong with a store but what is not done yet; return its rows.
+
+        Rows that are ok have these features, and the keys are the first of these.
+        """
+        assert [fault for fault in verify_store(path) if "is not done" not in fault] == []
+        store = FeatureStore.open(path)
+        assert store.keys().tolist() == self.keys[: store.rows]
+        for name, expected in self.features.items():
+            column = store.column(name)
+            ok = column.status() == Status.OK
+            found = column.read(0, store.rows)
+            np.testing.assert_array_equal(found[ok], expected[: store.rows][ok])
+        return store.rows
 
 
 @pytest.fixture
@@ -103,15 +113,15 @@ def run_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fresh(run_file: Path, tmp_path: Path) -> FeatureStore:
+def fresh(run_file: Path, tmp_path: Path) -> Expected:
     """All rows, extracted at once."""
     config = load_config(str(run_file), [f"run.dir='{tmp_path / 'fresh'}'"])
-    return FeatureStore.open(extract(config, StopRequest())[0])
+    return Expected(FeatureStore.open(extract(config, StopRequest())[0]))
 
 
 @pytest.mark.slow
 def test_killed_before_any_change_on_disk_a_store_has_its_old_rows_and_can_go_on(
-    run_file: Path, fresh: FeatureStore, tmp_path: Path
+    run_file: Path, fresh: Expected, tmp_path: Path
 ) -> None:
     store = tmp_path / "run" / "features" / "train.zarr"
     grown_index = tmp_path / "grown.parquet"
@@ -131,8 +141,7 @@ def test_killed_before_any_change_on_disk_a_store_has_its_old_rows_and_can_go_on
     rows = []
     for moment in range(moments):
         path = tmp_path / "killed" / f"{moment}.zarr"
-        rows.append(FeatureStore.open(path).rows)
-        check_what_is_ok(path, fresh)
+        rows.append(fresh.check(path))
         grown = follow_index(FeatureStore.open(path), Index.open(grown_index), append=False)
         assert grown.rows == ROWS + MORE_ROWS
         assert digests(path) == whole, moment
@@ -142,7 +151,7 @@ def test_killed_before_any_change_on_disk_a_store_has_its_old_rows_and_can_go_on
 
 @pytest.mark.slow
 def test_kills_at_random_moments_of_an_append_leave_the_bytes_of_a_fresh_extraction(
-    run_file: Path, fresh: FeatureStore, tmp_path: Path
+    run_file: Path, fresh: Expected, tmp_path: Path
 ) -> None:
     store = tmp_path / "run" / "features" / "train.zarr"
     moments = random.Random(0)
@@ -154,7 +163,7 @@ def test_kills_at_random_moments_of_an_append_leave_the_bytes_of_a_fresh_extract
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
-        check_what_is_ok(store, fresh)
+        fresh.check(store)
     with appending(run_file) as process:
         assert process.wait() == 0
     assert kills >= KILLS // 2
