@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -197,9 +198,18 @@ class Preprocessing:
         self, pixels: Num[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Rescale and standardise a batch, on the device it is on."""
-        mean, std = _per_channel(self.mean, pixels.device), _per_channel(self.std, pixels.device)
-        scale = 1.0 if pixels.is_floating_point() else self.rescale
-        return (pixels.float() * scale - mean) / std
+        return self.normaliser(pixels.device)(pixels)
+
+    def normaliser(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return what rescales and standardises batches on a device, to which it copies no more."""
+        mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=device).view(1, 3, 1, 1)
+
+        def normalise(pixels: Tensor) -> Tensor:
+            scale = 1.0 if pixels.is_floating_point() else self.rescale
+            return (pixels.float() * scale - mean) / std
+
+        return normalise
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain data, for the fingerprint of a column."""
@@ -213,12 +223,6 @@ class Preprocessing:
         mode = "bilinear" if self.resample == BILINEAR else "bicubic"
         resized = F.interpolate(tensor, self.output_size, mode=mode, antialias=True)
         return np.asarray(resized[0].numpy())
-
-
-@functools.cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "1 3 1 1"]:
-    """Return a value for each channel on a device; copying it there anew would wait for that."""
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 @functools.cache

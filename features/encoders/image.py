@@ -122,8 +122,10 @@ def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.devi
     dtype = compute_dtype(config.precision, device)
     model = model.to(device)
 
+    normalise = preprocessing.normaliser(device)
+
     def forward(pixels: Tensor, wanted: Sequence[ImageColumnConfig]) -> list[Tensor]:
-        pixels = preprocessing.normalise(pixels)
+        pixels = normalise(pixels)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return [features.float() for features in pool_image(model, pixels, wanted)]
 
