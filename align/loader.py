@@ -128,7 +128,7 @@ class Loader:
     @property
     def nbytes(self) -> int:
         """Bytes of the windows and of the batch."""
-        memories = [memory for stream in self.streams for memory in stream.memories]
+        memories = {id(each): each for stream in self.streams for each in stream.memories}.values()
         batches = [*self._image, *self._text]
         return sum(each.nbytes for each in memories) + sum(each.nbytes for each in batches)
 
@@ -226,7 +226,7 @@ class Loader:
             return []
         if is_whole:
             device, chunks = self.options.device, next(order.windows(0, 1)).chunks
-            return [Pool(reader, len(chunks), with_caption_ids=with_ids, device=device)]
+            return 2 * [Pool(reader, len(chunks), with_caption_ids=with_ids, device=device)]
         rows = order.chunks_per_window * order.rows_per_chunk
         rows = min(rows, rows * places // order.batch_size + places)
         return [OrderedWindow(reader, rows, captions, with_caption_ids=with_ids) for _ in range(2)]

@@ -1,6 +1,6 @@
 """Memory for all rows that a process uses: read once, and gathered from in every epoch's order."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class Pool:
             device: Where the batches lie.
         """
         self.columns = reader.columns
+        self.threads = reader.threads
         self._reader = reader
         image, text = self.columns.image, self.columns.text[0]
         self._rows = chunks * image.rows_per_chunk
@@ -36,7 +37,7 @@ class Pool:
         self._text = RowsInMemory((texts, text.dim), text.dtype, memory, device)
         ids = np.empty((self._rows, fields), dtype=np.int64)
         self._caption_ids = ids if with_caption_ids else None
-        self._is_filled = False
+        self._reads: list[Future[None]] = []
 
     @property
     def nbytes(self) -> int:
@@ -44,24 +45,28 @@ class Pool:
         ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
         return self._image.nbytes + self._text.nbytes + ids
 
-    def fill(self, window: Window, fields: Int64[np.ndarray, "rows captions"] | None) -> None:  # noqa: ARG002
-        """Read the chunks of the only window, the first time.
+    def fill(
+        self,
+        window: Window,
+        fields: Int64[np.ndarray, "rows captions"] | None,  # noqa: ARG002
+        readers: ThreadPoolExecutor,
+    ) -> list[Future[None]]:
+        """Begin to read the chunks of the only window, unless that was done before.
 
-        Raises:
-            StoreCorruptError: A chunk is not what was written.
+        Args:
+            window: The same chunks every time.
+            fields: Of no matter: all are read.
+            readers: The threads that read; a result may be a StoreCorruptError.
+
+        Returns:
+            What is to be waited for.
         """
-        if self._is_filled:
-            return
-        jobs = list(enumerate(window.chunks.tolist()))
-        with ThreadPoolExecutor(self._reader.threads, "sail-read") as readers:
-            reads = [readers.submit(self._read_chunk, slot, chunk) for slot, chunk in jobs]
-            try:
-                for read in reads:
-                    read.result()
-            finally:
-                for read in reads:
-                    read.cancel()  # of no use after a chunk that cannot be read
-        self._is_filled = True
+        if not self._reads or any(map(_has_failed, self._reads)):
+            self._reads = [
+                readers.submit(self._read_chunk, slot, chunk)
+                for slot, chunk in enumerate(window.chunks.tolist())
+            ]
+        return self._reads
 
     def view(self, part: slice) -> None:
         """Return None: no batch lies here as it is used."""
@@ -100,3 +105,8 @@ class Pool:
             for field in range(len(self.columns.text)):
                 hashes = caption_hashes(self.columns, field, chunk)
                 self._caption_ids[slot * size : slot * size + len(hashes), field] = hashes
+
+
+def _has_failed(read: Future[None]) -> bool:
+    """Whether a read was cancelled, as when its stream was closed, or could not be made."""
+    return read.cancelled() or (read.done() and read.exception() is not None)

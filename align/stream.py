@@ -1,7 +1,8 @@
 """The rows of one store in the order of their use: its share of every batch."""
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -55,9 +56,11 @@ class Stream:
         Args:
             source: The rows.
             order: Their order, in batches of this store's share.
-            memories: A pool if all rows stay in memory, or else two windows.
+            memories: Two windows; or a pool twice, if all rows stay in memory: the order of the
+                next epoch is then made during this one.
             captions: Drawn per image and step.
         """
+        self.threads = memories[0].threads if memories else 1
         self.source = source
         self.order = order
         self.memories = memories
@@ -119,23 +122,33 @@ class Stream:
         return usable
 
     def _loaded(self, first_step: int, stop_step: int) -> Iterator[Loaded]:
-        """Yield windows in memory; the next is loaded meanwhile, into the memory that is free."""
+        """Yield windows in memory; the next are read meanwhile, into the memory that is free.
+
+        One thread plans the windows and the others read, so that these never wait for a plan, nor
+        for the last chunk of a window.
+        """
         windows = self._windows(first_step, stop_step)
 
-        def load(memory: Pool | OrderedWindow) -> Loaded | None:
+        def begin(memory: Pool | OrderedWindow) -> tuple[Loaded, list[Future[None]]] | None:
             window, fields = next(windows, (None, None))
             if window is None:
                 return None
-            memory.fill(window, fields)
-            return window, memory, fields
+            return (window, memory, fields), memory.fill(window, fields, readers)
 
-        memories = cycle(self.memories)
-        with ThreadPoolExecutor(1, "sail-window") as background:
-            coming = background.submit(load, next(memories))
-            while (loaded := coming.result()) is not None:
-                coming = background.submit(load, next(memories))
+        planner = ThreadPoolExecutor(1, "sail-window")
+        readers = ThreadPoolExecutor(self.threads, "sail-read")
+        try:
+            coming = deque(planner.submit(begin, memory) for memory in self.memories)
+            while (begun := coming.popleft().result()) is not None:
+                loaded, reads = begun
+                for read in reads:
+                    read.result()
                 yield loaded
                 loaded[1].mark_used()
+                coming.append(planner.submit(begin, loaded[1]))
+        finally:
+            planner.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
 
     def _windows(
         self, first_step: int, stop_step: int

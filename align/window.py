@@ -1,10 +1,10 @@
 """Memory for one window, whose rows lie in the order of their use: a batch is a part of it."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
 from align.chunks import ChunkReader, caption_hashes
@@ -34,6 +34,7 @@ class OrderedWindow:
             with_caption_ids: Whether the captions are hashed too.
         """
         self.columns = reader.columns
+        self.threads = reader.threads
         self._reader = reader
         self._captions = captions
         image, text, memory = self.columns.image, self.columns.text[0], reader.memory
@@ -50,15 +51,18 @@ class OrderedWindow:
         ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
         return self._image.nbytes + self._text.nbytes + ids
 
-    def fill(self, window: Window, fields: Int64[np.ndarray, "rows captions"] | None) -> None:
-        """Read the chunks of a window.
+    def fill(
+        self,
+        window: Window,
+        fields: Int64[np.ndarray, "rows captions"] | None,
+        readers: ThreadPoolExecutor,
+    ) -> list[Future[None]]:
+        """Begin to read the chunks of a window, and return what is to be waited for.
 
         Args:
             window: Which, and the rows in the order of their use.
             fields: The caption fields drawn for each row; not given, all are used in order.
-
-        Raises:
-            StoreCorruptError: A chunk is not what was written.
+            readers: The threads that read; a result may be a StoreCorruptError.
         """
         if self._used is not None:
             self._used.synchronize()  # batches may still be read from here
@@ -68,18 +72,15 @@ class OrderedWindow:
         order = np.argsort(window.positions, kind="stable")  # by chunk, and by row in the chunk
         starts = np.arange(len(window.chunks) + 1) * self.columns.image.rows_per_chunk
         bounds = np.searchsorted(window.positions[order], starts)
-        with ThreadPoolExecutor(self._reader.threads, "sail-read") as readers:
-            reads = []
-            for slot, chunk in enumerate(window.chunks.tolist()):
-                members = order[bounds[slot] : bounds[slot + 1]]
-                rows = window.positions[members] - starts[slot]
-                reads.append(readers.submit(self._read_chunk, chunk, rows, members, fields))
-            try:
-                for read in reads:
-                    read.result()
-            finally:
-                for read in reads:
-                    read.cancel()  # of no use after a chunk that cannot be read
+        reads = []
+        for slot, chunk in enumerate(window.chunks.tolist()):
+            members = order[bounds[slot] : bounds[slot + 1]]
+            rows = window.positions[members] - starts[slot]
+            reads.append(readers.submit(self._read_images, chunk, rows, members))
+            for field in range(len(self.columns.text)):
+                job = (field, chunk, rows, members, fields[members] == field)
+                reads.append(readers.submit(self._read_captions, *job))
+        return reads
 
     def view(self, part: slice) -> Features | None:
         """Return a batch as it lies here, None if it must be copied."""
@@ -116,35 +117,32 @@ class OrderedWindow:
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used.record()
 
-    def _read_chunk(
+    def _read_images(
+        self, chunk: int, rows: Int64[np.ndarray, "used"], places: Int64[np.ndarray, "used"]
+    ) -> None:
+        """Read the images of a chunk: of its rows, those that are used go to their places."""
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._image.values) - 1)
+        targets[rows] = places
+        self._reader.scatter(self.columns.image, chunk, self._image, targets)
+
+    def _read_captions(
         self,
+        field: int,
         chunk: int,
         rows: Int64[np.ndarray, "used"],
         places: Int64[np.ndarray, "used"],
-        fields: Int64[np.ndarray, "rows captions"],
+        drawn: Bool[np.ndarray, "used captions"],
     ) -> None:
-        """Read a chunk of all columns to its places.
-
-        Args:
-            chunk: Number of the chunk.
-            rows: Those of its rows that are used.
-            places: Where they go.
-            fields: The caption fields of all rows of the window.
-        """
-        size, captions = self.columns.image.rows_per_chunk, self._captions
-        targets = np.full(size, len(self._image.values) - 1)
-        targets[rows] = places
-        self._reader.scatter(self.columns.image, chunk, self._image, targets)
-        drawn = fields[places]
-        for field, column in enumerate(self.columns.text):
-            which, caption = np.nonzero(drawn == field)
-            if len(which):
-                targets = np.full(size, len(self._text.values) - 1)
-                targets[rows[which]] = places[which] * captions + caption
-                self._reader.scatter(column, chunk, self._text, targets)
-                if self._caption_ids is not None:
-                    hashes = caption_hashes(self.columns, field, chunk)
-                    self._caption_ids[targets[: len(hashes)]] = hashes
+        """Read one caption field of a chunk, if it was drawn for any of the rows that are used."""
+        which, caption = np.nonzero(drawn)
+        if not len(which):
+            return
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._text.values) - 1)
+        targets[rows[which]] = places[which] * self._captions + caption
+        self._reader.scatter(self.columns.text[field], chunk, self._text, targets)
+        if self._caption_ids is not None:
+            hashes = caption_hashes(self.columns, field, chunk)
+            self._caption_ids[targets[: len(hashes)]] = hashes
 
     def _of_captions(self, part: slice) -> slice:
         return slice(part.start * self._captions, part.stop * self._captions)
