@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import zarr
 
+from features.column import Column, create_column
 from features.config import FolderSource
 from features.index import Index
 from features.status import Status
-from features.store import FeatureStore
+from features.store import FORMAT, FORMAT_VERSION, FeatureStore
 from tests import tiny
 
 
@@ -53,3 +55,51 @@ def webdataset_shards(folder: Path, *, shards: int, samples: int, image_bytes: i
     for shard in range(1, shards):
         (folder / f"{shard:05d}.tar").hardlink_to(first)
     return str(folder / "*.tar")
+
+
+def linked_store(
+    path: Path, *, gigabytes: float, image_dim: int, text_dim: int, rows_per_chunk: int = 1024
+) -> FeatureStore:
+    """Write a store of any size in little space: every chunk is a link to the first of its column.
+
+    It has no keys and no captions (both read as empty strings).
+    """
+    chunks = max(2, round(gigabytes * 1e9 / (2 * (image_dim + text_dim) * rows_per_chunk)))
+    rows = chunks * rows_per_chunk
+    group = zarr.create_group(path)
+    for name in ("key", "caption/0"):
+        group.create_array(name, shape=(rows,), chunks=(rows_per_chunk,), dtype="string")
+    for name, dim in (("image/synthetic", image_dim), ("text/synthetic", text_dim)):
+        encoder = group.create_group(name, attributes={"model": "synthetic"})
+        arrays = encoder if name.startswith("image") else encoder.create_group("0")
+        create_column(arrays, rows, dim, rows_per_chunk)
+    group.attrs.update(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "rows": rows,
+            "rows_per_chunk": rows_per_chunk,
+            "keys_sha256": "",
+            "source": {},
+        }
+    )
+    store = FeatureStore.open(path)
+    random = np.random.default_rng(0)
+    for name in store.columns():
+        column = store.column(name)
+        features = random.standard_normal((rows_per_chunk, column.dim), dtype=np.float32)
+        status = np.full(rows_per_chunk, Status.OK, dtype=np.uint8)
+        column.write(0, features.astype(np.float16), status)
+        _link_chunks(column)
+    return store
+
+
+def _link_chunks(column: Column) -> None:
+    for chunk in range(1, column.num_chunks):
+        for file, first in [
+            (column.features_file(chunk), column.features_file(0)),
+            (column.status_file(chunk), column.status_file(0)),
+        ]:
+            linked = Path(str(file))
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            linked.hardlink_to(str(first))

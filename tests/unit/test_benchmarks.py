@@ -25,13 +25,14 @@ from tests.benchmarks.figure import Figure
 from tests.benchmarks.nvembed import REAL, operations
 
 
-def test_loader_benchmark_measures_a_ratio() -> None:
-    (figure,) = loader.measure(rows=16_384, rounds=1)
-    assert figure.value > 0
+def test_loader_benchmark_measures_ratios() -> None:
+    figures = loader.measure(rows=32_768, rounds=1, batch_size=1024)
+    assert [figure.value > 0 for figure in figures] == [True] * 4
 
 
 def test_memory_benchmark_measures_bytes_of_another_process() -> None:
     assert memory.peak_bytes(0.03, steps=2) > 50e6
+    assert 0.3 < memory.loader_share(0.3, budget_mb=150, steps=10) < 2
 
 
 def test_loss_benchmarks_measure_ratios() -> None:
