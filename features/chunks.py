@@ -6,11 +6,11 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from features.errors import StoreCorruptError
+from features.errors import FileEndsEarlyError, StoreCorruptError
 from features.partial import appearing
 from features.storage import files
 from features.storage.place import Place, RemotePath
-from features.storage.requests import FileEndsEarlyError, read_into, read_ranges
+from features.storage.requests import read_into, read_ranges
 
 CRC_BYTES = 4
 

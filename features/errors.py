@@ -7,6 +7,7 @@ They live in `features` because it is the package all others may import::
         PlaceError             a URL that is of no kind we read, or carries credentials
       StorageError             a place under a URL cannot be reached, read or written
         PlaceNotFoundError     there is no such file
+        FileEndsEarlyError     it is shorter than what is asked of it
       SourceError              the data that a run file names cannot be read
       EncoderError             a frozen encoder cannot be loaded or used as asked
       StoreError
@@ -46,6 +47,16 @@ class PlaceNotFoundError(StorageError, FileNotFoundError):
         super().__init__(
             f"There is no file {place}. It was expected there. Correct the address, or put the "
             f"file back."
+        )
+
+
+class FileEndsEarlyError(StorageError):
+    """A file under a URL is shorter than the range that was asked for."""
+
+    def __init__(self, place: object, size: int, stop: int) -> None:
+        self.size = size
+        super().__init__(
+            f"{place} has {size} bytes. At least {stop} were expected. Put the whole file there."
         )
 
 

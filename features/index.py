@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.config import Source
-from features.errors import SourceError
+from features.errors import FileEndsEarlyError, SourceError
 from features.index_builder import (
     COLUMNS,
     METADATA_KEY,
@@ -34,7 +34,7 @@ from features.status import Status
 from features.storage import files
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
-from features.storage.requests import FileEndsEarlyError, read_ranges
+from features.storage.requests import read_ranges
 
 GROUPS_KEPT = 4
 NEVER_READ = (Status.MISSING_IMAGE, Status.IMAGE_TOO_LARGE)

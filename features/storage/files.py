@@ -63,7 +63,7 @@ def children(folder: Place) -> list[tuple[str, int | None]]:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
         return [(path.name, path.stat().st_size if path.is_file() else None) for path in paths]
     what = "A folder that can be listed"
-    return tried(folder, what, lambda found: sorted(found.children(folder)))
+    return tried(folder, what, lambda server: sorted(server.children(folder)))
 
 
 def files_below(folder: Place) -> Iterator[tuple[Place, int]]:
@@ -74,7 +74,7 @@ def files_below(folder: Place) -> Iterator[tuple[Place, int]]:
                 yield path, path.stat().st_size
         return
     what = "A folder that can be listed"
-    for about in tried(folder, what, lambda found: list(found.files(folder))):
+    for about in tried(folder, what, lambda server: list(server.files(folder))):
         yield about.place, about.size
 
 
@@ -86,7 +86,7 @@ def read(place: Place) -> bytes:
     """
     if isinstance(place, Path):
         return place.read_bytes()
-    return tried(place, "A file", lambda found: bytes(found.whole(place)))
+    return tried(place, "A file", lambda server: bytes(server.whole(place)))
 
 
 def open_file(place: Place) -> io.BufferedReader:
@@ -107,7 +107,7 @@ def write(place: Place, content: bytes) -> None:
         with appearing(place) as partial:
             partial.write_bytes(content)
         return
-    tried(place, "A place that can be written", lambda found: found.put(place, content))
+    tried(place, "A place that can be written", lambda server: server.put(place, content))
 
 
 def delete(place: Place) -> None:
@@ -115,7 +115,7 @@ def delete(place: Place) -> None:
     if isinstance(place, Path):
         place.unlink(missing_ok=True)
         return
-    tried(place, "A file that can be deleted", lambda found: found.delete(place))
+    tried(place, "A file that can be deleted", lambda server: server.delete(place))
 
 
 def zarr_store(folder: Place) -> Any:

@@ -29,6 +29,8 @@ from features.storage.remote import (
     seconds_before,
 )
 
+MAX_KEY_BYTES = 1024
+"""No longer ones can be, on S3 and Google Cloud."""
 RETRIES = 8
 RETRY: Any = {
     "max_retries": RETRIES,
@@ -54,7 +56,13 @@ class Objects:
 
     def entry(self, place: RemotePath) -> Entry:
         """Return the size and version of a file."""
-        return _entry(place, obstore.head(_store(place), _key(place)))
+        key = _key(place)
+        if len(key.encode()) > MAX_KEY_BYTES:
+            raise FileNotFoundError(key)
+        try:
+            return _entry(place, obstore.head(_store(place), key))
+        except ValueError as error:  # a name that no key can have
+            raise FileNotFoundError(key) from error
 
     def whole(self, place: RemotePath) -> memoryview:
         """Return the content of a file."""

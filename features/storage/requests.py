@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from features.errors import StorageError
+from features.errors import FileEndsEarlyError, StorageError
 from features.storage.parallel import in_order
 from features.storage.place import RemotePath
 from features.storage.remote import (
@@ -22,16 +22,6 @@ GAP_BYTES = 1 << 20
 """Ranges no further apart than this are read as one."""
 PIECE_BYTES = 8 << 20
 """A long range is read as several of this size, at once."""
-
-
-class FileEndsEarlyError(StorageError):
-    """A file under a URL is shorter than the range that was asked for."""
-
-    def __init__(self, place: RemotePath, size: int, stop: int) -> None:
-        self.size = size
-        super().__init__(
-            f"{place} has {size} bytes. At least {stop} were expected. Put the whole file there."
-        )
 
 
 def tried(place: RemotePath, what: str, call: Callable[[Backend], T]) -> T:
@@ -55,7 +45,7 @@ def entry(place: RemotePath) -> Entry:
         PlaceNotFoundError: There is none.
         StorageError: The server fails.
     """
-    return tried(place, "A file", lambda found: found.entry(place))
+    return tried(place, "A file", lambda server: server.entry(place))
 
 
 def read_into(place: RemotePath, start: int, buffer: Any) -> None:

@@ -70,7 +70,7 @@ def parquet(folder: Path) -> dict[str, str]:
 
 
 def table(folder: Path) -> dict[str, str]:
-    names = ["é 1.jpg", "sub/2.jpg", "./sub/3#.jpg", "gone.jpg"]
+    names = ["é 1.jpg", "sub/2.jpg", "./sub/3#.jpg", "gone.jpg", "x" * 5000, "a\n\x01.jpg"]
     for seed, name in enumerate(names[:3]):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(tiny.encoded(tiny.picture(seed)))
