@@ -142,7 +142,8 @@ def _assumptions(plan: dict[str, Any]) -> list[str]:
     if two:
         lines.append(
             f"Stage two: {two['samples']:,.0f} samples of {_flops(two['flops_per_sample'])}; an "
-            f"epoch reads {byte_size(two['bytes_per_epoch'])}."
+            f"epoch reads {byte_size(two['bytes_per_epoch'])}, which takes the time of the disk "
+            f"instead where that does not stay in memory."
         )
     return lines
 
