@@ -1,5 +1,7 @@
 """Settings that all tests share."""
 
+import os
+
 from hypothesis import settings
 
 from tests.servers import s3, s3_port
@@ -9,3 +11,7 @@ __all__ = ["s3", "s3_port"]
 # A shared machine has no deadline that a test on disk could keep; and CI repeats what failed.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("project")
+
+# The servers of the tests are on loopback, whatever proxy leads out of this machine.
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
