@@ -15,6 +15,7 @@ OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
 CPU_MODULES = [
     "decoding",
     "captions",
+    "epoch",
     "extraction",
     "extraction_memory",
     "finished",
@@ -23,6 +24,7 @@ CPU_MODULES = [
     "loader",
     "loss",
     "memory",
+    "step",
     "writer",
 ]
 GPU_MODULES = ["gpu"]

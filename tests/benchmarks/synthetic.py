@@ -15,14 +15,23 @@ from tests import tiny
 
 
 def synthetic_store(
-    folder: Path, *, rows: int, image_dim: int, text_dim: int, rows_per_chunk: int = 4096
+    folder: Path,
+    *,
+    rows: int,
+    image_dim: int,
+    text_dim: int,
+    rows_per_chunk: int = 4096,
+    fields: tuple[str, ...] = ("caption",),
 ) -> FeatureStore:
-    """Write a store with one image column and one caption field of random features."""
+    """Write a store with one image column and some caption fields of random features."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "table.jsonl"
     with table.open("w") as lines:
-        lines.writelines(f'{{"image": "{i:09d}.jpg", "caption": "row {i}"}}\n' for i in range(rows))
-    index = Index.build(FolderSource(kind="folder", path=table), folder / "index.parquet")
+        for row in range(rows):
+            captions = dict.fromkeys(fields, f"row {row}")
+            lines.write(json.dumps({"image": f"{row:09d}.jpg"} | captions) + "\n")
+    source = FolderSource(kind="folder", path=table, captions=fields)
+    index = Index.build(source, folder / "index.parquet")
     store = FeatureStore.create(folder / "store.zarr", index, rows_per_chunk=rows_per_chunk)
     store.add_encoder("image/synthetic", {"model": "synthetic"}, dim=image_dim)
     store.add_encoder("text/synthetic", {"model": "synthetic"}, dim=text_dim)

@@ -11,6 +11,7 @@ from tests import tiny
 from tests.benchmarks import (
     captions,
     decoding,
+    epoch,
     extraction,
     extraction_memory,
     finished,
@@ -19,6 +20,7 @@ from tests.benchmarks import (
     loader,
     loss,
     memory,
+    step,
     writer,
 )
 from tests.benchmarks.figure import Figure
@@ -33,6 +35,13 @@ def test_loader_benchmark_measures_ratios() -> None:
 def test_memory_benchmark_measures_bytes_of_another_process() -> None:
     assert memory.peak_bytes(0.03, steps=2) > 50e6
     assert 0.3 < memory.loader_share(0.3, budget_mb=150, steps=10) < 2
+
+
+def test_training_benchmarks_measure_shares_and_ratios() -> None:
+    (ratio,) = epoch.measure(rows=8192, batch=64, rounds=1)
+    assert ratio.value > 0
+    (share,) = step.measure(rows=16_384, batch=64, steps=4, scale=16)
+    assert 0 <= share.value <= 1
 
 
 def test_loss_benchmarks_measure_ratios() -> None:

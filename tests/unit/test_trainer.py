@@ -310,6 +310,18 @@ def test_bfloat16_products_leave_float32_weights(store: FeatureStore, tmp_path: 
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_heads_learn_as_others_do(store: FeatureStore, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        run_dir = tmp_path / str(compiled)
+        config = settings(compile=compiled, precision="float32")
+        run(store, run_dir, config, device=torch.device("cuda"))
+        losses.append([line["loss"] for line in lines(run_dir) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_random_numbers_of_the_caller_are_left_alone(
     store: FeatureStore, tmp_path: Path
 ) -> None:
