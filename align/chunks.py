@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from align.cache import ChunkCache
 from align.rows import RowsInMemory
 from align.selection import Columns, key_hashes
 from features.column import Column
@@ -25,7 +26,13 @@ class ChunkReader:
     """
 
     def __init__(
-        self, columns: Columns, *, verify: bool, memory: torch.device, threads: int
+        self,
+        columns: Columns,
+        *,
+        verify: bool,
+        memory: torch.device,
+        threads: int,
+        cache: ChunkCache | None = None,
     ) -> None:
         """Prepare buffers, which are taken when they are first used.
 
@@ -34,7 +41,9 @@ class ChunkReader:
             verify: Whether to check the crc32c of each chunk the first time that it is read.
             memory: Where the rows go.
             threads: How many may read at once.
+            cache: Keeps chunks of remote stores on local disk.
         """
+        self._cache = cache
         self.columns = columns
         self.memory = memory
         self.threads = threads
@@ -103,9 +112,14 @@ class ChunkReader:
                     rows.scale.index_copy_(0, index, scale)
 
     def _read_into(self, column: Column, chunk: int, values: Tensor) -> None:
+        cache = self._cache if column.is_remote else None
+        if cache is not None and cache.read_into(self.columns, column, chunk, values.numpy()):
+            return
         checked = self._checked[column.name]
         column.read_into(chunk, values.numpy(), verify=not checked[chunk])
         checked[chunk] = True
+        if cache is not None:
+            cache.add(self.columns, column, chunk, values.numpy())
 
     def _scale(self, column: Column, chunk: int) -> Tensor:
         factors = np.empty(column.rows_per_chunk, dtype=np.float32)

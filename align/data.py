@@ -16,7 +16,7 @@ from features.errors import TrainingError
 from features.store import NOT_COMPARED
 
 ELSEWHERE = {"image", "text", "store", "text_store"}  # said of the encoders and the rows
-NO_MATTER = {"host_memory_mb", "verify"}
+NO_MATTER = {"cache", "cache_mb", "host_memory_mb", "verify"}
 
 
 def open_columns(
@@ -80,6 +80,8 @@ def training_data(
             captions_per_image=config.captions_per_image,
             with_caption_ids=identical,
             verify=config.verify,
+            cache=config.cache,
+            cache_bytes=config.cache_mb * MIB,
             device=device,
             rank=ring.rank,
             ranks=ring.size,

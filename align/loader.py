@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
+from align.cache import ChunkCache
 from align.chunks import ChunkReader
 from align.order import Order
 from align.pool import Pool
@@ -46,6 +48,10 @@ class LoaderOptions:
     """Hand out a hash of every caption."""
     verify: bool = True
     """Check the crc32c of every chunk the first time that it is read."""
+    cache: Path | None = None
+    """Folder for chunks of remote stores."""
+    cache_bytes: int = 0
+    """The most that all processes together keep there."""
     device: torch.device = CPU
     """Where the windows and the batches lie."""
     rank: int = 0
@@ -110,6 +116,9 @@ class Loader:
         )
         self.tier = plan.tier
         self._readers = plan.readers
+        self._cache: ChunkCache | None = None
+        if options.cache is not None:
+            self._cache = ChunkCache(options.cache, options.cache_bytes // options.ranks)
         self.streams = [
             self._stream(source, share, places, chunks=chunks, captions=captions)
             for source, share, places, chunks in zip(
@@ -210,7 +219,13 @@ class Loader:
             places=places,
         )
         memory = CPU if self.tier == "host" else options.device
-        reader = ChunkReader(columns, verify=options.verify, memory=memory, threads=self._readers)
+        reader = ChunkReader(
+            columns,
+            verify=options.verify,
+            memory=memory,
+            threads=self._readers,
+            cache=self._cache,
+        )
         return Stream(
             source,
             order,
