@@ -6,12 +6,11 @@ unit is done again by another, which skips what is there. Nothing but names and 
 
 import functools
 import logging
-import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, wait
-from distributed.comm.core import CommClosedError
 
 from features.column_group import ColumnGroup
 from features.errors import ClusterError, SailError
@@ -30,6 +28,7 @@ from pipeline.config import RunConfig
 from pipeline.filling import fill_columns
 from pipeline.finished import columns_of
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.processors import usable_processors
 
 logger = logging.getLogger(__name__)
 UNITS_PER_WORKER = 2
@@ -70,7 +69,7 @@ def open_cluster(
             yield cluster
         return
     count = workers or 1
-    processors = max(1, (os.cpu_count() or 1) // count)
+    processors = max(1, usable_processors() // count)
     settings = {
         "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
         # Else a worker that was lost is given up while it is still being started again.
@@ -181,7 +180,8 @@ class Cluster:
         try:
             yield self
         finally:
-            self._on_workers(units.forget_encoder)
+            with suppress(OSError):  # the scheduler is gone; that is told already
+                self._on_workers(units.forget_encoder)
 
     def fill_encoder(self, stores: list[FeatureStore], name: str, stop: StopRequest) -> None:
         """Fill the columns of an encoder in every store.
@@ -241,6 +241,13 @@ class Cluster:
         under_way = _UnderWay(run.on_rows)
         self._client.subscribe_topic(self._job["id"], under_way.hear)
         try:
+            self._hand_out_all(tasks, run, under_way)
+        except OSError as error:  # the client's; those of workers come as words
+            raise self._scheduler_gone() from error
+        return under_way.phases
+
+    def _hand_out_all(self, tasks: Iterator[_Task], run: Run, under_way: _UnderWay) -> None:
+        try:
             while not run.should_stop():
                 self._hand_out(tasks, under_way)
                 if not under_way.tasks:
@@ -248,12 +255,8 @@ class Cluster:
                 for future in self._finished(under_way):
                     self._take(future, under_way)
                 under_way.tell()
-        except CommClosedError as error:
-            under_way.tasks.clear()
-            raise self._scheduler_gone() from error
         finally:
             self._end(under_way)
-        return under_way.phases
 
     def _hand_out(self, tasks: Iterator[_Task], under_way: _UnderWay) -> None:
         most = max(LEAST_UNITS, UNITS_PER_WORKER * self._num_workers())

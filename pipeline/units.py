@@ -7,7 +7,6 @@ handed over but names, numbers and words.
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from pipeline.device import prepare_device
 from pipeline.filling import Encoder, add_columns, encode_chunks, folder_of, load_encoder
 from pipeline.finished import KnownEncoders
 from pipeline.memory import keep_freed_memory
+from pipeline.processors import usable_processors
 from pipeline.run import run_folder
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -135,7 +135,7 @@ def fill_chunks(job: Job, unit: str, split: str, names: list[str], chunks: list[
         progress = _Progress(job, unit)
         progress.add(sum(map(columns.chunk_rows, set(chunks) - set(pending))))
         run = Run(
-            workers=config.extract.workers or job["processors"] or _processors(),
+            workers=config.extract.workers or job["processors"] or usable_processors(),
             max_pixels=config.extract.max_pixels,
             should_stop=lambda: job["id"] in _process.stopped,
             on_rows=progress.add,
@@ -260,13 +260,6 @@ def _loaded(job: Job, config: RunConfig, name: str) -> Encoder:
         return encoder
 
     return _process.encoder((job["id"], name), load)
-
-
-def _processors() -> int:
-    """Return how many processors this process may use: on a cluster, seldom all there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001 - the name and form that Dask calls

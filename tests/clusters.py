@@ -59,8 +59,8 @@ def done_chunks(run: Path, column: str = "image/vit") -> int:
 
 
 @contextmanager
-def cluster(folder: Path, *, workers: int) -> Iterator[Path]:
-    """Run a scheduler and workers, as a user starts them; yields the scheduler file."""
+def cluster(folder: Path, *, workers: int) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Run a scheduler and workers, as a user starts them; yields the scheduler and its file."""
     scheduler_file = folder / "scheduler.json"
     common = ["--scheduler-file", str(scheduler_file)]
     address = ["--host", "127.0.0.1"]
@@ -81,7 +81,7 @@ def cluster(folder: Path, *, workers: int) -> Iterator[Path]:
     ]
     try:
         wait_until(scheduler_file.is_file)
-        yield scheduler_file
+        yield scheduler_file, processes[0]
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)

@@ -24,6 +24,7 @@ CPU_MODULES = [
     "loader",
     "loss",
     "memory",
+    "scaling",
     "step",
     "writer",
 ]

@@ -14,7 +14,7 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
-from tests.clusters import ROOT, begin, done_chunks, finish, wait_until, workers_of
+from tests.clusters import ROOT, begin, cluster, done_chunks, finish, wait_until, workers_of
 from tests.feature_stores import store_digests
 
 CHUNKS = 75
@@ -105,7 +105,7 @@ def test_what_kills_three_workers_in_a_row_is_named_and_ends_the_run(tmp_path: P
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert "The unit of chunks 1 to 1 of " in line
-    assert "train.zarr/image/vit ended 3 workers, one after the other" in line
+    assert "train image/vit ended 3 workers, one after the other" in line
     assert "Traceback" not in done.stderr
     store = tmp_path / "run" / "features" / "train.zarr"
     assert [fault for fault in verify_store(store) if "is not done" not in fault] == []
@@ -118,3 +118,19 @@ def test_an_error_within_a_unit_ends_the_run_with_that_line(tmp_path: Path) -> N
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert "train-0.tar cannot be opened (No such file or directory)" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_lost_ends_the_run_and_leaves_whole_chunks(run_file: Path) -> None:
+    run = run_file.parent / "lost"
+    with cluster(run_file.parent, workers=1) as (scheduler_file, scheduler):
+        options = ["--set", f"run.dir='{run}'", "--scheduler", str(scheduler_file)]
+        command = begin("extract", str(run_file), *options)
+        wait_until(lambda: done_chunks(run) > 0)
+        scheduler.kill()
+        _, log = finish(command, expect=1)
+    (line,) = [line for line in log.splitlines() if line.startswith("Error: ")]
+    assert "The scheduler at tcp://127.0.0.1:" in line
+    assert "is gone" in line
+    faults = verify_store(run / "features" / "train.zarr")
+    assert [fault for fault in faults if "is not done" not in fault] == []

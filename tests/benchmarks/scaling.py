@@ -1,0 +1,96 @@
+"""Two worker processes against one, each with a single-threaded encoder, on two cores.
+
+DINOv2-S architecture with random weights, 224-pixel pictures from a tar, `sail extract --workers`.
+Measured is the steady part: the workers have started and loaded the encoder on a first split, and
+the clock runs over a second one. The two are measured in turn.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from features.store import FeatureStore
+from pipeline.cluster import open_cluster
+from pipeline.config import load_config
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from tests import tiny
+from tests.benchmarks.extraction import SMALL, random_dinov2
+from tests.benchmarks.figure import Figure, figure_of
+from tests.photographs import as_jpeg, synthetic
+
+NO_ENCODERS = ["encoders.image={}"]
+DISTINCT = 8
+
+
+def write_run(folder: Path, images: int, warm: int) -> Path:
+    """Write shards, an encoder and a run file for one processor thread per worker."""
+    jpegs = [as_jpeg(synthetic(seed, 500, 375)) for seed in range(DISTINCT)]
+    for name, count in [("warm", warm), ("timed", images)]:
+        members = ((f"{i:06d}.jpg", jpegs[i % DISTINCT]) for i in range(count))
+        tiny.write_tar(folder / f"{name}.tar", members)
+    random_dinov2(folder / "dino", **SMALL)
+    run_file = folder / "scaling.toml"
+    run_file.write_text(
+        """
+[run]
+threads = 1
+[data.warm]
+kind = "webdataset"
+path = "warm.tar"
+[data.timed]
+kind = "webdataset"
+path = "timed.tar"
+[encoders.image.dino]
+model = "dino"
+batch_size = 2
+[extract]
+rows_per_chunk = 2
+workers = 1
+[align]
+split = "timed"
+"""
+    )
+    return run_file
+
+
+def rows_per_second(run_file: Path, run: Path, workers: int) -> float:
+    """Extract with so many workers, and return the speed over the second split."""
+    overrides = [f"run.dir='{run}'"]
+    paths = extract(load_config(str(run_file), [*overrides, *NO_ENCODERS]), StopRequest())
+    warm, timed = [FeatureStore.open(path) for path in paths]
+    config = load_config(str(run_file), overrides)
+    with open_cluster(config, workers=workers) as cluster:
+        cluster.fill_encoder([warm], "image/dino", StopRequest())
+        started = time.perf_counter()
+        cluster.fill_encoder([timed], "image/dino", StopRequest())
+        return timed.rows / (time.perf_counter() - started)
+
+
+def measure(images: int = 192, warm: int = 16, rounds: int = 3) -> list[Figure]:
+    """Return the ratio of the two speeds, 2 being workers that cost each other nothing."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_file = write_run(folder, images, warm)
+        for number in range(rounds):
+            one = rows_per_second(run_file, folder / f"one-{number}", 1)
+            two = rows_per_second(run_file, folder / f"two-{number}", 2)
+            ratios.append(two / one)
+    return [
+        figure_of(
+            "extraction with two workers / one worker",
+            ratios,
+            unit="ratio of rows/s",
+            goal=1.8,
+            direction="min",
+            module="scaling",
+        )
+    ]
+
+
+if __name__ == "__main__":  # worker processes import this file too
+    for figure in measure():
+        print(json.dumps(figure.as_dict()) if "--json" in sys.argv else figure)
