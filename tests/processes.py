@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 300  # most of it is for the imports, on a machine with much else to do
 START = """
 import sys
 from importlib import import_module
@@ -34,6 +35,11 @@ def run_processes(size: int, module: str, function: str, *arguments: str) -> Non
             )
             for rank in range(size)
         ]
-        told = [child.communicate(timeout=120)[1] for child in children]
+        try:
+            told = [child.communicate(timeout=SECONDS)[1] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
     failed = [text for child, text in zip(children, told, strict=True) if child.returncode]
     assert not failed, "\n".join(failed)
