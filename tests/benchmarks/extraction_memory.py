@@ -5,9 +5,7 @@ is what the operating system says of it when it ends.
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from tests import tiny
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import webdataset_shards
+from tests.peak_memory import peak_bytes_of
 
 SAMPLES_PER_SHARD = 5_000
 ROWS_PER_OUTLIER = 2_500
@@ -44,14 +43,9 @@ def peak_bytes(folder: Path, name: str, shards: Sequence[str]) -> int:
     """Extract in a process of its own and return its greatest resident size."""
     run_file = folder / f"{name}.toml"
     run_file.write_text(RUN_FILE.format(run=folder / name, shards=json.dumps(list(shards))))
-    command = [sys.executable, "-m", "pipeline.cli", "extract", str(run_file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    if status != 0:
-        raise RuntimeError(f"`sail extract {run_file}` failed with status {status}")
+    peak, _ = peak_bytes_of(["-m", "pipeline.cli", "extract", str(run_file)])
     shutil.rmtree(folder / name)
-    return int(usage.ru_maxrss) * 1024
+    return peak
 
 
 def shard_with_outliers(folder: Path) -> str:

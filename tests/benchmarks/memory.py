@@ -4,7 +4,6 @@ The stores of the loader alone are cheap on disk: all chunks of a column are har
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from align.tiers import MIB
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import linked_store, synthetic_store
+from tests.peak_memory import peak_bytes_of
 
 RUN_FILE = """
 [run]
@@ -43,15 +43,8 @@ def peak_bytes(gigabytes: float, steps: int) -> int:
         Path(str(store.path)).rename(folder / "features" / "train.zarr")
         run_file = folder / "memory.toml"
         run_file.write_text(RUN_FILE.format(folder=folder, steps=steps))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", "align", str(run_file)],
-            stdout=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status
-        if status != 0:
-            raise RuntimeError(f"`sail align {run_file}` failed with status {status}")
-        return int(usage.ru_maxrss) * 1024
+        peak, _ = peak_bytes_of(["-m", "pipeline.cli", "align", str(run_file)])
+        return peak
 
 
 def loader_share(gigabytes: float, budget_mb: int = 500, steps: int = 200) -> float:

@@ -19,6 +19,7 @@ from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import synthetic_store
 
 MIB = 2**20
+LEAST_ROWS = 14_336  # two windows of one chunk, and the buffers that chunks are read through
 
 
 def share_of_waiting(*, rows: int, batch: int, steps: int, scale: int) -> float:
@@ -36,7 +37,7 @@ def share_of_waiting(*, rows: int, batch: int, steps: int, scale: int) -> float:
                 "batch_size": batch,
                 "steps": steps,
                 "holdout": 0.0,
-                "memory_mb": (max(rows // 2, 8192) + batch) * row_bytes // MIB + 1,
+                "memory_mb": (max(rows // 2, LEAST_ROWS) + batch) * row_bytes // MIB + 1,
                 "head": {"kind": "glu", "dim": dim, "depth": 8},
             }
         )
