@@ -31,7 +31,7 @@ demo: ## All three stages on the embedded demo world, offline, on a CPU
 	@$(MAKE) --no-print-directory extract align eval RECIPE=demo
 
 test: $(DEV_STAMP) ## Tests that need no network and no GPU
-	$(BIN)/pytest -m "not network and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not network and not gpu"
 
 check: $(DEV_STAMP) ## Lint, format and types, as CI runs them; changes nothing
 	$(BIN)/ruff check .
@@ -53,6 +53,7 @@ figures-gpu: ## The same on a CUDA machine (installs nothing)
 clean: ## Remove caches and build output; keeps .venv and runs
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
 
+# Of mistral-common the tests need a data file only, and not the old numpy that it asks for.
 # The stamps make `make demo` do nothing a second time. Only pip's own wheels are installed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; call make PYTHON=/path/to/python3.11")'
@@ -63,4 +64,5 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(DEV_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mistral-common
 	touch $@
