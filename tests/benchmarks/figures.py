@@ -1,4 +1,4 @@
-"""Runs the benchmarks that stand for our goals; prints a table and writes docs/figures.json.
+"""Runs the benchmarks that stand for our goals; writes docs/figures.json and the table of them.
 
 `make figures` measures what a CPU can; `make figures-gpu` what needs CUDA. The rows of the other
 kind are kept as they were last measured.
@@ -7,11 +7,14 @@ kind are kept as they were last measured.
 import argparse
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.figure import Figure
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
+PAGE = OUTPUT.with_name("benchmarks.md")
+BEGIN, END = "<!-- figures.json as a table -->\n", "<!-- end of the table -->\n"
 CPU_MODULES = [
     "decoding",
     "captions",
@@ -40,15 +43,23 @@ def main() -> None:
     modules = GPU_MODULES if arguments.gpu else CPU_MODULES
     if arguments.only:
         modules = [arguments.only]
-    figures: list[Figure] = []
     for module in modules:
         print(f"measuring {module} ...", flush=True)
-        figures += importlib.import_module(f"tests.benchmarks.{module}").measure()
-    kept = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else []
+        record(importlib.import_module(f"tests.benchmarks.{module}").measure())
+    print(table(json.loads(OUTPUT.read_text(encoding="utf-8"))))
+
+
+def record(figures: Sequence[Figure]) -> None:
+    """Put figures in the place of those of their names, in the JSON and on the page."""
+    kept = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.is_file() else []
     rows = {row["figure"]: row for row in kept}
     rows |= {figure.figure: figure.as_dict() for figure in figures}
-    OUTPUT.write_text(json.dumps(list(rows.values()), indent=2, ensure_ascii=False) + "\n")
-    print(table(list(rows.values())))
+    text = json.dumps(list(rows.values()), indent=2, ensure_ascii=False) + "\n"
+    OUTPUT.write_text(text, encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page = f"{before}{BEGIN}{table(list(rows.values()))}\n{END}{after}"
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -1,5 +1,6 @@
 """The benchmark scripts run, at sizes that take a moment; their numbers are not judged here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,17 @@ from tests.benchmarks import (
     writer,
 )
 from tests.benchmarks.figure import Figure
+from tests.benchmarks.figures import BEGIN, END, OUTPUT, PAGE, table
 from tests.benchmarks.nvembed import REAL, operations
+
+
+def test_the_page_shows_the_figures_that_are_on_record() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    _, begin, rest = page.partition(BEGIN)
+    shown, end, _ = rest.partition(END)
+    assert begin
+    assert end
+    assert shown == table(json.loads(OUTPUT.read_text(encoding="utf-8"))) + "\n"
 
 
 def test_loader_benchmark_measures_ratios() -> None:
