@@ -16,8 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, wait
+from distributed import Client, Future, KilledWorker, wait
 
 from features.column_group import ColumnGroup
 from features.errors import ClusterError, SailError
@@ -28,7 +27,6 @@ from pipeline.config import RunConfig
 from pipeline.filling import fill_columns
 from pipeline.finished import columns_of
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.processors import usable_processors
 
 logger = logging.getLogger(__name__)
 UNITS_PER_WORKER = 2
@@ -42,55 +40,10 @@ UNITS_LEFT_PER_WORKER = 4
 MOST_DEATHS = 3
 """Workers that may be lost while they are at one unit; then it ends the run."""
 SECONDS_BETWEEN_LOOKS = 0.25
-SECONDS_TO_CONNECT = 30
 SECONDS_BETWEEN_CALLS = 30
 """How often it is said that there are no workers."""
 SECONDS_TO_APPEAR = 90
 """How long a shared file system may take to show what another machine has written."""
-
-
-@contextmanager
-def open_cluster(
-    config: RunConfig, *, scheduler: str | None = None, workers: int | None = None
-) -> Iterator["Cluster"]:
-    """Connect to a Dask cluster, or start one of processes on this machine and end it after.
-
-    Args:
-        config: Settings of the run.
-        scheduler: Address of a scheduler, or the path of its scheduler file.
-        workers: Processes to start, if no scheduler is given.
-
-    Raises:
-        ClusterError: The scheduler does not answer.
-    """
-    logging.getLogger("distributed").setLevel(logging.WARNING)
-    if scheduler is not None:
-        with _connected(scheduler) as client, Cluster(client, config).ending() as cluster:
-            yield cluster
-        return
-    count = workers or 1
-    processors = max(1, usable_processors() // count)
-    settings = {
-        "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
-        # Else a worker that was lost is given up while it is still being started again.
-        "distributed.deploy.lost-worker-timeout": "1 hour",
-    }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            memory_limit=None,  # what is ahead is bounded by settings, as it is inline
-            dashboard_address="127.0.0.1:0",
-            preload=["pipeline.units"],
-        ) as local,
-        Client(local) as client,
-        Cluster(client, config, processors=processors).ending() as cluster,
-    ):
-        try:
-            yield cluster
-        finally:  # to end, an idle process may need more than the seconds after which it warns
-            logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
 
 
 def cut_into_units(
@@ -365,21 +318,6 @@ def _absolute(config: RunConfig) -> RunConfig:
         place = place.absolute()
     extract = config.extract.model_copy(update={"store": place})
     return config.model_copy(update={"run": run, "extract": extract})
-
-
-@contextmanager
-def _connected(scheduler: str) -> Iterator[Client]:
-    place = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
-    try:
-        client = Client(**place, timeout=SECONDS_TO_CONNECT)
-    except (OSError, ValueError, TimeoutError) as error:
-        raise ClusterError(
-            f"There is no Dask scheduler at {scheduler!r} ({error}). The address of one that runs, "
-            f"such as tcp://10.0.0.1:8786, or the path of its scheduler file was expected. Start "
-            f"one with `dask scheduler`, and give the address it logs."
-        ) from error
-    with client:
-        yield client
 
 
 def _has_columns(store: FeatureStore, names: Sequence[str]) -> bool:

@@ -129,7 +129,7 @@ def _cluster(
 ) -> AbstractContextManager["Cluster | None"]:
     if scheduler is None and workers is None:
         return nullcontext()
-    from pipeline.cluster import open_cluster
+    from pipeline.connection import open_cluster
 
     return open_cluster(config, scheduler=scheduler, workers=workers)
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from features.store import FeatureStore
-from pipeline.cluster import open_cluster
 from pipeline.config import load_config
+from pipeline.connection import open_cluster
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny

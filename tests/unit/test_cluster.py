@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from features.errors import ClusterError
 from features.store import FeatureStore
-from pipeline import cluster
+from pipeline import connection
 from pipeline.cli import cli
-from pipeline.cluster import LEAST_UNITS, Cluster, cut_into_units, open_cluster
+from pipeline.cluster import LEAST_UNITS, Cluster, cut_into_units
 from pipeline.config import RunSettings, load_config
+from pipeline.connection import open_cluster
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from pipeline.units import Job, device_settings
@@ -113,7 +114,7 @@ def test_a_worker_of_a_cluster_that_sees_one_gpu_of_its_own_takes_the_setting() 
 def test_a_scheduler_that_does_not_answer_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 0.5)
+    monkeypatch.setattr(connection, "SECONDS_TO_CONNECT", 0.5)
     config = load_config(str(tiny.world(tmp_path, rows=2)))
     expected = r"no Dask scheduler at 'tcp://127\.0\.0\.1:1'.*Start one with `dask scheduler`"
     with (
