@@ -6,7 +6,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
 from align.cache import ChunkCache
@@ -16,6 +16,7 @@ from features.column import Column
 
 READERS = 4  # threads that read chunks: enough to keep a local disk busy
 REMOTE_READERS = 16  # under a URL they mostly wait
+PIECE_BYTES = 1 << 21  # read at once from local disk: it stays in the processor's cache
 
 
 class ChunkReader:
@@ -53,6 +54,9 @@ class ChunkReader:
         }
         self._on_gpu = memory.type == "cuda"
         self._stream = torch.cuda.Stream(memory) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        is_remote = any(column.is_remote for column in (columns.image, *columns.text))
+        whole = largest_chunk(columns)
+        self._buffer_bytes = whole if self._on_gpu or is_remote else min(whole, PIECE_BYTES)
         self._buffers: SimpleQueue[Tensor | None] = SimpleQueue()
         for _ in range(threads):
             self._buffers.put(None)
@@ -96,20 +100,43 @@ class ChunkReader:
         Raises:
             StoreCorruptError: The chunk is not what was written.
         """
+        scale = self._scale(column, chunk) if rows.scale is not None else None
         with self._buffer(column) as buffer:
+            for first, values in self._pieces(column, chunk, buffer):
+                piece = slice(first, first + len(values))
+                self._put(rows, places[piece], values, None if scale is None else scale[piece])
+
+    def _put(
+        self,
+        rows: RowsInMemory,
+        places: Int64[np.ndarray, "piece"],
+        values: Shaped[Tensor, "piece dim"],
+        scale: Float32[Tensor, "piece"] | None,
+    ) -> None:
+        if not self._on_gpu:
+            whole = _as_items(rows.values)
+            whole[places] = _as_items(values)  # numpy copies rows whole; torch does not
+            if rows.scale is not None and scale is not None:
+                rows.scale.numpy()[places] = scale.numpy()
+            return
+        with self._copying():
+            index = torch.from_numpy(places).to(self.memory)
+            rows.values.index_copy_(0, index, values.to(self.memory, non_blocking=True))
+            if rows.scale is not None and scale is not None:
+                rows.scale.index_copy_(0, index, scale.to(self.memory))
+
+    def _pieces(
+        self, column: Column, chunk: int, buffer: Shaped[Tensor, "some_rows dim"]
+    ) -> Iterator[tuple[int, Shaped[Tensor, "_ dim"]]]:
+        """Yield the rows of a chunk, as many at once as the buffer holds, and the first of them."""
+        if len(buffer) == column.rows_per_chunk:
             self._read_into(column, chunk, buffer)
-            if not self._on_gpu:
-                whole = _as_items(rows.values)
-                whole[places] = _as_items(buffer)  # numpy copies rows whole; torch does not
-                if rows.scale is not None:
-                    rows.scale.numpy()[places] = self._scale(column, chunk).numpy()
-                return
-            with self._copying():
-                index = torch.from_numpy(places).to(self.memory)
-                rows.values.index_copy_(0, index, buffer.to(self.memory, non_blocking=True))
-                if rows.scale is not None:
-                    scale = self._scale(column, chunk).to(self.memory)
-                    rows.scale.index_copy_(0, index, scale)
+            yield 0, buffer
+            return
+        checked = self._checked[column.name]
+        for first, values in column.read_pieces(chunk, buffer.numpy(), verify=not checked[chunk]):
+            yield first, torch.from_numpy(values)
+        checked[chunk] = True
 
     def _read_into(self, column: Column, chunk: int, values: Tensor) -> None:
         cache = self._cache if column.is_remote else None
@@ -128,15 +155,15 @@ class ChunkReader:
 
     @contextmanager
     def _buffer(self, column: Column) -> Iterator[Tensor]:
-        """Lend a buffer for a chunk of a column."""
+        """Lend a buffer for a chunk of a column, or for a piece of it."""
         memory = self._buffers.get()
         try:
             if memory is None:
-                size = largest_chunk(self.columns)
-                memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
-            count = column.rows_per_chunk * column.dim * column.dtype.itemsize
+                memory = torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+            row_bytes = column.dim * column.dtype.itemsize
+            rows = min(column.rows_per_chunk, len(memory) // row_bytes)
             dtype = torch.int8 if column.is_scaled else torch.float16
-            yield memory[:count].view(dtype).view(column.rows_per_chunk, column.dim)
+            yield memory[: rows * row_bytes].view(dtype).view(rows, column.dim)
         finally:
             self._buffers.put(memory)
 

@@ -1,5 +1,6 @@
 """The files of a column: a chunk of values as they are, and four bytes of crc32c behind them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,40 @@ def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
         raise StoreCorruptError(place, f"it has {size} bytes, not {buffer.nbytes + CRC_BYTES}")
     if verify and checksum != _checksum(buffer):
         raise StoreCorruptError(place, "its crc32c does not match its bytes")
+
+
+def read_pieces(
+    path: Path, buffer: np.ndarray, rows: int, *, verify: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield a chunk on local disk piece by piece, in a buffer that is small enough for the cache.
+
+    Args:
+        path: Where.
+        buffer: C-contiguous, for some rows; every piece overwrites the one before.
+        rows: Of the chunk.
+        verify: Whether to check the crc32c, which is known after the last piece only.
+
+    Yields:
+        The first row of a piece, and its rows.
+
+    Raises:
+        StoreCorruptError: The file is missing, of another length, or (with `verify`) damaged.
+    """
+    crc = 0
+    with _opened(path) as file:
+        for first in range(0, rows, len(buffer)):
+            piece = buffer[: rows - first]
+            data = piece.reshape(-1).view(np.uint8)
+            if file.readinto(data.data) != piece.nbytes:
+                raise StoreCorruptError(path, f"it ends within {rows} rows")
+            if verify:
+                crc = google_crc32c.extend(crc, data)
+            yield first, piece
+        checksum = file.read(CRC_BYTES + 1)
+    if len(checksum) != CRC_BYTES:
+        raise StoreCorruptError(path, f"{len(checksum)} bytes follow its {rows} rows")
+    if verify and checksum != crc.to_bytes(CRC_BYTES, "little"):
+        raise StoreCorruptError(path, "its crc32c does not match its bytes")
 
 
 def read_part(place: Place, start: int, part: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import zarr
 from jaxtyping import Float16, Float32, Shaped, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from features.chunks import CRC_BYTES, read_chunk, read_part, write_chunk
+from features.chunks import CRC_BYTES, read_chunk, read_part, read_pieces, write_chunk
 from features.partial import remove_leftovers
 from features.quantisation import dequantise, quantise
 from features.status import Status
@@ -142,6 +142,22 @@ class Column:
         """
         read_chunk(self.features_file(chunk), buffer, verify=verify)
         return self.chunk_rows(chunk)
+
+    def read_pieces(
+        self, chunk: int, buffer: Shaped[np.ndarray, "some_rows dim"], *, verify: bool = False
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "_ dim"]]]:
+        """Yield a chunk on local disk piece by piece: its first row, and the rows in the buffer.
+
+        Args:
+            chunk: Number of the chunk.
+            buffer: Of the column's dtype; every piece overwrites the one before.
+            verify: Whether to check the crc32c, which is known after the last piece only.
+
+        Raises:
+            StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
+        """
+        file = Path(str(self.features_file(chunk)))
+        yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify)
 
     def read_scale_into(self, chunk: int, buffer: Float32[np.ndarray, "rows_per_chunk"]) -> None:
         """Fill a buffer with the factors of the rows of a chunk of int8 features.

@@ -1,5 +1,6 @@
 """Batches hold the features of the rows they name, within the memory they were given."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,42 @@ def test_a_store_that_fits_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Column, "read_into", read_into)
     list(loader.batches(0, 3 * loader.steps_per_epoch))
     assert len(read) == 3 * columns_of(loader).image.num_chunks  # three columns
+
+
+def test_a_chunk_read_in_small_pieces_gives_the_same_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_loader(tmp_path)
+    monkeypatch.setattr("align.chunks.PIECE_BYTES", 3 * 2 * columns_of(whole).image.dim)
+    in_pieces = make_again(whole)
+    steps = whole.steps_per_epoch
+    for one, other in zip(copies(whole, 0, steps), copies(in_pieces, 0, steps), strict=True):
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.text, other.text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-2], "2 bytes follow its"),
+        (lambda data: data[:40], "it ends within"),
+        (lambda data: data + b"x", "5 bytes follow its"),
+        (lambda data: bytes([data[0] ^ 1]) + data[1:], "crc32c"),
+    ],
+)
+def test_a_damaged_chunk_that_is_read_in_pieces_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[bytes], bytes],
+    message: str,
+) -> None:
+    loader = make_loader(tmp_path)
+    monkeypatch.setattr("align.chunks.PIECE_BYTES", 3 * 2 * columns_of(loader).image.dim)
+    file = Path(str(columns_of(loader).image.features_file(1)))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StoreCorruptError, match=message) as caught:
+        copies(make_again(loader), 0, loader.steps_per_epoch)
+    assert str(file) in str(caught.value)
 
 
 def test_drawn_captions_are_ones_that_can_be_used_and_change_from_step_to_step(
