@@ -130,7 +130,7 @@ class AlignConfig(BaseModel):
     eval_every: PositiveInt | None = None
     """Steps between scores on the held-out rows; once an epoch if not given."""
     patience: PositiveInt | None = None
-    """Stop when the held-out recall@10 has no new best this many times in a row; off if not
+    """Stop when the held-out mean recall has no new best this many times in a row; off if not
     given."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; one a minute (and at the end) if not given."""

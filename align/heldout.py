@@ -70,7 +70,10 @@ class HeldOut:
 
     @torch.no_grad()
     def score(self, model: AlignmentModel) -> dict[str, float]:
-        """Return recall@k as fractions, each way and the mean of both ways.
+        """Return recall@k as fractions, each way and the mean of both ways; and `mean_recall`.
+
+        That is the mean of recall@1, @5 and @10 (the "rsum" of the literature, over six), by which
+        the best checkpoint is chosen: one k alone may be saturated long before the others.
 
         An image is right if one of its captions is among the k nearest of all captions; a caption
         is right if its image is among the k nearest of all images. A wrong one that is equally
@@ -88,6 +91,7 @@ class HeldOut:
             both = [(ranks < k).double().mean().item() for ranks in (by_image, by_text)]
             scores[f"recall@{k}"] = sum(both) / 2
             scores[f"recall@{k}/image_to_text"], scores[f"recall@{k}/text_to_image"] = both
+        scores["mean_recall"] = sum(scores[f"recall@{k}"] for k in RECALL_AT) / len(RECALL_AT)
         return scores
 
     def _embed(

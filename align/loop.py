@@ -92,7 +92,7 @@ class Loop:
         self.clock.restart()
         self.note = f"loss {value:.4g}"
         if training.best_score is not None:
-            self.note += f", held-out {CHOSEN_BY} {training.best_score:.3f}"
+            self.note += f", held-out {CHOSEN_BY.replace('_', ' ')} {training.best_score:.3f}"
 
     def evaluate(self) -> None:
         """Score the held-out rows, and write that down."""

@@ -54,7 +54,7 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         on_step: Told after every step.
 
     Returns:
-        The best checkpoint: that of the highest held-out recall@10 (the earliest of several), or
+        The best checkpoint: that of the highest held-out mean recall (the earliest of several), or
         the last one where no row is held out. None if it was asked to stop: the last checkpoint is
         on disk, and the next call goes on from there.
 

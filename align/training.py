@@ -20,7 +20,7 @@ from align.optimizer import learning_rate, set_learning_rate
 from align.ring import Ring
 
 logger = logging.getLogger(__name__)
-CHOSEN_BY = "recall@10"
+CHOSEN_BY = "mean_recall"
 WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
 
 

@@ -79,13 +79,13 @@ def test_the_best_checkpoint_is_the_earliest_of_the_highest_recall(
     store: FeatureStore, tmp_path: Path
 ) -> None:
     run(store, tmp_path / "a", settings(steps=30, eval_every=2))
-    scores = {line["step"]: line["heldout/recall@10"] for line in lines(tmp_path / "a")
-              if "heldout/recall@10" in line}  # fmt: skip
+    scores = {line["step"]: line["heldout/mean_recall"] for line in lines(tmp_path / "a")
+              if "heldout/mean_recall" in line}  # fmt: skip
     highest = max(scores.values())
     expected = min(step for step, score in scores.items() if score == highest)
     best = Checkpoint.open(tmp_path / "a" / "best")
     assert best.step == expected
-    assert best.heldout["recall@10"] == highest
+    assert best.heldout["mean_recall"] == highest
     assert Checkpoint.open(tmp_path / "a" / "last").step == 30
 
 
