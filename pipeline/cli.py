@@ -13,8 +13,8 @@ import click
 
 from features.errors import SailError
 from pipeline.cli_readonly import doctor, inspect, plan, verify
-from pipeline.options import stage
-from pipeline.varied import count_of, seeds_of, values_of
+from pipeline.options import stage, trainings
+from pipeline.varied import count_of, seeds_of, settings_of
 
 
 class Commands(click.Group):
@@ -130,18 +130,9 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
     metavar="KEY=VALUE,VALUE,…",
     help="A setting of [align] and its values; may be repeated.",
 )
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of every combination.")
-@click.option("--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too.")
+@trainings
 @stage
-def sweep(
-    over: tuple[str, ...],
-    seeds: str,
-    evaluates: bool,
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-) -> None:
+def sweep(over: tuple[str, ...], **options: Any) -> None:
     """Train every combination of some settings on the run's features, and compare them.
 
     Resumes by itself. Prints mean and sd of the held-out recall over the seeds; sweep.json and
@@ -151,25 +142,14 @@ def sweep(
     Example:
       sail sweep demo --over align.head.kind=glu,linear --over align.head.dim=128,256
     """
-    varied = dict(values_of(each) for each in over)
-    options = {"name": "sweep", "over": varied, "seeds": seeds_of(seeds), "evaluates": evaluates}
-    _run_sweep(options, recipe, overrides, as_json=as_json, verbose=verbose)
+    _run_sweep("sweep", settings_of(over), **options)
 
 
 @cli.command()
 @click.option("--rows", required=True, metavar="1k,3k,…", help="Numbers of pairs to train on.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of every number.")
-@click.option("--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too.")
+@trainings
 @stage
-def scaling(
-    rows: str,
-    seeds: str,
-    evaluates: bool,
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-) -> None:
+def scaling(rows: str, **options: Any) -> None:
     """Train on more and more pairs of the run's features, and draw quality against pairs.
 
     A larger number holds all pairs of a smaller one. Resumes by itself; scaling.json and
@@ -179,10 +159,8 @@ def scaling(
     Example:
       sail scaling demo --rows 1500,3k,5k --eval
     """
-    sizes = [count_of(each) for each in rows.split(",")]
-    over = {"align.rows": [str(size) for size in sizes]}
-    options = {"name": "scaling", "over": over, "seeds": seeds_of(seeds), "evaluates": evaluates}
-    _run_sweep(options, recipe, overrides, as_json=as_json, verbose=verbose)
+    sizes = [str(count_of(each)) for each in rows.split(",")]
+    _run_sweep("scaling", {"align.rows": sizes}, **options)
 
 
 @cli.command(name="eval")
@@ -285,18 +263,23 @@ def export_head(checkpoint: Path, file: Path) -> None:
 
 
 def _run_sweep(
-    options: dict[str, Any],
+    name: str,
+    over: dict[str, list[str]],
+    *,
+    seeds: str,
+    evaluates: bool,
     recipe: str,
     overrides: tuple[str, ...],
-    *,
     as_json: bool,
     verbose: bool,
 ) -> None:
     from pipeline.sweep import Sweep, sweep_run
     from pipeline.sweep_output import sweep_table
 
+    varied = Sweep(name, over, seeds_of(seeds), evaluates)
+
     def work(_config: Any, stop: Any) -> Path:
-        return sweep_run(Sweep(**options), recipe, overrides, stop)
+        return sweep_run(varied, recipe, overrides, stop)
 
     path = _run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
     text = path.read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ import click
 
 from features.storage.place import as_place
 from pipeline.options import stage
+from pipeline.varied import count_of
 
 
 @click.command()
@@ -37,16 +38,12 @@ def plan(
       sail plan sail --rows 23M --price 2.5
     """
     from pipeline.config import load_config
-    from pipeline.estimate import parsed_count
     from pipeline.progress import start_log
     from pipeline.tables import plan_table
 
     start_log(verbose=verbose)
     config = load_config(recipe, overrides)
-    try:
-        count = None if rows is None else parsed_count(rows)
-    except ValueError as error:
-        raise click.BadParameter(f"{rows!r} is no number of rows, such as 23M.") from error
+    count = None if rows is None else count_of(rows)
     from pipeline.budget import plan_run  # torch loads here: a fault in the recipe is told before
 
     description = plan_run(config, rows=count, seconds=seconds, price=price)

@@ -157,16 +157,3 @@ def column_hours(phases: Sequence[Phase]) -> float:
 def bottleneck(phases: Sequence[Phase]) -> str | None:
     """Return the name of the slowest phase."""
     return max(phases, key=lambda phase: phase.hours).name if phases else None
-
-
-def parsed_count(text: str) -> int:
-    """Return the number that `23M`, `500k`, `1.5G` or `1000` stands for.
-
-    Raises:
-        ValueError: It is none, or not positive.
-    """
-    scale = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(text[-1:].lower(), 1)
-    count = round(float(text if scale == 1 else text[:-1]) * scale)
-    if count < 1:
-        raise ValueError(f"{text} is not a positive number")
-    return count

@@ -23,3 +23,13 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def trainings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of those that train many heads."""
+    function = click.option(
+        "--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too."
+    )(function)
+    return click.option(
+        "--seeds", default="0,1,2", show_default=True, help="Each is trained with all of these."
+    )(function)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from align.checkpoint import Checkpoint
 from evaluate.results import read_results
 from features.errors import ConfigError, TrainingError
-from features.partial import partial_path
+from features.storage.files import write
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation import evaluate_run
 from pipeline.interrupt import Stopped, StopRequest
@@ -80,9 +80,14 @@ def sweep_run(sweep: Sweep, recipe: str, overrides: Sequence[str], stop: StopReq
         Stopped: A signal came; the same call goes on from here.
     """
     base = load_config(recipe, overrides)
-    _check(sweep, base)
+    _check(sweep)
     path = base.run.dir / sweep.name / f"{sweep.name}.json"
     planned = list(_planned(sweep, base, recipe, overrides))
+    if any(config.align.holdout == 0 for _, config in planned):
+        raise ConfigError(
+            "align.holdout = 0 leaves no rows to compare the trainings by. A fraction above 0 was "
+            "expected. Set align.holdout."
+        )
     done: list[Trial] = []
     for number, (trial, config) in enumerate(planned, 1):
         logger.info("%s %d of %d: %s", sweep.name, number, len(planned), Path(trial.dir).name)
@@ -94,7 +99,7 @@ def sweep_run(sweep: Sweep, recipe: str, overrides: Sequence[str], stop: StopReq
     return path
 
 
-def _check(sweep: Sweep, base: RunConfig) -> None:
+def _check(sweep: Sweep) -> None:
     if dist.is_torchelastic_launched():
         raise ConfigError(
             "This command was started by torchrun, but trains one run after the other in one "
@@ -105,11 +110,13 @@ def _check(sweep: Sweep, base: RunConfig) -> None:
             f"--over {wrong[0]} cannot be varied: all trainings share the features of the run. A "
             f"setting of [align] was expected, as in `--over align.head.kind=glu,linear`."
         )
-    if base.align.holdout == 0:
-        raise ConfigError(
-            "align.holdout = 0 leaves no rows to compare the trainings by. A fraction above 0 was "
-            "expected. Set align.holdout."
-        )
+    varied: dict[str, Sequence[object]] = {**sweep.over, "--seeds": sweep.seeds}
+    for name, values in varied.items():
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(
+                f"{name} has {twice[0]} more than once. Different values were expected: a training "
+                f"that is counted twice makes the sd too small. Leave one out."
+            )
 
 
 def _planned(
@@ -128,10 +135,10 @@ def _planned(
 
 
 def _label(settings: Settings, seed: int) -> str:
-    """Return the name of a run: what a reader needs, and a hash so that no two are alike."""
+    """Return the name of a run: what a reader needs, and a hash of what is cut off."""
     parts = [f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return re.sub(r"[^\w.=,+-]", "_", ",".join([*parts, f"seed={seed}"]))[:100] + f"-{digest}"
+    return re.sub(r"[^\w.=,+-]", "_", ",".join(parts))[:90] + f",seed={seed}-{digest}"
 
 
 def _train(trial: Trial, config: RunConfig, stop: StopRequest, *, evaluates: bool) -> Trial:
@@ -162,10 +169,7 @@ def _write(path: Path, sweep: Sweep, done: list[Trial]) -> None:
         "summary": summary(done),
         "runs": [asdict(trial) for trial in done],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def summary(trials: Sequence[Trial]) -> list[dict[str, object]]:

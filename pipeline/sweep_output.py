@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from features.partial import appearing
 from pipeline.tables import rendered
 
 CHOSEN = "heldout/recall@10"
@@ -46,9 +47,8 @@ def sweep_plot(document: dict[str, Any], path: Path) -> None:
             _over_a_number(axes, rows, name, next(iter(document["over"])))
         else:
             _by_combination(axes, rows, name)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    with appearing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _numbers(over: dict[str, list[str]]) -> bool:
@@ -63,7 +63,8 @@ def _numbers(over: dict[str, list[str]]) -> bool:
 
 
 def _over_a_number(axes: Axes, rows: list[dict[str, Any]], name: str, setting: str) -> None:
-    points = sorted((float(row["settings"][setting]), row["scores"][name]) for row in rows)
+    points = [(float(row["settings"][setting]), row["scores"][name]) for row in rows]
+    points.sort(key=lambda point: point[0])  # 0.1 and 1e-1 are two settings in one place
     x = [value for value, _ in points]
     means, spreads = _percent([score for _, score in points])
     axes.errorbar(x, means, yerr=spreads, marker="o", capsize=3)

@@ -1,6 +1,23 @@
-"""What a sweep varies, as it is written on the command line."""
+"""Settings and numbers as they are written on the command line."""
+
+import re
+from collections.abc import Sequence
 
 import click
+
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Read `KEY=VALUE,VALUE,…` of several keys."""
+    settings: dict[str, list[str]] = {}
+    for key, values in map(values_of, texts):
+        if key in settings:
+            raise click.BadParameter(
+                f"{key!r} is named twice: give all its values together.", param_hint="--over"
+            )
+        settings[key] = values
+    return settings
 
 
 def values_of(text: str) -> tuple[str, list[str]]:
@@ -23,12 +40,11 @@ def seeds_of(text: str) -> list[int]:
 
 
 def count_of(text: str) -> int:
-    """Read `500`, `10k` or `2M`."""
-    number, factor = text.strip().lower(), 1
-    if number[-1:] in ("k", "m"):
-        number, factor = number[:-1], {"k": 1000, "m": 1_000_000}[number[-1]]
-    if not number.isdecimal() or int(number) == 0:
+    """Read a number of rows: `500`, `10k`, `1.5M`, `2G` or `2B`."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgb]?)", text.strip().lower())
+    count = round(float(parts[1]) * SCALES[parts[2]]) if parts else 0
+    if count == 0:
         raise click.BadParameter(
-            f"{text!r} is not a number of pairs, as 500, 10k or 2M.", param_hint="--rows"
+            f"{text!r} is no number of rows, such as 500, 10k or 23M.", param_hint="--rows"
         )
-    return int(number) * factor
+    return count

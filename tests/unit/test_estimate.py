@@ -19,7 +19,6 @@ from pipeline.estimate import (
     column_hours,
     head_parameters,
     hours,
-    parsed_count,
     training_flops,
 )
 from tests import tiny
@@ -131,16 +130,3 @@ def test_a_column_takes_its_slowest_phase_and_shares_the_cores() -> None:
 def test_23_million_images_take_a_few_hours_on_an_h100() -> None:
     work = 23e6 * KNOWN_IMAGE["facebook/dinov2-large"].flops
     assert hours(work, 0.4 * GPUS["H100"]) == pytest.approx(2.6, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("23M", 23_000_000), ("1.5k", 1500), ("7", 7), ("2G", 2 * 10**9)]
-)
-def test_counts_may_be_written_short(text: str, count: int) -> None:
-    assert parsed_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "M", "-3", "0", "many"])
-def test_what_is_no_count_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"float|positive"):
-        parsed_count(text)

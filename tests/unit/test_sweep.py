@@ -1,6 +1,7 @@
 """A sweep trains every combination once, and says what each scored."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from align.checkpoint import Checkpoint
 from align.training import Training
 from features.errors import ConfigError, TrainingError
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.sweep import Sweep, sweep_run
+from pipeline.sweep import Sweep, _label, sweep_run
 from pipeline.sweep_output import sweep_table
-from pipeline.varied import count_of, seeds_of, values_of
+from pipeline.varied import count_of, seeds_of, settings_of, values_of
 from tests.feature_stores import make_run
 
 ALIGN = """
@@ -112,6 +113,8 @@ def test_a_training_that_fails_is_noted_and_the_others_go_on(
         ({"align.head.kind": ["linear", "gluu"]}, [], r"align.head.kind.*got 'gluu'"),
         ({"align.rows": ["8"]}, [], r"rows = 8 do not fill a batch"),
         ({"align.head.dim": ["4"]}, ["align.holdout=0"], r"holdout = 0 leaves no rows"),
+        ({"align.holdout": ["0.2", "0"]}, [], r"holdout = 0 leaves no rows"),
+        ({"align.rows": ["40", "100", "40"]}, [], r"align.rows has 40 more than once"),
     ],
 )
 def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
@@ -125,13 +128,37 @@ def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
 def test_values_are_read_as_they_are_written() -> None:
     assert values_of("align.head.kind=glu, linear") == ("align.head.kind", ["glu", "linear"])
     assert seeds_of("0,1, 7") == [0, 1, 7]
-    assert [count_of(text) for text in ("500", "10k", "2M")] == [500, 10_000, 2_000_000]
+    written = ("500", "10k", "1.5M", "2G", "2b")
+    assert [count_of(text) for text in written] == [500, 10_000, 1_500_000, 2 * 10**9, 2 * 10**9]
 
 
 @pytest.mark.parametrize(
     ("read", "text"),
-    [(values_of, "align.head.kind"), (values_of, "a=1,,2"), (seeds_of, "0,x"), (count_of, "many")],
+    [
+        (values_of, "align.head.kind"),
+        (values_of, "a=1,,2"),
+        (seeds_of, "0,x"),
+        *((count_of, text) for text in ("", "many", "M", "0", "-3", "inf", "1e400", "0.1")),
+    ],
 )
 def test_values_that_cannot_be_read_are_refused(read: Any, text: str) -> None:
-    with pytest.raises(click.BadParameter, match=text):
+    with pytest.raises(click.BadParameter, match=f"^{re.escape(repr(text))} "):
         read(text)
+
+
+def test_a_setting_that_is_named_twice_is_refused_and_none_of_its_values_lost() -> None:
+    assert settings_of(["a=1", "b=2"]) == {"a": ["1"], "b": ["2"]}
+    with pytest.raises(click.BadParameter, match=r"'a' is named twice"):
+        settings_of(["a=1", "a=2"])
+
+
+def test_seeds_have_folders_of_their_own_however_long_the_settings_are() -> None:
+    settings = {f"align.optimizer.{'x' * 30}{number}": "0.001" for number in range(4)}
+    labels = [_label(settings, seed) for seed in (0, 1)]
+    assert labels[0] != labels[1]
+    assert max(map(len, labels)) < 128
+
+
+def test_one_value_written_in_two_ways_is_drawn_in_one_place(recipe: str) -> None:
+    rates = Sweep("sweep", {"align.optimizer.learning_rate": ["0.001", "1e-3"]}, [0])
+    assert len(document(rates, recipe)["summary"]) == 2
