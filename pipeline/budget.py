@@ -24,7 +24,7 @@ from pipeline.estimate import (
 )
 from pipeline.passes import Measuring, Pass, existing_folder, sample_index
 from pipeline.processors import usable_processors
-from pipeline.run import RunFolder
+from pipeline.run import RunFolder, run_folder
 from pipeline.sizing import Rows, rows_of
 
 ASSUMED_DECODED_PER_CORE = 150.0
@@ -45,7 +45,7 @@ def plan_run(
     Raises:
         SourceError: The rows of the training split are not known.
     """
-    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
+    folder = run_folder(config)
     parts = 2 + len(config.encoders.image) + len(config.encoders.text)
     splits, missing = _rows_of_splits(config, folder, rows, seconds / parts)
     every = sum(found.count for found in splits.values())
@@ -161,12 +161,13 @@ def _stage_two(
     image = config.aligned_encoder("image")
     text = config.aligned_encoder("text")
     dims = {name: dim for each in passes for name, dim in each.dims.items()}
-    fields = [name for name in dims if name.startswith(f"text/{text}/")]
+    align = config.align
+    fields = [name.split("/")[2] for name in dims if name.startswith(f"text/{text}/")]
+    fields = [name for name in fields if not align.fields or name in align.fields]
     image_dim = dims.get(f"image/{image}")
-    text_dim = dims[fields[0]] if fields else None
+    text_dim = dims[f"text/{text}/{fields[0]}"] if fields else None
     if image_dim is None or text_dim is None:
         return None
-    align = config.align
     names = [name for name in align.mix or (align.split,) if name in splits]
     rows = round(sum(splits[name].count for name in names) * (1 - align.holdout))
     rows = min(rows, align.rows or rows)
@@ -174,7 +175,7 @@ def _stage_two(
     flops = training_flops(
         head_parameters(image_dim, align.head),
         head_parameters(text_dim, align.head),
-        fields=len(fields),
+        fields=min(align.captions_per_image or len(fields), len(fields)),
         batch=min(align.batch_size, rows),
         dim=align.head.dim,
     )

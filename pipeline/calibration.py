@@ -101,16 +101,15 @@ def measure_captions(
     tokenised = len(texts) / _since(started)
     few = tokens[: max(1, min(len(tokens), 64))]
     encoder.encode_tokens(few)  # the warm-up
-    size, rate = len(few), 0.0
+    rate, size, next_size = 0.0, 0, len(few)
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:  # as many at once as there is time for
+    while next_size > size:  # as many at once as there is time for; fewer would say less
+        size = next_size
         chosen = list(itertools.islice(itertools.cycle(tokens), size))
         started = time.perf_counter()
         encoder.encode_tokens(chosen)
-        took = _since(started)
-        rate = size / took
-        left = deadline - time.perf_counter()
-        size = max(1, min(4 * size, round(rate * left)))
+        rate = size / _since(started)
+        next_size = min(4 * size, round(rate * (deadline - time.perf_counter())))
     lengths = [len(each) for each in tokens]
     return CaptionRates(tokenised, rate, float(np.mean(lengths)), len(texts))
 

@@ -25,7 +25,7 @@ from pipeline.machine import (
 )
 from pipeline.passes import existing_folder
 from pipeline.processors import usable_processors
-from pipeline.run import RunFolder
+from pipeline.run import run_folder
 from pipeline.tables import byte_size
 
 DISTRIBUTION = "sail"
@@ -210,7 +210,7 @@ def _limits() -> Iterator[Check]:
 
 
 def _recipe(config: RunConfig) -> Iterator[Check]:
-    folder = RunFolder(config.run.dir, config.run.features, config.extract.store)
+    folder = run_folder(config)
     for split, source in config.data.items():
         if isinstance(source, ScenesSource):
             yield Check(f"data.{split}", "ok", f"{source.rows} scenes, drawn when they are needed")

@@ -1,5 +1,6 @@
 """The passes of stage one: what each is, and how fast its phases are on this machine."""
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from pipeline.estimate import Phase, hours
 from pipeline.processors import usable_processors
 from pipeline.run import draw_scenes
 
+logger = logging.getLogger(__name__)
 SCENES = 64
 ASSUMED_TOKENS = {"short": 16, "long": 120}
 ASSUMED_TOKENS_OF_OTHERS = 40
@@ -63,7 +65,10 @@ def sample_index(config: RunConfig, path: Path) -> Iterator[Index | None]:
         few = source.model_copy(update={"rows": min(SAMPLES, source.rows or SAMPLES)})
         try:
             index = Index.build(few, Path(temporary) / "sample.parquet")
-        except SailError:
+        except SailError as error:
+            logger.warning(
+                "nothing is measured on this machine, since there are no rows: %s", error
+            )
             index = None
         yield index
 

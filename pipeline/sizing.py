@@ -8,6 +8,7 @@ from features.config import ScenesSource, Source
 from features.errors import SailError, SourceError
 from features.index import Index
 from features.sources import Counts, Shards, open_source
+from features.sources.parquet import ImageParquet
 from features.storage.files import version
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
@@ -77,6 +78,8 @@ def _listed(shards: Shards, seconds: float) -> Rows:
 
 def _count(shards: Shards, file: Place, deadline: float) -> tuple[int, float]:
     """Return the samples of a file up to the deadline, and the share of it that was listed."""
+    if isinstance(shards, ImageParquet):
+        return shards.num_rows(file), 1.0
     count, size = 0, _bytes(file)
     for count, sample in enumerate(shards.samples(file, Counts()), 1):
         is_placed = 0 < sample.offset < size

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -53,15 +54,18 @@ class ImageParquet:
         Raises:
             SourceError: It is no whole parquet file, or lacks a column.
         """
-        try:
-            with open_parquet(file) as parquet:
-                self._check_columns(file, parquet.schema_arrow)
-                yield from self._samples(file, parquet, counts)
-        except (pa.ArrowException, OSError) as error:
-            raise SourceError(
-                f"{file} cannot be read as parquet: {error}. A whole parquet file was expected. "
-                f"Fetch it again, or take it out of `path`."
-            ) from error
+        with _whole(file) as parquet:
+            self._check_columns(file, parquet.schema_arrow)
+            yield from self._samples(file, parquet, counts)
+
+    def num_rows(self, file: Place) -> int:
+        """Return how many samples a file has, by its footer alone.
+
+        Raises:
+            SourceError: It is no whole parquet file.
+        """
+        with _whole(file) as parquet:
+            return int(parquet.metadata.num_rows)
 
     def _check_columns(self, file: Place, schema: pa.Schema) -> None:
         source = self._source
@@ -151,6 +155,19 @@ def open_parquet(place: Place) -> pq.ParquetFile:
     if isinstance(place, RemotePath):
         return pq.ParquetFile(open_file(place), pre_buffer=True)
     return pq.ParquetFile(place)
+
+
+@contextmanager
+def _whole(file: Place) -> Iterator[pq.ParquetFile]:
+    """Open a file of a source, and refuse it where it cannot be read."""
+    try:
+        with open_parquet(file) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"{file} cannot be read as parquet: {error}. A whole parquet file was expected. "
+            f"Fetch it again, or take it out of `path`."
+        ) from error
 
 
 def _row_group_starts(path: str) -> list[int]:

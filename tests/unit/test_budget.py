@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from pydantic import TypeAdapter
@@ -55,6 +57,15 @@ def test_stage_two_trains_on_the_rows_that_the_recipe_takes() -> None:
     assert as_json(*given)["stage_two"]["samples"] == 23e6
     assert as_json(*given, "--set", "align.rows=1000000")["stage_two"]["samples"] == 2e6
     assert as_json(*given, "--set", "align.steps=10")["stage_two"]["samples"] == 10 * 16384
+
+
+def test_stage_two_works_on_the_captions_that_the_recipe_takes() -> None:
+    given = ["sail", "--rows", "23M", "--set", "align.head={kind='linear',dim=8}"]
+    both = as_json(*given)["stage_two"]
+    drawn = as_json(*given, "--set", "align.captions_per_image=1")["stage_two"]
+    named = as_json(*given, "--set", "align.fields=['long']")["stage_two"]
+    assert named["bytes_per_epoch"] < drawn["bytes_per_epoch"] == both["bytes_per_epoch"]
+    assert named["flops_per_sample"] == drawn["flops_per_sample"] < both["flops_per_sample"]
 
 
 def test_the_table_says_what_is_assumed() -> None:
@@ -117,6 +128,13 @@ def test_a_long_shard_is_listed_for_as_long_as_there_is_time(tmp_path: Path) -> 
     found = rows_of(tmp_path / "none", webdataset(tmp_path), given=None, seconds=0)
     assert not found.is_exact
     assert found.count == pytest.approx(1000, rel=0.03)
+
+
+def test_rows_of_parquet_files_are_in_their_footers(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [bytes(100)] * 900}), tmp_path / "images.parquet")
+    source = TypeAdapter(Source).validate_python({"kind": "parquet", "path": str(tmp_path / "*")})
+    found = rows_of(tmp_path / "none", source, given=None, seconds=0)
+    assert (found.count, found.is_exact) == (900, True)
 
 
 def test_rows_of_a_source_that_is_not_there_are_not_guessed(tmp_path: Path) -> None:
