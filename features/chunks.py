@@ -44,7 +44,7 @@ def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
     target = buffer.reshape(-1).view(np.uint8).data
     if isinstance(place, Path):
         with _opened(place) as file:
-            count = file.readinto(target)
+            count = _fill(file, target)
             checksum = file.read(CRC_BYTES + 1)
     else:
         content = _content(place, buffer.nbytes + CRC_BYTES)
@@ -80,7 +80,7 @@ def read_pieces(
         for first in range(0, rows, len(buffer)):
             piece = buffer[: rows - first]
             data = piece.reshape(-1).view(np.uint8)
-            if file.readinto(data.data) != piece.nbytes:
+            if _fill(file, data.data) != piece.nbytes:
                 raise StoreCorruptError(path, f"it ends within {rows} rows")
             if verify:
                 crc = google_crc32c.extend(crc, data)
@@ -102,7 +102,7 @@ def read_part(place: Place, start: int, part: np.ndarray) -> None:
     if isinstance(place, Path):
         with _opened(place) as file:
             file.seek(start)
-            if file.readinto(target) != part.nbytes:
+            if _fill(file, target) != part.nbytes:
                 raise StoreCorruptError(place, "the file is cut off")
         return
     try:
@@ -118,6 +118,14 @@ def _opened(path: Path) -> Any:
         return path.open("rb", buffering=0)
     except FileNotFoundError as error:
         raise _missing(path) from error
+
+
+def _fill(file: Any, target: memoryview) -> int:
+    """Read from an unbuffered file until it ends or all is here: Linux reads 2 GiB at once."""
+    count = 0
+    while count < len(target) and (read := file.readinto(target[count:])):
+        count += read
+    return count
 
 
 def _content(place: RemotePath, size: int) -> memoryview:
