@@ -87,8 +87,9 @@ class Order:
 
     def rows(self, step: int) -> Int64[np.ndarray, "places"]:
         """Return the rows of the store that a step is made of, without reading any."""
-        windows = self.windows(step, step + 1)
-        return np.concatenate([self.store_rows(each, each.positions) for each in windows])
+        rows = [np.empty(0, dtype=np.int64)]  # there is no window where no place is ours
+        rows += [self.store_rows(each, each.positions) for each in self.windows(step, step + 1)]
+        return np.concatenate(rows)
 
     def store_rows(
         self, window: Window, positions: Int64[np.ndarray, "batch"]

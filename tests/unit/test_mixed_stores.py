@@ -101,6 +101,8 @@ def test_a_mixture_begins_at_any_step_and_is_shared_out_among_processes(
             for name in ("image", "text", "weights", "caption_ids"):
                 together = torch.cat([getattr(part, name) for part in parts])
                 assert torch.equal(together, getattr(whole[step], name))
+        keys = [key for share in shares for key in share.keys(3, 24)]
+        assert keys == Loader(sources, given).keys(3, 24)
     assert Loader(sources, given).keys(3, 2) == [
         str(sources[0].columns.store.keys(row, row + 1)[0]) for row in whole[3].rows[:2].tolist()
     ]
