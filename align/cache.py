@@ -54,14 +54,18 @@ class ChunkCache:
         return True
 
     def add(self, columns: Columns, column: Column, chunk: int, values: np.ndarray) -> None:
-        """Keep a chunk, if there is room."""
+        """Keep a chunk, if there is room; a disk that takes none does not end a training."""
         size = values.nbytes + CRC_BYTES
         with self._lock:
             if size > self._left:
                 return
             self._left -= size
         file = self._file(columns, column, chunk)
-        write_chunk(file, values, beside=file)
+        try:
+            write_chunk(file, values, beside=file)
+        except OSError as error:
+            self._left = 0
+            logger.warning("no more chunks are kept in %s: %s", self._folder, error)
 
     def _file(self, columns: Columns, column: Column, chunk: int) -> Path:
         """Return where a chunk of these rows and this encoder is; of others it is elsewhere."""

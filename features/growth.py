@@ -128,9 +128,11 @@ def _folder_beside(store: Place) -> Iterator[Path]:
             yield Path(folder)
         return
     partial = partial_path(store / "growth")
-    partial.mkdir()
-    yield partial
-    shutil.rmtree(partial)
+    try:
+        partial.mkdir()
+        yield partial
+    finally:  # also after a full disk, above all: what is half-written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _publish(file: Path, place: Place) -> None:

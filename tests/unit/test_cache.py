@@ -1,5 +1,6 @@
 """Chunks of remote stores are kept on local disk, within a bound, and never in place of others."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +97,22 @@ def test_chunks_of_other_rows_are_not_taken_for_these(source: Source, tmp_path: 
     other = Columns.open(store, AlignConfig(), IMAGE, TEXT)
     again = ChunkCache(tmp_path / "cache", MIB)
     assert not again.read_into(other, other.image, 0, buffer)
+
+
+def test_a_disk_that_takes_no_chunks_costs_the_cache_and_not_the_training(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = options(tmp_path / "cache", MIB)
+    expected = epoch(source, replace(given, cache=None))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("align.cache.write_chunk", refuse)
+    found = epoch(source, given)
+    assert [rows for rows, _ in found] == [rows for rows, _ in expected]
+    assert "no more chunks are kept" in caplog.text
+    assert "No space left on device" in caplog.text

@@ -1,5 +1,6 @@
 """A store that is there already takes further encoders, caption fields and rows."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -207,3 +208,19 @@ def test_a_store_that_was_killed_while_it_grew_has_its_old_rows(tmp_path: Path) 
     assert len(labels) == 42
     assert len(store.column("image/vit").status()) == 42
     assert verify_store(store.path) == []
+
+
+def test_a_disk_that_fills_up_while_a_store_grows_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file = tiny.world(tmp_path, rows=12)
+    before = files(extracted(run_file).path)
+    tiny.write_tar(tmp_path / "shards" / "train-9.tar", tiny.samples(8, first=900))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("features.growth.write_rows", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        extracted(run_file, append=True)
+    assert files(tmp_path / "run" / "features" / "train.zarr") == before
