@@ -1,12 +1,47 @@
-"""Whether two stores have the same rows, so that images of one go with texts of the other."""
+"""Two stores of the same rows: images of one go with texts of the other."""
+
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int64
 
+from features.column import Column
 from features.errors import TrainingError
 from features.store import FeatureStore
 
 KEYS_AT_ONCE = 65_536
+
+
+class JoinedStore(FeatureStore):
+    """A store of images, with the captions and text features of another one."""
+
+    def __init__(self, images: FeatureStore, texts: FeatureStore) -> None:
+        """Join two stores.
+
+        Raises:
+            TrainingError: They have not the same rows.
+        """
+        check_same_rows(images, texts)
+        super().__init__(images.path, images._group)
+        self._texts = texts
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Caption fields of the store of texts."""
+        return self._texts.fields
+
+    def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return one caption per row, of the store of texts."""
+        return self._texts.captions(field, start, stop)
+
+    def columns(self) -> list[str]:
+        """Names of the image columns of the one store and of the text columns of the other."""
+        images = [name for name in super().columns() if name.startswith("image/")]
+        return images + [name for name in self._texts.columns() if name.startswith("text/")]
+
+    def column(self, name: str) -> Column:
+        """Open one column, of the store that it is in."""
+        return self._texts.column(name) if name.startswith("text/") else super().column(name)
 
 
 def check_same_rows(image: FeatureStore, text: FeatureStore) -> None:

@@ -115,7 +115,7 @@ class Embedder:
         for place, value, expected in differences(found, UNRECORDED | fingerprint):
             if place.split(".")[0] not in NOT_COMPARED:
                 raise EvaluationError(
-                    f"{store.path}/{name} has {place} = {value!r}, but the head was trained on "
+                    f"{column.path} has {place} = {value!r}, but the head was trained on "
                     f"features with {expected!r}. Features of the same encoder were expected. "
                     f"Extract them again, or train a head on these."
                 )
@@ -132,7 +132,7 @@ def complete_column(store: FeatureStore, name: str) -> Column:
     column = store.column(name)
     if pending := column.pending():
         raise EvaluationError(
-            f"{store.path}/{name} has {len(pending)} chunks that are not done. A complete column "
+            f"{column.path} has {len(pending)} chunks that are not done. A complete column "
             f"was expected. Finish it with `sail extract`."
         )
     return column

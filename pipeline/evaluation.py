@@ -30,6 +30,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import timed
 from pipeline.reporting import make_report
 from pipeline.run import start_run
+from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # raised when the same inputs give other results or another report
@@ -49,7 +50,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     folder = start_run(config)
     checkpoint_path = folder.align / config.eval.checkpoint
     checkpoint = Checkpoint.open(checkpoint_path)
-    stores = {split: FeatureStore.open(folder.store(split)) for split in config.data}
+    stores = {split: open_evaluated(config, folder, split) for split in config.data}
     results, report = folder.eval / "results.json", folder.eval / "report.html"
     plan = make_plan(config.eval, config.align.split, stores)
     inputs, digest = folder.eval / "inputs.sha256", _digest(config, plan, checkpoint, stores)

@@ -14,10 +14,10 @@ from align.released import load_released, save_released
 from align.selection import Columns
 from features.column import Column
 from features.errors import CheckpointError
-from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.export import export_model
 from pipeline.run import start_run
+from pipeline.training_stores import open_stores
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ def import_head(file: Path, config: RunConfig) -> Path:
     """
     model, head = load_released(file)
     folder = start_run(config)
-    store = FeatureStore.open(folder.store(config.align.split))
+    stores = open_stores(config, folder, config.align.split, 1.0)
     settings = config.align.model_copy(update={"head": head})
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    columns = Columns.open(store, settings, image, text)
+    columns = Columns.open(stores, settings, image, text)
     for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
         _check_length(file, column, network)
     if (folder.align / "last").is_symlink():

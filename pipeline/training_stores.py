@@ -1,7 +1,8 @@
-"""Which stores a training reads: the run's own, or those that the settings name instead."""
+"""Which stores are trained on and measured: the run's own, or those that settings name instead."""
 
 from typing import Literal
 
+from align.join import JoinedStore
 from align.selection import PairedStore
 from features.errors import ConfigError, TrainingError
 from features.storage.files import is_file
@@ -21,6 +22,22 @@ def open_stores(config: RunConfig, folder: RunFolder, split: str, weight: float)
     image = FeatureStore.open(_named(config, "store", split) or folder.store(split))
     elsewhere = _named(config, "text_store", split)
     return PairedStore(image, FeatureStore.open(elsewhere) if elsewhere else image, weight)
+
+
+def open_evaluated(config: RunConfig, folder: RunFolder, split: str) -> FeatureStore:
+    """Open the store of a split, with its texts from elsewhere where the settings say so.
+
+    A single store that is named holds the split that is trained on; the folder of a run may hold
+    others too. A split that is not there is the run's own.
+
+    Raises:
+        ConfigError: One store is named for several splits.
+        StoreError: There is no store.
+        TrainingError: The texts are not those of the same rows.
+    """
+    stores = open_stores(config, folder, split, 1.0)
+    is_one = stores.text is stores.image
+    return stores.image if is_one else JoinedStore(stores.image, stores.text)
 
 
 def check_complete(stores: PairedStore, config: RunConfig, image: str, text: str) -> None:
@@ -44,13 +61,20 @@ def check_complete(stores: PairedStore, config: RunConfig, image: str, text: str
 
 
 def _named(config: RunConfig, setting: Literal["store", "text_store"], split: str) -> Place | None:
-    """Return the store that a setting names: itself, or that of a split in the folder of a run."""
+    """Return the store that a setting names: itself, or that of a split in the folder of a run.
+
+    Of a split that is not trained on it may have none.
+    """
     path: Place | None = getattr(config.align, setting)
-    if path is None or not is_file(path / "zarr.json"):
-        return path and path / "features" / f"{split}.zarr"
+    if path is None:
+        return None
+    is_trained = split in (config.align.mix or (config.align.split,))
+    if not is_file(path / "zarr.json"):
+        place = path / "features" / f"{split}.zarr"
+        return place if is_trained or FeatureStore.is_at(place) else None
     if len(config.align.mix) > 1:
         raise ConfigError(
             f"align.{setting} = {path} is one store, but align.mix has the splits "
             f"{list(config.align.mix)}. The folder of a run that has them all was expected."
         )
-    return path
+    return path if is_trained else None

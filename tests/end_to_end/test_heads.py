@@ -1,6 +1,7 @@
 """Released heads in and out of a run, by the commands that a user types."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,27 @@ def test_a_trained_stack_of_gated_layers_is_exported_but_not_in_the_released_lay
     assert refused.exit_code == 1
     assert "'glu' has no place in the released layout" in refused.output
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_head_is_imported_and_measured_on_the_stores_that_the_recipe_names(
+    run_file: Path, tmp_path: Path
+) -> None:
+    features = run_file.parent / "run" / "features"
+    for kind, other in (("image", "text"), ("text", "image")):
+        shutil.copytree(features, tmp_path / kind / "features")
+        for store in (tmp_path / kind / "features").glob("*.zarr"):
+            for encoder in (store / other).glob("*/"):
+                shutil.rmtree(encoder)
+    own = [f"run.dir='{tmp_path / 'own'}'", f"run.features='{features.parent}'"]
+    named = [f"run.dir='{tmp_path / 'named'}'", f"align.store='{tmp_path / 'image'}'"]
+    named += [f"align.text_store='{tmp_path / 'text'}'"]
+    file = head(tmp_path / "released.pt")
+    results = []
+    for settings in (own, named):
+        places = [f"--set={setting}" for setting in settings]
+        for command in (["import-head", file], ["eval"]):
+            done = sail(*command, run_file, *places)
+            assert done.exit_code == 0, done.output
+        folder = tmp_path / ("own" if settings is own else "named")
+        results.append(json.loads((folder / "eval" / "results.json").read_text())["results"])
+    assert results[0] == results[1] != []
