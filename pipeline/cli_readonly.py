@@ -9,7 +9,7 @@ import sys
 import click
 
 from features.storage.place import as_place
-from pipeline.options import stage
+from pipeline.options import override, stage
 from pipeline.varied import count_of
 
 
@@ -52,8 +52,9 @@ def plan(
 
 @click.command()
 @click.argument("recipe", required=False)
+@override
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(recipe: str | None, as_json: bool) -> None:
+def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Look at this machine: versions, devices, faiss, disk, decoding, what is missing.
 
     With RECIPE also at its data, encoders and folder. Exit 1 if something needed is broken.
@@ -65,7 +66,9 @@ def doctor(recipe: str | None, as_json: bool) -> None:
     """
     from pipeline.config import load_config
 
-    config = load_config(recipe) if recipe else None
+    if overrides and recipe is None:
+        raise click.UsageError("--set changes a recipe: name it.")
+    config = load_config(recipe, overrides) if recipe else None
     from pipeline.doctor import examine
     from pipeline.tables import doctor_table
 

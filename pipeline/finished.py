@@ -128,7 +128,6 @@ def _causes(name: str, config: RunConfig, folder: str | None) -> dict[str, Any]:
     status = [(str(path), path.stat()) for path in files]
     return {
         "settings": getattr(config.encoders, kind)[encoder].model_dump(mode="json"),
-        "extract": config.extract.model_dump(mode="json"),
         "device": config.run.device,
         "files": [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in status],
         "versions": {library: metadata.version(library) for library in LIBRARIES},

@@ -5,18 +5,20 @@ from typing import Any
 
 import click
 
+override = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a setting of the recipe; may be repeated.",
+)
+
 
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the argument and the options that all stages share."""
     options = [
         click.argument("recipe"),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override a setting of the recipe; may be repeated.",
-        ),
+        override,
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--verbose", is_flag=True, help="Log more."),
     ]

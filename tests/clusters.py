@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_SECONDS = 240.0
 """A process of torch takes seconds to start, and a minute on a machine with much else to do."""
 
+_begun: list[subprocess.Popen[str]] = []
+
 
 def begin(*arguments: str) -> subprocess.Popen[str]:
-    """Start `sail` in a session of its own, its output captured."""
-    return subprocess.Popen(
+    """Start `sail` in a session of its own, its output captured; `end_commands` ends it at last."""
+    command = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -24,6 +26,16 @@ def begin(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    _begun.append(command)
+    return command
+
+
+def end_commands() -> None:
+    """End what was started and is not finished, as after a test that failed."""
+    while _begun:
+        with _begun.pop() as command:
+            if members_of(command.pid):
+                os.killpg(command.pid, signal.SIGKILL)
 
 
 def finish(command: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:

@@ -14,7 +14,17 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
-from tests.clusters import ROOT, begin, cluster, done_chunks, finish, wait_until, workers_of
+from tests.clusters import (
+    ROOT,
+    begin,
+    cluster,
+    done_chunks,
+    end_commands,
+    finish,
+    members_of,
+    wait_until,
+    workers_of,
+)
 from tests.feature_stores import store_digests
 
 CHUNKS = 75
@@ -134,3 +144,11 @@ def test_a_scheduler_that_is_lost_ends_the_run_and_leaves_whole_chunks(run_file:
     assert "is gone" in line
     faults = verify_store(run / "features" / "train.zarr")
     assert [fault for fault in faults if "is not done" not in fault] == []
+
+
+def test_a_command_that_a_test_has_not_finished_is_ended_with_it() -> None:
+    command = begin("doctor")
+    assert members_of(command.pid) == [command.pid]
+    end_commands()
+    assert members_of(command.pid) == []
+    assert command.returncode == -signal.SIGKILL

@@ -115,3 +115,12 @@ def test_the_trial_file_is_bounded_and_removed(tmp_path: Path) -> None:
     assert write > 0
     assert read > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_is_looked_at_as_its_overrides_make_it(tmp_path: Path) -> None:
+    run_file = str(tiny.world(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert f"at {elsewhere}" in examined(run_file, "--set", f"run.dir={elsewhere}")["disk"]["found"]
+    done = CliRunner().invoke(cli, ["doctor", "--set", "run.dir=x"])
+    assert (done.exit_code, "name it" in done.stderr) == (2, True)
