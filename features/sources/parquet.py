@@ -1,11 +1,11 @@
 """Parquet files that hold the encoded images themselves."""
 
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +22,13 @@ from features.sources.sample import (
     read_class_names,
     whole_number,
 )
-from features.storage.files import open_file
+from features.storage.files import BUFFER_BYTES, open_file
 from features.storage.place import Place, RemotePath, as_place
 
 ROWS_AT_ONCE = 4096
-ROW_GROUPS_KEPT = 2
+IMAGES_AT_ONCE = 64
+BATCHES_KEPT = 16
+"""So that 32 workers of 32 rows each find theirs, whichever of them comes first."""
 
 
 class ImageParquet:
@@ -101,16 +103,33 @@ class ImageParquet:
                 number += 1
 
 
-class ParquetImages:
-    """Reads images out of parquet files by number; the row groups used last are kept.
+@dataclass(frozen=True)
+class _Batch:
+    """Images that stand together in a file."""
 
-    Not safe for several threads at once: `SampleReader` holds a lock.
+    path: str
+    first: int
+    images: pa.Array
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.images)
+
+
+class ParquetImages:
+    """Reads images out of parquet files by number, a few at once; the last ones are kept.
+
+    A file is read on from where it was left, so rows in order are read once, whatever the size of
+    its row groups. Not safe for several threads at once: `SampleReader` holds a lock.
     """
 
     def __init__(self, column: str) -> None:
         self._column = column
         self._starts: dict[str, list[int]] = {}
-        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._kept: deque[_Batch] = deque(maxlen=BATCHES_KEPT)
+        self._coming: Iterator[_Batch] = iter(())
+        self._position = ("", 0)
+        """The file, and its row, that come next."""
 
     def read(self, path: str, rows: Sequence[int]) -> list[bytes | None]:
         """Return the images of some rows of a file; None where the row has none.
@@ -127,27 +146,44 @@ class ParquetImages:
             ) from error
 
     def _image(self, path: str, row: int) -> bytes | None:
+        kept = (each for each in self._kept if each.path == path and each.first <= row < each.stop)
+        batch = next(kept, None) or self._read_to(path, row)
+        value = batch.images[row - batch.first].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        return value if isinstance(value, bytes) else None
+
+    def _read_to(self, path: str, row: int) -> _Batch:
+        """Read on to the batch that has a row, or from the beginning of its row group."""
         if path not in self._starts:
             self._starts[path] = _row_group_starts(path)
         starts = self._starts[path]
         if row >= starts[-1]:
             raise IndexError(f"it has {starts[-1]} rows, and row {row} is asked for")
-        number = bisect_right(starts, row) - 1
-        value = self._row_group(path, number)[row - starts[number]].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes")
-        return value if isinstance(value, bytes) else None
+        group = bisect_right(starts, row) - 1
+        at, position = self._position
+        if at != path or not starts[group] <= position <= row:
+            self._coming = _batches(path, self._column, group, starts[group])
+        for batch in self._coming:
+            self._position = (path, batch.stop)
+            self._kept.append(batch)
+            if row < batch.stop:
+                return batch
+        raise IndexError(f"it ends before row {row}")
 
-    def _row_group(self, path: str, number: int) -> Any:
-        place = (path, number)
-        if place not in self._kept:
-            while len(self._kept) >= ROW_GROUPS_KEPT:
-                self._kept.popitem(last=False)
-            with open_parquet(as_place(path)) as file:
-                table = file.read_row_group(number, columns=[self._column])
-            self._kept[place] = table.column(self._column)
-        self._kept.move_to_end(place)
-        return self._kept[place]
+
+def _batches(path: str, column: str, group: int, first: int) -> Iterator[_Batch]:
+    """Yield the images of a file from a row group on, of which `first` is the first row.
+
+    Arrow would take the column to memory whole, all row groups of it, if it were to read ahead.
+    """
+    place = as_place(path)
+    source = open_file(place) if isinstance(place, RemotePath) else place
+    with pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+        groups = list(range(group, file.num_row_groups))
+        for batch in file.iter_batches(IMAGES_AT_ONCE, row_groups=groups, columns=[column]):
+            yield _Batch(path, first, batch.column(0))
+            first += batch.num_rows
 
 
 def open_parquet(place: Place) -> pq.ParquetFile:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter
 from features.config import ScenesSource, Source
 from features.errors import SourceError
 from features.sources import Sample, open_source
+from features.sources.parquet import ParquetImages
 from features.status import Status
 from tests import tiny
 
@@ -242,6 +244,41 @@ class TestParquet:
 
     def test_a_file_of_images_alone_has_rows(self, tmp_path: Path) -> None:
         assert len(listed(**self.files(tmp_path, [IMAGE] * 5))) == 5
+
+    @pytest.mark.parametrize("as_struct", [False, True])
+    def test_images_are_found_in_any_order_and_row_group(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_struct: bool
+    ) -> None:
+        monkeypatch.setattr("features.sources.parquet.IMAGES_AT_ONCE", 4)
+        monkeypatch.setattr("features.sources.parquet.BATCHES_KEPT", 2)
+        images = [f"image {row}".encode() if row % 7 else None for row in range(90)]
+        cells = [{"bytes": image, "path": None} for image in images] if as_struct else images
+        paths = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+        for path, size in zip(paths, (10, 100), strict=True):
+            pq.write_table(pa.table({"image": cells}), path, row_group_size=size)
+        reader, generator = ParquetImages("image"), random.Random(0)
+        for _ in range(100):
+            first = generator.randrange(85)
+            rows = range(first, first + 5)
+            found = reader.read(generator.choice(paths), rows)
+            assert found == [images[row] for row in rows]
+
+    def test_a_row_group_larger_than_memory_is_read_a_few_images_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("features.sources.parquet.BATCHES_KEPT", 2)
+        images = [random.Random(row).randbytes(1000) * 50 for row in range(1000)]
+        path = tmp_path / "p.parquet"
+        table = pa.table({"image": images})
+        options = {"row_group_size": 1000, "write_batch_size": 16, "use_dictionary": False}
+        pq.write_table(table, path, compression="none", **options)
+        del table
+        reader, pool, most = ParquetImages("image"), pa.default_memory_pool(), 0
+        before = pool.bytes_allocated()
+        for first in range(0, 1000, 50):
+            assert reader.read(str(path), range(first, first + 50)) == images[first : first + 50]
+            most = max(most, pool.bytes_allocated() - before)
+        assert 0 < most < path.stat().st_size / 4
 
     def test_a_column_of_something_else_is_refused(self, tmp_path: Path) -> None:
         source = self.files(tmp_path, ["1.jpg"])
