@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import SourceError
+from features.errors import SourceError, StoreCorruptError
 from features.status import Status
 from features.storage.files import write
 from features.store import FeatureStore
@@ -107,12 +107,22 @@ def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[s
 
 
 def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:
-    """Refuse a column of which too many rows are not ok.
+    """Refuse a complete column of which too many rows are not ok.
 
     Raises:
         SourceError: With the number of rows.
+        StoreCorruptError: A chunk is done but for some rows, which nothing would ever fill.
     """
-    bad = int(np.count_nonzero(store.column(name).status() != Status.OK))
+    column = store.column(name)
+    status = column.status()
+    if len(pending := np.flatnonzero(status == Status.PENDING)):
+        chunk = int(pending[0]) // column.rows_per_chunk
+        raise StoreCorruptError(
+            column.status_file(chunk),
+            f"{len(pending)} rows are not done, from row {pending[0]} on, as where a command that "
+            f"began before rows were appended wrote the chunk after that",
+        )
+    bad = int(np.count_nonzero(status != Status.OK))
     if bad > max_bad_fraction * store.rows:
         raise SourceError(
             f"{bad} of {store.rows} rows of {store.path}/{name} are quarantined. At most "

@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from features.column import Column
-from features.errors import SourceError
+from features.errors import SourceError, StoreCorruptError
 from features.status import Status
 from features.storage.place import Place
 from features.store import FeatureStore
@@ -224,3 +224,21 @@ def test_a_disk_that_fills_up_while_a_store_grows_is_left_as_it_was(
     with pytest.raises(OSError, match="No space left"):
         extracted(run_file, append=True)
     assert files(tmp_path / "run" / "features" / "train.zarr") == before
+
+
+def test_a_chunk_that_a_command_of_before_wrote_without_the_appended_rows_is_found_out(
+    tmp_path: Path,
+) -> None:
+    run_file = tiny.world(tmp_path, rows=12)
+    column = extracted(run_file).column("image/vit")
+    features, status = column.read(8, 12), column.status()[8:]
+    tiny.write_tar(tmp_path / "shards" / "train-9.tar", tiny.samples(3, first=900))
+    store = extracted(run_file, append=True)
+    column.write(1, features, status)  # it knows of 12 rows
+    with pytest.raises(StoreCorruptError, match="3 rows are not done, from row 12 on"):
+        extracted(run_file)
+    file = column.status_file(1)
+    assert isinstance(file, Path)
+    file.unlink()
+    extracted(run_file)
+    assert verify_store(store.path) == []
