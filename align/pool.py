@@ -8,11 +8,11 @@ from jaxtyping import Float16, Int64
 from torch import Tensor
 
 from align.chunks import ChunkReader, caption_hashes
+from align.memory import FeaturesInMemory
 from align.order import Window
-from align.rows import RowsInMemory
 
 
-class Pool:
+class Pool(FeaturesInMemory):
     """The features, and on request the caption ids, of all chunks that are used, as on disk."""
 
     def __init__(
@@ -26,24 +26,12 @@ class Pool:
             with_caption_ids: Whether the captions are hashed too.
             device: Where the batches lie.
         """
-        self.columns = reader.columns
-        self.threads = reader.threads
-        self._reader = reader
-        image, text = self.columns.image, self.columns.text[0]
-        self._rows = chunks * image.rows_per_chunk
-        fields = len(self.columns.text)
-        memory, texts = reader.memory, fields * self._rows
-        self._image = RowsInMemory((self._rows, image.dim), image.dtype, memory, device)
-        self._text = RowsInMemory((texts, text.dim), text.dtype, memory, device)
-        ids = np.empty((self._rows, fields), dtype=np.int64)
-        self._caption_ids = ids if with_caption_ids else None
+        self._rows = chunks * reader.columns.image.rows_per_chunk
+        captions = len(reader.columns.text) * self._rows
+        super().__init__(
+            reader, self._rows, captions, with_caption_ids=with_caption_ids, device=device
+        )
         self._reads: list[Future[None]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the chunks."""
-        ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
-        return self._image.nbytes + self._text.nbytes + ids
 
     def fill(
         self,
@@ -80,9 +68,8 @@ class Pool:
         text: Float16[Tensor, "batch captions text_dim"],
     ) -> None:
         """Copy rows, and the given caption fields of each, into the memory of a batch."""
-        captions = fields * self._rows + positions[:, None]
         self._image.gather(positions, image)
-        self._text.gather(captions.reshape(-1), text.flatten(0, 1))
+        self._text.gather(self._captions(positions, fields).ravel(), text.flatten(0, 1))
 
     def caption_ids(
         self,
@@ -91,7 +78,9 @@ class Pool:
         fields: Int64[np.ndarray, "batch captions"],
     ) -> Int64[np.ndarray, "batch captions"] | None:
         """Return the caption ids of rows, None where the pool has none."""
-        return None if self._caption_ids is None else self._caption_ids[positions[:, None], fields]
+        if self._caption_ids is None:
+            return None
+        return self._caption_ids[self._captions(positions, fields)]
 
     def mark_used(self) -> None:
         """Do nothing: what is here stays."""
@@ -100,11 +89,18 @@ class Pool:
         size = self.columns.image.rows_per_chunk
         self._reader.read(self.columns.image, chunk, self._image, slot * size)
         for field, column in enumerate(self.columns.text):
-            self._reader.read(column, chunk, self._text, field * self._rows + slot * size)
-        if self._caption_ids is not None:
-            for field in range(len(self.columns.text)):
+            first = field * self._rows + slot * size
+            self._reader.read(column, chunk, self._text, first)
+            if self._caption_ids is not None:
                 hashes = caption_hashes(self.columns, field, chunk)
-                self._caption_ids[slot * size : slot * size + len(hashes), field] = hashes
+                self._caption_ids[first : first + len(hashes)] = hashes
+
+    def _captions(
+        self, positions: Int64[np.ndarray, "batch"], fields: Int64[np.ndarray, "batch captions"]
+    ) -> Int64[np.ndarray, "batch captions"]:
+        """Return where the given caption fields of rows lie: all of a field stand together."""
+        places: np.ndarray = fields * self._rows + positions[:, None]
+        return places
 
 
 def _has_failed(read: Future[None]) -> bool:

@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
 from align.chunks import ChunkReader, caption_hashes
+from align.memory import FeaturesInMemory
 from align.order import Window
-from align.rows import RowsInMemory
 
 Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captions text_dim"]]
 
 
-class OrderedWindow:
+class OrderedWindow(FeaturesInMemory):
     """The rows of a window and the captions drawn for them, each at the place of its use.
 
     A chunk is read into a small buffer, which stays in the processor's cache, and its rows go from
@@ -33,23 +33,16 @@ class OrderedWindow:
             captions: Drawn for each row.
             with_caption_ids: Whether the captions are hashed too.
         """
-        self.columns = reader.columns
-        self.threads = reader.threads
-        self._reader = reader
         self._captions = captions
-        image, text, memory = self.columns.image, self.columns.text[0], reader.memory
         # The last row of each is for what is read and not used.
-        self._image = RowsInMemory((rows + 1, image.dim), image.dtype, memory, memory)
-        self._text = RowsInMemory((rows * captions + 1, text.dim), text.dtype, memory, memory)
-        ids = np.empty(rows * captions + 1, dtype=np.int64)
-        self._caption_ids = ids if with_caption_ids else None
+        super().__init__(
+            reader,
+            rows + 1,
+            rows * captions + 1,
+            with_caption_ids=with_caption_ids,
+            device=reader.memory,
+        )
         self._used: torch.cuda.Event | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows."""
-        ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
-        return self._image.nbytes + self._text.nbytes + ids
 
     def fill(
         self,

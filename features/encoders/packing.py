@@ -21,6 +21,8 @@ from transformers import AttentionInterface
 
 PACKED_ATTENTION = "sail_packed"
 Tokens = list[int]
+QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
+"""Of all tokens of a batch, each (tokens, heads, head_dim)."""
 
 
 @dataclass(frozen=True)
@@ -137,29 +139,23 @@ def packed_attention(
     scale = options.get("scaling")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # tokens, heads, …
     attend = _attend_on_gpu if _has_varlen_kernel(query) else _attend_by_runs
-    return attend(q, k, v, batch, scale, is_causal)[None], None
+    return attend((q, k, v), batch, scale, is_causal)[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def _attend_on_gpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    batch: TokenBatch,
-    scale: float | None,
-    is_causal: bool,
+    inputs: QueriesKeysValues, batch: TokenBatch, scale: float | None, is_causal: bool
 ) -> Tensor:
     """Attend with torch's own variable-length kernel.
 
     That is FlashAttention 2, which splits the keys of a sequence only when it generates text: so a
     sequence's result does not depend on the others of its batch.
     """
+    query, key, _ = inputs
     attended = varlen_attn(
-        query,
-        key,
-        value,
+        *inputs,
         batch.starts,
         batch.starts,
         batch.longest,
@@ -172,18 +168,13 @@ def _attend_on_gpu(
 
 
 def _attend_by_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    batch: TokenBatch,
-    scale: float | None,
-    is_causal: bool,
+    inputs: QueriesKeysValues, batch: TokenBatch, scale: float | None, is_causal: bool
 ) -> Tensor:
     """Attend once for each run of equal lengths, which needs no mask."""
-    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
-    runs = (split_runs(tensor, batch.runs) for tensor in (query, key, value, attended))
-    for *inputs, output in zip(*runs, strict=True):
-        q, k, v = (tensor.transpose(1, 2) for tensor in inputs)  # count, heads, length, head_dim
+    attended = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    runs = (split_runs(tensor, batch.runs) for tensor in (*inputs, attended))
+    for *run, output in zip(*runs, strict=True):
+        q, k, v = (tensor.transpose(1, 2) for tensor in run)  # count, heads, length, head_dim
         result = F.scaled_dot_product_attention(
             q, k, v, scale=scale, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
         )
