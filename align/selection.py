@@ -154,9 +154,12 @@ def select_rows(
         heldout = np.flatnonzero(held)
         heldout = np.sort(heldout[np.argsort(hashes[heldout], kind="stable")[:holdout_rows]])
     train = usable & ~held
-    if rows is not None and rows < np.count_nonzero(train):
+    if rows is not None:
         trained = np.flatnonzero(train)
         train[trained[np.argsort(hashes[trained], kind="stable")[rows:]]] = False
+        if rows > len(trained):
+            what = "align.rows asks for %d rows of %s, which has %d to train on: all are used"
+            logger.warning(what, rows, columns.store.path, len(trained))
     if not train.any():
         raise TrainingError(
             f"No row of {columns.store.path} is left to train on: {int(held.sum())} are held out, "

@@ -35,6 +35,8 @@ class Gallery:
 
         The shards may be gone since the features were computed; the numbers do not depend on them.
         """
+        if self._reader is None:
+            return None
         try:
             data = self._reader.read_row(row)
             if data is None:
@@ -55,8 +57,12 @@ class Gallery:
         return str(self.store.captions(field, row, row + 1)[0])
 
     @cached_property
-    def _reader(self) -> SampleReader:
-        return SampleReader(Index.open(self.folder.index(self.split)))
+    def _reader(self) -> SampleReader | None:
+        try:
+            return SampleReader(Index.open(self.folder.index(self.split)))
+        except SourceError as error:
+            logger.warning("The report shows no picture of %s: %s", self.split, error)
+            return None
 
 
 @dataclass(frozen=True)

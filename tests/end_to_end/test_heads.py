@@ -94,7 +94,7 @@ def test_a_trained_stack_of_gated_layers_is_exported_but_not_in_the_released_lay
 
 
 def test_a_head_is_imported_and_measured_on_the_stores_that_the_recipe_names(
-    run_file: Path, tmp_path: Path
+    run_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     features = run_file.parent / "run" / "features"
     for kind, other in (("image", "text"), ("text", "image")):
@@ -115,3 +115,5 @@ def test_a_head_is_imported_and_measured_on_the_stores_that_the_recipe_names(
         folder = tmp_path / ("own" if settings is own else "named")
         results.append(json.loads((folder / "eval" / "results.json").read_text())["results"])
     assert results[0] == results[1] != []
+    measures = 3  # of which each says once that the run has no index to find pictures by
+    assert caplog.text.count("The report shows no picture of") == measures

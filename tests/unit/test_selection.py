@@ -71,6 +71,17 @@ def test_fewer_rows_are_among_more_of_them_and_the_held_out_stay(tmp_path: Path)
     np.testing.assert_array_equal(few.heldout, every.heldout)
 
 
+def test_more_rows_than_there_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    columns = Columns.open(make_store(tmp_path / "s.zarr"), AlignConfig(), IMAGE, TEXT)
+    for rows in (150, 1000):
+        assert caplog.text == ""
+        selection = select_rows(columns, holdout=0.2, holdout_rows=10, rows=rows)
+    assert 150 < selection.train.sum() < 200
+    assert f"asks for 1000 rows of {columns.store.path}, which has {selection.train.sum()}" in (
+        caplog.text
+    )
+
+
 def test_a_store_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", rows=4, bad_images=(0, 1, 2, 3))
     columns = Columns.open(store, AlignConfig(), IMAGE, TEXT)
