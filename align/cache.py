@@ -24,19 +24,19 @@ class ChunkCache:
     another order, and then no rule of removal finds more of them here than this one.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, *, processes: int = 1) -> None:
         """Count what is there already.
 
         Args:
             folder: Of this cache; it may hold chunks of several stores.
             max_bytes: Of all files in it.
+            processes: Each of so many adds its share of what is left.
         """
         self._folder = folder
         for of_column in folder.glob("*/"):
             remove_leftovers(of_column)
-        self._left = max_bytes - sum(
-            file.stat().st_size for file in folder.rglob("*") if file.is_file()
-        )
+        used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        self._left = (max_bytes - used) // processes
         self._lock = threading.Lock()
         self._names: dict[str, str] = {}
 

@@ -118,7 +118,8 @@ class Loader:
         self._readers = plan.readers
         self._cache: ChunkCache | None = None
         if options.cache is not None:
-            self._cache = ChunkCache(options.cache, options.cache_bytes // options.ranks)
+            processes = options.ranks
+            self._cache = ChunkCache(options.cache, options.cache_bytes, processes=processes)
         self.streams = [
             self._stream(source, share, places, chunks=chunks, captions=captions)
             for source, share, places, chunks in zip(

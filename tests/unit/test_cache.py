@@ -99,6 +99,24 @@ def test_chunks_of_other_rows_are_not_taken_for_these(source: Source, tmp_path: 
     assert not again.read_into(other, other.image, 0, buffer)
 
 
+def test_what_is_left_of_a_cache_is_shared_out_among_processes(
+    source: Source, tmp_path: Path
+) -> None:
+    columns = source.columns
+    values = np.ones((16, columns.image.dim), dtype=np.float16)
+    size = values.nbytes + 4
+
+    def add(first: int, processes: int) -> None:
+        for rank in range(processes):
+            cache = ChunkCache(tmp_path / "cache", 10 * size, processes=processes)
+            for chunk in range(first + 10 * rank, first + 10 * rank + 5):
+                cache.add(columns, columns.image, chunk, values)
+
+    add(0, 1)
+    add(100, 2)
+    assert 7 <= len(kept(tmp_path / "cache")) <= 10
+
+
 def test_a_disk_that_takes_no_chunks_costs_the_cache_and_not_the_training(
     source: Source,
     tmp_path: Path,
