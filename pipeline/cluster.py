@@ -162,7 +162,8 @@ class Cluster:
             raise Stopped
         for store in stores:
             for names in columns_of(self._config, store, name):
-                _wait_for(functools.partial(_has_columns, store, names), f"{store.path}: {names}")
+                is_there = functools.partial(_has_columns, store, names)
+                _wait_for(is_there, f"{store.path}: {', '.join(names)}", stop)
                 columns = ColumnGroup.open(store, names)
                 fill = functools.partial(self._fill, store, columns)
                 fill_columns(self._config, store, columns, fill, stop)
@@ -171,7 +172,8 @@ class Cluster:
         pending = columns.pending()
         phases = self._run(self._units(store, columns, pending), run)
         if not run.should_stop():
-            _wait_for(lambda: not columns.pending(pending), f"{store.path}: {columns.name}")
+            place = f"{store.path}: {columns.name}"
+            _wait_for(lambda: not columns.pending(pending), place, run.should_stop)
         return phases
 
     def _units(
@@ -324,14 +326,17 @@ def _has_columns(store: FeatureStore, names: Sequence[str]) -> bool:
     return set(names) <= set(store.columns())
 
 
-def _wait_for(is_there: Callable[[], bool], place: str) -> None:
+def _wait_for(is_there: Callable[[], bool], place: str, should_stop: Callable[[], bool]) -> None:
     """Wait until this machine sees what a worker has written.
 
     Raises:
+        Stopped: A signal came before it appeared.
         ClusterError: It does not appear: the workers write to another disk.
     """
     deadline = time.monotonic() + SECONDS_TO_APPEAR
     while not is_there():
+        if should_stop():
+            raise Stopped
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"The workers have written {place}, but this machine does not see it. A place that "

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from features.errors import ClusterError
 from features.store import FeatureStore
-from pipeline import connection
+from pipeline import cluster, connection
 from pipeline.cli import cli
 from pipeline.cluster import LEAST_UNITS, Cluster, cut_into_units
 from pipeline.config import RunSettings, load_config
 from pipeline.connection import open_cluster
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from pipeline.units import Job, device_settings
 from tests import tiny
@@ -130,3 +130,16 @@ def test_workers_of_this_machine_and_of_a_scheduler_do_not_go_together() -> None
     )
     assert done.exit_code == 2
     assert "leave --workers out" in done.output
+
+
+def test_what_workers_wrote_elsewhere_is_waited_for_and_then_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nowhere() -> bool:
+        return False
+
+    with pytest.raises(Stopped):  # and not after the minutes that it may take
+        cluster._wait_for(nowhere, "a.zarr: image/vit", StopRequest(signal_number=15))
+    monkeypatch.setattr(cluster, "SECONDS_TO_APPEAR", 0)
+    with pytest.raises(ClusterError, match=r"written a.zarr: image/vit, but this .* `run.dir`"):
+        cluster._wait_for(nowhere, "a.zarr: image/vit", StopRequest())
