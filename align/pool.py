@@ -80,7 +80,8 @@ class Pool(FeaturesInMemory):
         """Return the caption ids of rows, None where the pool has none."""
         if self._caption_ids is None:
             return None
-        return self._caption_ids[self._captions(positions, fields)]
+        ids: np.ndarray = self._caption_ids[self._captions(positions, fields)]
+        return ids
 
     def mark_used(self) -> None:
         """Do nothing: what is here stays."""
