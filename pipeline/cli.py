@@ -4,7 +4,6 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import click
 
 from features.errors import SailError
 from pipeline.cli_readonly import doctor, inspect, plan, verify
-from pipeline.options import stage, trainings
+from pipeline.cli_use import embed, search
+from pipeline.options import stage, trainings, until_stopped
 from pipeline.varied import count_of, seeds_of, settings_of
 
 
@@ -46,7 +46,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, doctor, inspect, verify):
+for command in (plan, doctor, inspect, verify, search, embed):
     cli.add_command(command)
 
 
@@ -212,7 +212,7 @@ def convert(store: str, dtype: str, out: str | None, as_json: bool) -> None:
     start_log(verbose=False)
     source = as_place(store)
     target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"
-    losses = _until_stopped(lambda stop: convert_store(source, target, dtype, stop))
+    losses = until_stopped(lambda stop: convert_store(source, target, dtype, stop))
     if as_json:
         click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
     else:
@@ -309,24 +309,10 @@ def _run_stage(
     start_log(verbose=verbose)
     keep_freed_memory()
     config = load_config(recipe, overrides)
-    result = _until_stopped(lambda stop: work(config, stop))
+    result = until_stopped(lambda stop: work(config, stop))
     if as_json is not None and result is not None:
         click.echo(json.dumps(result) if as_json else "\n".join(result))
     return result
-
-
-def _until_stopped(work: Callable[[Any], Any]) -> Any:
-    """Return what work returns; where a signal ends it cleanly, exit with the signal's code."""
-    from pipeline.interrupt import Stopped, stop_on_signal
-
-    with stop_on_signal() as stop:
-        try:
-            return work(stop)
-        except Stopped:
-            click.echo(
-                "Stopped; what is done is saved. The same command goes on from here.", err=True
-            )
-            sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,26 @@ def feature_blocks(
             yield column.read(low, high + 1)[rows[first:last] - low]
 
 
+def check_same_encoder(section: str, found: dict[str, object], expected: dict[str, object]) -> None:
+    """Check that an encoder of the run file is the one that a head was trained on.
+
+    Args:
+        section: Of the run file, for the message.
+        found: Fingerprint of the encoder as it was loaded.
+        expected: What the checkpoint of the head says.
+
+    Raises:
+        EvaluationError: They differ in what decides the features.
+    """
+    found = UNRECORDED | json.loads(json.dumps(found))
+    for place, value, wanted in differences(found, UNRECORDED | expected):
+        if place.split(".")[0] not in NOT_COMPARED:
+            raise EvaluationError(
+                f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
+                f"The same encoder was expected. Correct the run file."
+            )
+
+
 def prompt_features(
     config: RunConfig, embedder: Embedder, prompts: list[str], cache: Path
 ) -> Float16[np.ndarray, "prompts dim"]:
@@ -187,13 +207,7 @@ def prompt_features(
     from features.encoders import load_text_encoder  # slow to import, and mostly not needed
 
     encoder = load_text_encoder(name, config.encoders.text[name], embedder.device)
-    found = json.loads(json.dumps(encoder.fingerprint))
-    for place, value, expected in differences(found, compared):
-        if place.split(".")[0] not in NOT_COMPARED:
-            raise EvaluationError(
-                f"[encoders.text.{name}] has {place} = {value!r}, but the head was trained with "
-                f"{expected!r}. The same encoder was expected. Correct the recipe."
-            )
+    check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared)
     features = encoder.encode(prompts).astype(np.float16)
     buffer = io.BytesIO()
     np.save(buffer, features, allow_pickle=False)

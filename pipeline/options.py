@@ -1,5 +1,6 @@
-"""The options that commands of `sail` share."""
+"""What commands of `sail` share: options, and the clean end by a signal."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +36,19 @@ def trainings(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--seeds", default="0,1,2", show_default=True, help="Each is trained with all of these."
     )(function)
+
+
+def until_stopped(
+    work: Callable[[Any], Any],
+    *,
+    kept: str = "what is done is saved. The same command goes on from here.",
+) -> Any:
+    """Return what work returns; where a signal ends it cleanly, exit with the signal's code."""
+    from pipeline.interrupt import Stopped, stop_on_signal
+
+    with stop_on_signal() as stop:
+        try:
+            return work(stop)
+        except Stopped:
+            click.echo(f"Stopped; {kept}", err=True)
+            sys.exit(stop.exit_code)

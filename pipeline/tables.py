@@ -43,6 +43,19 @@ def store_table(description: dict[str, Any]) -> str:
     return "\n".join([rendered(table), *lines])
 
 
+def hits_table(hits: list[dict[str, Any]]) -> str:
+    """Return what `sail search` prints."""
+    table = Table()
+    for heading in ("#", "cosine"):
+        table.add_column(heading, justify="right")
+    for heading in ("key", "captions"):
+        table.add_column(heading, overflow="fold")
+    for hit in hits:
+        captions = "\n".join(f"{field}: {text}" for field, text in hit["captions"].items())
+        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], escape(captions))
+    return rendered(table)
+
+
 def _pooling(column: dict[str, Any]) -> str:
     """Return the pooling, and the layer unless it is the last."""
     layer = column["layer"]

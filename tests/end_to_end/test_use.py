@@ -1,0 +1,175 @@
+"""What was trained, used: embeddings of new images and sentences, and search among the old ones."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from features.errors import EncoderError
+from features.store import FeatureStore
+from pipeline.aligned import Aligned, load_aligned
+from pipeline.config import load_config
+from pipeline.embedding import Embedder
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from pipeline.training import align_run
+from tests import tiny
+from tests.commands import sail, the_error_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that was aligned."""
+    run_file = tiny.world(tmp_path_factory.mktemp("world"), rows=48)
+    config = load_config(str(run_file))
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    return config.run.dir
+
+
+@pytest.fixture(scope="module")
+def aligned(run: Path) -> Aligned:
+    return load_aligned(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def test_store(run: Path) -> FeatureStore:
+    return FeatureStore.open(run / "features" / "test.zarr")
+
+
+@pytest.fixture(scope="module")
+def pictures(run: Path) -> list[bytes]:
+    """The images of the test split, in the order of its rows."""
+    (shard,) = run.parent.glob("shards/test*.tar")
+    with tarfile.open(shard) as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")]
+        return [_content(tar, member) for member in members]
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def test_new_images_and_sentences_get_the_vectors_that_the_rows_of_a_store_get(
+    aligned: Aligned, test_store: FeatureStore, pictures: list[bytes]
+) -> None:
+    embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
+    stored = embedder.images(test_store).vectors.numpy()
+    np.testing.assert_allclose(aligned.encode_image(pictures), stored, atol=2e-3)
+    captions = [str(caption) for caption in test_store.captions("long")]
+    stored = embedder.captions(test_store, "long").vectors.numpy()
+    texts = aligned.encode_text(captions)
+    np.testing.assert_allclose(texts, stored, atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
+    cosines = aligned.similarity(aligned.encode_image(pictures[:2]), texts[:3])
+    assert cosines.shape == (2, 3)
+    assert cosines[1, 2] == pytest.approx(float(aligned.encode_image(pictures[1:2])[0] @ texts[2]))
+
+
+def test_nothing_gives_no_vector(aligned: Aligned) -> None:
+    assert aligned.encode_image([]).shape == (0, aligned.dim)
+    assert aligned.encode_text([]).shape == (0, aligned.dim)
+
+
+def test_an_image_finds_itself_and_a_caption_finds_its_words(
+    run: Path, test_store: FeatureStore, pictures: list[bytes], tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(pictures[5])
+    found = json.loads(sail("search", run, "--image", photo, "--top", 3, "--json").stdout)
+    assert [hit["rank"] for hit in found] == [1, 2, 3]
+    assert found[0]["row"] == 5
+    assert found[0]["key"] == str(test_store.keys()[5])
+    assert found[0]["captions"]["long"] == str(test_store.captions("long")[5])
+    words = str(test_store.captions("long")[3])
+    found = json.loads(sail("search", run, words, "--among", "captions", "--json").stdout)
+    assert found[0]["captions"] == {"long": words}
+    assert found[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    assert [hit["cosine"] for hit in found] == sorted(
+        (hit["cosine"] for hit in found), reverse=True
+    )
+    assert words in " ".join(sail("search", run, words, "--among", "captions").stdout.split())
+
+
+def test_a_second_search_embeds_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sail("search", run, "a red circle", "--json").stdout
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("rows were embedded again")
+
+    monkeypatch.setattr(Embedder, "blocks", refuse)
+    assert sail("search", run, "a red circle", "--json").stdout == first
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet", "zarr"])
+def test_embeddings_of_files_keep_their_order_and_an_unreadable_one_its_place(
+    run: Path, aligned: Aligned, pictures: list[bytes], tmp_path: Path, form: str
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / f"photos.{form}"
+    (folder / "more").mkdir(parents=True)
+    for name, content in [("b.jpg", pictures[1]), ("a.jpg", b"no image"), ("c.txt", b"text")]:
+        (folder / name).write_bytes(content)
+    (folder / "more" / "d.png").write_bytes(pictures[2])
+    result = sail("embed", run, "--images", folder, "--out", out, "--json")
+    assert json.loads(result.stdout) == {"path": str(out), "items": 3, "unusable": 1}
+    names, vectors = _read(out)
+    assert names == [str(folder / name) for name in ("a.jpg", "b.jpg", "more/d.png")]
+    assert np.isnan(vectors[0]).all()
+    np.testing.assert_allclose(vectors[1:], aligned.encode_image(pictures[1:3]), atol=1e-5)
+    sail("embed", run, "--images", folder / "more", "--out", out)  # replaces what was there
+    assert len(_read(out)[1]) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def _read(out: Path) -> tuple[list[str], np.ndarray]:
+    if out.suffix == ".npy":
+        return out.with_suffix(".names.txt").read_text().splitlines(), np.load(out)
+    if out.suffix == ".parquet":
+        table = pq.read_table(out)
+        rows = table.column("embedding").to_pylist()
+        width = table.schema.field("embedding").type.list_size
+        return table.column("name").to_pylist(), np.array(
+            [row or [np.nan] * width for row in rows], dtype=np.float32
+        )
+    group = zarr.open_group(out, mode="r")
+    names, vectors = group["name"], group["embedding"]
+    assert isinstance(names, zarr.Array)
+    assert isinstance(vectors, zarr.Array)
+    return [str(name) for name in np.asarray(names[:])], np.asarray(vectors[:])
+
+
+def test_sentences_are_embedded_line_by_line(run: Path, aligned: Aligned, tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("a red circle\n\n  a blue star \n", encoding="utf-8")
+    out = tmp_path / "lines.npy"
+    assert sail("embed", run, "--texts", file, "--out", out).stdout == f"{out}\n"
+    expected = aligned.encode_text(["a red circle", "a blue star"])
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+
+
+def test_what_cannot_be_embedded_is_said(run: Path, aligned: Aligned, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=r"An image cannot be used: .* was expected"):
+        aligned.encode_image([b"no image"])
+    with pytest.raises(EncoderError, match=r"gone\.jpg cannot be read: No such file"):
+        aligned.encode_image([tmp_path / "gone.jpg"])
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    out = tmp_path / "out.npy"
+    for arguments, message in [
+        (("search", tmp_path, "a star"), "has no config.toml"),
+        (("search", run, "a star", "--split", "tset"), "no split 'tset'"),
+        (("embed", run, "--texts", tmp_path / "gone.txt", "--out", out), "gone.txt cannot be read"),
+        (("embed", run, "--texts", empty, "--out", out), "no line that is not empty"),
+        (("embed", run, "--images", tmp_path, "--out", out), "There is no image under"),
+        (("embed", run, "--texts", empty.with_name("x"), "--out", "o.csv"), "x cannot be read"),
+    ]:
+        error = the_error_of(sail(*arguments, expect=1))
+        assert message in error
+        assert "was expected" in error or "were expected" in error
+    assert "either" in sail("search", run, expect=2).stderr
+    assert not out.exists()
