@@ -1,0 +1,108 @@
+"""CKA with linear kernels: how alike two sets of features of the same rows are, 0 to 1.
+
+Computed from products of features (dim × dim) in one pass, so that rows cost no memory.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from evaluate.moments import CrossMoments, Pair, PairMoments
+
+LEAST_ROWS = 4
+"""The unbiased HSIC divides by rows − 3."""
+
+
+def linear_cka(pairs: Iterable[Pair], *, debiased: bool = False) -> float:
+    """Return the linear CKA of two sets of features, in one pass over blocks of rows.
+
+    Args:
+        pairs: Blocks of rows of both; see `PairMoments.over`.
+        debiased: Take unbiased estimates of HSIC. Without, few rows and many dimensions give high
+            values even to features that have nothing to do with one another; with, those give 0
+            on average (and values below 0 occur).
+
+    Returns:
+        The value; 0 where the features of a side are all the same.
+
+    Raises:
+        ValueError: There are fewer than four rows.
+
+    Reference:
+        Kornblith et al. 2019, Similarity of Neural Network Representations Revisited,
+        arXiv:1905.00414; debiased: Murphy et al. 2024, arXiv:2405.01012, with the HSIC of Song et
+        al. 2012.
+    """
+    moments = PairMoments.over(pairs)
+    _check_number(moments.both.rows)
+    return ratio(*(_hsic(each, debiased) for each in (moments.both, moments.first, moments.second)))
+
+
+def minibatch_cka(batches: Iterable[Pair]) -> float:
+    """Return the minibatch CKA: unbiased HSIC averaged over batches, then the ratio.
+
+    It does not depend on the size of the batches, on average; `linear_cka(debiased=True)` has less
+    variance at the same cost, since it also compares rows of different batches.
+
+    Args:
+        batches: Pairs of at least four rows each.
+
+    Raises:
+        ValueError: There is no batch, or one has fewer than four rows.
+
+    Reference:
+        Nguyen, Raghu, Kornblith 2021, Do Wide and Deep Networks Learn the Same Things?,
+        arXiv:2010.15327, eq. 2 to 4.
+    """
+    estimates = []
+    for batch in batches:
+        moments = PairMoments.over([batch])
+        _check_number(moments.both.rows)
+        estimates.append(
+            [each.debiased_hsic() for each in (moments.both, moments.first, moments.second)]
+        )
+    if not estimates:
+        raise ValueError("There are no batches. At least one of four rows was expected.")
+    return ratio(*np.mean(estimates, axis=0).tolist())
+
+
+class LinearCka:
+    """Linear CKA of arrays, made ready to be taken with the rows of the second in other orders."""
+
+    def __init__(
+        self,
+        first: Float[np.ndarray, "rows first_dim"],
+        second: Float[np.ndarray, "rows second_dim"],
+        *,
+        debiased: bool = False,
+    ) -> None:
+        _check_number(len(first))
+        self._first = first.astype(np.float64) - first.mean(axis=0, dtype=np.float64)
+        self._second = second.astype(np.float64) - second.mean(axis=0, dtype=np.float64)
+        self._debiased = debiased
+        self._own = [
+            _hsic(CrossMoments.of(side, side), debiased) for side in (self._first, self._second)
+        ]
+
+    def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
+        """Return the CKA of the first features with the second in an order, or as they are."""
+        second = self._second if order is None else self._second[order]
+        return ratio(_hsic(CrossMoments.of(self._first, second), self._debiased), *self._own)
+
+
+def ratio(both: float, first: float, second: float) -> float:
+    """Return CKA from the HSIC of both sides and of each with itself; 0 where one of these is 0."""
+    product = max(first, 0.0) * max(second, 0.0)
+    return float(both / np.sqrt(product)) if product > 0 else 0.0
+
+
+def _hsic(moments: CrossMoments, debiased: bool) -> float:
+    return moments.debiased_hsic() if debiased else moments.hsic()
+
+
+def _check_number(rows: int) -> None:
+    if rows < LEAST_ROWS:
+        raise ValueError(
+            f"CKA of {rows} rows cannot be taken. At least {LEAST_ROWS} were expected. Give more."
+        )
