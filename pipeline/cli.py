@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from features.errors import SailError
+from pipeline.cli_convert import convert, import_store
 from pipeline.cli_readonly import doctor, inspect, plan, verify
 from pipeline.cli_use import embed, search
 from pipeline.options import stage, trainings, until_stopped
@@ -46,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, doctor, inspect, verify, search, embed):
+for command in (plan, doctor, inspect, verify, search, embed, convert, import_store):
     cli.add_command(command)
 
 
@@ -184,40 +185,6 @@ def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bo
     else:
         click.echo(results_table(results))
         click.echo(f"{results}\n{results.with_name('report.html')}")
-
-
-@cli.command()
-@click.argument("store")
-@click.option(
-    "--dtype", type=click.Choice(["int8", "float16"]), required=True, help="Of the features."
-)
-@click.option("--out", metavar="STORE", help="Where the new store goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def convert(store: str, dtype: str, out: str | None, as_json: bool) -> None:
-    """Write a store again with features in 8 bits: half the size, read in half the time.
-
-    Prints how far the features are from the old ones, and the path of the new store:
-    STORE-int8.zarr beside the old one unless --out is given. A call that was stopped is continued
-    by the same call. Train on it with `align.store`.
-
-    \b
-    Example:
-      sail convert runs/demo/features/train.zarr --dtype int8
-    """
-    from features.storage.place import as_place
-    from pipeline.conversion import convert_store
-    from pipeline.progress import start_log
-    from pipeline.tables import conversion_table
-
-    start_log(verbose=False)
-    source = as_place(store)
-    target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"
-    losses = until_stopped(lambda stop: convert_store(source, target, dtype, stop))
-    if as_json:
-        click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
-    else:
-        click.echo(conversion_table(losses))
-        click.echo(str(target))
 
 
 @cli.command(name="import-head")

@@ -79,7 +79,7 @@ def make_store(
             "format_version": FORMAT_VERSION,
             "rows": rows,
             "rows_per_chunk": rows_per_chunk,
-            "keys_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+            "keys_sha256": hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest(),
             "source": {},
         }
     )

@@ -9,12 +9,13 @@ import pytest
 
 from features.store import FeatureStore
 from pipeline.config import load_config
+from pipeline.hdf5 import export_hdf5
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
 
 EXAMPLES = re.findall(
-    r"^With (\S+?)(?: project)?:\n\n```python\n(.*?)```",
+    r"^With (\w\S*?)(?: project|, from one file [^\n]*)?:\n\n```python\n(.*?)```",
     (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8"),
     re.MULTILINE | re.DOTALL,
 )
@@ -32,13 +33,18 @@ def test_the_page_has_an_example_for_each_reader() -> None:
         "xarray",
         "dask",
         "tensorstore",
+        "h5py",
         "this",
     ]
 
 
 @pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
-def test_example_gives_the_rows_of_the_store(name: str, code: str, store: FeatureStore) -> None:
+def test_example_gives_the_rows_of_the_store(
+    name: str, code: str, store: FeatureStore, tmp_path: Path
+) -> None:
     scope: dict[str, Any] = {"STORE": str(store.path), "ENCODER": "vit"}
+    if name == "h5py":
+        scope["FILE"] = str(export_hdf5(store.path, tmp_path / "store.h5", StopRequest()))
     exec(code, scope)
     expected = store.column("image/vit").read(0, 100)
     found = {
