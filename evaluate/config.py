@@ -26,8 +26,12 @@ class EvalConfig(BaseModel):
     zero_shot: tuple[str, ...] = ()
     """Splits for zero-shot classification; every labelled split but the training split and those
     with groups, if empty."""
-    templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts for a class name; their embeddings are averaged."""
+    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    """Prompts for a class name; their embeddings are averaged. A list, the name of a data set whose
+    prompts ship with the program (`imagenet-1k`: the 80 of CLIP; docs/datasets.md has all), or a
+    JSON file `{"templates": […]}`."""
+    split_templates: dict[str, tuple[str, ...] | str] = {}
+    """Prompts for splits that have their own, in the same three forms."""
     knn: tuple[str, ...] = ()
     """Splits for k-NN classification (queries); every labelled split with the classes of the
     reference but the training split, the reference and those with groups, if empty."""

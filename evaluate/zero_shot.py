@@ -1,7 +1,9 @@
 """Zero-shot classification: images against the embeddings of prompts made from class names."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from features.class_lists import CLASS_LISTS, read_class_list
 from features.errors import EvaluationError
 
 COSINES_AT_ONCE = 1 << 23
@@ -36,6 +39,33 @@ class Classified:
     def mean_per_class(self) -> float:
         """Return the mean over the classes there are of the fraction that is right."""
         return mean_per_class(self.labels, self.ranks == 0)
+
+
+def read_templates(setting: Sequence[str] | str) -> tuple[str, ...]:
+    """Return the prompts of a setting.
+
+    Args:
+        setting: The prompts themselves, the name of one of `CLASS_LISTS`, or the path of a JSON
+            file `{"templates": […]}`.
+
+    Raises:
+        EvaluationError: The file cannot be read, or holds no list of prompts.
+    """
+    if not isinstance(setting, str):
+        return tuple(setting)
+    if setting in CLASS_LISTS:
+        return read_class_list(setting).templates
+    try:
+        templates = json.loads(Path(setting).read_text(encoding="utf-8"))["templates"]
+        if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
+            raise TypeError("its `templates` are no list of texts")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"The templates {setting!r} cannot be read: {error}. One of {', '.join(CLASS_LISTS)}, "
+            f'or a JSON file {{"templates": ["a photo of a {{}}."]}} was expected. Correct '
+            f"eval.templates."
+        ) from error
+    return tuple(templates)
 
 
 def make_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

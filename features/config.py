@@ -1,13 +1,31 @@
 """Settings of stage one: where the pairs are, and which frozen encoders read them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    model_validator,
+)
 
-from features.storage.settings import Pattern, PlaceSetting
+from features.class_lists import CLASS_LISTS
+from features.storage.place import Place
+from features.storage.settings import Pattern, PlaceSetting, as_place_setting
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def _names(value: Any) -> str | Place:
+    return value if value in CLASS_LISTS else as_place_setting(value)
+
+
+ClassNames = Annotated[str | Place, PlainValidator(_names), PlainSerializer(str)]
+"""The name of a list that ships with the program, or a file."""
 
 
 class _Source(BaseModel):
@@ -24,8 +42,10 @@ class _Source(BaseModel):
     group: str | None = "group"
     """Name that holds the number of a compositional example, where there is one."""
 
-    class_names: PlaceSetting | None = None
-    """Text file with one class name a line, in the order of the labels."""
+    class_names: ClassNames | None = None
+    """Names of the classes in the order of the labels: a list that ships with the program, such as
+    `imagenet-1k` (docs/datasets.md has all), or a text file with one name a line. Refused where the
+    data carry names of their own in another order."""
 
     rows: PositiveInt | None = None
     """Take only the first rows in index order; all if not given."""
@@ -67,8 +87,10 @@ class ClassFolderSource(_Source):
     kind: Literal["classes"]
     path: PlaceSetting
     """Folder that holds one folder per class."""
-    names: PlaceSetting | None = None
-    """JSON file `{"folders": […], "classes": […]}` that gives folders a readable class name."""
+    names: ClassNames | None = None
+    """Gives folders a readable class name, by their names: a list that ships with the program, such
+    as `imagenet-1k` (docs/datasets.md has all), or a JSON file `{"folders": […], "classes": […]}`.
+    Refused where the folders are others."""
 
 
 class ScenesSource(_Source):

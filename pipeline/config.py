@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
 from evaluate.config import EvalConfig
+from features.class_lists import CLASS_LISTS
 from features.config import ExtractConfig, ImageEncoderConfig, Name, Source, TextEncoderConfig
 from features.errors import ConfigError
 from features.storage.place import without_secrets
@@ -103,6 +104,7 @@ class RunConfig(BaseModel):
             ("eval.knn_reference", self.eval.knn_reference),
         ]
         named += [("eval", split) for split in evaluated + self.eval.compositional]
+        named += [("eval.split_templates", split) for split in self.eval.split_templates]
         for setting, split in named:
             if split is not None and split not in self.data:
                 raise ValueError(
@@ -227,9 +229,19 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
             model = encoder.get("model") if isinstance(encoder, dict) else None
             if isinstance(model, str) and Path(_absolute(model, folder)).is_dir():
                 encoder["model"] = _absolute(model, folder)
+    _resolve_templates(document.get("eval"), folder)
     report = document.get("report", {})
     if isinstance(report, dict) and isinstance(report.get("reference"), str):
         report["reference"] = _absolute(report["reference"], folder)
+
+
+def _resolve_templates(evaluation: Any, folder: Path) -> None:
+    if not isinstance(evaluation, dict):
+        return
+    if "templates" in evaluation:
+        evaluation["templates"] = _absolute(evaluation["templates"], folder)
+    if isinstance(of_splits := evaluation.get("split_templates"), dict):
+        of_splits |= {split: _absolute(value, folder) for split, value in of_splits.items()}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -237,7 +249,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _absolute(value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or "://" in value:
+    if not isinstance(value, str) or "://" in value or value in CLASS_LISTS:
         return value
     return str(folder / Path(value).expanduser())
 

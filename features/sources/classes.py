@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
+from features.class_lists import read_class_list
 from features.config import ClassFolderSource
 from features.errors import SourceError
 from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, split_image_suffix
@@ -34,12 +35,14 @@ class ClassFolders:
         """Return one readable name per folder.
 
         Raises:
-            SourceError: The file of names lacks a folder.
+            SourceError: The file of names lacks a folder, or the folders are not those of the list.
         """
         names = {folder.name: folder.name.replace("_", " ") for folder in self.files}
         path = self._source.names
         if path is None:
             return tuple(names.values())
+        if isinstance(path, str):
+            return read_class_list(path).names_of_folders(list(names), str(self._source.path))
         try:
             document = json.loads(files.read(path))
             classes = document["classes"]

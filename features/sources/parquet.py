@@ -1,5 +1,6 @@
 """Parquet files that hold the encoded images themselves."""
 
+import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.class_lists import check_order
 from features.config import ParquetSource
 from features.errors import SourceError
 from features.sources.sample import (
@@ -43,8 +45,19 @@ class ImageParquet:
         self._source = source
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels, where the recipe gives them."""
-        return read_class_names(self._source.class_names)
+        """Return the names of the labels that the recipe gives, or the files themselves.
+
+        Raises:
+            SourceError: Both name them, in another order.
+        """
+        given = read_class_names(self._source.class_names)
+        first = next(iter(self.files))
+        own = self._own_class_names(first)
+        if given and own:
+            check_order(
+                given, own, given_by=f"class_names = {self._source.class_names}", own_by=str(first)
+            )
+        return given or own
 
     def check(self) -> None:
         """Refuse a name of captions that no row had."""
@@ -68,6 +81,16 @@ class ImageParquet:
         """
         with _whole(file) as parquet:
             return int(parquet.metadata.num_rows)
+
+    def _own_class_names(self, file: Place) -> tuple[str, ...] | None:
+        """Return the names that Hugging Face datasets write with a column of class labels."""
+        with _whole(file) as parquet:
+            text = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
+        try:
+            names = json.loads(text or b"{}")["info"]["features"][self._source.label]["names"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return tuple(map(str, names))
 
     def _check_columns(self, file: Place, schema: pa.Schema) -> None:
         source = self._source

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
+from features.class_lists import read_class_list
 from features.errors import SourceError
 from features.status import Status
 from features.storage import files
@@ -215,14 +216,16 @@ def whole_number(value: Any, counts: Counts) -> int:
     return -1
 
 
-def read_class_names(path: Place | None) -> tuple[str, ...] | None:
-    """Return the lines of a file of class names.
+def read_class_names(path: str | Place | None) -> tuple[str, ...] | None:
+    """Return the names of a list that ships with the program, or the lines of a file.
 
     Raises:
         SourceError: The file is not there.
     """
     if path is None:
         return None
+    if isinstance(path, str):
+        return read_class_list(path).classes
     try:
         lines = files.read(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,12 @@ from pydantic import AfterValidator, PlainSerializer, PlainValidator
 from features.storage.place import Place, RemotePath, as_place
 
 
-def _place(value: Any) -> Place:
+def as_place_setting(value: Any) -> Place:
+    """Return a setting as a place.
+
+    Raises:
+        ValueError: It is no path and no URL.
+    """
     if not isinstance(value, str | Path | RemotePath):
         raise ValueError(f"a path or a URL was expected, got {value!r}")
     return as_place(value)
@@ -19,7 +24,7 @@ def _pattern(pattern: str) -> str:
     return pattern
 
 
-PlaceSetting = Annotated[Place, PlainValidator(_place), PlainSerializer(str)]
+PlaceSetting = Annotated[Place, PlainValidator(as_place_setting), PlainSerializer(str)]
 """A path or a URL."""
 Pattern = Annotated[str, AfterValidator(_pattern)]
 """A pattern of files, local or under a URL."""

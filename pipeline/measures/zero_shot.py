@@ -15,6 +15,7 @@ from evaluate.zero_shot import (
     classify,
     confusion_matrix,
     make_prompts,
+    read_templates,
 )
 from features.store import FeatureStore
 from pipeline.embedding import prompt_features
@@ -27,7 +28,7 @@ TOP = 5
 def score_zero_shot(context: Context, split: str) -> None:
     """Score all images, and apart those of classes that training had no row of."""
     store, embedder = context.stores[split], context.embedder
-    names, templates = store.class_names or (), context.config.eval.templates
+    names, templates = store.class_names or (), _templates(context, split)
     images = embedder.images(store)
     rows, labels = context.labelled_rows(split, embedder.image_column(store))
     places = torch.from_numpy(np.searchsorted(images.rows, rows)).to(embedder.device)
@@ -36,18 +37,24 @@ def score_zero_shot(context: Context, split: str) -> None:
     embedded = embedder.apply(embedder.model.embed_text, features)
     classes = class_embeddings(embedded.view(len(names), len(templates), -1))
     found = classify(images.vectors[places], classes, labels)
-    _add_results(context, split, found, len(names))
+    _add_results(context, split, found, split)
     seen = _seen_classes(context, store)
     if seen is not None and 0 < seen[labels].sum() < len(labels):
-        _add_results(context, f"{split}/seen classes", found.select(seen[labels]), len(names))
-        _add_results(context, f"{split}/unseen classes", found.select(~seen[labels]), len(names))
+        _add_results(context, f"{split}/seen classes", found.select(seen[labels]), split)
+        _add_results(context, f"{split}/unseen classes", found.select(~seen[labels]), split)
     matrix = confusion_matrix(labels, found.predicted, len(names))
     context.findings.confusions.append(Confusions(split, names, matrix))
     _add_examples(context, split, rows, images.vectors[places] @ classes.T, found)
 
 
-def _add_results(context: Context, dataset: str, found: Classified, num_classes: int) -> None:
+def _templates(context: Context, split: str) -> tuple[str, ...]:
     settings = context.config.eval
+    return read_templates(settings.split_templates.get(split, settings.templates))
+
+
+def _add_results(context: Context, dataset: str, found: Classified, split: str) -> None:
+    settings = context.config.eval
+    num_classes = len(context.stores[split].class_names or ())
     values = {"top1": (found.top(1), context.interval((found.ranks < 1).astype(np.int64)))}
     if num_classes > TOP:
         hits = (found.ranks < TOP).astype(np.int64)
@@ -69,7 +76,7 @@ def _add_results(context: Context, dataset: str, found: Classified, num_classes:
                 ci95=interval,
                 encoders=context.encoders,
                 protocol={
-                    "templates": list(settings.templates),
+                    "templates": list(_templates(context, split)),
                     "classes": num_classes,
                     "ties": TIES,
                     "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),

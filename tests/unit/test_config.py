@@ -125,3 +125,20 @@ def test_patience_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     overrides = ["align.patience=3", "align.holdout=0"]
     with pytest.raises(ConfigError, match="patience needs held-out rows"):
         load_config(write(tmp_path, MINIMAL), overrides)
+
+
+def test_names_of_lists_are_no_paths_and_files_are_relative_to_the_run_file(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        '[data.train]\nkind = "folder"\npath = "t.csv"\n'
+        '[data.val]\nkind = "classes"\npath = "val"\nnames = "imagenet-1k"\n'
+        '[data.own]\nkind = "classes"\npath = "own"\nnames = "names.json"\n'
+        '[eval]\ntemplates = "imagenet-1k"\nsplit_templates = {own = "own.json"}\n'
+    )
+    config = load_config(str(run_file))
+    assert [getattr(config.data[split], "names", None) for split in ("val", "own")] == [
+        "imagenet-1k",
+        tmp_path / "names.json",
+    ]
+    assert config.eval.templates == "imagenet-1k"
+    assert config.eval.split_templates == {"own": str(tmp_path / "own.json")}

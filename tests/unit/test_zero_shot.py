@@ -1,10 +1,19 @@
 """Zero-shot classification: prompts, class embeddings, ranks and confusions in small cases."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from evaluate.zero_shot import class_embeddings, classify, confusion_matrix, make_prompts
+from evaluate.zero_shot import (
+    class_embeddings,
+    classify,
+    confusion_matrix,
+    make_prompts,
+    read_templates,
+)
 from features.errors import EvaluationError
 
 CLASSES = torch.eye(3)
@@ -22,6 +31,27 @@ def test_every_name_is_put_into_every_template_class_by_class() -> None:
 def test_a_template_without_a_place_for_the_name_is_refused() -> None:
     with pytest.raises(EvaluationError, match=r"has 'a photo', which has no place"):
         make_prompts(["cat"], ["a {}", "a photo"])
+
+
+def test_templates_are_a_list_the_name_of_a_data_set_or_a_file_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"templates": ["one {}"]}))
+    assert read_templates(["a {}"]) == ("a {}",)
+    assert read_templates(str(own)) == ("one {}",)
+    assert len(read_templates("imagenet-1k")) == 80
+    assert read_templates("food-101") == ("a photo of {}, a type of food.",)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"templates": "a {}"}', '{"templates": [1]}'])
+def test_a_file_without_templates_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(EvaluationError, match=r"The templates .* cannot be read"):
+        read_templates(str(tmp_path / "own.json"))
+
+
+def test_templates_of_an_unknown_name_say_which_there_are() -> None:
+    with pytest.raises(EvaluationError, match=r"'imagenet-80' cannot be read.*imagenet-1k"):
+        read_templates("imagenet-80")
 
 
 def test_a_long_prompt_weighs_no_more_than_a_short_one() -> None:
