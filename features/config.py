@@ -93,6 +93,34 @@ class ClassFolderSource(_Source):
     Refused where the folders are others."""
 
 
+class CifarSource(_Source):
+    """CIFAR-10 or CIFAR-100 in the binary version of its authors; the pickled one is refused."""
+
+    kind: Literal["cifar"]
+    path: PlaceSetting
+    """Folder of the `.bin` files and the names of the classes."""
+    split: Literal["train", "test"]
+    """Which of the files."""
+
+
+class AnnotationSource(_Source):
+    """The annotation file of a known benchmark, as its authors publish it (docs/datasets.md)."""
+
+    kind: Literal["annotations"]
+    path: PlaceSetting
+    """The annotation file."""
+    format: Literal["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe"]
+    """`karpathy`: `dataset_coco.json`, `dataset_flickr30k.json`. `coco`: `captions_val2017.json`.
+    `flickr30k`: its `.token` or `results.csv`. `winoground`: `examples.jsonl`. `mmvp`:
+    `Questions.csv` of MMVP-VLM. `sugarcrepe`: `add_att.json` and its siblings."""
+    images: PlaceSetting | None = None
+    """Folder that the names of the images are relative to; that of the file if not given."""
+    split: str = "test"
+    """Which split of a `karpathy` file; the other formats have none."""
+    captions_per_image: PositiveInt = 5
+    """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
+
+
 class ScenesSource(_Source):
     """The bundled demo world: drawn into tar shards in the run directory, then read as such."""
 
@@ -106,7 +134,13 @@ class ScenesSource(_Source):
 
 
 Source = Annotated[
-    WebdatasetSource | FolderSource | ParquetSource | ClassFolderSource | ScenesSource,
+    WebdatasetSource
+    | FolderSource
+    | ParquetSource
+    | ClassFolderSource
+    | CifarSource
+    | AnnotationSource
+    | ScenesSource,
     Field(discriminator="kind"),
 ]
 

@@ -29,6 +29,7 @@ from features.index_builder import (
     settings_of,
 )
 from features.sources import Sample
+from features.sources.cifar import as_image_file
 from features.sources.parquet import ParquetImages
 from features.status import Status
 from features.storage import files
@@ -166,6 +167,7 @@ class SampleReader:
         self.index = index
         self._lock = threading.Lock()
         self._parquet: ParquetImages | None = None
+        self._is_cifar = index.source["kind"] == "cifar"
         if index.source["kind"] == "parquet":
             self._parquet = ParquetImages(index.source["image"])
 
@@ -192,7 +194,7 @@ class SampleReader:
         parts = in_order(self._read, jobs, remote=remote)
         for (_, group), found in zip(jobs, parts, strict=True):
             for (row, *_), image in zip(group, found, strict=True):
-                images[row] = image
+                images[row] = as_image_file(image) if image and self._is_cifar else image
         return images
 
     def read_row(self, row: int) -> bytes | None:

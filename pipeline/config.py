@@ -218,7 +218,7 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
     """Make the paths of sources and local encoders absolute: they are relative to the run file."""
     data = document.get("data", {})
     for source in data.values() if isinstance(data, dict) else []:
-        for key in ("path", "class_names", "names"):
+        for key in ("path", "class_names", "names", "images"):
             if isinstance(source, dict) and key in source:
                 value = source[key]
                 absolute = [_absolute(item, folder) for item in _as_list(value)]

@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
 from evaluate.config import EvalConfig
 from features.config import (
+    AnnotationSource,
+    CifarSource,
     ClassFolderSource,
     ExtractConfig,
     FolderSource,
@@ -44,6 +46,8 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ('[data.SPLIT] with kind = "folder"', FolderSource),
     ('[data.SPLIT] with kind = "parquet"', ParquetSource),
     ('[data.SPLIT] with kind = "classes"', ClassFolderSource),
+    ('[data.SPLIT] with kind = "cifar"', CifarSource),
+    ('[data.SPLIT] with kind = "annotations"', AnnotationSource),
     ('[data.SPLIT] with kind = "scenes"', ScenesSource),
     ("[encoders.image.NAME]", ImageEncoderConfig),
     ("[encoders.image.NAME.also.COLUMN]", ImageColumnConfig),

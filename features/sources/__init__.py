@@ -1,15 +1,19 @@
 """Where samples come from: each kind of source lists its shards and reads the samples of one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from features.config import (
+    AnnotationSource,
+    CifarSource,
     ClassFolderSource,
     FolderSource,
     ParquetSource,
     Source,
     WebdatasetSource,
 )
+from features.sources.annotations import Annotations
+from features.sources.cifar import CifarBatches
 from features.sources.classes import ClassFolders
 from features.sources.parquet import ImageParquet
 from features.sources.sample import Counts, Sample, Shards
@@ -19,6 +23,20 @@ from features.storage.place import Place
 
 __all__ = ["Counts", "Sample", "Shards", "open_source"]
 
+SEVERAL_FILES: Mapping[type, Callable[..., Shards]] = MappingProxyType(
+    {
+        WebdatasetSource: TarShards,
+        ParquetSource: ImageParquet,
+        ClassFolderSource: ClassFolders,
+    }
+)
+ONE_PLACE: Mapping[type, Callable[..., Shards]] = MappingProxyType(
+    {
+        FolderSource: CaptionTable,
+        CifarSource: CifarBatches,
+        AnnotationSource: Annotations,
+    }
+)
 NONE: Mapping[Place, str] = MappingProxyType({})
 
 
@@ -32,12 +50,8 @@ def open_source(source: Source, known: Mapping[Place, str] = NONE) -> Shards:
     Raises:
         SourceError: Nothing matches its path.
     """
-    if isinstance(source, WebdatasetSource):
-        return TarShards(source, known)
-    if isinstance(source, FolderSource):
-        return CaptionTable(source)
-    if isinstance(source, ParquetSource):
-        return ImageParquet(source, known)
-    if isinstance(source, ClassFolderSource):
-        return ClassFolders(source, known)
+    if opens := SEVERAL_FILES.get(type(source)):
+        return opens(source, known)
+    if opens_one := ONE_PLACE.get(type(source)):
+        return opens_one(source)
     raise ValueError(f"a source of kind {source.kind!r} is drawn before it is indexed")

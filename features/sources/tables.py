@@ -72,7 +72,7 @@ class CaptionTable:
         images = ((name, list(rows)) for name, rows in groups)
 
         def find(image: tuple[str, Rows]) -> tuple[str, Rows, str, int | None]:
-            return *image, *self._find(folder, image[0])
+            return *image, *find_image(folder, image[0], table=file)
 
         for name, rows, path, size in in_order(find, images, remote=not isinstance(file, Path)):
             captions = [self.picker.pick(row) for row in rows]
@@ -105,27 +105,38 @@ class CaptionTable:
         names = (self._image_name(row) for row in table_rows(file))
         return any(a == b for a, b in itertools.pairwise(names))
 
-    def _find(self, folder: Place, name: str) -> tuple[str, int | None]:
-        """Return the path of an image, and its size or None where there is no such file."""
-        if isinstance(folder, RemotePath):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise self._outside(folder, name)
-            place = folder / (quote(str(path)) if folder.has_escapes else str(path))
-            return str(place), remote_size(place)
-        file = folder / name
-        try:
-            if not file.resolve().is_relative_to(folder):
-                raise self._outside(folder, name)
-            return str(file), file.stat().st_size if file.is_file() else None
-        except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
-            return str(file), None
 
-    def _outside(self, folder: Place, name: str) -> SourceError:
-        return SourceError(
-            f"{self._source.path} names the image {name!r}, which is not inside {folder}. "
-            f"Paths within the table's folder were expected. Correct the table."
-        )
+def find_image(folder: Place, name: str, *, table: Place) -> tuple[str, int | None]:
+    """Return the path of an image, and its size or None where there is no such file.
+
+    Args:
+        folder: What the name is relative to.
+        name: From a table or an annotation file.
+        table: That file, for the message.
+
+    Raises:
+        SourceError: The name leads out of the folder, also by a link.
+    """
+    if isinstance(folder, RemotePath):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise _outside(folder, name, table)
+        place = folder / (quote(str(path)) if folder.has_escapes else str(path))
+        return str(place), remote_size(place)
+    file = folder / name
+    try:
+        if not file.resolve().is_relative_to(folder):
+            raise _outside(folder, name, table)
+        return str(file), file.stat().st_size if file.is_file() else None
+    except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
+        return str(file), None
+
+
+def _outside(folder: Place, name: str, table: Place) -> SourceError:
+    return SourceError(
+        f"{table} names the image {name!r}, which is not inside {folder}. Paths within that "
+        f"folder were expected. Correct the table."
+    )
 
 
 def table_rows(file: Place) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,179 @@
+"""Standard annotation files of retrieval and compositional benchmarks, beside their images.
+
+Each format is a function that gives one record per row: an image, its captions, and the number of
+its compositional example. Of a group of two rows, image i belongs to caption i; of a group of one
+row, the caption in field 0 is right and the others are not.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from types import MappingProxyType
+
+from features.config import AnnotationSource
+from features.errors import SourceError
+from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, as_text
+from features.sources.tables import find_image
+from features.status import Status
+from features.storage import files
+from features.storage.files import is_file
+from features.storage.parallel import in_order
+from features.storage.place import Place, RemotePath
+
+MMVP_PROMPT = "a photo of {}"
+"""What MMVP-VLM's own script puts around a statement."""
+
+# The published .csv lacks the second bar in one of its lines.
+FLICKR_LINE = re.compile(r"(?P<image>[^|#]+\.jpg)\s*[|#]\s*\d+\s*\|?\s*(?P<caption>.*)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a benchmark."""
+
+    key: str
+    image: str
+    captions: tuple[str, ...]
+    group: int = -1
+
+
+class Annotations:
+    """The rows of one annotation file."""
+
+    def __init__(self, source: AnnotationSource) -> None:
+        if not is_file(source.path):
+            raise SourceError(
+                f"There is no file {source.path}. The annotations of {source.format} were "
+                f"expected. Correct `path` of the source; docs/datasets.md says which file that is."
+            )
+        self.files = {source.path: source.path.stem}
+        self._source = source
+
+    def class_names(self) -> None:
+        """There are no classes."""
+
+    def check(self) -> None:
+        """Accept any settings: the format says where the captions are."""
+
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
+        """Yield one sample per row of the benchmark.
+
+        Raises:
+            SourceError: The file is not of the format, or names an image elsewhere.
+        """
+        keys = Keys(self.files[file], counts)
+        folder = self._source.images or file.parent
+        folder = folder if isinstance(folder, RemotePath) else folder.resolve()
+
+        def find(record: Record) -> tuple[Record, str, int | None]:
+            return record, *find_image(folder, record.image, table=file)
+
+        remote = isinstance(folder, RemotePath)
+        for record, path, size in in_order(find, self._records(file), remote=remote):
+            key, problem = keys.of(record.key)
+            sample = Sample(key, path, problem=problem, group=record.group)
+            sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}
+            if size is not None:
+                sample.offset, sample.size = 0, size
+            else:
+                counts["image files that are not there (quarantined)"] += 1
+                sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+            yield sample
+
+    def _records(self, file: Place) -> Iterator[Record]:
+        source = self._source
+        try:
+            text = files.read(file).decode("utf-8-sig")
+            yield from FORMATS[source.format](text, source)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+            raise SourceError(
+                f"{file} cannot be read as annotations of {source.format}: {type(error).__name__} "
+                f"{error}. The file as its authors publish it was expected. Correct `path` or "
+                f"`format` of the source; docs/datasets.md says which file each format is."
+            ) from error
+
+
+def _karpathy(text: str, source: AnnotationSource) -> Iterator[Record]:
+    """`dataset_coco.json`, `dataset_flickr30k.json`: captions under `sentences`, with a split."""
+    images = json.loads(text)["images"]
+    splits = sorted({image["split"] for image in images})
+    if source.split not in splits:
+        raise ValueError(f"it has the splits {splits}, and `split` is {source.split!r}")
+    for image in images:
+        if image["split"] == source.split:
+            path = PurePosixPath(image.get("filepath", ""), image["filename"])
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            yield _described(str(path), captions, source)
+
+
+def _coco(text: str, source: AnnotationSource) -> Iterator[Record]:
+    """`captions_val2017.json`: images and captions apart, joined by id, in order of the image."""
+    document = json.loads(text)
+    captions: dict[int, list[str]] = {image["id"]: [] for image in document["images"]}
+    for annotation in document["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    for image in sorted(document["images"], key=lambda image: int(image["id"])):
+        yield _described(image["file_name"], captions[image["id"]], source)
+
+
+def _flickr30k(text: str, source: AnnotationSource) -> Iterator[Record]:
+    """`results_20130124.token` (name#number, a tab, caption) or `results.csv` (with ` | `)."""
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        found = FLICKR_LINE.fullmatch(line.strip())
+        if found:
+            captions.setdefault(found["image"], []).append(found["caption"])
+        elif number > 1 or not line.startswith("image_name"):  # the header of the .csv
+            raise ValueError(f"line {number} is {line!r}")
+    for name, texts in captions.items():
+        yield _described(name, texts, source)
+
+
+def _winoground(text: str, _: AnnotationSource) -> Iterator[Record]:
+    """`examples.jsonl`: two images, named without suffix by their authors, and two captions."""
+    for example in map(json.loads, filter(str.strip, text.splitlines())):
+        for i in range(2):
+            name = example[f"image_{i}"]
+            if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
+                name += ".png"
+            caption = (example[f"caption_{i}"],)
+            yield Record(f"{example['id']}/{i}", name, caption, int(example["id"]))
+
+
+def _mmvp(text: str, _: AnnotationSource) -> Iterator[Record]:
+    """`Questions.csv` of MMVP-VLM: questions 1 and 2 are a pair, images in a folder per type."""
+    lines = csv.reader(io.StringIO(text))
+    header = next(lines)
+    if len(header) != len(("question", "type", "statement")):
+        raise ValueError(f"its first line is {header}")
+    for question, kind, statement in filter(None, lines):
+        caption = MMVP_PROMPT.format(statement)
+        yield Record(question, f"{kind}/{question}.jpg", (caption,), (int(question) - 1) // 2)
+
+
+def _sugarcrepe(text: str, _: AnnotationSource) -> Iterator[Record]:
+    """`add_att.json` and its six siblings: one image, its caption and a wrong one."""
+    for number, example in json.loads(text).items():
+        captions = (example["caption"], example["negative_caption"])
+        yield Record(number, example["filename"], captions, int(number))
+
+
+def _described(image: str, captions: list[str], source: AnnotationSource) -> Record:
+    key = str(PurePosixPath(image).with_suffix(""))
+    return Record(key, image, tuple(captions[: source.captions_per_image]))
+
+
+FORMATS: Mapping[str, Callable[[str, AnnotationSource], Iterator[Record]]] = MappingProxyType(
+    {
+        "karpathy": _karpathy,
+        "coco": _coco,
+        "flickr30k": _flickr30k,
+        "winoground": _winoground,
+        "mmvp": _mmvp,
+        "sugarcrepe": _sugarcrepe,
+    }
+)

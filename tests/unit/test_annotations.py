@@ -1,0 +1,214 @@
+"""Benchmarks in the files of their authors: small ones, in exactly these formats."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from features.config import Source
+from features.errors import SourceError
+from features.sources import Sample, open_source
+from features.status import Status
+from tests import tiny
+
+
+def listed(counts: Counter[str] | None = None, **settings: Any) -> list[Sample]:
+    """All samples of annotations given as in a run file."""
+    source: Source = TypeAdapter(Source).validate_python({"kind": "annotations", **settings})
+    shards = open_source(source)
+    counts = Counter() if counts is None else counts
+    return [sample for file in shards.files for sample in shards.samples(file, counts)]
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tiny.encoded(tiny.picture(0)))
+    return path
+
+
+def captions(name: str, count: int = 5) -> dict[str, str]:
+    return {str(i): f"{name} {i}" for i in range(count)}
+
+
+class TestRetrieval:
+    @pytest.fixture
+    def karpathy(self, tmp_path: Path) -> Path:
+        """As in dataset_coco.json; dataset_flickr30k.json has no `filepath`."""
+
+        def entry(name: str, split: str, sentences: int, **more: str) -> dict[str, Any]:
+            texts = [
+                {"tokens": ["x"], "raw": f"{name} {i}", "imgid": 0, "sentid": i}
+                for i in range(sentences)
+            ]
+            return {"filename": f"{name}.jpg", "split": split, "sentences": texts, **more}
+
+        document = {
+            "dataset": "coco",
+            "images": [
+                entry("COCO_val2014_1", "test", 6, filepath="val2014", cocoid="1"),
+                entry("COCO_val2014_2", "restval", 5, filepath="val2014", cocoid="2"),
+                entry("3", "test", 5),
+            ],
+        }
+        path = tmp_path / "dataset_coco.json"
+        path.write_text(json.dumps(document))
+        image(tmp_path / "images" / "val2014" / "COCO_val2014_1.jpg")
+        image(tmp_path / "images" / "3.jpg")
+        return path
+
+    def test_the_karpathy_test_split_has_the_first_five_captions(self, karpathy: Path) -> None:
+        samples = listed(path=karpathy, format="karpathy", images=karpathy.parent / "images")
+        assert [sample.key for sample in samples] == [
+            "dataset_coco/val2014/COCO_val2014_1",
+            "dataset_coco/3",
+        ]
+        assert [sample.captions for sample in samples] == [
+            captions("COCO_val2014_1"),
+            captions("3"),
+        ]
+        assert [sample.problem for sample in samples] == [0, 0]
+
+    def test_a_split_that_is_not_there_is_named_with_those_that_are(self, karpathy: Path) -> None:
+        with pytest.raises(SourceError, match=r"it has the splits \['restval', 'test'\]"):
+            listed(path=karpathy, format="karpathy", split="val")
+
+    def test_coco_joins_captions_to_images_by_id(self, tmp_path: Path) -> None:
+        document = {
+            "info": {},
+            "licenses": [],
+            "images": [
+                {"id": 9, "file_name": "000000000009.jpg", "height": 2, "width": 2},
+                {"id": 4, "file_name": "000000000004.jpg", "height": 2, "width": 2},
+            ],
+            "annotations": [
+                {"image_id": number, "id": 10 * i + number, "caption": f"{number} {i}"}
+                for i in range(6)
+                for number in (9, 4)
+            ],
+        }
+        path = tmp_path / "annotations" / "captions_val2017.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(document))
+        image(tmp_path / "val2017" / "000000000004.jpg")
+        counts = Counter[str]()
+        samples = listed(counts, path=path, format="coco", images=tmp_path / "val2017")
+        assert [sample.captions for sample in samples] == [captions("4"), captions("9")]
+        assert [sample.problem for sample in samples] == [0, Status.MISSING_IMAGE]
+        assert counts["image files that are not there (quarantined)"] == 1
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            (
+                "results_20130124.token",
+                "10.jpg#0\tTwo men , one # 3 | here .\n10.jpg#1\tMen .\n20.jpg#0\tA dog .\n",
+            ),
+            (
+                "results.csv",
+                "image_name| comment_number| comment\n10.jpg| 0| Two men , one # 3 | here .\n"
+                "10.jpg| 1| Men .\n20.jpg| 4   A dog .\n",  # as one line of it is
+            ),
+        ],
+    )
+    def test_flickr30k_comes_as_tokens_or_as_csv(
+        self, tmp_path: Path, name: str, text: str
+    ) -> None:
+        (tmp_path / name).write_text(text)
+        samples = listed(path=tmp_path / name, format="flickr30k")
+        assert [sample.captions for sample in samples] == [
+            {"0": "Two men , one # 3 | here .", "1": "Men ."},
+            {"0": "A dog ."},
+        ]
+
+    def test_captions_per_image_is_a_setting(self, karpathy: Path) -> None:
+        first, _ = listed(path=karpathy, format="karpathy", captions_per_image=6)
+        assert len(first.captions) == 6
+
+
+class TestCompositional:
+    def test_winoground_names_its_images_without_suffix(self, tmp_path: Path) -> None:
+        example = {
+            "id": 7,
+            "image_0": "ex_7_img_0",
+            "image_1": "ex_7_img_1",
+            "caption_0": "some plants surrounding a lightbulb",
+            "caption_1": "a lightbulb surrounding some plants",
+            "tag": "Object",
+            "secondary_tag": "",
+            "num_main_preds": 1,
+            "collapsed_tag": "Object",
+        }
+        path = tmp_path / "examples.jsonl"
+        path.write_text(json.dumps(example) + "\n")
+        for number in range(2):
+            image(tmp_path / "images" / f"ex_7_img_{number}.png")
+        samples = listed(path=path, format="winoground", images=tmp_path / "images")
+        assert [(sample.key, sample.group, sample.problem) for sample in samples] == [
+            ("examples/7/0", 7, 0),
+            ("examples/7/1", 7, 0),
+        ]
+        assert samples[0].captions == {"0": "some plants surrounding a lightbulb"}
+        assert samples[1].captions == {"0": "a lightbulb surrounding some plants"}
+
+    def test_mmvp_pairs_lines_and_says_a_photo_of(self, tmp_path: Path) -> None:
+        path = tmp_path / "Questions.csv"
+        path.write_text(
+            "Question ID,Type,Statement\n"
+            "1,Orientation and Direction,a rabbit facing left\n"
+            "2,Orientation and Direction,a rabbit facing right\n"
+            '3,Texts,"a sign, red"\n4,Texts,a sign\n'
+        )
+        images = tmp_path / "MLLM_VLM Images"
+        for number in (1, 2):
+            image(images / "Orientation and Direction" / f"{number}.jpg")
+        samples = listed(path=path, format="mmvp", images=images)
+        assert [sample.group for sample in samples] == [0, 0, 1, 1]
+        assert samples[1].captions == {"0": "a photo of a rabbit facing right"}
+        assert samples[2].captions == {"0": "a photo of a sign, red"}
+        assert [bool(sample.problem) for sample in samples] == [False, False, True, True]
+
+    def test_sugarcrepe_has_one_image_with_a_right_and_a_wrong_caption(
+        self, tmp_path: Path
+    ) -> None:
+        examples = {
+            number: {"filename": "1.jpg", "caption": "right", "negative_caption": "wrong"}
+            for number in ("0", "3")  # numbers may be left out, and images come again
+        }
+        path = tmp_path / "add_att.json"
+        path.write_text(json.dumps(examples))
+        image(tmp_path / "val2017" / "1.jpg")
+        samples = listed(path=path, format="sugarcrepe", images=tmp_path / "val2017")
+        assert [(sample.key, sample.group) for sample in samples] == [
+            ("add_att/0", 0),
+            ("add_att/3", 3),
+        ]
+        assert all(sample.captions == {"0": "right", "1": "wrong"} for sample in samples)
+        assert [sample.problem for sample in samples] == [0, 0]
+
+
+FORMATS = ["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("text", ["{x", '[{"images": 1}]', '{"images": [{}]}', "a\n1,b\n", "\xff"])
+def test_a_file_of_another_format_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "file"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(SourceError, match=f"cannot be read as annotations of {name}"):
+        listed(path=path, format=name)
+
+
+def test_an_image_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    example = {"filename": "../1.jpg", "caption": "a", "negative_caption": "b"}
+    path.write_text(json.dumps({"0": example}))
+    with pytest.raises(SourceError, match=r"names the image '\.\./1\.jpg', which is not in"):
+        listed(path=path, format="sugarcrepe")
+
+
+def test_annotations_that_are_not_there_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="The annotations of coco were expected"):
+        listed(path=tmp_path / "no.json", format="coco")
