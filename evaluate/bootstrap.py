@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from evaluate.items import Items
+
 Interval = tuple[float, float]
 COVERED = 0.95
 DRAWS_AT_ONCE = 1 << 24
@@ -32,14 +34,8 @@ def ratio_interval(
         Efron 1979, Bootstrap Methods: Another Look at the Jackknife (the percentile interval).
     """
     counts = np.ones_like(hits) if counts is None else counts
-
-    def ratio(
-        drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 2"]
-    ) -> Float[np.ndarray, "resamples"]:
-        ratios: np.ndarray = (drawn @ kinds[:, 0]) / np.maximum(drawn @ kinds[:, 1], 1)
-        return ratios
-
-    return _interval(np.stack([hits, counts], axis=1), ratio, resamples=resamples, seed=seed)
+    items = np.stack([np.zeros_like(hits), hits, counts], axis=1)
+    return _interval(items, _ratio, resamples=resamples, seed=seed)
 
 
 def mean_per_class_interval(
@@ -53,23 +49,64 @@ def mean_per_class_interval(
 
     A class of which a resample has no item does not count in its mean.
     """
+    items = np.stack([labels, correct.astype(labels.dtype), np.ones_like(labels)], axis=1)
+    return _interval(items, _mean_over_classes, resamples=resamples, seed=seed)
 
-    def mean_per_class(
-        drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 2"]
+
+def paired_interval(first: Items, second: Items, *, resamples: int, seed: int) -> Interval | None:
+    """Return the 95 % interval of the second number minus the first, over the same items.
+
+    Both numbers are of the items of one resample, so that what makes an item easy or hard for both
+    is not counted as a difference. That is narrower than two intervals side by side suggest.
+
+    Args:
+        first: Outcomes of one run.
+        second: Outcomes of the other on the same items in the same order.
+        resamples: How often the items are drawn, with replacement; 0 for no interval.
+        seed: Of the drawing.
+    """
+    columns = [
+        np.zeros_like(first.hits) if first.classes is None else first.classes,
+        *(part for items in (first, second) for part in (items.hits, _counts(items))),
+    ]
+    mean = _ratio if first.classes is None else _mean_over_classes
+
+    def difference(
+        drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 5"]
     ) -> Float[np.ndarray, "resamples"]:
-        _, starts = np.unique(kinds[:, 0], return_index=True)  # kinds are sorted by class
-        total = np.add.reduceat(drawn, starts, axis=1)
-        right = np.add.reduceat(drawn * kinds[:, 1], starts, axis=1)
-        shares = right / np.maximum(total, 1)
-        means: np.ndarray = shares.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
-        return means
+        one, two = (mean(drawn, kinds[:, [0, place, place + 1]]) for place in (1, 3))
+        difference: np.ndarray = two - one
+        return difference
 
-    items = np.stack([labels, correct.astype(labels.dtype)], axis=1)
-    return _interval(items, mean_per_class, resamples=resamples, seed=seed)
+    return _interval(np.stack(columns, axis=1), difference, resamples=resamples, seed=seed)
+
+
+def _counts(items: Items) -> Int[np.ndarray, "items"]:
+    return np.ones_like(items.hits) if items.counts is None else items.counts
+
+
+def _ratio(
+    drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 3"]
+) -> Float[np.ndarray, "resamples"]:
+    """Return Σ hits / Σ counts; kinds are (class, hits, counts)."""
+    ratios: np.ndarray = (drawn @ kinds[:, 1]) / np.maximum(drawn @ kinds[:, 2], 1)
+    return ratios
+
+
+def _mean_over_classes(
+    drawn: Int[np.ndarray, "resamples kinds"], kinds: Int[np.ndarray, "kinds 3"]
+) -> Float[np.ndarray, "resamples"]:
+    """Return the mean of Σ hits / Σ counts over the classes that were drawn."""
+    _, starts = np.unique(kinds[:, 0], return_index=True)  # kinds are sorted by class
+    total = np.add.reduceat(drawn * kinds[:, 2], starts, axis=1)
+    right = np.add.reduceat(drawn * kinds[:, 1], starts, axis=1)
+    shares = right / np.maximum(total, 1)
+    means: np.ndarray = shares.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
+    return means
 
 
 def _interval(
-    items: Int[np.ndarray, "items 2"],
+    items: Int[np.ndarray, "items facts"],
     statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
     *,
     resamples: int,

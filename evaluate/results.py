@@ -31,6 +31,21 @@ class Result:
     """What could change the number: k, temperature, templates, tie rule; and its chance value."""
 
     @property
+    def split(self) -> str:
+        """The split that `dataset` is or is a part of."""
+        return self.dataset.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """What was measured, by which it is found in another run: not by which trained encoders."""
+        parts = [self.task, self.dataset, self.metric]
+        if self.encoders["text"] is None and self.encoders["image"] is not None:
+            parts.append(self.encoders["image"])  # frozen features: the encoder is what is measured
+        if self.metric == "knn_top1":
+            parts.append(f"k={self.protocol['k']}")
+        return " ".join(parts)
+
+    @property
     def chance(self) -> float | None:
         """What guessing would score, where that is known."""
         value = self.protocol.get("chance")

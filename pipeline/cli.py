@@ -13,6 +13,7 @@ import click
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
 from pipeline.cli_readonly import doctor, inspect, plan, verify
+from pipeline.cli_study import compare
 from pipeline.cli_use import embed, search
 from pipeline.options import stage, trainings, until_stopped
 from pipeline.varied import count_of, seeds_of, settings_of
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, doctor, inspect, verify, search, embed, convert, import_store):
+for command in (plan, doctor, inspect, verify, search, embed, convert, import_store, compare):
     cli.add_command(command)
 
 

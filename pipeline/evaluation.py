@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align.checkpoint import Checkpoint, load_aligned
+from evaluate.items import write_items
 from evaluate.report import render
 from evaluate.results import read_results, write_results
 from features.store import NOT_COMPARED, FeatureStore
@@ -33,7 +34,7 @@ from pipeline.run import start_run
 from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # raised when the same inputs give other results or another report
+VERSION = 2  # raised when the same inputs give other results or another report
 WIDTH_OF_A_PIPE = 120
 
 
@@ -65,7 +66,8 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     context = Context(config, folder, stores, embedder, Findings())
     _measure(context, plan, stop)
     page = render(make_report(context, plan, folder.align / "metrics.jsonl"))
-    inputs.unlink(missing_ok=True)  # from here on the two files may not belong together
+    inputs.unlink(missing_ok=True)  # from here on the files may not belong together
+    write_items(folder.eval / "items.npz", context.findings.items)
     write_results(
         results,
         run=config.run.name,

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from evaluate.compositional import CHANCE, Compositional, compare_groups, pair_rows
+from evaluate.items import Items
 from evaluate.report import GroupExample
 from evaluate.results import Result
 from features.errors import EvaluationError
@@ -49,7 +50,7 @@ def _score_field(context: Context, split: str, field: str, dataset: str) -> None
         _vectors_of(images, pairs), _vectors_of(texts, pairs), np.arange(pairs.size).reshape(-1, 2)
     )
     for metric, hits in found.hits().items():
-        context.findings.results.append(
+        context.add(
             Result(
                 task="compositional",
                 dataset=dataset,
@@ -65,7 +66,9 @@ def _score_field(context: Context, split: str, field: str, dataset: str) -> None
                     "groups_left_out": left_out,
                     "chance": CHANCE[metric],
                 },
-            )
+            ),
+            pairs.ravel(),
+            Items(hits.astype(np.int64)),
         )
     _add_examples(context, split, field, pairs, found)
 

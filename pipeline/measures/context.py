@@ -1,13 +1,15 @@
 """What every measure reads, and where it puts what it found."""
 
+import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int64
 
 from evaluate.bootstrap import Interval, ratio_interval
 from evaluate.confusion import Confusions
+from evaluate.items import Items
 from evaluate.report import ExamplePanel, GroupExample
 from evaluate.results import Result
 from features.column import Column
@@ -26,6 +28,8 @@ class Findings:
     """The numbers, and what the report shows beside them."""
 
     results: list[Result] = field(default_factory=list)
+    items: dict[str, Items] = field(default_factory=dict)
+    """Of the results, by name, that are sums over items: what each item scored."""
     panels: list[ExamplePanel] = field(default_factory=list)
     groups: list[GroupExample] = field(default_factory=list)
     confusions: list[Confusions] = field(default_factory=list)
@@ -58,6 +62,14 @@ class Context:
         """Return the bootstrap interval of Σ hits / Σ counts, as the settings ask for it."""
         settings = self.config.eval
         return ratio_interval(hits, counts, resamples=settings.bootstrap, seed=settings.seed)
+
+    def add(self, result: Result, rows: Int64[np.ndarray, "used"], items: Items) -> None:
+        """Keep a number together with what each item scored and of which rows the items are."""
+        digest = hashlib.sha256(self.stores[result.split].keys_sha256.encode())
+        digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
+        protocol = result.protocol | {"rows_sha256": digest.hexdigest()}
+        self.findings.results.append(replace(result, protocol=protocol))
+        self.findings.items[result.name] = items
 
     def labelled_rows(
         self, split: str, column: Column

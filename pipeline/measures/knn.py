@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+from evaluate.items import Items
 from evaluate.knn import nearest_neighbours, vote
 from evaluate.results import Result
 from features.column import Column
@@ -57,13 +58,13 @@ def score_knn(context: Context, split: str, reference: str) -> None:
 
 
 def _score(context: Context, split: str, reference: str, search: _Search) -> None:
-    settings, findings = context.config.eval, context.findings
+    settings = context.config.eval
     rows, labels = context.labelled_rows(split, search.query)
     voters = [(column, *context.labelled_rows(reference, column)) for column in search.voters]
     voter_labels = np.concatenate([voted for _, _, voted in voters])
     ks = [k for k in settings.knn_k if k <= len(voter_labels)]
     if dropped := sorted(set(settings.knn_k) - set(ks)):
-        findings.note(
+        context.findings.note(
             f"k-NN with k = {', '.join(map(str, dropped))} is left out: {reference} has only "
             f"{len(voter_labels)} rows that can vote."
         )
@@ -85,7 +86,7 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
             num_classes=num_classes,
         )
         hits = (predicted == labels).astype(np.int64)
-        findings.results.append(
+        context.add(
             Result(
                 task=f"knn/{search.kind}",
                 dataset=split,
@@ -103,5 +104,7 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
                     "reference_rows": len(voter_labels),
                     "chance": round(1 / num_classes, 8),
                 },
-            )
+            ),
+            rows,
+            Items(hits),
         )

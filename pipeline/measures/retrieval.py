@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from evaluate.items import Items
 from evaluate.report import ExamplePanel
 from evaluate.results import Result
 from evaluate.retrieval import (
@@ -122,7 +123,7 @@ def _add_results(
         owner = np.arange(images) if task.endswith("to_text") else pool.owner
         for k in RECALL_AT:
             hits, counts = hits_per_image(by_query, owner, images=images, k=k)
-            context.findings.results.append(
+            context.add(
                 Result(
                     task=task,
                     dataset=dataset,
@@ -138,7 +139,9 @@ def _add_results(
                         "gallery": gallery,
                         "chance": chance_recall(right, gallery, k),
                     },
-                )
+                ),
+                pool.rows,
+                Items(hits, counts),
             )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from evaluate.bootstrap import mean_per_class_interval
 from evaluate.confusion import Confusions
+from evaluate.items import Items
 from evaluate.report import ExamplePanel
 from evaluate.results import Result
 from evaluate.zero_shot import (
@@ -37,11 +38,11 @@ def score_zero_shot(context: Context, split: str) -> None:
     embedded = embedder.apply(embedder.model.embed_text, features)
     classes = class_embeddings(embedded.view(len(names), len(templates), -1))
     found = classify(images.vectors[places], classes, labels)
-    _add_results(context, split, found, split)
+    _add_results(context, split, rows, found)
     seen = _seen_classes(context, store)
     if seen is not None and 0 < seen[labels].sum() < len(labels):
-        _add_results(context, f"{split}/seen classes", found.select(seen[labels]), split)
-        _add_results(context, f"{split}/unseen classes", found.select(~seen[labels]), split)
+        for part, chosen in (("seen", seen[labels]), ("unseen", ~seen[labels])):
+            _add_results(context, f"{split}/{part} classes", rows[chosen], found.select(chosen))
     matrix = confusion_matrix(labels, found.predicted, len(names))
     context.findings.confusions.append(Confusions(split, names, matrix))
     _add_examples(context, split, rows, images.vectors[places] @ classes.T, found)
@@ -52,37 +53,39 @@ def _templates(context: Context, split: str) -> tuple[str, ...]:
     return read_templates(settings.split_templates.get(split, settings.templates))
 
 
-def _add_results(context: Context, dataset: str, found: Classified, split: str) -> None:
+def _add_results(
+    context: Context, dataset: str, rows: Int64[np.ndarray, "images"], found: Classified
+) -> None:
     settings = context.config.eval
+    split = dataset.partition("/")[0]
     num_classes = len(context.stores[split].class_names or ())
-    values = {"top1": (found.top(1), context.interval((found.ranks < 1).astype(np.int64)))}
+    right = (found.ranks < 1).astype(np.int64)
+    measured = {"top1": Items(right)}
     if num_classes > TOP:
-        hits = (found.ranks < TOP).astype(np.int64)
-        values["top5"] = (found.top(TOP), context.interval(hits))
-    values["mean_per_class"] = (
-        found.mean_per_class(),
-        mean_per_class_interval(
-            found.labels, found.ranks == 0, resamples=settings.bootstrap, seed=settings.seed
-        ),
+        measured["top5"] = Items((found.ranks < TOP).astype(np.int64))
+    measured["mean_per_class"] = Items(right, classes=found.labels)
+    intervals = {name: context.interval(items.hits) for name, items in measured.items()}
+    intervals["mean_per_class"] = mean_per_class_interval(
+        found.labels, found.ranks == 0, resamples=settings.bootstrap, seed=settings.seed
     )
-    for metric, (value, interval) in values.items():
-        context.findings.results.append(
-            Result(
-                task="zero_shot",
-                dataset=dataset,
-                metric=metric,
-                value=value,
-                n=len(found.labels),
-                ci95=interval,
-                encoders=context.encoders,
-                protocol={
-                    "templates": list(_templates(context, split)),
-                    "classes": num_classes,
-                    "ties": TIES,
-                    "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),
-                },
-            )
+    for metric, items in measured.items():
+        mean = metric == "mean_per_class"
+        result = Result(
+            task="zero_shot",
+            dataset=dataset,
+            metric=metric,
+            value=found.mean_per_class() if mean else float(items.hits.mean()),
+            n=len(found.labels),
+            ci95=intervals[metric],
+            encoders=context.encoders,
+            protocol={
+                "templates": list(_templates(context, split)),
+                "classes": num_classes,
+                "ties": TIES,
+                "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),
+            },
         )
+        context.add(result, rows, items)
 
 
 def _seen_classes(context: Context, store: FeatureStore) -> Bool[np.ndarray, "classes"] | None:

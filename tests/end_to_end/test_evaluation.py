@@ -11,15 +11,19 @@ import torch
 from torch.nn import functional as F
 
 from align.checkpoint import load_aligned
+from evaluate.items import read_items
+from evaluate.results import read_results
 from features.encoders import load_text_encoder
 from features.errors import EvaluationError
 from features.store import FeatureStore
+from pipeline.comparison import compare_runs
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation import evaluate_run, results_table
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import RunFolder, extract
 from pipeline.training import align_run
 from tests import tiny
+from tests.end_to_end.test_commands import sail
 
 ALL = (
     'eval.zero_shot=["test"]',
@@ -236,3 +240,24 @@ def test_earlier_numbers_are_shown_as_such(run: Run, tmp_path: Path) -> None:
     run.results(f"report.reference='{reference}'")
     assert "top-1 on raw pixels" in run.report
     assert "Recorded earlier, not from this run" in run.report
+
+
+def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(run: Run) -> None:
+    results = run.results(*ALL)
+    read = read_results(run.folder / "eval" / "results.json")
+    items = read_items(run.folder / "eval" / "items.npz")
+    assert set(items) == {result.name for result in read}
+    assert len(items) == len(results)
+    for result in read:
+        found = items[result.name]
+        counts = np.ones_like(found.hits) if found.counts is None else found.counts
+        classes = np.zeros_like(counts) if found.classes is None else found.classes
+        shares = [
+            found.hits[classes == each].sum() / counts[classes == each].sum()
+            for each in np.unique(classes)
+        ]
+        assert np.mean(shares) == pytest.approx(result.value), result.name
+    sail("compare", str(run.folder), str(run.folder), "--plot", str(run.folder / "c.png"))
+    document = compare_runs(run.folder, run.folder)
+    assert {row["measure"] for row in document["measures"]} == set(items)
+    assert all(row["paired"] and row["ci95"] == (0, 0) for row in document["measures"])
