@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from features.storage.files import write
+
 
 class MetricsLog:
     """One JSON object per line, with units in the names; the numbers go to TensorBoard as well.
@@ -42,9 +44,7 @@ def _cut_back(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _step(line: str) -> float:

@@ -18,6 +18,7 @@ from align.head import AlignmentModel
 from features.column import Column
 from features.errors import EvaluationError
 from features.status import Status
+from features.storage.files import write
 from features.store import NOT_COMPARED, UNRECORDED, FeatureStore
 from pipeline.config import RunConfig
 
@@ -211,7 +212,5 @@ def prompt_features(
     features = encoder.encode(prompts).astype(np.float16)
     buffer = io.BytesIO()
     np.save(buffer, features, allow_pickle=False)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write(path, buffer.getvalue())
     return features

@@ -14,6 +14,7 @@ from align.checkpoint import Checkpoint, load_aligned
 from evaluate.items import write_items
 from evaluate.report import render
 from evaluate.results import read_results, write_results
+from features.storage.files import write
 from features.store import NOT_COMPARED, FeatureStore
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
@@ -74,8 +75,8 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         checkpoint_sha256=checkpoint.sha256,
         results=context.findings.results,
     )
-    _write(report, page)
-    _write(inputs, digest + "\n")
+    write(report, page.encode())
+    write(inputs, f"{digest}\n".encode())
     return results
 
 
@@ -161,9 +162,3 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
