@@ -1,4 +1,8 @@
-"""Compositional scores: two images and two captions that differ in how the same things combine."""
+"""Compositional scores: captions that differ in how the same things combine.
+
+A group is two images with a caption each (Winoground, MMVP-VLM), or one image with a right caption
+and wrong ones (SugarCrepe, ARO).
+"""
 
 from dataclasses import dataclass
 
@@ -67,6 +71,26 @@ def compare_groups(
     return Compositional(cosines)
 
 
+def choose_captions(
+    image: Float[np.ndarray, "groups dim"], text: Float[np.ndarray, "groups captions dim"]
+) -> Bool[np.ndarray, "groups"]:
+    """Return for which images their first caption is nearer than each of the others.
+
+    Equally near ones, and cosines that are not numbers, count as wrong, as in `compare_groups`.
+
+    Args:
+        image: Image embeddings of any length; normalised here.
+        text: Caption embeddings, likewise; the first of each image is the right one.
+
+    Reference:
+        Hsieh et al. 2023, SugarCrepe, arXiv:2306.14610; Yuksekgonul et al. 2023, ARO,
+        arXiv:2210.01936, whose argmax would count some ties as right.
+    """
+    cosines = (_normalised(image)[:, None] * _normalised(text)).sum(axis=-1)
+    right: np.ndarray = (cosines[:, :1] > cosines[:, 1:]).all(axis=1)
+    return right
+
+
 def pair_rows(
     groups: Int[np.ndarray, "rows"], usable: Bool[np.ndarray, "rows"]
 ) -> tuple[Int64[np.ndarray, "groups 2"], int]:
@@ -88,7 +112,7 @@ def pair_rows(
     return pairs, int((numbers >= 0).sum()) - len(pairs)
 
 
-def _normalised(rows: Float[np.ndarray, "groups 2 dim"]) -> Float[np.ndarray, "groups 2 dim"]:
+def _normalised(rows: Float[np.ndarray, "*rows dim"]) -> Float[np.ndarray, "*rows dim"]:
     rows = rows.astype(np.float64)
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     normalised: np.ndarray = rows / np.maximum(norms, 1e-12)

@@ -135,13 +135,14 @@ def _flickr30k(text: str, source: AnnotationSource) -> Iterator[Record]:
 
 def _winoground(text: str, _: AnnotationSource) -> Iterator[Record]:
     """`examples.jsonl`: two images, named without suffix by their authors, and two captions."""
-    for example in map(json.loads, filter(str.strip, text.splitlines())):
+    examples = map(json.loads, filter(str.strip, text.splitlines()))
+    for number, example in enumerate(examples):  # an `id` may come again in files made like it
         for i in range(2):
             name = example[f"image_{i}"]
             if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
                 name += ".png"
             caption = (example[f"caption_{i}"],)
-            yield Record(f"{example['id']}/{i}", name, caption, int(example["id"]))
+            yield Record(f"{number}/{i}", name, caption, number)
 
 
 def _mmvp(text: str, _: AnnotationSource) -> Iterator[Record]:

@@ -1,9 +1,15 @@
-"""Compositional scores of a split whose rows form groups of two."""
+"""Compositional scores of a split whose rows form groups of two, or are each a choice."""
 
 import numpy as np
 from jaxtyping import Int64
 
-from evaluate.compositional import CHANCE, Compositional, compare_groups, pair_rows
+from evaluate.compositional import (
+    CHANCE,
+    Compositional,
+    choose_captions,
+    compare_groups,
+    pair_rows,
+)
 from evaluate.items import Items
 from evaluate.report import GroupExample
 from evaluate.results import Result
@@ -15,10 +21,16 @@ from pipeline.measures.context import Context
 
 
 def score_compositional(context: Context, split: str) -> None:
-    """Score the groups, for each caption field that tells the rows of a group apart."""
+    """Score the groups, for each caption field that tells the rows of a group apart.
+
+    Where every group is one row with several captions, the first of these is the right one.
+    """
     named = context.config.eval.compositional_fields
     fields = context.caption_fields(split, named, "compositional_fields")
     store = context.stores[split]
+    if len(fields) > 1 and _has_one_row_each(store):
+        _score_choice(context, split, fields)
+        return
     telling = [name for name in fields if named or _tells_apart(store, name)]
     for name in telling:
         _score_field(context, split, name, split if len(telling) == 1 else f"{split}/{name}")
@@ -73,6 +85,49 @@ def _score_field(context: Context, split: str, field: str, dataset: str) -> None
     _add_examples(context, split, field, pairs, found)
 
 
+def _score_choice(context: Context, split: str, fields: tuple[str, ...]) -> None:
+    store = context.stores[split]
+    images = context.embedder.images(store)
+    texts = [context.embedder.captions(store, field) for field in fields]
+    rows = np.flatnonzero(_groups(store) >= 0)
+    left_out = len(rows)
+    for embedded in (images, *texts):
+        rows = np.intersect1d(rows, embedded.rows)
+    if left_out := left_out - len(rows):
+        context.findings.note(
+            f"{left_out} groups of {split} are left out: their image or one of their "
+            f"{len(fields)} captions cannot be used."
+        )
+    if not len(rows):
+        raise EvaluationError(
+            f"No group of {store.path} has an image and {len(fields)} captions that can be used. "
+            f"At least one was expected. Correct the source, or name other splits in "
+            f"eval.compositional."
+        )
+    vectors = np.stack([_vectors_of(embedded, rows) for embedded in texts], axis=1)
+    hits = choose_captions(_vectors_of(images, rows), vectors)
+    context.add(
+        Result(
+            task="compositional",
+            dataset=split,
+            metric="text_score",
+            value=float(hits.mean()),
+            n=len(rows),
+            ci95=context.interval(hits.astype(np.int64)),
+            encoders=context.encoders,
+            protocol={
+                "form": f"one image, {len(fields)} captions, the first right",
+                "captions": list(fields),
+                "ties": "count as wrong (strictly greater)",
+                "groups_left_out": left_out,
+                "chance": round(1 / len(fields), 8),
+            },
+        ),
+        rows,
+        Items(hits.astype(np.int64)),
+    )
+
+
 def _add_examples(
     context: Context,
     split: str,
@@ -103,12 +158,18 @@ def _tells_apart(store: FeatureStore, field: str) -> bool:
     return bool(np.any(captions[pairs[:, 0]] != captions[pairs[:, 1]]))
 
 
+def _has_one_row_each(store: FeatureStore) -> bool:
+    groups = _groups(store)
+    _, counts = np.unique(groups[groups >= 0], return_counts=True)
+    return bool(np.all(counts == 1))
+
+
 def _groups(store: FeatureStore) -> np.ndarray:
     groups = store.groups()
     return np.full(store.rows, -1, dtype=np.int32) if groups is None else groups
 
 
-def _vectors_of(embedded: Embedded, rows: Int64[np.ndarray, "groups 2"]) -> np.ndarray:
+def _vectors_of(embedded: Embedded, rows: Int64[np.ndarray, "*groups"]) -> np.ndarray:
     """Return the vectors of rows of the store, group after group."""
     places = np.searchsorted(embedded.rows, rows.ravel())
     vectors: np.ndarray = embedded.vectors.cpu().numpy()[places]

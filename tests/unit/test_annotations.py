@@ -147,8 +147,8 @@ class TestCompositional:
             image(tmp_path / "images" / f"ex_7_img_{number}.png")
         samples = listed(path=path, format="winoground", images=tmp_path / "images")
         assert [(sample.key, sample.group, sample.problem) for sample in samples] == [
-            ("examples/7/0", 7, 0),
-            ("examples/7/1", 7, 0),
+            ("examples/0/0", 0, 0),
+            ("examples/0/1", 0, 0),
         ]
         assert samples[0].captions == {"0": "some plants surrounding a lightbulb"}
         assert samples[1].captions == {"0": "a lightbulb surrounding some plants"}

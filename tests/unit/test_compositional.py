@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from evaluate.compositional import CHANCE, Compositional, compare_groups, pair_rows
+from evaluate.compositional import (
+    CHANCE,
+    Compositional,
+    choose_captions,
+    compare_groups,
+    pair_rows,
+)
 
 
 def scored(*cosines: float) -> dict[str, bool]:
@@ -57,6 +63,18 @@ def test_the_length_of_embeddings_does_not_matter() -> None:
     lengths = np.arange(1, 7)[:, None]
     expected = compare_groups(image, text, pairs).cosines
     assert compare_groups(image * lengths, text / lengths, pairs).cosines == pytest.approx(expected)
+
+
+def test_the_first_caption_must_be_nearer_than_every_other() -> None:
+    image = np.array([[1.0, 0.0]] * 4)
+    near, far, same = [2.0, 0.1], [0.1, 2.0], [0.1, 2.0]
+    text = np.array([[near, far, far], [far, near, far], [near, far, near], [far, same, same]])
+    assert choose_captions(image, text).tolist() == [True, False, False, False]
+
+
+def test_a_caption_that_is_not_a_number_is_not_chosen() -> None:
+    text = np.array([[[np.nan, 0.0], [1.0, 0.0]], [[1.0, 0.0], [np.nan, 0.0]]])
+    assert choose_captions(np.ones((2, 2)), text).tolist() == [False, False]
 
 
 def test_groups_are_pairs_of_rows_wherever_they_stand() -> None:
