@@ -79,8 +79,9 @@ def retrieval_ranks(
     A wrong item that is as near as the right one (to within 1e-6 of cosine) counts as nearer, and
     so does one whose cosine is not a number: embeddings that are all the same score nothing.
 
-    Goes over the pairs twice, since the nearest right image of a caption is known only after the
-    first time; no more than `COSINES_AT_ONCE` cosines are held.
+    Goes over all pairs once, or twice where equal words are right, since then the nearest right
+    image of a caption is known only after the first time; no more than `COSINES_AT_ONCE` cosines
+    are held.
 
     Args:
         image: Image embeddings of any length; normalised here.
@@ -88,15 +89,8 @@ def retrieval_ranks(
         relevance: What is right.
     """
     image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    best_of_image = torch.full((len(image),), -torch.inf, device=image.device)
-    best_of_text = torch.full((len(text),), -torch.inf, device=image.device)
-    right_of_image, right_of_text = _zeros(image), _zeros(text)
-    for images, texts, cosine, right in _blocks(image, text, relevance):
-        own = cosine.masked_fill(~right, -torch.inf)
-        best_of_image[images] = torch.maximum(best_of_image[images], own.amax(dim=1))
-        best_of_text[texts] = torch.maximum(best_of_text[texts], own.amax(dim=0))
-        right_of_image[images] += right.sum(dim=1)
-        right_of_text[texts] += right.sum(dim=0)
+    nearest = _nearest_own if relevance.words is None else _nearest_of_equal_words
+    best_of_image, best_of_text, right_of_image, right_of_text = nearest(image, text, relevance)
     by_image, by_text = _zeros(image), _zeros(text)
     for images, texts, cosine, right in _blocks(image, text, relevance):
         # "Not lower" rather than "higher or equal", so that a NaN on either side counts.
@@ -109,6 +103,11 @@ def retrieval_ranks(
 def recall(ranks: Int64[np.ndarray, "queries"], k: int) -> float:
     """Return the fraction of queries with a right item among the k nearest."""
     return float(np.mean(ranks < k))
+
+
+def median_rank(ranks: Int64[np.ndarray, "queries"]) -> float:
+    """Return the median place, from 1, at which a query's nearest right item stands."""
+    return float(np.median(ranks)) + 1
 
 
 def chance_recall(right: Int64[np.ndarray, "queries"], gallery: int, k: int) -> float:
@@ -142,6 +141,42 @@ def same_words(captions: Sequence[str]) -> Int64[np.ndarray, "texts"]:
     return np.array(
         [numbers.setdefault(caption, len(numbers)) for caption in captions], dtype=np.int64
     )
+
+
+Nearest = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each image and of each caption, the cosine of the nearest right item; then their numbers."""
+
+
+def _nearest_own(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Nearest:
+    """Compare each caption with its own image only."""
+    owner = relevance.owner
+    step = max(1, COSINES_AT_ONCE // max(image.shape[1], 1))
+    parts = [
+        (text[start : start + step] * image[owner[start : start + step]]).sum(dim=1)
+        for start in range(0, len(text), step)
+    ]
+    of_text = torch.cat(parts) if parts else text.new_empty(0)
+    of_image = image.new_full((len(image),), -torch.inf)
+    of_image = of_image.scatter_reduce(0, owner, of_text, "amax")
+    return of_image, of_text, torch.bincount(owner, minlength=len(image)), _zeros(text) + 1
+
+
+def _nearest_of_equal_words(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Nearest:
+    """Compare everything with everything: any caption may be right."""
+    of_image = image.new_full((len(image),), -torch.inf)
+    of_text = text.new_full((len(text),), -torch.inf)
+    right_of_image, right_of_text = _zeros(image), _zeros(text)
+    for images, texts, cosine, right in _blocks(image, text, relevance):
+        own = cosine.masked_fill(~right, -torch.inf)
+        of_image[images] = torch.maximum(of_image[images], own.amax(dim=1))
+        of_text[texts] = torch.maximum(of_text[texts], own.amax(dim=0))
+        right_of_image[images] += right.sum(dim=1)
+        right_of_text[texts] += right.sum(dim=0)
+    return of_image, of_text, right_of_image, right_of_text
 
 
 def _blocks(

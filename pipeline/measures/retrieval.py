@@ -15,6 +15,7 @@ from evaluate.retrieval import (
     Relevance,
     chance_recall,
     hits_per_image,
+    median_rank,
     recall,
     retrieval_ranks,
     same_words,
@@ -121,6 +122,11 @@ def _add_results(
         ("retrieval/text_to_image", ranks.by_text, ranks.right_images, images),
     ):
         owner = np.arange(images) if task.endswith("to_text") else pool.owner
+        # Results are fractions, and a protocol holds what is set: a rank is neither.
+        context.findings.note(
+            f"The median rank of {task.removeprefix('retrieval/')} in {dataset} is "
+            f"{median_rank(by_query):g} of {gallery:,}."
+        )
         for k in RECALL_AT:
             hits, counts = hits_per_image(by_query, owner, images=images, k=k)
             context.add(

@@ -27,6 +27,7 @@ CPU_MODULES = [
     "loader",
     "loss",
     "memory",
+    "retrieval",
     "scaling",
     "step",
     "writer",

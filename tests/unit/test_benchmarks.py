@@ -21,6 +21,7 @@ from tests.benchmarks import (
     loader,
     loss,
     memory,
+    retrieval,
     step,
     writer,
 )
@@ -122,3 +123,9 @@ def test_a_figure_is_ok_on_the_right_side_of_its_goal() -> None:
     common = {"figure": "f", "unit": "u", "goal": 2.0, "n": 1, "spread": 0.0, "command": "c"}
     assert Figure(value=3.0, direction="min", **common).ok  # type: ignore[arg-type]
     assert not Figure(value=3.0, direction="max", **common).ok  # type: ignore[arg-type]
+
+
+def test_retrieval_benchmark_measures_a_ratio_and_seconds() -> None:
+    figures = retrieval.measure(images=20, dim=8, rounds=1)
+    assert [figure.unit for figure in figures] == ["ratio", "s"]
+    assert all(figure.value > 0 for figure in figures)

@@ -8,6 +8,7 @@ from evaluate.retrieval import (
     Relevance,
     chance_recall,
     hits_per_image,
+    median_rank,
     recall,
     retrieval_ranks,
     same_words,
@@ -36,6 +37,23 @@ def test_each_caption_is_a_query_of_its_own() -> None:
     assert ranks.by_text.tolist() == [1, 0, 1]  # 50° is nearer to 90°, 20° nearer to 0°
     assert recall(ranks.by_text, 1) == pytest.approx(1 / 3)
     assert recall(ranks.by_text, 5) == 1
+
+
+def test_words_that_never_repeat_rank_as_own_captions_do_also_where_some_are_no_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(20, 6, generator=generator)
+    owner = torch.arange(20).repeat_interleave(3)
+    text = image[owner] + torch.randn(60, 6, generator=generator)
+    text[7] = image[4] = torch.nan
+    by_owner = retrieval_ranks(image, text, Relevance(20, owner))
+    by_words = retrieval_ranks(image, text, Relevance(20, owner, torch.arange(60)))
+    for name, found in vars(by_owner).items():
+        assert found.tolist() == getattr(by_words, name).tolist()
+
+
+def test_the_median_rank_counts_from_one() -> None:
+    assert median_rank(np.array([0, 0, 4])) == 1
+    assert median_rank(np.array([0, 3, 4, 9])) == 4.5
 
 
 def test_perfect_embeddings_have_recall_one_both_ways() -> None:
