@@ -1,0 +1,31 @@
+"""Winoground's definition on every order and tie that four scores can have."""
+
+from itertools import product
+
+import numpy as np
+
+from evaluate.compositional import Compositional
+
+SCORES = list(product(range(4), repeat=4))
+"""c0_i0, c1_i0, c0_i1, c1_i1: caption and image, as its authors name them."""
+
+
+def text_correct(c0_i0: int, c1_i0: int, c0_i1: int, c1_i1: int) -> bool:
+    """Equation 1 of Thrush et al. 2022."""
+    return c0_i0 > c1_i0 and c1_i1 > c0_i1
+
+
+def image_correct(c0_i0: int, c1_i0: int, c0_i1: int, c1_i1: int) -> bool:
+    """Equation 2."""
+    return c0_i0 > c0_i1 and c1_i1 > c1_i0
+
+
+def test_scores_of_every_order_and_tie_are_those_of_the_definition() -> None:
+    # Row i of a group is image i, column j is caption j.
+    found = Compositional(np.array(SCORES, dtype=np.float64).reshape(-1, 2, 2)).hits()
+    text = [text_correct(*scores) for scores in SCORES]
+    image = [image_correct(*scores) for scores in SCORES]
+    assert found["text_score"].tolist() == text
+    assert found["image_score"].tolist() == image
+    assert found["group_score"].tolist() == [a and b for a, b in zip(text, image, strict=True)]
+    assert any(len(set(scores)) < 4 for scores in SCORES)
