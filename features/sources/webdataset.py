@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from features.class_lists import check_order
 from features.config import WebdatasetSource
 from features.errors import SourceError
 from features.sources.sample import (
@@ -21,6 +23,7 @@ from features.sources.tar import Member, TarFault, TarFile
 from features.status import Status
 from features.storage.place import Place
 
+OWN_NAMES = "classnames.txt"
 MAX_TEXT_BYTES = 1 << 20
 MAX_SUFFIXES_COUNTED = 32
 _parse_json = json.JSONDecoder().decode
@@ -43,8 +46,23 @@ class TarShards:
         self._of_use = {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels, where the recipe gives them."""
-        return read_class_names(self._source.class_names)
+        """Return the names of the labels, where the recipe gives them.
+
+        Raises:
+            SourceError: `classnames.txt`, which CLIP_benchmark puts beside or above local tars, has
+                them in another order.
+        """
+        given = read_class_names(self._source.class_names)
+        folder = next(iter(self.files)).parent
+        if given is None or not isinstance(folder, Path):
+            return given
+        for beside in (folder / OWN_NAMES, folder.parent / OWN_NAMES):
+            if beside.is_file():
+                own = read_class_names(beside) or ()
+                by = f"class_names = {self._source.class_names}"
+                check_order(given, own, given_by=by, own_by=str(beside))
+                break
+        return given
 
     def check(self) -> None:
         """Refuse a name of captions that no sample had."""

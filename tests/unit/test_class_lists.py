@@ -130,6 +130,20 @@ def test_names_in_another_order_than_the_files_own_are_refused(tmp_path: Path) -
     assert class_names(**source, class_names=str(own)) == swapped
 
 
+@pytest.mark.parametrize("folder", ["", "test"])
+def test_names_in_another_order_than_those_beside_the_tars_are_refused(
+    tmp_path: Path, folder: str
+) -> None:
+    shard = tiny.write_tar(tmp_path / folder / "0.tar", tiny.samples(1))
+    source = {"kind": "webdataset", "path": str(shard), "class_names": "cifar-10"}
+    assert class_names(**source) == CIFAR
+    (tmp_path / "classnames.txt").write_text("\n".join(CIFAR))
+    assert class_names(**source) == CIFAR
+    (tmp_path / "classnames.txt").write_text("\n".join(reversed(CIFAR)))
+    with pytest.raises(SourceError, match=r"another order than .*classnames\.txt"):
+        class_names(**source)
+
+
 def test_another_number_of_names_than_the_files_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"names 100 classes, but .* has 10"):
         class_names(**parquet(tmp_path / "p.parquet", CIFAR), class_names="cifar-100")
