@@ -13,7 +13,7 @@ import click
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
 from pipeline.cli_readonly import doctor, inspect, plan, verify
-from pipeline.cli_study import compare
+from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
 from pipeline.options import stage, trainings, until_stopped
 from pipeline.varied import count_of, seeds_of, settings_of
@@ -48,7 +48,19 @@ def cli() -> None:
     """
 
 
-for command in (plan, doctor, inspect, verify, search, embed, convert, import_store, compare):
+for command in (
+    plan,
+    doctor,
+    inspect,
+    verify,
+    search,
+    embed,
+    convert,
+    import_store,
+    compare,
+    study,
+    pick,
+):
     cli.add_command(command)
 
 

@@ -4,9 +4,13 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+from pipeline.options import stage, until_stopped
 
 
 @click.command()
@@ -39,3 +43,79 @@ def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None
         if as_json
         else f"{comparison_table(document)}\n{picture}"
     )
+
+
+on = click.option(
+    "--on",
+    metavar="SPLIT",
+    help="Score alignment on this split; on the rows that training holds out if not given.",
+)
+
+
+@click.command()
+@stage
+@on
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Scores from elsewhere: a column `encoder`, and one per score.",
+)
+def study(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    on: str | None,
+    scores: Path | None,
+) -> None:
+    """Find out what predicts alignment, over all encoders of a recipe.
+
+    Needs `sail extract`. Measures every image encoder and every pair, trains a short linear head
+    for each pair, and correlates. Resumes by itself. Writes study.json, study.md and study.png
+    into run.dir/study; docs/study.md has an example.
+
+    \b
+    Examples:
+      sail study flickr-study.toml
+      sail study flickr-study.toml --on val --scores mteb.csv
+    """
+    from pipeline.study import study_run
+    from pipeline.study.output import study_table
+
+    path = _stoppable(
+        lambda stop: study_run(recipe, overrides, stop, on=on, scores=scores), verbose=verbose
+    )
+    text = path.read_text(encoding="utf-8")
+    click.echo(text if as_json else f"{study_table(json.loads(text))}\n{path.with_suffix('.md')}")
+
+
+@click.command()
+@stage
+@on
+def pick(
+    recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, on: str | None
+) -> None:
+    """Say which pair of the recipe's encoders aligns best, and how sure that is.
+
+    Needs `sail extract` of a few thousand of your pairs with all candidates. Trains a short linear
+    head for each pair. Resumes by itself, and shares what it trains with `sail study`.
+
+    \b
+    Example:
+      sail pick candidates.toml --set align.steps=200
+    """
+    from pipeline.study import pick_run
+    from pipeline.study.pick import pick_table
+
+    path, document = _stoppable(lambda stop: pick_run(recipe, overrides, on, stop), verbose=verbose)
+    click.echo(json.dumps(document, indent=2) if as_json else f"{pick_table(document)}\n{path}")
+
+
+def _stoppable(work: Callable[[Any], Any], *, verbose: bool) -> Any:
+    from pipeline.memory import keep_freed_memory
+    from pipeline.progress import start_log
+
+    start_log(verbose=verbose)
+    keep_freed_memory()
+    return until_stopped(work)
