@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+AlignmentMeasure = Literal["cka", "cka_debiased", "cka_rbf", "mutual_knn", "cknna", "svcca"]
+
+
 class EvalConfig(BaseModel):
     """Which measures are taken on which splits; each runs where a split has what it needs."""
 
@@ -41,6 +44,29 @@ class EvalConfig(BaseModel):
     """Numbers of neighbours that are tried."""
     knn_temperature: PositiveFloat = 0.07
     """T of the votes exp(cosine / T) (DINO)."""
+    linear_probe_rows: int = Field(default=0, ge=0)
+    """Rows of `knn_reference` to which linear probes of the image features are fitted, at most; the
+    splits of `knn` test them. 0 leaves them out: to converge takes minutes on a CPU."""
+    alignment: tuple[str, ...] = ()
+    """Splits on whose pairs the alignment of image with text features is measured; every split with
+    captions but the training split and those with groups, if empty."""
+    alignment_measures: tuple[AlignmentMeasure, ...] = (
+        "cka",
+        "cka_debiased",
+        "mutual_knn",
+        "cknna",
+    )
+    """Measures of alignment (docs/protocols.md); none if empty. `cka_rbf` and `svcca` take the
+    longest."""
+    alignment_rows: PositiveInt = 1024
+    """Pairs, drawn by `seed`, on which alignment is measured, at most. Values of mutual k-NN and
+    CKNNA depend on it: compare only values of as many."""
+    alignment_k: PositiveInt = 10
+    """Neighbours of mutual k-NN and CKNNA; two at least for CKNNA."""
+    alignment_permutations: int = Field(default=20, ge=0)
+    """How often pairs are shuffled for the null of an alignment measure; 0 leaves it out."""
+    alignment_subsamples: int = Field(default=20, ge=0)
+    """Halves of the rows for its 95 % interval; 0 leaves it out."""
     compositional: tuple[str, ...] = ()
     """Splits with groups; every such split if empty."""
     compositional_fields: tuple[str, ...] = ()

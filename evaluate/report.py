@@ -208,6 +208,8 @@ def render(report: Report) -> str:
         zero_shot=by_dataset(report.results, "zero_shot"),
         has_unseen=any(each.dataset.endswith("/unseen classes") for each in report.results),
         knn=knn_tables(report.results),
+        probes=[each for each in report.results if each.metric == "linear_probe_top1"],
+        alignment=by_dataset(report.results, "alignment/"),
         compositional=by_dataset(report.results, "compositional"),
         confusions=[_confusion_view(each) for each in report.confusions],
         columns_of_reference=list(dict.fromkeys(key for row in report.reference for key in row)),

@@ -17,6 +17,8 @@ from features.partial import appearing
 from pipeline.tables import rendered
 
 RESAMPLES, SEED = 2000, 0
+FOUND = frozenset({"calibrated", "p_value", "regularisation", "converged"})
+"""Of a protocol: what came out rather than what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _differences(name: str, one: _Evaluated, two: _Evaluated) -> Iterator[str]:
     for key in sorted(ours.keys() | theirs.keys()):
         if key == "rows_sha256" and not (key in ours and key in theirs):
             continue  # of an evaluation that did not keep it: there is no pairing either
+        if key in FOUND or (key == "chance" and "permutations" in ours):  # that of shuffled pairs
+            continue
         if ours.get(key) != theirs.get(key):
             yield f"{name} has {key} = {_short(ours.get(key))} and {_short(theirs.get(key))}"
 

@@ -23,8 +23,10 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.measures import (
     Context,
     Findings,
+    score_alignment,
     score_compositional,
     score_knn,
+    score_linear_probe,
     score_retrieval,
     score_zero_shot,
 )
@@ -35,7 +37,7 @@ from pipeline.run import start_run
 from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
-VERSION = 2  # raised when the same inputs give other results or another report
+VERSION = 3  # raised when the same inputs give other results or another report
 WIDTH_OF_A_PIPE = 120
 
 
@@ -115,6 +117,7 @@ def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
         *(("zero-shot", score_zero_shot, split) for split in plan.zero_shot),
         *(("retrieval", score_retrieval, split) for split in plan.retrieval),
         *(("compositional", score_compositional, split) for split in plan.compositional),
+        *(("alignment", score_alignment, split) for split in plan.alignment),
     ]
     for name, measure, split in work:
         with timed(f"{name} on {split}"):
@@ -126,6 +129,9 @@ def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
             score_knn(context, split, plan.knn_reference)
         if stop():
             raise Stopped
+    if plan.knn and context.config.eval.linear_probe_rows:
+        with timed("linear probe"):
+            score_linear_probe(context, plan.knn, plan.knn_reference)
 
 
 def _digest(

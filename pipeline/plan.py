@@ -19,6 +19,7 @@ class Plan:
     knn: tuple[str, ...]
     knn_reference: str
     compositional: tuple[str, ...]
+    alignment: tuple[str, ...]
 
     def uses_of(self, split: str) -> tuple[str, ...]:
         """Return, in words, what a split is used for."""
@@ -28,6 +29,7 @@ class Plan:
             "k-NN queries": self.knn,
             "k-NN reference": (self.knn_reference,) if self.knn else (),
             "compositional": self.compositional,
+            "alignment": self.alignment,
         }
         return tuple(use for use, splits in uses.items() if split in splits)
 
@@ -56,6 +58,7 @@ def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureSto
         compositional=choice.of(
             config.compositional, "compositional", "groups with captions", _has_groups
         ),
+        alignment=plain.of(config.alignment, "alignment", "captions", _has_captions),
     )
     if not (plan.retrieval or plan.zero_shot or plan.knn or plan.compositional):
         raise EvaluationError(

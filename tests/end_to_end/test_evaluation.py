@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from align.checkpoint import load_aligned
+from evaluate.cka import LinearCka
 from evaluate.items import read_items
+from evaluate.rbf_cka import RbfCka
 from evaluate.results import read_results
 from features.encoders import load_text_encoder
 from features.errors import EvaluationError
@@ -30,7 +32,11 @@ ALL = (
     'eval.knn=["test"]',
     'eval.compositional=["test"]',
     'eval.templates=["the {}", "a {} circle"]',
+    'eval.alignment=["test"]',
+    "eval.alignment_k=3",
+    "eval.linear_probe_rows=1000",
 )
+MEASURES = ("cka", "cka_debiased", "mutual_knn", "cknna")
 CLASSES = ("red", "green", "blue", "star", "square")  # words that the tiny tokenizer knows
 LABELS = np.arange(1000, 1016) % 5
 WAYS = ("image_to_text", "text_to_image")
@@ -105,8 +111,13 @@ def test_every_measure_is_taken_and_named_as_the_contract_says(run: Run) -> None
         *((f"retrieval/{way}", f"recall@{k}") for way in WAYS for k in (1, 5, 10)),
         *(("compositional", f"{name}_score") for name in ("text", "image", "group")),
         *((f"knn/{kind}", "knn_top1") for kind in KNN),
+        ("linear_probe/vit", "linear_probe_top1"),
+        *(("alignment/vit|bert/long", measure) for measure in MEASURES),
+        *(("alignment/embeddings", measure) for measure in MEASURES),
     }
     for row in results:
+        if row["task"].startswith("alignment/"):
+            continue  # may be below 0
         low, high = row["ci95"]
         assert 0 <= low <= high <= 1
         assert row["n"] in (8, 16)
@@ -125,6 +136,32 @@ def test_retrieval_equals_its_definition_on_the_features_of_the_store(run: Run) 
         for k in (1, 5, 10):
             found = value(results, f"retrieval/{way}", "test/long", f"recall@{k}")
             assert found == pytest.approx(np.mean(ranks < k))
+
+
+def test_alignment_is_that_of_the_features_of_the_store_with_its_null_beside_it(run: Run) -> None:
+    results = run.results(*ALL, 'eval.alignment_measures=["cka", "cka_rbf"]')
+    image, text = run.features("image/vit").numpy(), run.features("text/bert/long").numpy()
+    task = "alignment/vit|bert/long"
+    assert value(results, task, "test", "cka") == pytest.approx(LinearCka(image, text)())
+    assert value(results, task, "test", "cka_rbf") == pytest.approx(RbfCka(image, text)())
+    (row,) = [each for each in results if (each["task"], each["metric"]) == (task, "cka")]
+    protocol = row["protocol"]
+    null = protocol["chance"]
+    assert protocol["calibrated"] == pytest.approx((row["value"] - null) / (1 - null))
+    assert 0 < protocol["p_value"] <= 1
+    assert row["n"] == 16
+    assert "calibrated" in run.report
+
+
+def test_alignment_of_too_few_rows_is_left_out_with_a_note(run: Run) -> None:
+    results = run.results('eval.alignment=["test"]', "eval.alignment_k=10")
+    assert not [row for row in results if row["task"].startswith("alignment/")]
+    assert "too few for k = 10" in run.report
+
+
+def test_alignment_and_the_linear_probe_can_be_switched_off(run: Run) -> None:
+    results = run.results(*ALL, "eval.alignment_measures=[]", "eval.linear_probe_rows=0")
+    assert not [row for row in results if row["task"].startswith(("alignment", "linear"))]
 
 
 def test_zero_shot_equals_its_definition_with_prompts_encoded_anew(run: Run) -> None:
@@ -243,11 +280,12 @@ def test_earlier_numbers_are_shown_as_such(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(run: Run) -> None:
-    results = run.results(*ALL)
-    read = read_results(run.folder / "eval" / "results.json")
+    run.results(*ALL)
+    every = read_results(run.folder / "eval" / "results.json")
+    read = [each for each in every if not each.task.startswith("alignment/")]
     items = read_items(run.folder / "eval" / "items.npz")
     assert set(items) == {result.name for result in read}
-    assert len(items) == len(results)
+    assert len(items) == len(read)
     for result in read:
         found = items[result.name]
         counts = np.ones_like(found.hits) if found.counts is None else found.counts
@@ -259,5 +297,7 @@ def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(run: Ru
         assert np.mean(shares) == pytest.approx(result.value), result.name
     sail("compare", str(run.folder), str(run.folder), "--plot", str(run.folder / "c.png"))
     document = compare_runs(run.folder, run.folder)
-    assert {row["measure"] for row in document["measures"]} == set(items)
-    assert all(row["paired"] and row["ci95"] == (0, 0) for row in document["measures"])
+    assert {row["measure"] for row in document["measures"]} == {each.name for each in every}
+    paired = [row for row in document["measures"] if row["paired"]]
+    assert {row["measure"] for row in paired} == set(items)
+    assert all(row["ci95"] == (0, 0) for row in paired)
