@@ -24,6 +24,7 @@ CPU_MODULES = [
     "finished",
     "head",
     "indexing",
+    "knn",
     "loader",
     "loss",
     "memory",

@@ -2,14 +2,20 @@
 
 DINOv2-S architecture with random weights, 224-pixel pictures from a tar, `sail extract --workers`.
 Measured is the steady part: the workers have started and loaded the encoder on a first split, and
-the clock runs over a second one. The two are measured in turn.
+the clock runs over a second one. The two are measured in turn, and in the same round two bare
+encoders in processes of their own against one: what the machine gives, with nothing around them.
 """
 
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Barrier
+
+import torch
+from transformers import AutoModel
 
 from features.store import FeatureStore
 from pipeline.config import load_config
@@ -45,9 +51,9 @@ kind = "webdataset"
 path = "timed.tar"
 [encoders.image.dino]
 model = "dino"
-batch_size = 2
+batch_size = 8
 [extract]
-rows_per_chunk = 2
+rows_per_chunk = 8
 workers = 1
 [align]
 split = "timed"
@@ -69,9 +75,41 @@ def rows_per_second(run_file: Path, run: Path, workers: int) -> float:
         return timed.rows / (time.perf_counter() - started)
 
 
+def encode_alone(model: Path, images: int, start: Barrier, end: Barrier) -> None:
+    """Encode drawn pixels in this process, between two barriers that all processes pass."""
+    torch.set_num_threads(1)
+    encoder = AutoModel.from_pretrained(model)
+    pixels = torch.rand(8, 3, 224, 224)
+    with torch.inference_mode():
+        encoder(pixels)
+        start.wait()
+        for _ in range(images // 8):
+            encoder(pixels)
+    end.wait()
+
+
+def bare_images_per_second(model: Path, images: int, processes: int) -> float:
+    """Return the speed of so many bare encoders together, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    start, end = context.Barrier(processes + 1), context.Barrier(processes + 1)
+    children = [
+        context.Process(target=encode_alone, args=(model, images, start, end), daemon=True)
+        for _ in range(processes)
+    ]
+    for child in children:
+        child.start()
+    start.wait()
+    started = time.perf_counter()
+    end.wait()
+    seconds = time.perf_counter() - started
+    for child in children:
+        child.join()
+    return processes * images / seconds
+
+
 def measure(images: int = 192, warm: int = 16, rounds: int = 3) -> list[Figure]:
     """Return the ratio of the two speeds, 2 being workers that cost each other nothing."""
-    ratios = []
+    ratios, bare = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_file = write_run(folder, images, warm)
@@ -79,6 +117,8 @@ def measure(images: int = 192, warm: int = 16, rounds: int = 3) -> list[Figure]:
             one = rows_per_second(run_file, folder / f"one-{number}", 1)
             two = rows_per_second(run_file, folder / f"two-{number}", 2)
             ratios.append(two / one)
+            alone = [bare_images_per_second(folder / "dino", images // 4, n) for n in (1, 2)]
+            bare.append(alone[1] / alone[0])
     return [
         figure_of(
             "extraction with two workers / one worker",
@@ -87,7 +127,15 @@ def measure(images: int = 192, warm: int = 16, rounds: int = 3) -> list[Figure]:
             goal=1.8,
             direction="min",
             module="scaling",
-        )
+        ),
+        figure_of(
+            "two bare encoders in two processes / one",
+            bare,
+            unit="ratio of images/s",
+            goal=None,
+            direction="min",
+            module="scaling",
+        ),
     ]
 
 

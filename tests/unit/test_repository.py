@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 LAYERS = ["features", "align", "evaluate", "pipeline"]  # each may import only those before it
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = [
+COMMANDS = dict.fromkeys(  # some stand on several pages
     command
     for page in PAGES
     for command in re.findall(
         r"^(?:\$ )?sail (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE
     )
-]
+)
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -1,0 +1,70 @@
+"""k-NN search over a store's worth of rows against bare FAISS on arrays that are in memory.
+
+The reference comes as float16 blocks from a mapped file, as from a store, and is normalised on the
+way; bare is `faiss.knn` over the same rows as one normalised float32 array. Both are exact.
+
+    python -m tests.benchmarks.knn [--full] [--json]
+
+`--full` is the size of the goal: 50,000 queries against 1,000,000 rows, an hour on two cores.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from evaluate.knn import nearest_neighbours
+from tests.benchmarks.figure import Figure, figure_of
+
+DIM, K, ROWS_PER_BLOCK = 768, 20, 65_536
+
+
+def blocks(reference: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the rows as a store gives them."""
+    for start in range(0, len(reference), ROWS_PER_BLOCK):
+        yield reference[start : start + ROWS_PER_BLOCK]
+
+
+def measure(queries: int = 4000, rows: int = 262_144, rounds: int = 3) -> list[Figure]:
+    """Return the ratio of the times."""
+    generator = np.random.default_rng(0)
+    asked = generator.standard_normal((queries, DIM), dtype=np.float32)
+    faiss.normalize_L2(asked)
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        reference = np.lib.format.open_memmap(
+            Path(folder) / "rows.npy", "w+", dtype=np.float16, shape=(rows, DIM)
+        )
+        for block in blocks(reference):
+            block[:] = generator.standard_normal(block.shape, dtype=np.float32)
+        in_memory = np.asarray(reference, dtype=np.float32)
+        faiss.normalize_L2(in_memory)
+        for _ in range(rounds):
+            started = time.perf_counter()
+            cosines, _ = faiss.knn(asked, in_memory, K, metric=faiss.METRIC_INNER_PRODUCT)
+            bare = time.perf_counter() - started
+            started = time.perf_counter()
+            found = nearest_neighbours(asked, blocks(reference), K)
+            ratios.append((time.perf_counter() - started) / bare)
+            np.testing.assert_allclose(found.cosines, cosines, atol=1e-5)
+    return [
+        figure_of(
+            f"k-NN from a mapped file / bare FAISS in memory, {queries} queries of {rows} × {DIM}",
+            ratios,
+            unit="ratio of time",
+            goal=1.15,
+            direction="max",
+            module="knn",
+        )
+    ]
+
+
+if __name__ == "__main__":
+    sizes = {"queries": 50_000, "rows": 1_000_000, "rounds": 1} if "--full" in sys.argv else {}
+    for figure in measure(**sizes):
+        print(json.dumps(figure.as_dict()) if "--json" in sys.argv else figure)
