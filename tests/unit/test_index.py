@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from features.config import Source, WebdatasetSource
 from features.errors import SourceError
 from features.index import Index, SampleReader
 from features.index_builder import ROWS_PER_GROUP
+from features.sources import parquet
 from tests import tiny
 
 
@@ -92,24 +94,29 @@ def test_threads_may_share_a_reader(tmp_path: Path) -> None:
     assert images == [b"%d" % row for row in range(rows)]
 
 
-def test_images_in_parquet_are_read_one_row_group_at_a_time(
+def test_images_in_parquet_are_read_once_where_their_rows_come_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [{"bytes": b"%d" % row, "path": None} if row % 5 else None for row in range(40)]
     pq.write_table(pa.table({"image": images}), tmp_path / "p.parquet", row_group_size=8)
     source = parsed(kind="parquet", path=str(tmp_path / "p.parquet"))
-    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
-    groups: list[int] = []
-    read = pq.ParquetFile.read_row_group
+    index = Index.build(source, tmp_path / "index.parquet")
+    begun: list[int] = []
 
-    def counted(file: Any, number: int, columns: Any) -> pa.Table:
-        groups.append(number)
-        return read(file, number, columns=columns)
+    def counted(path: str, column: str, group: int, first: int) -> Iterator[Any]:
+        begun.append(group)
+        return batches(path, column, group, first)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    batches = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", counted)
+    monkeypatch.setattr(parquet, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(parquet, "BATCHES_KEPT", 2)
+    reader = SampleReader(index)
     found = [image for start in range(0, 40, 4) for image in reader.read(start, start + 4)]
     assert found == [image["bytes"] if image else None for image in images]
-    assert [group for group in groups if group] == [1, 2, 3, 4]  # 0 is of the index as well
+    assert begun == [0]  # the file is read on from where it was left
+    assert reader.read(17, 18) == [b"17"]
+    assert begun == [0, 2]  # back, from the beginning of the row group
 
 
 def test_a_row_that_lacks_a_caption_has_an_empty_one_and_is_counted(tmp_path: Path) -> None:
