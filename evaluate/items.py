@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from features.storage.files import write
+
 PARTS = ("hits", "counts", "classes")
 
 
@@ -40,9 +42,7 @@ def write_items(path: Path, items: Mapping[str, Items]) -> None:
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write(path, buffer.getvalue())
 
 
 def read_items(path: Path) -> dict[str, Items]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from features.storage.files import write
+
 SCHEMA = 1
 
 
@@ -62,11 +64,8 @@ def write_results(
         "checkpoint_sha256": checkpoint_sha256,
         "results": [asdict(result) for result in results],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write(path, f"{text}\n".encode())
 
 
 def read_results(path: Path) -> list[Result]:

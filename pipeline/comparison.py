@@ -100,8 +100,9 @@ def comparison_table(document: dict[str, Any]) -> str:
     lines = [f"first: {document['first']}", f"second: {document['second']}", rendered(table)]
     if any(row["ci95"] is None for row in document["measures"]):
         lines.append(
-            "not paired: the runs did not both keep what every item scored, so there is no "
-            "interval of the difference, only one of each number. Evaluate both again."
+            "not paired: no interval of the difference, only one of each number. Either the "
+            "measure is no mean over test items (alignment), or a run was evaluated before these "
+            "were kept: evaluate it again."
         )
     lines += [
         f"only in the {which}: {', '.join(document[f'only_{which}'])}"
@@ -128,7 +129,7 @@ def comparison_plot(document: dict[str, Any], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["measure"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("second − first, points (95 %, paired; hollow: no paired interval)")
+    axes.set_xlabel("second − first, points\n(95 %, paired; hollow: no interval)")
     axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as partial:

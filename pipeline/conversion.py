@@ -36,13 +36,7 @@ def convert_store(
         Stopped: A signal came; what is done is on disk.
     """
     source = FeatureStore.open(path)
-    columns = [source.column(name) for name in source.columns()]
-    for column in columns:
-        if pending := column.pending():
-            raise StoreError(
-                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
-                f"expected. Finish it with `sail extract`."
-            )
+    columns = complete_columns(source)
     target = source.copy_rows(out)
     losses = {}
     for column in columns:
@@ -56,6 +50,22 @@ def convert_store(
         _convert(column, converted, stop)
         losses[column.name] = _loss(column, converted)
     return losses
+
+
+def complete_columns(store: FeatureStore) -> list[Column]:
+    """Return all columns of a store.
+
+    Raises:
+        StoreError: One has chunks that are not done.
+    """
+    columns = [store.column(name) for name in store.columns()]
+    for column in columns:
+        if pending := column.pending():
+            raise StoreError(
+                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
+                f"expected. Finish it with `sail extract`."
+            )
+    return columns
 
 
 def _convert(column: Column, converted: Column, stop: StopRequest) -> None:

@@ -22,6 +22,7 @@ from features.publish import new_group
 from features.status import Status
 from features.storage.place import Place
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS, STRINGS, FeatureStore
+from pipeline.conversion import complete_columns
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 
@@ -43,13 +44,7 @@ def export_hdf5(path: Place, out: Path, stop: StopRequest) -> Path:
         Stopped: A signal came; nothing was written.
     """
     store = FeatureStore.open(path)
-    columns = [store.column(name) for name in store.columns()]
-    for column in columns:
-        if pending := column.pending():
-            raise StoreError(
-                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
-                f"expected. Finish it with `sail extract`."
-            )
+    columns = complete_columns(store)
     chunks = 1 + len(columns)
     with (
         appearing(out) as partial,
@@ -87,14 +82,14 @@ def import_hdf5(path: Path, out: Place, stop: StopRequest) -> Place:
         )
     with _opened(path) as file, new_group(out, store=out) as folder:
         attributes = _attributes(file)
-        rows, size = int(attributes["rows"]), int(attributes["rows_per_chunk"])
+        rows, size = attributes["rows"], attributes["rows_per_chunk"]
         names, columns = _contents(path, file, rows)
         group = zarr.create_group(folder, attributes=attributes)
         with ProgressLine(out.name, (1 + len(columns)) * -(-rows // size), "chunks") as line:
             digest = _read_rows(file, group, names, (rows, size), stop, line)
-            if digest != attributes["keys_sha256"]:
+            if digest != (written := attributes.get("keys_sha256")):
                 raise SourceError(
-                    f"{path} has keys of sha256 {digest}, but says {attributes['keys_sha256']}. "
+                    f"{path} has keys of sha256 {digest}, but says {written}. "
                     f"The keys that were written were expected. Export the store again."
                 )
             for kind in ("image", "text"):
@@ -221,6 +216,8 @@ def _contents(path: Path, file: h5py.File, rows: int) -> tuple[list[str], list[s
             raise _not_ours(path, f"{name} keeps its values in another file")
         if item.shape[:1] != (rows,):
             raise _not_ours(path, f"{name} has shape {item.shape}, not {rows} rows")
+        if name.endswith("/features") and (item.ndim != 2 or item.dtype != np.float16):
+            raise _not_ours(path, f"{name} is {item.dtype} of shape {item.shape}, not float16 rows")
         found.append(name)
 
     file.visititems(see)  # follows no link
@@ -244,6 +241,13 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         expected = {"format": json.dumps(FORMAT), "format_version": json.dumps(FORMAT_VERSION)}
         if kind != expected:
             raise _not_ours(path, f"it has {kind}")
+        try:
+            attributes = _attributes(file)
+        except (ValueError, TypeError) as error:
+            raise _not_ours(path, f"its attributes are not JSON ({error})") from error
+        sizes = [attributes.get(name) for name in ("rows", "rows_per_chunk")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise _not_ours(path, f"it has rows and rows_per_chunk = {sizes}")
         yield file
 
 
@@ -260,4 +264,5 @@ def _write_attributes(target: Any, attributes: dict[str, Any]) -> None:
 
 
 def _attributes(source: Any) -> dict[str, Any]:
-    return {name: json.loads(value) for name, value in source.attrs.items()}
+    names = list(source.attrs)  # an iterator of h5py that is left half-way keeps its global lock
+    return {name: json.loads(source.attrs[name]) for name in names}

@@ -16,6 +16,7 @@ from features.store import FeatureStore
 from pipeline.aligned import Aligned
 from pipeline.embedding import Embedder, ok_rows
 from pipeline.run import run_folder
+from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1 << 16
@@ -93,7 +94,7 @@ def _open(aligned: Aligned, split: str) -> tuple[FeatureStore, Embedder]:
             f"The run has no split {split!r}. One of {list(aligned.config.data)} was expected. "
             f"Name it with --split."
         )
-    store = FeatureStore.open(run_folder(aligned.config).store(split))
+    store = open_evaluated(aligned.config, run_folder(aligned.config), split)
     return store, Embedder(aligned.model, aligned.checkpoint, aligned.device)
 
 

@@ -33,6 +33,18 @@ class StopBeforeChunks(StopRequest):
         return any(store.column(name).pending() for store in stores for name in store.columns())
 
 
+class StopAfter(StopRequest):
+    """A signal that comes after some chunks."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+
+    def __call__(self) -> bool:
+        self.chunks -= 1
+        return self.chunks < 0
+
+
 def store_digests(run: Path) -> dict[str, str]:
     """Hash every file of a run's stores; what a writer left half-written would show too."""
     return {

@@ -17,8 +17,7 @@ from types import MappingProxyType
 from features.config import AnnotationSource
 from features.errors import SourceError
 from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, as_text
-from features.sources.tables import find_image
-from features.status import Status
+from features.sources.tables import find_image, place_image
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order
@@ -75,13 +74,9 @@ class Annotations:
         remote = isinstance(folder, RemotePath)
         for record, path, size in in_order(find, self._records(file), remote=remote):
             key, problem = keys.of(record.key)
-            sample = Sample(key, path, problem=problem, group=record.group)
+            sample = Sample(key, problem=problem, group=record.group)
             sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}
-            if size is not None:
-                sample.offset, sample.size = 0, size
-            else:
-                counts["image files that are not there (quarantined)"] += 1
-                sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+            place_image(sample, path, size, counts)
             yield sample
 
     def _records(self, file: Place) -> Iterator[Record]:

@@ -83,12 +83,7 @@ class CaptionTable:
                 sample.captions = {str(i): text for i, text in enumerate(texts)}
             sample.label = whole_number(rows[0].get(self._source.label or ""), counts)
             sample.group = whole_number(rows[0].get(self._source.group or ""), counts)
-            sample.path = path
-            if size is not None:
-                sample.offset, sample.size = 0, size
-            else:
-                counts["image files that are not there (quarantined)"] += 1
-                sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+            place_image(sample, path, size, counts)
             yield sample
 
     def _image_name(self, row: dict[str, Any]) -> str:
@@ -130,6 +125,16 @@ def find_image(folder: Place, name: str, *, table: Place) -> tuple[str, int | No
         return str(file), file.stat().st_size if file.is_file() else None
     except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
         return str(file), None
+
+
+def place_image(sample: Sample, path: str, size: int | None, counts: Counts) -> None:
+    """Say where the image of a sample is; one that is not there is quarantined, and counted."""
+    sample.path = path
+    if size is not None:
+        sample.offset, sample.size = 0, size
+    else:
+        counts["image files that are not there (quarantined)"] += 1
+        sample.problem = sample.problem or int(Status.MISSING_IMAGE)
 
 
 def _outside(folder: Place, name: str, table: Place) -> SourceError:

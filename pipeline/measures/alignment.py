@@ -43,6 +43,7 @@ def score_alignment(context: Context, split: str) -> None:
     store, settings = context.stores[split], context.config.eval
     field = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")[0]
     encoders = context.config.encoders
+    there = {name for name in store.columns() if not store.column(name).pending()}
     pairs = [
         _Pair(
             task=f"alignment/{image}|{text}/{field}",
@@ -55,6 +56,7 @@ def score_alignment(context: Context, split: str) -> None:
         )
         for image in encoders.image_columns
         for text in encoders.text
+        if {f"image/{image}", f"text/{text}/{field}"} <= there
     ]
     embedder = context.embedder
     pairs.append(

@@ -86,12 +86,16 @@ def measure_images(
     found: dict[str, dict[str, Any]] = {}
     for name in config.encoders.image_columns:
         query, reference = (_labelled(config, split, name) for split in splits)
-        inputs = [_described(query), _described(reference), config.eval.knn_temperature]
+        rows = [_described(query), _described(reference)]
+        votes = [config.eval.knn_temperature, config.eval.knn_k]
         found[name] = {}
-        for measure, take in (("knn_top1", _knn), ("linear_probe_top1", _linear_probe)):
+        for measure, settings, take in (
+            ("knn_top1", votes, partial(_knn, config)),
+            ("linear_probe_top1", [HELD_OUT, SEED], _linear_probe),
+        ):
             _go_on(stop, f"{measure} of {name}")
             found[name][measure] = kept.get(
-                [measure, *inputs], partial(take, config, query, reference)
+                [measure, *rows, *settings], partial(take, query, reference)
             )
     return found
 
@@ -180,7 +184,7 @@ def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str,
     return {"value": accuracies[best], "k": best, "n": len(query.rows)}
 
 
-def _linear_probe(_config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
+def _linear_probe(query: _Labelled, reference: _Labelled) -> dict[str, Any]:
     order = np.random.default_rng(SEED).permutation(len(reference.rows))
     probe = fit_linear_probe(
         _read(reference.column, reference.rows), reference.labels, order % HELD_OUT == 0

@@ -159,6 +159,12 @@ def test_alignment_of_too_few_rows_is_left_out_with_a_note(run: Run) -> None:
     assert "too few for k = 10" in run.report
 
 
+def test_alignment_leaves_out_an_encoder_that_was_not_extracted(run: Run) -> None:
+    results = run.results(*ALL, "encoders.text.other.model='bert'")
+    tasks = {row["task"] for row in results if row["task"].startswith("alignment/")}
+    assert tasks == {"alignment/vit|bert/long", "alignment/embeddings"}
+
+
 def test_alignment_and_the_linear_probe_can_be_switched_off(run: Run) -> None:
     results = run.results(*ALL, "eval.alignment_measures=[]", "eval.linear_probe_rows=0")
     assert not [row for row in results if row["task"].startswith(("alignment", "linear"))]

@@ -18,7 +18,8 @@ from pipeline.study.output import study_table
 from pipeline.study.pick import ranking
 from pipeline.study.probes import Probe
 from tests import tiny
-from tests.end_to_end.test_commands import sail
+from tests.commands import sail
+from tests.feature_stores import StopAfter
 
 CANDIDATES = """
 knn = ["test"]
@@ -67,17 +68,36 @@ def test_a_study_measures_every_pair_and_a_second_one_computes_nothing(
         study_run(recipe, [STEPS], StopRequest(), scores=scores).read_text()
     )
     assert again == document
+    other = json.loads(study_run(recipe, [STEPS, "eval.knn_k=[1]"], StopRequest()).read_text())
+    assert {each["knn_top1"]["k"] for each in document["encoders"].values()} == {3}
+    assert {each["knn_top1"]["k"] for each in other["encoders"].values()} == {1}
     assert "parameters" in study_table(document)
     assert "Best: " in sail("pick", recipe, "--set", STEPS).stdout
 
 
-def test_a_pick_that_was_stopped_goes_on(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_pick_that_was_stopped_goes_on(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [STEPS, f"run.dir='{tmp_path}'", f"run.features='{Path(recipe).parent / 'run'}'"]
-    stop = StopRequest(signal_number=15)
+    updates, update = list[int](), Training.update
+
+    def counted(training: Training, batch: Any) -> Any:
+        updates.append(training.step)
+        return update(training, batch)
+
+    monkeypatch.setattr(Training, "update", counted)
     with pytest.raises(Stopped):
-        pick_run(recipe, settings, "test", stop)
+        pick_run(recipe, settings, "test", StopAfter(8))
+    assert 0 < len(updates) < 4 * len(IMAGES)
+    _, document = pick_run(recipe, settings, "test", StopRequest())
+    assert {pair["image"] for pair in document["pairs"]} == set(IMAGES)
+    assert len(updates) == 4 * len(IMAGES)  # no step was made twice
+
+
+def test_a_split_that_is_trained_on_is_none_to_score_on(recipe: str) -> None:
     with pytest.raises(ConfigError, match="--on train is no split to score on"):
-        pick_run(recipe, settings, "train", StopRequest())
+        pick_run(recipe, [STEPS], "train", StopRequest())
 
 
 def test_scores_of_an_encoder_that_the_recipe_has_not_are_refused(

@@ -1,8 +1,10 @@
 """What was trained, used: embeddings of new images and sentences, and search among the old ones."""
 
 import json
+import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -69,6 +71,20 @@ def test_new_images_and_sentences_get_the_vectors_that_the_rows_of_a_store_get(
     cosines = aligned.similarity(aligned.encode_image(pictures[:2]), texts[:3])
     assert cosines.shape == (2, 3)
     assert cosines[1, 2] == pytest.approx(float(aligned.encode_image(pictures[1:2])[0] @ texts[2]))
+
+
+def test_the_example_of_the_readme_runs(
+    run: Path, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from pipeline\.aligned .*?)```", page, re.DOTALL)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(pictures[0])
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(code.replace("runs/demo", str(run)), scope)
+    assert scope["cosines"].shape == (2, 2)
+    np.testing.assert_allclose(scope["cosines"][0], scope["cosines"][1], atol=1e-6)
 
 
 def test_nothing_gives_no_vector(aligned: Aligned) -> None:

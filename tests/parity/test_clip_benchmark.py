@@ -3,7 +3,8 @@
 The numbers below were computed by its own functions at commit 48de38c (metrics/zeroshot_retrieval:
 `recall_at_k`, `batchify`; metrics/zeroshot_classification: `zero_shot_classifier`, `accuracy`, and
 `balanced_accuracy_score` of scikit-learn 1.9.1, which it calls) from the arrays of `retrieval` and
-`classification`. Where nothing ties, its top-k and our count of nearer items are the same.
+`classification`. `accuracy` fails with NumPy 2; in the copy that was run, the one value of its sum
+was taken out with `[0]`. Where nothing ties, its top-k and our count of nearer items are the same.
 """
 
 import numpy as np

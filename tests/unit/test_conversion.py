@@ -14,7 +14,7 @@ from pipeline.cli import cli
 from pipeline.conversion import convert_store
 from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
-from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
+from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
 
 BAD = (0, 17)
 
@@ -22,17 +22,6 @@ BAD = (0, 17)
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     return make_store(tmp_path / "s.zarr", rows=100, image_dim=64, bad_images=BAD)
-
-
-class StopAfter(StopRequest):
-    """A signal that comes after some chunks."""
-
-    def __init__(self, chunks: int) -> None:
-        self.chunks = chunks
-
-    def __call__(self) -> bool:
-        self.chunks -= 1
-        return self.chunks < 0
 
 
 def test_the_copy_has_the_same_rows_status_and_nearly_the_same_features(

@@ -14,20 +14,9 @@ from pipeline.hdf5 import export_hdf5, import_hdf5
 from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
 from tests.commands import sail, the_error_of
-from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
+from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
 
 GO_ON = StopRequest()
-
-
-class StopAfter(StopRequest):
-    """A signal that comes after some chunks."""
-
-    def __init__(self, chunks: int) -> None:
-        self.chunks = chunks
-
-    def __call__(self) -> bool:
-        self.chunks -= 1
-        return self.chunks < 0
 
 
 @pytest.fixture
@@ -123,6 +112,20 @@ def forget_status(file: h5py.File) -> None:
     del file[f"text/{TEXT}/long/status"]
 
 
+def forget_the_rows(file: h5py.File) -> None:
+    del file.attrs["rows"]
+
+
+def have_broken_attributes(file: h5py.File) -> None:
+    file.attrs["source"] = "{"
+
+
+def have_features_in_float64(file: h5py.File) -> None:
+    features = file[f"image/{IMAGE}/features"][:].astype(np.float64)
+    del file[f"image/{IMAGE}/features"]
+    file[f"image/{IMAGE}/features"] = features
+
+
 def be_of_another_format(file: h5py.File) -> None:
     file.attrs["format"] = '"something"'
 
@@ -135,6 +138,9 @@ def be_of_another_format(file: h5py.File) -> None:
         (keep_features_elsewhere, "features keeps its values in another file"),
         (forget_status, f"text/{TEXT}/long has no status"),
         (be_of_another_format, "it has .*something"),
+        (forget_the_rows, r"it has rows and rows_per_chunk = \[None, 16\]"),
+        (have_broken_attributes, "its attributes are not JSON"),
+        (have_features_in_float64, "features is float64 of shape"),
     ],
 )
 def test_a_file_that_is_not_what_was_written_is_refused(
