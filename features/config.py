@@ -28,6 +28,10 @@ ClassNames = Annotated[str | Place, PlainValidator(_names), PlainSerializer(str)
 """The name of a list that ships with the program, or a file."""
 
 
+PatchAttention = Literal["plain", "maskclip", "qq", "kk", "vv", "sclip", "clearclip"]
+"""What the last block of an image encoder attends to when patches are wanted."""
+
+
 class _Source(BaseModel):
     model_config = SETTINGS
 

@@ -47,10 +47,13 @@ class ImageEncoder:
     """A frozen image model. Its workers call `prepare`, its device `encode`."""
 
     name: str
+    model: nn.Module
     forward: Forward
     """From pixels on the device to one tensor of features for each pooling."""
     preprocessing: Preprocessing
     mode: str
+    dtype: torch.dtype
+    """What the model computes in."""
     batch_size: int
     device: torch.device
     columns: tuple[ImageColumn, ...]
@@ -142,9 +145,11 @@ def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.devi
     }
     encoder = ImageEncoder(
         name=name,
+        model=model,
         forward=forward,
         preprocessing=preprocessing,
         mode=config.mode,
+        dtype=dtype,
         batch_size=config.batch_size,
         device=device,
         columns=tuple(

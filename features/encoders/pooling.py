@@ -26,23 +26,71 @@ def pool_image(
     Raises:
         EncoderError: The model has not what a pooling asks for.
     """
-    options: dict[str, Any] = {}
+    hidden = any(each.layer != LAST_LAYER for each in wanted)
+    output = run_model(model, pixels, hidden=hidden)
+    return [_pooled(model, output, pixels, each) for each in wanted]
+
+
+def run_model(
+    model: nn.Module, pixels: Float[Tensor, "batch 3 height width"], *, hidden: bool, **options: Any
+) -> Any:
+    """Run a vision model once.
+
+    Args:
+        model: Of transformers, or a baseline.
+        pixels: Standardised.
+        hidden: Whether its layers before the last are wanted too.
+        **options: Of the model's own.
+    """
     config: Any = model.config
     if getattr(config, "model_type", "") == "vit_mae":
-        count = (pixels.shape[-1] // config.patch_size) ** 2
+        side = config.patch_size
+        count = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
         # MAE orders its tokens by noise even when nothing is masked: rising noise keeps the order.
         options["noise"] = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
-    if config is not None and any(each.layer != LAST_LAYER for each in wanted):
+    if config is not None and hidden:
         options["output_hidden_states"] = True
-    output = model(pixels, **options)
-    return [_pooled(model, output, pixels, each) for each in wanted]
+    return model(pixels, **options)
+
+
+def layer_tokens(model: nn.Module, output: Any, layer: int) -> Tensor:
+    """Return the tokens of a layer: (batch, tokens, dim), or a map (batch, dim, height, width).
+
+    Raises:
+        EncoderError: The model has no such layer.
+    """
+    if layer == LAST_LAYER:
+        last: Tensor = output.last_hidden_state
+        return last
+    layers: Sequence[Tensor] = getattr(output, "hidden_states", None) or ()
+    if not -len(layers) <= layer < len(layers):
+        there = f"-{len(layers)} to {len(layers) - 1}" if layers else "-1 alone"
+        raise EncoderError(
+            f"{type(model).__name__} has no layer {layer}. {there} was expected. Correct `layer`."
+        )
+    return layers[layer]
+
+
+def patch_side(model: nn.Module) -> int:
+    """Return the side of a patch in pixels.
+
+    Raises:
+        EncoderError: The configuration of the model does not say it.
+    """
+    patch = getattr(model.config, "patch_size", None)
+    if not isinstance(patch, int):
+        raise EncoderError(
+            f"The patches of {type(model).__name__} cannot be told from its other tokens: its "
+            f"config has patch_size {patch!r}, not a number. Use pooling `pooler`."
+        )
+    return patch
 
 
 def _pooled(model: nn.Module, output: Any, pixels: Tensor, wanted: ImageColumnConfig) -> Tensor:
     pooling = wanted.pooling
     if pooling == "pooler":
         return _pooler_output(model, output)
-    tokens = _layer(model, output, wanted.layer)
+    tokens = layer_tokens(model, output, wanted.layer)
     if tokens.ndim == 4:  # a convolutional map: (batch, dim, height, width)
         tokens, prefix = tokens.flatten(2).transpose(1, 2), 0
     else:
@@ -73,28 +121,10 @@ def _pooler_output(model: nn.Module, output: Any) -> Tensor:
     return result
 
 
-def _layer(model: nn.Module, output: Any, layer: int) -> Tensor:
-    if layer == LAST_LAYER:
-        last: Tensor = output.last_hidden_state
-        return last
-    layers: Sequence[Tensor] = getattr(output, "hidden_states", None) or ()
-    if not -len(layers) <= layer < len(layers):
-        there = f"-{len(layers)} to {len(layers) - 1}" if layers else "-1 alone"
-        raise EncoderError(
-            f"{type(model).__name__} has no layer {layer}. {there} was expected. Correct `layer`."
-        )
-    return layers[layer]
-
-
 def _prefix_tokens(model: nn.Module, tokens: Tensor, pixels: Tensor) -> int:
     """Return how many tokens stand before the patches: none, a class token, registers.
 
     That is the number of tokens less the number of patches.
     """
-    patch = getattr(model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        raise EncoderError(
-            f"The patches of {type(model).__name__} cannot be told from its other tokens: its "
-            f"config has patch_size {patch!r}, not a number. Use pooling `pooler`."
-        )
+    patch = patch_side(model)
     return int(tokens.shape[1] - (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch))

@@ -38,6 +38,13 @@ def fix_position_tables(model: nn.Module, forward: Callable[[], object]) -> int:
     return kept
 
 
+def free_position_tables(model: nn.Module) -> None:
+    """Undo `fix_position_tables`, so that images of other sizes get tables of their own."""
+    for module in model.modules():
+        if isinstance(vars(module).get(METHOD), _Constant):
+            delattr(module, METHOD)
+
+
 class _Constant:
     """Stands in for the method."""
 
