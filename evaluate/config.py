@@ -1,13 +1,96 @@
 """Settings of the evaluations."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from evaluate.segmentation_sets import SEGMENTATION_SETS
+from features.config import Name, PatchAttention
+from features.storage.place import Place
+from features.storage.settings import PlaceSetting, as_place_setting
 
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 AlignmentMeasure = Literal["cka", "cka_debiased", "cka_rbf", "mutual_knn", "cknna", "svcca"]
+
+
+def _classes(value: Any) -> str | Place:
+    return value if value in SEGMENTATION_SETS else as_place_setting(value)
+
+
+class _Segmentation(BaseModel):
+    model_config = SETTINGS
+
+    templates: tuple[str, ...] | str = "imagenet-1k"
+    """Prompts for a class name, in the forms of `eval.templates`; the 80 of CLIP if not given."""
+    synonyms: bool = True
+    """A class takes the nearest of its names. `false`: its first name alone, as most published
+    numbers have it."""
+    attention: PatchAttention = "plain"
+    """What the last block of the encoder attends to. `plain`: as it was trained. `maskclip`: each
+    patch to itself. `qq`, `kk`, `vv`: by the similarity of queries, keys or values among
+    themselves. `sclip`: queries and keys together. `clearclip`: queries, without the residual and
+    the MLP of the block. Convolutional encoders have `plain` alone."""
+    short: PositiveInt = 448
+    """The shorter side of a picture is resized to this, its proportions kept."""
+    longest: PositiveInt = 2048
+    """The longer side is at most this."""
+    crop: PositiveInt = 448
+    """Side of the windows that the encoder sees, in pixels of the resized picture."""
+    stride: PositiveInt = 224
+    """From one window to the next."""
+    pictures: PositiveInt | None = None
+    """Take only the first pictures by name; all if not given."""
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> "_Segmentation":
+        if self.stride > self.crop:
+            raise ValueError(
+                f"stride = {self.stride} is more than crop = {self.crop}, so that pixels between "
+                f"the windows would not be seen. Give a stride of crop at most"
+            )
+        return self
+
+
+class MaskFolder(_Segmentation):
+    """Pictures and masks in two folders, joined by the names of their files without suffix."""
+
+    kind: Literal["folder"]
+    images: PlaceSetting
+    """Folder of the pictures."""
+    masks: PlaceSetting
+    """Folder of the masks: PNG files whose values are numbers of classes, not colours."""
+    classes: Annotated[str | Place, PlainValidator(_classes), PlainSerializer(str)]
+    """`ade20k`, `coco-stuff`, `voc20` or `camvid` (docs/datasets.md), or a JSON file of your own
+    `{"classes": ["sky", ["road", "street"]], "values": [0, 1], "ignored": [255]}`."""
+    names: PlaceSetting | None = None
+    """Text file with a name a line, where not all pictures of the folder belong to the split (VOC:
+    `ImageSets/Segmentation/val.txt`); every picture must have a mask if not given."""
+
+
+class SceneMasks(_Segmentation):
+    """The bundled demo world, whose masks are known since it is drawn."""
+
+    kind: Literal["scenes"]
+    split: Literal["train", "test"]
+    """Which part of the world."""
+    seed: int = 0
+    """Seed of the drawing."""
+    pictures: PositiveInt = 100
+    """How many pictures to draw."""
+
+
+SegmentationConfig = Annotated[MaskFolder | SceneMasks, Field(discriminator="kind")]
 
 
 class EvalConfig(BaseModel):
@@ -71,9 +154,12 @@ class EvalConfig(BaseModel):
     """Splits with groups; every such split if empty."""
     compositional_fields: tuple[str, ...] = ()
     """Caption fields that are compared; all in which the captions of a group differ if empty."""
+    segmentation: dict[Name, SegmentationConfig] = {}
+    """Data sets for open-vocabulary segmentation by name, each a section of its own."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples for the 95 % intervals; 0 leaves them out."""
     examples: PositiveInt = 6
-    """Right and wrong retrieval examples shown in the report, each."""
+    """Right and wrong retrieval examples shown in the report, each; segmented pictures, of each
+    data set."""
     seed: int = 0
     """Seed of the resampling and of the choice of examples."""

@@ -132,7 +132,7 @@ def _write_shard(shard: _Shard) -> _Shard:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in range(shard.start, shard.stop):
-            for name, data in _members(sample(shard.split, shard.seed, row)):
+            for name, data in members(sample(shard.split, shard.seed, row)):
                 member = tarfile.TarInfo(f"{row:06d}.{name}")  # owner 0, time 0: same bytes always
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -140,7 +140,8 @@ def _write_shard(shard: _Shard) -> _Shard:
     return shard
 
 
-def _members(row: Sample) -> Iterator[tuple[str, bytes]]:
+def members(row: Sample) -> Iterator[tuple[str, bytes]]:
+    """Draw a row, and yield what stands behind its number in a shard, with the bytes."""
     rgb, mask = draw(row.scene, PICTURE)
     text: dict[str, Any] = {"short": row.short, "long": row.long, "label": row.scene.label}
     if row.group is not None:

@@ -1,0 +1,211 @@
+"""Pictures with a mask of classes, as data sets for segmentation publish them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+
+from evaluate.config import MaskFolder, SceneMasks
+from evaluate.mask_classes import MaskClasses, read_mask_classes
+from features.errors import EvaluationError
+from features.images import DECODER_ERRORS, ImageFault, decode, open_image
+from features.scenes.draw import BACKGROUND
+from features.scenes.shards import PICTURE, WORLD_VERSION, members, sample
+from features.scenes.world import CLASS_NAMES
+from features.storage import files
+from features.storage.place import Place
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+MASKS = frozenset({".png", ".bmp", ".tif", ".tiff"})  # a lossy format would change the classes
+INDEXED = ("1", "L", "P", "I", "I;16")
+NAMES_SHOWN = 3
+MOST_PIXELS = PICTURE * PICTURE
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A picture and the class of each of its pixels."""
+
+    name: str
+    picture: Image.Image
+    labels: Int64[np.ndarray, "height width"]
+    """-1 where a pixel does not count."""
+
+
+@runtime_checkable
+class MaskedPictures(Protocol):
+    """The pictures of a data set for segmentation; one is read at a time."""
+
+    classes: MaskClasses
+    names: tuple[str, ...]
+
+    def read(self, name: str) -> Masked:
+        """Read a picture and its mask."""
+
+    def version(self) -> object:
+        """Return plain data that change when a picture or a mask does."""
+
+
+def open_masked(config: MaskFolder | SceneMasks, *, max_pixels: int) -> MaskedPictures:
+    """Open a data set.
+
+    Args:
+        config: Its section of the run file.
+        max_pixels: Width times height of a picture that is still decoded.
+
+    Raises:
+        EvaluationError: Its files are not there, or not all.
+    """
+    if isinstance(config, SceneMasks):
+        return ScenePictures(config)
+    return FolderPictures(config, max_pixels=max_pixels)
+
+
+class FolderPictures:
+    """Pictures and masks in two folders.
+
+    Raises:
+        EvaluationError: There is none, a picture or a mask is missing, or two have the same name.
+    """
+
+    def __init__(self, config: MaskFolder, *, max_pixels: int) -> None:
+        self.classes = read_mask_classes(config.classes)
+        self._pictures = _by_stem(config.images, PICTURES, "images")
+        self._masks = _by_stem(config.masks, MASKS, "masks")
+        self._max_pixels = max_pixels
+        if config.names is None:
+            named = tuple(sorted(self._pictures.keys() | self._masks.keys()))
+        else:
+            named = _read_names(config.names)
+        self._check(named, config)
+        self.names = named[: config.pictures]
+
+    def read(self, name: str) -> Masked:
+        """Read a picture and its mask.
+
+        Raises:
+            EvaluationError: One of them cannot be read, they differ in size, or the mask has a
+                value that is of no class.
+        """
+        at, mask_at = self._pictures[name], self._masks[name]
+        try:
+            picture = decode(files.read(at), max_pixels=self._max_pixels)
+        except (OSError, ImageFault) as error:
+            raise _unreadable(at, error) from error
+        mask = read_mask(files.read(mask_at), mask_at, max_pixels=self._max_pixels)
+        if mask.shape != (picture.height, picture.width):
+            raise EvaluationError(
+                f"The mask {mask_at} has {mask.shape[1]} × {mask.shape[0]} pixels, its picture "
+                f"{at} has {picture.width} × {picture.height}. The same size was expected. Put the "
+                f"mask of this picture there."
+            )
+        return Masked(name, picture, self.classes.labels(mask, mask_at))
+
+    def version(self) -> object:
+        """Return sizes and times (or ETags) of all files."""
+        return [
+            [name, files.version(self._pictures[name]), files.version(self._masks[name])]
+            for name in self.names
+        ]
+
+    def _check(self, named: tuple[str, ...], config: MaskFolder) -> None:
+        for found, what, place in (
+            (self._pictures, "picture", config.images),
+            (self._masks, "mask", config.masks),
+        ):
+            if missing := [name for name in named if name not in found]:
+                raise EvaluationError(
+                    f"{len(missing)} of {len(named)} {what}s are not in {place}: "
+                    f"{missing[:NAMES_SHOWN]}. A picture and a mask of the same name were "
+                    f"expected for each. Correct `images` and `masks` in [eval.segmentation], or "
+                    f"set `names` to the file that lists the split."
+                )
+        if not named:
+            raise EvaluationError(
+                f"There are no pictures in {config.images}. At least one, with a mask in "
+                f"{config.masks}, was expected. Correct the folders in [eval.segmentation]."
+            )
+
+
+class ScenePictures:
+    """Pictures of the demo world as its shards have them, drawn again with their masks."""
+
+    def __init__(self, config: SceneMasks) -> None:
+        names = tuple((name,) for name in CLASS_NAMES)
+        self.classes = MaskClasses(names, tuple(range(len(names))), (BACKGROUND,))
+        self.names = tuple(f"{row:06d}" for row in range(config.pictures))
+        self._config = config
+
+    def read(self, name: str) -> Masked:
+        """Draw a picture and its mask."""
+        row = sample(self._config.split, self._config.seed, int(name))
+        encoded = dict(members(row))
+        picture = decode(encoded["jpg"], max_pixels=MOST_PIXELS)
+        mask = read_mask(encoded["mask.png"], name, max_pixels=MOST_PIXELS)
+        return Masked(name, picture, self.classes.labels(mask, name))
+
+    def version(self) -> object:
+        """Return what decides what is drawn."""
+        return [WORLD_VERSION, self._config.split, self._config.seed, len(self.names)]
+
+
+def read_mask(data: bytes, place: object, *, max_pixels: int) -> Int64[np.ndarray, "height width"]:
+    """Read the values of a mask.
+
+    Args:
+        data: Of the file: greyscale of 8 or 16 bits, or a palette, of which the indices count.
+        place: Where it was read, for the message.
+        max_pixels: Width times height that is still decoded.
+
+    Raises:
+        EvaluationError: It cannot be read, or has colours instead of numbers.
+    """
+    try:
+        mask = open_image(data, max_pixels=max_pixels)
+        mask.load()
+    except (*DECODER_ERRORS, ImageFault) as error:
+        raise _unreadable(place, error) from error
+    if mask.mode not in INDEXED:
+        raise EvaluationError(
+            f"The mask {place} has colours ({mask.mode}). The number of a class at each pixel was "
+            f"expected: greyscale or a palette. Convert the masks, or take those with indices."
+        )
+    return np.asarray(mask).astype(np.int64)
+
+
+def _by_stem(folder: Place, suffixes: frozenset[str], setting: str) -> Mapping[str, Place]:
+    """Return the files of a folder by their names without suffix."""
+    found: dict[str, Place] = {}
+    for name in files.names(folder):
+        path = PurePosixPath(name)
+        if path.suffix.lower() not in suffixes or name.startswith("."):
+            continue
+        if path.stem in found:
+            raise EvaluationError(
+                f"{folder} has two files named {path.stem!r}, that differ in the suffix only. One "
+                f"was expected. Remove one, or correct `{setting}` in [eval.segmentation]."
+            )
+        found[path.stem] = folder / name
+    return found
+
+
+def _read_names(place: Place) -> tuple[str, ...]:
+    try:
+        lines = files.read(place).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(
+            f"The names {place} cannot be read ({error}). A text file with the name of a picture a "
+            f"line, without suffix, was expected. Correct `names` in [eval.segmentation]."
+        ) from error
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def _unreadable(place: object, error: Exception) -> EvaluationError:
+    return EvaluationError(
+        f"{place} cannot be read: {error}. A whole image file was expected, since every picture "
+        f"counts. Put a whole one there."
+    )
