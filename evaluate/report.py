@@ -22,6 +22,7 @@ from evaluate.confusion import (
     worst_mistakes,
 )
 from evaluate.results import Result
+from evaluate.segmentation_report import SegmentedPicture, segmentation_views
 
 TEMPLATES = Path(__file__).parent / "templates"
 STANDARD_K = 20  # the k that DINO reports
@@ -165,6 +166,7 @@ class Report:
     panels: tuple[ExamplePanel, ...] = ()
     groups: tuple[GroupExample, ...] = ()
     confusions: tuple[Confusions, ...] = ()
+    segmented: tuple[SegmentedPicture, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader must know: measures that were left out, captions that repeat."""
     reference: tuple[dict[str, Any], ...] = ()
@@ -211,6 +213,8 @@ def render(report: Report) -> str:
         probes=[each for each in report.results if each.metric == "linear_probe_top1"],
         alignment=by_dataset(report.results, "alignment/"),
         compositional=by_dataset(report.results, "compositional"),
+        segmentation=segmentation_views(report.results, report.segmented),
+        listed=[each for each in report.results if each.metric != "iou"],
         confusions=[_confusion_view(each) for each in report.confusions],
         columns_of_reference=list(dict.fromkeys(key for row in report.reference for key in row)),
     )
@@ -224,6 +228,12 @@ def headlines(results: Sequence[Result]) -> list[Headline]:
         ("retrieval/text_to_image", "recall@1", "Caption → image", "The right image comes first"),
         ("retrieval/image_to_text", "recall@1", "Image → caption", "A right caption comes first"),
         ("compositional", "group_score", "Compositional", "Two images, two captions: all matched"),
+        (
+            "segmentation",
+            "miou",
+            "Segmentation",
+            "Each pixel's class from the names alone: mean IoU",
+        ),
     ]
     chosen = []
     for task, metric, name, explained in wanted:

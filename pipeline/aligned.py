@@ -47,7 +47,26 @@ class Aligned:
     @property
     def image_batch(self) -> int:
         """Images that are encoded at once."""
-        return self._image_encoder.batch_size
+        return self.image_encoder.batch_size
+
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """The frozen image encoder, as it is loaded for extraction.
+
+        Raises:
+            EvaluationError: The run file does not have it, or it is another than the head's.
+        """
+        name, settings = self._image_settings
+        encoder = load_image_encoder(name, settings, self.device)
+        found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
+        check_same_encoder(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
+        return encoder
+
+    @cached_property
+    def image_column(self) -> ImageColumn:
+        """The column of it that the head was trained on."""
+        name = self.checkpoint.image["name"]
+        return next(column for column in self.image_encoder.columns if column.name == name)
 
     def encode_image(
         self, images: Sequence[str | Path | bytes]
@@ -101,7 +120,7 @@ class Aligned:
         """
         data, name = (image, "An image") if isinstance(image, bytes) else (_read(image), str(image))
         try:
-            return self._image_encoder.prepare(data, max_pixels=self.config.extract.max_pixels)
+            return self.image_encoder.prepare(data, max_pixels=self.config.extract.max_pixels)
         except ImageFault as fault:
             raise EncoderError(
                 f"{name} cannot be used: {fault.reason}. A whole image that Pillow can decode was "
@@ -112,11 +131,11 @@ class Aligned:
         self, prepared: Sequence[Num[np.ndarray, "3 height width"]]
     ) -> Float32[np.ndarray, "images dim"]:
         """Embed one batch of images that `prepare` gave; normalised."""
-        encoder = self._image_encoder
+        encoder = self.image_encoder
         pixels = encoder.room_for(len(prepared))
         for place, image in zip(pixels.numpy(), prepared, strict=True):
             place[:] = image
-        (features,) = encoder.encode(pixels, [self._image_column])
+        (features,) = encoder.encode(pixels, [self.image_column])
         return self._embedded(self.model.image_head, features)
 
     @torch.inference_mode()
@@ -126,19 +145,6 @@ class Aligned:
         stored = features.to(self.device, torch.float16).float()  # as they would lie in a store
         embeddings: np.ndarray = F.normalize(head(stored).float(), dim=-1).cpu().numpy()
         return embeddings
-
-    @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        name, settings = self._image_settings
-        encoder = load_image_encoder(name, settings, self.device)
-        found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
-        check_same_encoder(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
-        return encoder
-
-    @cached_property
-    def _image_column(self) -> ImageColumn:
-        name = self.checkpoint.image["name"]
-        return next(column for column in self._image_encoder.columns if column.name == name)
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -171,20 +177,6 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
         ConfigError: There is no `config.toml` of this program in the folder.
         CheckpointError: There is no trained head.
     """
-    config = open_run(run, device)
-    chosen = prepare_device(config.run)
-    model, checkpoint = load_head(config.run.dir / "align" / config.eval.checkpoint, chosen)
-    return Aligned(config, checkpoint, model, chosen)
-
-
-def open_run(run: str | Path, device: str = "auto") -> RunConfig:
-    """Return the settings of a run, wherever its folder is now.
-
-    Takes what `load_aligned` does.
-
-    Raises:
-        ConfigError: There is no `config.toml` of this program in the folder.
-    """
     folder = Path(run)
     if not (folder / "config.toml").is_file():
         raise ConfigError(
@@ -192,7 +184,10 @@ def open_run(run: str | Path, device: str = "auto") -> RunConfig:
             f"Correct the path, or train the run by `sail align`."
         )
     here = [f"run.dir={json.dumps(str(folder))}", f"run.device={device}"]
-    return load_config(str(folder / "config.toml"), here)
+    config = load_config(str(folder / "config.toml"), here)
+    chosen = prepare_device(config.run)
+    model, checkpoint = load_head(folder / "align" / config.eval.checkpoint, chosen)
+    return Aligned(config, checkpoint, model, chosen)
 
 
 def _read(path: str | Path) -> bytes:

@@ -12,7 +12,6 @@ import click
 
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
-from pipeline.cli_explore import explore
 from pipeline.cli_readonly import doctor, inspect, plan, verify
 from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
@@ -55,7 +54,6 @@ for command in (
     inspect,
     verify,
     search,
-    explore,
     embed,
     convert,
     import_store,

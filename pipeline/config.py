@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
 from evaluate.config import EvalConfig
+from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS
 from features.config import ExtractConfig, ImageEncoderConfig, Name, Source, TextEncoderConfig
 from features.errors import ConfigError
@@ -229,19 +230,28 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
             model = encoder.get("model") if isinstance(encoder, dict) else None
             if isinstance(model, str) and Path(_absolute(model, folder)).is_dir():
                 encoder["model"] = _absolute(model, folder)
-    _resolve_templates(document.get("eval"), folder)
+    _resolve_evaluation(document.get("eval"), folder)
     report = document.get("report", {})
     if isinstance(report, dict) and isinstance(report.get("reference"), str):
         report["reference"] = _absolute(report["reference"], folder)
 
 
-def _resolve_templates(evaluation: Any, folder: Path) -> None:
+def _resolve_evaluation(evaluation: Any, folder: Path) -> None:
     if not isinstance(evaluation, dict):
         return
-    if "templates" in evaluation:
-        evaluation["templates"] = _absolute(evaluation["templates"], folder)
+    _resolve_text(evaluation, ("templates",), folder)
     if isinstance(of_splits := evaluation.get("split_templates"), dict):
-        of_splits |= {split: _absolute(value, folder) for split, value in of_splits.items()}
+        _resolve_text(of_splits, tuple(of_splits), folder)
+    of_sets = evaluation.get("segmentation")
+    for section in of_sets.values() if isinstance(of_sets, dict) else []:
+        if isinstance(section, dict):
+            own = () if section.get("classes") in SEGMENTATION_SETS else ("classes",)
+            _resolve_text(section, ("images", "masks", "names", "templates", *own), folder)
+
+
+def _resolve_text(section: dict[str, Any], keys: Sequence[str], folder: Path) -> None:
+    """Make what stands under some keys absolute, where it is one path; lists are prompts."""
+    section |= {key: _absolute(section[key], folder) for key in keys if key in section}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -256,8 +266,7 @@ def _absolute(value: Any, folder: Path) -> Any:
 
 def _describe(fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
-    shown = location[:2] + location[3:] if location[:1] == ["data"] else location
-    where = ".".join(shown)  # pydantic adds the kind of a source to its place; the file has none
+    where = ".".join(_as_written(location))
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -267,9 +276,13 @@ def _describe(fault: ErrorDetails) -> str:
     return f"{where}: {fault['msg']}, got {fault['input']!r}"
 
 
-def _source_models() -> tuple[type[BaseModel], ...]:
-    union = get_args(Source)[0]
-    return get_args(union)
+def _as_written(location: list[str]) -> list[str]:
+    """Take out the kind that pydantic adds to the place of a section; the file has none there."""
+    for table in (["data"], ["eval", "segmentation"]):
+        if location[: len(table)] == table:
+            name = len(table) + 1
+            return location[:name] + location[name + 1 :]
+    return location
 
 
 def _kind(source: type[BaseModel]) -> str:
@@ -292,6 +305,7 @@ def _step(model: Any, part: str) -> Any:
         return field.annotation if field else None
     if get_origin(model) is dict:
         return get_args(model)[1]
-    if get_origin(model) is Annotated:  # the union of sources: pydantic adds the kind to the place
-        return next((source for source in _source_models() if _kind(source) == part), None)
+    if get_origin(model) is Annotated:  # a union of sections: pydantic adds the kind to the place
+        sections = get_args(get_args(model)[0])
+        return next((section for section in sections if _kind(section) == part), None)
     return None

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from align.checkpoint import Checkpoint, load_aligned
 from evaluate.items import write_items
+from evaluate.masks import MaskedPictures, open_masked
 from evaluate.report import render
 from evaluate.results import read_results, write_results
 from features.storage.files import write
@@ -28,6 +29,7 @@ from pipeline.measures import (
     score_knn,
     score_linear_probe,
     score_retrieval,
+    score_segmentation,
     score_zero_shot,
 )
 from pipeline.plan import Plan, make_plan
@@ -55,9 +57,14 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     checkpoint_path = folder.align / config.eval.checkpoint
     checkpoint = Checkpoint.open(checkpoint_path)
     stores = {split: open_evaluated(config, folder, split) for split in config.data}
+    masked = {
+        name: open_masked(settings, max_pixels=config.extract.max_pixels)
+        for name, settings in config.eval.segmentation.items()
+    }
     results, report = folder.eval / "results.json", folder.eval / "report.html"
     plan = make_plan(config.eval, config.align.split, stores)
-    inputs, digest = folder.eval / "inputs.sha256", _digest(config, plan, checkpoint, stores)
+    inputs = folder.eval / "inputs.sha256"
+    digest = _digest(config, plan, checkpoint, stores, masked)
     written = results.is_file() and report.is_file() and inputs.is_file()
     if written and inputs.read_text(encoding="utf-8").strip() == digest:
         logger.info("%s is up to date", results)
@@ -67,7 +74,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     model, checkpoint = load_aligned(checkpoint_path, device)
     embedder = Embedder(model, checkpoint, device)
     context = Context(config, folder, stores, embedder, Findings())
-    _measure(context, plan, stop)
+    _measure(context, plan, masked, stop)
     page = render(make_report(context, plan, folder.align / "metrics.jsonl"))
     inputs.unlink(missing_ok=True)  # from here on the files may not belong together
     write_items(folder.eval / "items.npz", context.findings.items)
@@ -91,6 +98,8 @@ def results_table(path: Path) -> str:
         table.add_column(heading, justify="right", no_wrap=True)
     for result in read_results(path):
         metric = result.metric
+        if metric == "iou":  # of each class: the report has them
+            continue
         if metric == "knn_top1":
             metric = f"{metric}, k = {result.protocol['k']}, {result.encoders['image']}"
         interval = "" if result.ci95 is None else "{:.1f}–{:.1f}".format(*_percent(result.ci95))
@@ -112,7 +121,9 @@ def results_table(path: Path) -> str:
     return capture.get().rstrip("\n")
 
 
-def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
+def _measure(
+    context: Context, plan: Plan, masked: dict[str, MaskedPictures], stop: StopRequest
+) -> None:
     work = [
         *(("zero-shot", score_zero_shot, split) for split in plan.zero_shot),
         *(("retrieval", score_retrieval, split) for split in plan.retrieval),
@@ -132,10 +143,17 @@ def _measure(context: Context, plan: Plan, stop: StopRequest) -> None:
     if plan.knn and context.config.eval.linear_probe_rows:
         with timed("linear probe"):
             score_linear_probe(context, plan.knn, plan.knn_reference)
+    for name, pictures in masked.items():
+        with timed(f"segmentation of {name}"):
+            score_segmentation(context, name, pictures, stop)
 
 
 def _digest(
-    config: RunConfig, plan: Plan, checkpoint: Checkpoint, stores: dict[str, FeatureStore]
+    config: RunConfig,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    stores: dict[str, FeatureStore],
+    masked: dict[str, MaskedPictures],
 ) -> str:
     """Return a hash of everything that the results and the report depend on."""
     reference = config.report.reference
@@ -149,6 +167,7 @@ def _digest(
         "image_encoders": list(config.encoders.image_columns),
         "checkpoint": [checkpoint.sha256, checkpoint.metadata],
         "stores": {split: _describe(store) for split, store in stores.items()},
+        "masked": {name: pictures.version() for name, pictures in masked.items()},
     }
     return _sha256(json.dumps(known, sort_keys=True, default=str).encode())
 

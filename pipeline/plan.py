@@ -20,6 +20,8 @@ class Plan:
     knn_reference: str
     compositional: tuple[str, ...]
     alignment: tuple[str, ...]
+    segmentation: tuple[str, ...]
+    """Not splits, but data sets with masks."""
 
     def uses_of(self, split: str) -> tuple[str, ...]:
         """Return, in words, what a split is used for."""
@@ -59,8 +61,10 @@ def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureSto
             config.compositional, "compositional", "groups with captions", _has_groups
         ),
         alignment=plain.of(config.alignment, "alignment", "captions", _has_captions),
+        segmentation=tuple(config.segmentation),
     )
-    if not (plan.retrieval or plan.zero_shot or plan.knn or plan.compositional):
+    measured = (plan.retrieval, plan.zero_shot, plan.knn, plan.compositional, plan.segmentation)
+    if not any(measured):
         raise EvaluationError(
             f"There is nothing to measure: beside {training!r}, which the head was trained on, the "
             f"splits {choice.others} have no captions, labels or groups. At least one such split "

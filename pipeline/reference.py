@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
-from evaluate.config import EvalConfig
+from evaluate.config import EvalConfig, MaskFolder, SceneMasks
 from features.config import (
     AnnotationSource,
     CifarSource,
@@ -58,6 +58,8 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("[align.loss]", LossConfig),
     ("[align.optimizer]", OptimizerConfig),
     ("[eval]", EvalConfig),
+    ('[eval.segmentation.NAME] with kind = "folder"', MaskFolder),
+    ('[eval.segmentation.NAME] with kind = "scenes"', SceneMasks),
     ("[report]", ReportConfig),
 ]
 
@@ -85,7 +87,8 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _is_section(annotation: Any) -> bool:
     """Return whether a setting is a section of its own, or a table of such."""
     each = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
-    return isinstance(each, type) and issubclass(each, BaseModel)
+    kinds = get_args(get_args(each)[0]) if get_origin(each) is Annotated else ()
+    return all(isinstance(one, type) and issubclass(one, BaseModel) for one in kinds or (each,))
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:

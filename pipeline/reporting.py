@@ -45,6 +45,7 @@ def make_report(context: Context, plan: Plan, metrics: Path) -> Report:
         panels=tuple(findings.panels),
         groups=tuple(findings.groups),
         confusions=tuple(findings.confusions),
+        segmented=tuple(findings.segmented),
         notes=tuple(findings.notes),
         reference=tuple(read_reference(config.report.reference)),
     )

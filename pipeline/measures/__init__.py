@@ -6,6 +6,7 @@ from pipeline.measures.context import Context, Findings
 from pipeline.measures.knn import score_knn
 from pipeline.measures.linear_probe import score_linear_probe
 from pipeline.measures.retrieval import score_retrieval
+from pipeline.measures.segmentation import score_segmentation
 from pipeline.measures.zero_shot import score_zero_shot
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "score_knn",
     "score_linear_probe",
     "score_retrieval",
+    "score_segmentation",
     "score_zero_shot",
 ]

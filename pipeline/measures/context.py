@@ -12,6 +12,7 @@ from evaluate.confusion import Confusions
 from evaluate.items import Items
 from evaluate.report import ExamplePanel, GroupExample
 from evaluate.results import Result
+from evaluate.segmentation_report import SegmentedPicture
 from features.column import Column
 from features.errors import EvaluationError
 from features.store import FeatureStore
@@ -33,6 +34,7 @@ class Findings:
     panels: list[ExamplePanel] = field(default_factory=list)
     groups: list[GroupExample] = field(default_factory=list)
     confusions: list[Confusions] = field(default_factory=list)
+    segmented: list[SegmentedPicture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:

@@ -1,1 +1,0 @@
-"""`sail explore`: a page over a run, served on this machine."""
