@@ -97,16 +97,30 @@ class Column:
                 f"Chunk {chunk} of {self.name} takes {expected}; got {features.shape} features "
                 f"and {status.shape} status."
             )
-        padding = self.rows_per_chunk - len(features)
-        arrays: list[tuple[str, Place, np.ndarray]] = []
-        values: np.ndarray = features.astype("<f2", copy=False)
         if self.is_scaled:
             values, scale = quantise(features)
+            self.write_stored(chunk, values, status, scale)
+        else:
+            self.write_stored(chunk, features, status, None)
+
+    def write_stored(
+        self,
+        chunk: int,
+        values: Shaped[np.ndarray, "batch dim"],
+        status: UInt8[np.ndarray, "batch"],
+        scale: Float32[np.ndarray, "batch"] | None,
+    ) -> None:
+        """Write the rows of a chunk as they are in a store: of its dtype, with their factors."""
+        arrays: list[tuple[str, Place, np.ndarray]] = []
+        if scale is not None:
             arrays = [("scale", self.scale_file(chunk), scale.astype("<f4", copy=False))]
+        else:
+            values = values.astype("<f2", copy=False)
         arrays.append(("features", self.features_file(chunk), values))
         arrays.append(("status", self.status_file(chunk), status))
-        for array, file, values in arrays:
-            write_chunk(file, _padded(values, padding), beside=self.path / array / str(chunk))
+        padding = self.rows_per_chunk - len(status)
+        for array, file, rows in arrays:
+            write_chunk(file, _padded(rows, padding), beside=self.path / array / str(chunk))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left half-written; those at work are left alone."""

@@ -177,6 +177,20 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
         ConfigError: There is no `config.toml` of this program in the folder.
         CheckpointError: There is no trained head.
     """
+    config = open_run(run, device)
+    chosen = prepare_device(config.run)
+    model, checkpoint = load_head(config.run.dir / "align" / config.eval.checkpoint, chosen)
+    return Aligned(config, checkpoint, model, chosen)
+
+
+def open_run(run: str | Path, device: str = "auto") -> RunConfig:
+    """Return the settings of a run, wherever its folder is now.
+
+    Takes what `load_aligned` does.
+
+    Raises:
+        ConfigError: There is no `config.toml` of this program in the folder.
+    """
     folder = Path(run)
     if not (folder / "config.toml").is_file():
         raise ConfigError(
@@ -184,10 +198,7 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
             f"Correct the path, or train the run by `sail align`."
         )
     here = [f"run.dir={json.dumps(str(folder))}", f"run.device={device}"]
-    config = load_config(str(folder / "config.toml"), here)
-    chosen = prepare_device(config.run)
-    model, checkpoint = load_head(folder / "align" / config.eval.checkpoint, chosen)
-    return Aligned(config, checkpoint, model, chosen)
+    return load_config(str(folder / "config.toml"), here)
 
 
 def _read(path: str | Path) -> bytes:

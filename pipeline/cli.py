@@ -12,6 +12,7 @@ import click
 
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
+from pipeline.cli_explore import explore
 from pipeline.cli_readonly import doctor, inspect, plan, verify
 from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
@@ -54,6 +55,7 @@ for command in (
     inspect,
     verify,
     search,
+    explore,
     embed,
     convert,
     import_store,

@@ -10,49 +10,57 @@ import click
 
 from pipeline.options import until_stopped
 
+NOTHING = "nothing was written."
+TARGETS = {"hdf5": ".h5", "parquet": ".parquet", "clip-retrieval": "-clip-retrieval"}
+FORMS = ["hdf5", "npy", "npz", "parquet", "safetensors", "clip-retrieval", "sail-pt"]
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
 
 @click.command()
 @click.argument("store")
 @click.option("--dtype", type=click.Choice(["int8", "float16"]), help="Of the features.")
-@click.option("--to", "form", type=click.Choice(["hdf5"]), help="Another file format.")
-@click.option("--out", metavar="PLACE", help="Where the new store goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--to", "form", type=click.Choice(list(TARGETS)), help="Another format.")
+@click.option("--out", metavar="PLACE", help="Where it goes.")
+@as_json_option
 def convert(
     store: str, dtype: str | None, form: str | None, out: str | None, as_json: bool
 ) -> None:
-    """Write a store again: with features in 8 bits, or as one HDF5 file.
+    """Write a store again: with features in 8 bits, or in another format.
 
     With --dtype int8 it has half the size and is read in half the time; printed is how far the
     features are from the old ones, and the path of the new store: STORE-int8.zarr beside the old
     one unless --out is given. A call that was stopped is continued by the same call. Train on it
     with `align.store`.
 
-    With --to hdf5 it is a file that h5py, MATLAB or Julia open, STORE.h5 in the current folder
-    unless --out is given; `sail import-store` reads it back.
+    With --to it is one HDF5 file, one parquet file with vectors, or a folder as clip-retrieval has
+    them (npy and parquet): STORE.h5, STORE.parquet or STORE-clip-retrieval in the current folder
+    unless --out is given. `sail import-store` reads all of them back. docs/formats.md.
 
     \b
     Examples:
       sail convert runs/demo/features/train.zarr --dtype int8
       sail convert runs/demo/features/train.zarr --to hdf5 --out train.h5
+      sail convert runs/demo/features/train.zarr --to clip-retrieval --out train
     """
     if (dtype is None) == (form is None):
         raise click.UsageError("Give either --dtype or --to.")
     from features.storage.place import as_place
-    from pipeline.conversion import convert_store
     from pipeline.progress import start_log
-    from pipeline.tables import conversion_table
 
     start_log(verbose=False)
     source = as_place(store)
-    if dtype is None:
-        from pipeline.hdf5 import export_hdf5
+    if form is not None:
+        from pipeline.formats.exporting import export_store
 
-        file = Path(out or f"{source.stem}.h5")
-        until_stopped(lambda stop: export_hdf5(source, file, stop), kept="nothing was written.")
-        click.echo(json.dumps({"store": str(file)}) if as_json else str(file))
+        file = Path(out or f"{source.stem}{TARGETS[form]}")
+        until_stopped(lambda stop: export_store(source, form, file, stop), kept=NOTHING)
+        _print_store(str(file), as_json=as_json)
         return
+    from pipeline.conversion import convert_store
+    from pipeline.tables import conversion_table
+
     target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"
-    losses = until_stopped(lambda stop: convert_store(source, target, dtype, stop))
+    losses = until_stopped(lambda stop: convert_store(source, target, str(dtype), stop))
     if as_json:
         click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
     else:
@@ -61,23 +69,64 @@ def convert(
 
 
 @click.command(name="import-store")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", required=True, metavar="STORE", help="Where the store goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def import_store(file: Path, out: str, as_json: bool) -> None:
-    """Make a feature store of an HDF5 file that `sail convert --to hdf5` wrote.
+@click.option("--from", "form", type=click.Choice(FORMS), help="What PATH is, if it does not tell.")
+@click.option("--take", multiple=True, metavar="NAME=ARRAY", help="What becomes what.")
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="A row for each row: captions, keys."
+)
+@click.option("--about", multiple=True, metavar="ENCODER.FACT=TEXT", help="For the fingerprint.")
+@click.option("--rows-per-chunk", type=click.IntRange(min=1), metavar="N", help="Of the store.")
+@as_json_option
+def import_store(
+    path: Path,
+    out: str,
+    form: str | None,
+    take: tuple[str, ...],
+    table: Path | None,
+    about: tuple[str, ...],
+    rows_per_chunk: int | None,
+    as_json: bool,
+) -> None:
+    """Make a feature store of features that are there already.
 
-    The keys are checked against their sha256. Prints the path of the store.
+    PATH is what `sail convert --to` wrote; or HDF5, .npy, .npz, parquet, safetensors, a folder of
+    clip-retrieval, or the .pt folders of the released SAIL code. --take says which array becomes
+    what: key, label, group, caption/FIELD, image/ENCODER, text/ENCODER/FIELD. Without it the call
+    lists the arrays. Columns of --table (.csv, .jsonl, .parquet) are arrays table/COLUMN.
+    Nothing is unpickled. Prints the path of the store. docs/formats.md.
 
     \b
-    Example:
+    Examples:
       sail import-store train.h5 --out copy.zarr
+      sail import-store laion --from clip-retrieval --out laion.zarr
+      sail import-store f.h5 --take image/dino=vision --take text/gte/raw=text --out f.zarr
+      sail import-store tensor_data --table cc3m.csv --take caption/raw=table/raw_caption \\
+        --about image/dinov2-large.pooling=cls+mean --out cc3m.zarr
     """
     from features.storage.place import as_place
-    from pipeline.hdf5 import import_hdf5
+    from pipeline.formats.importing import Wanted, import_store
     from pipeline.progress import start_log
 
     start_log(verbose=False)
+    facts = dict[str, dict[str, str]]()
+    for name, text in _pairs("--about", about).items():
+        encoder, _, fact = name.rpartition(".")
+        facts.setdefault(encoder, {})[fact] = text
+    wanted = Wanted(form, _pairs("--take", take), table, facts, rows_per_chunk)
     target = as_place(out)
-    until_stopped(lambda stop: import_hdf5(file, target, stop), kept="nothing was written.")
-    click.echo(json.dumps({"store": str(target)}) if as_json else str(target))
+    until_stopped(lambda stop: import_store(path, target, wanted, stop), kept=NOTHING)
+    _print_store(str(target), as_json=as_json)
+
+
+def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
+    """Return NAME=VALUE as a dictionary."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := [name for name, separator, _ in pairs if not separator]:
+        raise click.UsageError(f"{option} takes NAME=VALUE; got {wrong[0]!r}.")
+    return {name: value for name, _, value in pairs}
+
+
+def _print_store(store: str, *, as_json: bool) -> None:
+    click.echo(json.dumps({"store": store}) if as_json else store)

@@ -4,10 +4,11 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from features.column import Column
-from features.errors import StoreError, StoreMismatchError
+from features.errors import StoreMismatchError
 from features.status import Status
 from features.storage.place import Place
 from features.store import FeatureStore
+from pipeline.formats.store import complete_columns
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 
@@ -50,22 +51,6 @@ def convert_store(
         _convert(column, converted, stop)
         losses[column.name] = _loss(column, converted)
     return losses
-
-
-def complete_columns(store: FeatureStore) -> list[Column]:
-    """Return all columns of a store.
-
-    Raises:
-        StoreError: One has chunks that are not done.
-    """
-    columns = [store.column(name) for name in store.columns()]
-    for column in columns:
-        if pending := column.pending():
-            raise StoreError(
-                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
-                f"expected. Finish it with `sail extract`."
-            )
-    return columns
 
 
 def _convert(column: Column, converted: Column, stop: StopRequest) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int64
@@ -88,6 +89,32 @@ def search_captions(
     ]
 
 
+def embeddings_file(aligned: Aligned, column: Column, rows: Int64[np.ndarray, "ok"]) -> Path:
+    """Return where the embeddings of rows of a column are kept; the name stands for all of it."""
+    parts = [aligned.checkpoint.sha256, str(column.path), column.name]
+    digest = hashlib.sha256("\n".join(parts).encode() + rows.tobytes()).hexdigest()[:16]
+    return aligned.config.run.dir / "search" / f"{column.name.replace('/', '-')}-{digest}.npy"
+
+
+def open_embeddings(
+    aligned: Aligned, embedder: Embedder, column: Column, rows: Int64[np.ndarray, "ok"]
+) -> Float16[np.ndarray, "ok dim"]:
+    """Return the embeddings of rows of a column, mapped from a file that is made once."""
+    path = embeddings_file(aligned, column, rows)
+    if not path.is_file():
+        logger.info("embedding %d rows of %s, once", len(rows), column.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as partial:
+            written = open_memmap(partial, "w+", dtype="<f2", shape=(len(rows), aligned.dim))
+            start = 0
+            for block in embedder.blocks(column, rows):
+                written[start : start + len(block)] = block
+                start += len(block)
+            written.flush()
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
 def _open(aligned: Aligned, split: str) -> tuple[FeatureStore, Embedder]:
     if split not in aligned.config.data:
         raise EvaluationError(
@@ -107,7 +134,7 @@ def _nearest(
 ) -> list[tuple[float, int]]:
     """Return cosine and row of the nearest rows of a column."""
     rows = ok_rows(column)
-    embeddings = _embeddings(aligned, embedder, column, rows)
+    embeddings = open_embeddings(aligned, embedder, column, rows)
     blocks = (
         embeddings[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
     )
@@ -116,27 +143,6 @@ def _nearest(
         (float(cosine), int(rows[place]))
         for cosine, place in zip(found.cosines[0], found.rows[0], strict=True)
     ]
-
-
-def _embeddings(
-    aligned: Aligned, embedder: Embedder, column: Column, rows: Int64[np.ndarray, "ok"]
-) -> Float16[np.ndarray, "ok dim"]:
-    """Return the embeddings of rows of a column, mapped from a file that is made once."""
-    parts = [embedder.checkpoint.sha256, str(column.path), column.name]
-    digest = hashlib.sha256("\n".join(parts).encode() + rows.tobytes()).hexdigest()[:16]
-    path = aligned.config.run.dir / "search" / f"{column.name.replace('/', '-')}-{digest}.npy"
-    if not path.is_file():
-        logger.info("embedding %d rows of %s, once", len(rows), column.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as partial:
-            written = open_memmap(partial, "w+", dtype="<f2", shape=(len(rows), aligned.dim))
-            start = 0
-            for block in embedder.blocks(column, rows):
-                written[start : start + len(block)] = block
-                start += len(block)
-            written.flush()
-    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped
 
 
 def _captions(store: FeatureStore, row: int) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Zero-shot classification of a labelled split."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -26,8 +28,19 @@ from pipeline.measures.context import TIES, Context
 TOP = 5
 
 
-def score_zero_shot(context: Context, split: str) -> None:
-    """Score all images, and apart those of classes that training had no row of."""
+@dataclass(frozen=True)
+class Scored:
+    """The labelled images of a split, classified."""
+
+    rows: Int64[np.ndarray, "images"]
+    """Rows of the store."""
+    images: Float[Tensor, "images dim"]
+    classes: Float[Tensor, "classes dim"]
+    found: Classified
+
+
+def classify_split(context: Context, split: str) -> Scored:
+    """Classify all labelled images of a split by the prompts of its classes."""
     store, embedder = context.stores[split], context.embedder
     names, templates = store.class_names or (), _templates(context, split)
     images = embedder.images(store)
@@ -37,15 +50,23 @@ def score_zero_shot(context: Context, split: str) -> None:
     features = prompt_features(context.config, embedder, prompts, context.folder.eval)
     embedded = embedder.apply(embedder.model.embed_text, features)
     classes = class_embeddings(embedded.view(len(names), len(templates), -1))
-    found = classify(images.vectors[places], classes, labels)
+    vectors = images.vectors[places]
+    return Scored(rows, vectors, classes, classify(vectors, classes, labels))
+
+
+def score_zero_shot(context: Context, split: str) -> None:
+    """Score all images, and apart those of classes that training had no row of."""
+    store, scored = context.stores[split], classify_split(context, split)
+    rows, found, names = scored.rows, scored.found, store.class_names or ()
     _add_results(context, split, rows, found)
     seen = _seen_classes(context, store)
+    labels = found.labels
     if seen is not None and 0 < seen[labels].sum() < len(labels):
         for part, chosen in (("seen", seen[labels]), ("unseen", ~seen[labels])):
             _add_results(context, f"{split}/{part} classes", rows[chosen], found.select(chosen))
     matrix = confusion_matrix(labels, found.predicted, len(names))
     context.findings.confusions.append(Confusions(split, names, matrix))
-    _add_examples(context, split, rows, images.vectors[places] @ classes.T, found)
+    _add_examples(context, split, rows, scored.images @ scored.classes.T, found)
 
 
 def _templates(context: Context, split: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import pytest
 
 from features.store import FeatureStore
 from pipeline.config import load_config
-from pipeline.hdf5 import export_hdf5
+from pipeline.formats.exporting import export_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
@@ -44,7 +44,7 @@ def test_example_gives_the_rows_of_the_store(
 ) -> None:
     scope: dict[str, Any] = {"STORE": str(store.path), "ENCODER": "vit"}
     if name == "h5py":
-        scope["FILE"] = str(export_hdf5(store.path, tmp_path / "store.h5", StopRequest()))
+        scope["FILE"] = str(export_store(store.path, "hdf5", tmp_path / "store.h5", StopRequest()))
     exec(code, scope)
     expected = store.column("image/vit").read(0, 100)
     found = {

@@ -1,0 +1,1 @@
+"""`sail explore`: a page over a run, served on this machine."""

@@ -1,0 +1,261 @@
+"""What is served: the page, and what it asks for, as JSON."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from features.errors import SailError
+from features.images import ImageFault
+from pipeline.explore.health import health, near_duplicates, quarantined
+from pipeline.explore.images import SIDES, Pictures
+from pipeline.explore.map import map_facts, open_map
+from pipeline.explore.results import classes, failures, results
+from pipeline.explore.search import (
+    MAX_UPLOAD_BYTES,
+    Among,
+    find,
+    look,
+    row_facts,
+    show,
+    vector_of_image,
+    vector_of_row,
+    vector_of_words,
+)
+from pipeline.explore.security import Access, Guard
+from pipeline.explore.session import Session
+from pipeline.explore.training import training_facts
+
+logger = logging.getLogger(__name__)
+STATIC = Path(__file__).parent / "static"
+MOST_WORDS = 2_000  # characters of a sentence to search by
+router = APIRouter()
+
+
+def _session(request: Request) -> Session:
+    session: Session = request.app.state.session
+    return session
+
+
+InSession = Annotated[Session, Depends(_session)]
+Top = Annotated[int, Query(ge=1, le=200)]
+Row = Annotated[int, Query(ge=0)]
+
+
+def create_app(session: Session, access: Access) -> FastAPI:
+    """Return the server of a run.
+
+    Args:
+        session: The run.
+        access: Who may ask.
+    """
+    app = FastAPI(title="sail explore", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.session = session
+    app.state.pictures = Pictures(session)
+    app.include_router(router)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_exception_handler(SailError, _said)
+    app.add_exception_handler(RequestValidationError, _misunderstood)
+    app.add_exception_handler(StarletteHTTPException, _refused)
+    app.add_middleware(Guard, access=access)
+    return app
+
+
+@router.get("/")
+def page() -> FileResponse:
+    """The page itself."""
+    return FileResponse(STATIC / "index.html")
+
+
+@router.get("/favicon.ico", include_in_schema=False)
+def icon() -> FileResponse:
+    """What browsers ask for by themselves."""
+    return FileResponse(STATIC / "icon.svg")
+
+
+@router.get("/api/run")
+def run(session: InSession) -> dict[str, Any]:
+    """What the page shows on every view: name, encoders, splits, the head."""
+    found = session.checkpoint()
+    splits = {}
+    for name in session.splits:
+        store = session.store(name)
+        splits[name] = {"rows": store.rows, "fields": list(store.fields)}
+    return {
+        "name": session.config.run.name,
+        "splits": splits,
+        "head": None
+        if found is None
+        else {
+            "step": found.step,
+            "image": found.image["name"],
+            "text": found.text["name"],
+            "dim": found.head.dim,
+            "sha256": found.sha256,
+        },
+    }
+
+
+@router.get("/api/search")
+def search(
+    session: InSession,
+    split: str,
+    text: Annotated[str, Query(min_length=1, max_length=MOST_WORDS)],
+    among: Among = "images",
+    top: Top = 24,
+) -> dict[str, Any]:
+    """Search by words."""
+    session.store(split)
+    return find(session, split, vector_of_words(session, text), among, top)
+
+
+@router.get("/api/similar")
+def similar(
+    session: InSession, split: str, row: Row, among: Among = "images", top: Top = 24
+) -> dict[str, Any]:
+    """Search by the image of a row."""
+    return find(session, split, vector_of_row(session, split, row), among, top)
+
+
+async def _body(request: Request) -> bytes:
+    """Read an image that is sent, up to `MAX_UPLOAD_BYTES`."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_UPLOAD_BYTES:
+            raise HTTPException(
+                413, f"The image is larger than {MAX_UPLOAD_BYTES >> 20} MiB. Send a smaller one."
+            )
+    return bytes(data)
+
+
+@router.post("/api/search")
+def search_by_image(
+    session: InSession,
+    data: Annotated[bytes, Depends(_body)],
+    split: str,
+    among: Among = "images",
+    top: Top = 24,
+) -> dict[str, Any]:
+    """Search by an image, which is the body of the request."""
+    session.store(split)
+    return find(session, split, vector_of_image(session, data), among, top)
+
+
+@router.get("/api/rows")
+def rows(session: InSession, split: str, count: Top = 24) -> dict[str, Any]:
+    """Some rows, to begin with."""
+    return look(session, split, count)
+
+
+@router.get("/api/shown")
+def shown(session: InSession, split: str, row: Row) -> dict[str, Any]:
+    """The words of a row."""
+    return asdict(show(session, session.checked(split, row), row))
+
+
+@router.get("/api/map")
+def map_of(session: InSession, split: str) -> dict[str, Any]:
+    """What is said beside the map."""
+    return map_facts(session, split)
+
+
+@router.get("/api/map/points")
+def points(session: InSession, split: str) -> Response:
+    """Where the points of the map are, as binary arrays."""
+    labels = session.labels(session.store(split))
+    content = open_map(session, split).as_bytes(labels)
+    return Response(content, media_type="application/octet-stream")
+
+
+@router.get("/api/results")
+def all_results(session: InSession) -> dict[str, Any]:
+    """The numbers of the evaluation."""
+    return results(session)
+
+
+@router.get("/api/results/classes")
+def accuracy_of_classes(session: InSession, split: str) -> dict[str, Any]:
+    """The accuracy of each class."""
+    return classes(session, split)
+
+
+@router.get("/api/results/failures")
+def failed(
+    session: InSession,
+    name: str,
+    start: Row = 0,
+    label: str | None = None,
+    taken: str | None = None,
+) -> dict[str, Any]:
+    """The rows that went wrong."""
+    return failures(session, name, start, label, taken)
+
+
+@router.get("/api/training")
+def training(session: InSession, seen: Row = 0) -> dict[str, Any]:
+    """The curves of the training."""
+    return training_facts(session, seen)
+
+
+@router.get("/api/store")
+def store(session: InSession, split: str) -> dict[str, Any]:
+    """How the store is."""
+    return health(session, split)
+
+
+@router.get("/api/store/quarantine")
+def quarantine(session: InSession, split: str, column: str, start: Row = 0) -> dict[str, Any]:
+    """The rows that are quarantined."""
+    return quarantined(session, split, column, start)
+
+
+@router.get("/api/store/duplicates")
+def duplicates(session: InSession, split: str, column: str) -> dict[str, Any]:
+    """The rows that are nearly the same."""
+    return near_duplicates(session, split, column)
+
+
+@router.get("/api/row")
+def row(session: InSession, split: str, row: Row) -> dict[str, Any]:
+    """Everything known of a row."""
+    return row_facts(session, split, row)
+
+
+@router.get("/image/{split}/{row}")
+def image(request: Request, split: str, row: int, side: int = SIDES[1]) -> Response:
+    """The picture of a row, made small."""
+    if side not in SIDES:
+        raise HTTPException(422, f"side is {side}. One of {list(SIDES)} was expected.")
+    pictures: Pictures = request.app.state.pictures
+    try:
+        made = pictures.jpeg(split, row, side)
+    except ImageFault as fault:
+        raise HTTPException(404, f"The image cannot be shown: {fault.reason}.") from fault
+    if made is None:
+        raise HTTPException(404, "The row has no image.")
+    return Response(
+        made, media_type="image/jpeg", headers={"cache-control": "private, max-age=600"}
+    )
+
+
+def _said(_request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": str(error)}, status_code=409)
+
+
+def _misunderstood(_request: Request, error: Exception) -> JSONResponse:
+    faults = error.errors() if isinstance(error, RequestValidationError) else []
+    words = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in faults)
+    return JSONResponse({"error": f"The request cannot be used: {words}."}, status_code=422)
+
+
+def _refused(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    return JSONResponse({"error": error.detail}, status_code=error.status_code)

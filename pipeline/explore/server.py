@@ -1,0 +1,118 @@
+"""Serves the page until a signal comes."""
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import uvicorn
+
+from features.errors import ConfigError, SailError
+from pipeline.explore.app import create_app
+from pipeline.explore.security import Access, is_loopback
+from pipeline.explore.session import Session
+from pipeline.interrupt import StopRequest
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_FINISH = 5
+TOKEN_CHARACTERS = 16
+
+
+def access_for(host: str, token: str | None) -> Access:
+    """Return who may ask at an address: beyond this machine only who knows a token.
+
+    Args:
+        host: Address to listen at.
+        token: As given; made where it is needed and not given.
+
+    Raises:
+        ConfigError: The token is too short to keep anyone out.
+    """
+    if token is not None and (len(token) < TOKEN_CHARACTERS or not token.isascii()):
+        raise ConfigError(
+            f"The token has {len(token)} characters. At least {TOKEN_CHARACTERS} of ASCII were "
+            f"expected. Leave it out to have one made."
+        )
+    if token is None and not is_loopback(host):
+        token = secrets.token_urlsafe(24)
+    return Access(host, token)
+
+
+def serve(
+    session: Session,
+    access: Access,
+    port: int,
+    stop: StopRequest,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve a run until a signal comes.
+
+    Args:
+        session: The run.
+        access: Who may ask, and where.
+        port: To listen at; 0 takes any that is free.
+        stop: Asked all the time.
+        on_ready: Called with the address once it answers.
+
+    Raises:
+        ConfigError: The address or the port cannot be used.
+    """
+    with closing(_listening(access.host, port)) as listener:
+        port = int(listener.getsockname()[1])
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(session, access),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=SECONDS_TO_FINISH,
+            )
+        )
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
+        thread.start()  # signals come to the main thread only: uvicorn leaves them alone here
+        threading.Thread(target=_warm, args=(session,), name="warm", daemon=True).start()
+        try:
+            _wait(lambda: server.started or not thread.is_alive())
+            on_ready(address(access, port))
+            _wait(lambda: stop() or not thread.is_alive())
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def address(access: Access, port: int) -> str:
+    """Return what to open in a browser."""
+    host = f"[{access.host}]" if ":" in access.host else access.host
+    query = "" if access.token is None else f"?token={access.token}"
+    return f"http://{host}:{port}/{query}"
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"{host} port {port} cannot be listened at: {error.strerror or error}. An address of "
+            f"this machine and a free port were expected. Choose others with --host and --port."
+        ) from error
+
+
+def _warm(session: Session) -> None:
+    """Load the text encoder and embed the first split, so that the first search is quick too."""
+    try:
+        if session.splits and session.checkpoint() is not None:
+            session.images(session.splits[0])
+            with session.encoding:
+                session.aligned().encode_text(["a picture"])
+    except SailError as error:
+        logger.warning("%s", error)  # the page says it too, where it matters
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    while not done():
+        time.sleep(SECONDS_BETWEEN_LOOKS)

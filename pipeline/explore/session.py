@@ -1,0 +1,182 @@
+"""A run that is looked at: opened as it is needed, and again when training has a better head."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float16, Float32, Int32, Int64
+
+from align.checkpoint import Checkpoint
+from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
+from features.store import FeatureStore
+from pipeline.aligned import Aligned, load_aligned, open_run
+from pipeline.config import RunConfig
+from pipeline.embedding import Embedder, ok_rows
+from pipeline.explore.nearest import Search, open_search
+from pipeline.run import RunFolder, run_folder
+from pipeline.search import embeddings_file, open_embeddings
+from pipeline.training_stores import open_evaluated
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Searchable:
+    """The embeddings of a column, and the search among them."""
+
+    path: Path
+    """File of the embeddings; its name stands for head, column and rows."""
+    rows: Int64[np.ndarray, "ok"]
+    """Rows of the store, in order."""
+    embeddings: Float16[np.ndarray, "ok dim"]
+    """Normalised; mapped from a file."""
+    search: Search
+
+    def vector(self, row: int) -> Float32[np.ndarray, "dim"] | None:
+        """Return the embedding of a row, None where the row is quarantined."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            return None
+        found: np.ndarray = self.embeddings[place].astype(np.float32)
+        return found
+
+
+class Session:
+    """The parts of a run, for any number of threads; nothing of the run is changed.
+
+    Only `run.dir/search` is written to, where embeddings are kept.
+    """
+
+    def __init__(self, run: Path, *, device: str = "auto", memory_bytes: int = 2 << 30) -> None:
+        """Read the settings of a run.
+
+        Args:
+            run: Its folder.
+            device: Where the encoders and the head compute.
+            memory_bytes: What one search index may take.
+
+        Raises:
+            ConfigError: There is no `config.toml` of this program in the folder.
+        """
+        self.config: RunConfig = open_run(run, device)
+        self.folder: RunFolder = run_folder(self.config)
+        self.memory_bytes = memory_bytes
+        self.encoding = threading.Lock()
+        """Held while an encoder works, and while an image that was sent is decoded."""
+        self._run, self._device = run, device
+        self._opening = threading.RLock()
+        self._aligned: Aligned | None = None
+        self._columns: dict[tuple[str, str | None, str], Searchable] = {}
+        self._made: dict[tuple[str, ...], tuple[Path, Any]] = {}
+        self._labels: dict[tuple[str, str], Int32[np.ndarray, rows] | None] = {}
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits that have a store, those that are not trained on first."""
+        there = [name for name in self.config.data if FeatureStore.is_at(self.folder.store(name))]
+        trained = self.config.align.mix or (self.config.align.split,)
+        return sorted(there, key=lambda name: name in trained)
+
+    def store(self, split: str) -> FeatureStore:
+        """Open the store of a split, as it is now.
+
+        Raises:
+            EvaluationError: The run has no such split.
+            StoreError: It has no store.
+        """
+        if split not in self.config.data:
+            raise EvaluationError(
+                f"The run has no split {split!r}. One of {list(self.config.data)} was expected. "
+                f"Choose one of these."
+            )
+        if not FeatureStore.is_at(self.folder.store(split)):
+            raise StoreNotFoundError(self.folder.store(split))
+        return open_evaluated(self.config, self.folder, split)
+
+    def checked(self, split: str, row: int) -> FeatureStore:
+        """Open the store of a split that has a row.
+
+        Raises:
+            StoreError: It has no such row, or there is none.
+        """
+        store = self.store(split)
+        if not 0 <= row < store.rows:
+            raise StoreError(
+                f"{split} has no row {row}. A row from 0 to {store.rows - 1} was expected. Choose "
+                f"another."
+            )
+        return store
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the best head there is now, None before training has written one."""
+        try:
+            return Checkpoint.open(self.folder.align / self.config.eval.checkpoint)
+        except CheckpointError:
+            return None
+
+    def aligned(self) -> Aligned:
+        """Return the run with its best head, loaded anew if there is a better one.
+
+        Raises:
+            CheckpointError: There is no trained head yet.
+        """
+        with self._opening:
+            found, aligned = self.checkpoint(), self._aligned
+            if aligned is None or found is None or aligned.checkpoint.path != found.path:
+                aligned = self._aligned = load_aligned(self._run, self._device)
+                self._columns.clear()
+            return aligned
+
+    def images(self, split: str) -> Searchable:
+        """Return the embedded images of a split; the first call embeds them."""
+        return self._searchable(split, None)
+
+    def captions(self, split: str, field: str) -> Searchable:
+        """Return the embedded captions of a field; the first call embeds them."""
+        return self._searchable(split, field)
+
+    def labels(self, store: FeatureStore) -> Int32[np.ndarray, "rows"] | None:
+        """Return the class of every row, -1 where unknown; None without labels. Read once."""
+        known = (str(store.path), store.keys_sha256)
+        with self._opening:
+            if known not in self._labels:
+                self._labels[known] = store.labels()
+            return self._labels[known]
+
+    def class_of(self, store: FeatureStore, row: int) -> str | None:
+        """Return the name of the class of a row, None where it has none."""
+        labels, names = self.labels(store), store.class_names
+        if labels is None or labels[row] < 0:
+            return None
+        label = int(labels[row])
+        return names[label] if names and label < len(names) else str(label)
+
+    def once(self, name: tuple[str, ...], make: Callable[[], Made]) -> Made:
+        """Return what is made at the first call, and anew when there is another head."""
+        with self._opening:
+            head = self.aligned().checkpoint.path
+            if name not in self._made or self._made[name][0] != head:
+                self._made[name] = (head, make())
+            made: Made = self._made[name][1]
+            return made
+
+    def _searchable(self, split: str, field: str | None) -> Searchable:
+        with self._opening:
+            aligned, store = self.aligned(), self.store(split)
+            known = (split, field, store.keys_sha256)
+            if known not in self._columns:
+                embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
+                column = (
+                    embedder.image_column(store)
+                    if field is None
+                    else embedder.text_column(store, field)
+                )
+                rows = ok_rows(column)
+                embeddings = open_embeddings(aligned, embedder, column, rows)
+                path = embeddings_file(aligned, column, rows)
+                search = open_search(embeddings, path.with_suffix(".faiss"), self.memory_bytes)
+                self._columns[known] = Searchable(path, rows, embeddings, search)
+            return self._columns[known]

@@ -1,0 +1,81 @@
+// One row in a dialog: its picture, its words, what became of it, and what is near it.
+
+import { ask } from "./api.js";
+import { announce, count, el, prose } from "./dom.js";
+import { grid, photo } from "./grid.js";
+
+const dialog = document.getElementById("row");
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close(); // beside the content
+});
+
+/** Open a row; the focus goes back to where it was when it closes. */
+export async function openRow(split, row) {
+  dialog.replaceChildren(closeButton(), el("h2", { id: "row-title" }, `Row ${row} of ${split}`));
+  if (!dialog.open) dialog.showModal();
+  try {
+    const facts = await ask("/api/row", { split, row });
+    dialog.replaceChildren(...content(split, facts));
+    announce(`Row ${row} of ${split} is open.`);
+    await near(split, row);
+  } catch (error) {
+    dialog.append(el("p", { class: "problem", role: "alert" }, prose(error.message)));
+  }
+}
+
+function content(split, facts) {
+  const captions = Object.entries(facts.captions);
+  const longest = captions.map(([, words]) => words).reduce((a, b) => (b.length > a.length ? b : a), "");
+  return [
+    closeButton(),
+    el(
+      "div",
+      { class: "row-top" },
+      el("div", { class: "row-picture" }, photo(split, facts.row, longest || facts.key, 768)),
+      el(
+        "div",
+        { class: "row-facts" },
+        el("p", { class: "eyebrow" }, `${split} · row ${facts.row.toLocaleString("en")} of ${facts.rows.toLocaleString("en")}`),
+        el("h2", { id: "row-title" }, longest || facts.key),
+        el(
+          "dl",
+          {},
+          facts.label === null ? null : [el("dt", {}, "class"), el("dd", {}, facts.label)],
+          captions.filter(([, words]) => words !== longest).map(([field, words]) => [el("dt", {}, field), el("dd", {}, words || "–")]),
+          el("dt", {}, "key"),
+          el("dd", {}, el("code", {}, facts.key)),
+          Object.entries(facts.columns).map(([name, column]) => [
+            el("dt", {}, name),
+            el("dd", {}, el("span", { class: column.status === "ok" ? "tag right" : "tag wrong" }, column.status), column.status === "ok" ? ` length ${column.norm.toFixed(2)}` : ""),
+          ]),
+        ),
+        el(
+          "p",
+          { class: "actions" },
+          link(split, facts.row, "images", "Search by this image"),
+          link(split, facts.row, "captions", "Find its captions"),
+        ),
+      ),
+    ),
+    el("section", { class: "near", "aria-live": "polite" }),
+  ];
+}
+
+function link(split, row, among, words) {
+  return el("a", { class: "button", href: `#/search?${new URLSearchParams({ split, row, among })}`, onclick: () => dialog.close() }, words);
+}
+
+async function near(split, row) {
+  const place = dialog.querySelector(".near");
+  try {
+    const found = await ask("/api/similar", { split, row, top: 7 });
+    const others = found.hits.filter((hit) => hit.row !== row).slice(0, 6);
+    place.replaceChildren(el("h3", {}, `Nearest of ${count(found.searched, "image")}`), grid(split, others));
+  } catch (error) {
+    place.replaceChildren(el("p", { class: "soft" }, prose(error.message)));
+  }
+}
+
+function closeButton() {
+  return el("button", { class: "icon-button close", type: "button", "aria-label": "Close", autofocus: true, onclick: () => dialog.close() }, "✕");
+}

@@ -1,0 +1,179 @@
+"""Parquet with vectors: lists of one length, in one file or in the files of a folder.
+
+A file that `sail convert` wrote has a column for every array of the store, under its name there.
+Features are float32, which every reader knows: of float16 values they are exact, and packed they
+take little more.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.partial import appearing
+from features.store import NUMBERS
+from pipeline.formats.arrays import Stream, unreadable
+from pipeline.formats.rows import STRINGS, Block, Layout, Rows, blocks_of
+from pipeline.interrupt import StopRequest
+from pipeline.progress import ProgressLine
+
+LAYOUT_KEY = b"sail"
+EXPECTED = "Parquet with vectors of one length"
+ROWS_AT_ONCE = 4096
+
+
+def write_parquet(rows: Rows, out: Path, stop: StopRequest) -> Path:
+    """Write rows as one parquet file: all of it, or nothing.
+
+    Args:
+        rows: Of a store.
+        out: The file; an older one is replaced.
+        stop: Asked before every chunk.
+
+    Raises:
+        Stopped: A signal came; nothing was written.
+    """
+    layout = rows.layout
+    fields = [pa.field(name, _type(name, layout)) for name in layout.array_names]
+    schema = pa.schema(fields, metadata={LAYOUT_KEY: layout.to_json()})
+    vectors = [f"{name}/features.list.element" for name in layout.columns]
+    with (
+        appearing(out) as partial,
+        pq.ParquetWriter(
+            partial,
+            schema,
+            compression="zstd",
+            use_byte_stream_split=vectors,
+            use_dictionary=[name for name in layout.array_names if not name.endswith("/features")],
+        ) as writer,
+        ProgressLine(out.name, -(-layout.rows // layout.rows_per_chunk), "chunks") as line,
+    ):
+        for block in blocks_of(rows, stop):
+            writer.write_batch(as_batch(block, schema))
+            line.advance(1)
+    return out
+
+
+def as_batch(block: Block, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a block as rows of a table; vectors become lists of one length."""
+    arrays = []
+    for field in schema:
+        values = block[field.name]
+        if pa.types.is_fixed_size_list(field.type):
+            flat = pa.array(values.astype(np.float32).ravel())
+            values = pa.FixedSizeListArray.from_arrays(flat, type=field.type)
+        elif values.dtype == STRINGS:
+            values = pa.array(values.tolist(), pa.string())
+        arrays.append(values)
+    return pa.record_batch(arrays, schema=schema)
+
+
+class ParquetArrays(AbstractContextManager["ParquetArrays"]):
+    """The columns of a parquet file, or of the files of a folder in the order of their names."""
+
+    usual: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        """Read the metadata.
+
+        Raises:
+            SourceError: There is no such file, one is damaged, or one has other columns.
+        """
+        self.files = tuple(sorted(path.rglob("*.parquet"))) if path.is_dir() else (path,)
+        if not self.files:
+            raise unreadable(path, "there is no .parquet file", EXPECTED)
+        try:
+            self._opened = [pq.ParquetFile(file) for file in self.files]
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(path, error, EXPECTED) from error
+        self.schema = self._opened[0].schema_arrow
+        for file, opened in zip(self.files, self._opened, strict=True):
+            if not opened.schema_arrow.equals(self.schema):
+                raise unreadable(file, f"its columns are not those of {self.files[0]}", EXPECTED)
+        metadata = (self.schema.metadata or {}).get(LAYOUT_KEY)
+        self.layout = None if metadata is None else _layout(path, metadata)
+        self.file_rows = [opened.metadata.num_rows for opened in self._opened]
+        self.rows = sum(self.file_rows)
+        self.shapes = {field.name: self._shape(field) for field in self.schema}
+        self._streams = dict[str, Stream]()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        for opened in self._opened:
+            opened.close()
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows `start` to `stop` of a column.
+
+        Raises:
+            SourceError: A vector of theirs has another length than the first.
+        """
+        if name not in self._streams:
+            self._streams[name] = Stream(lambda: self._batches(name))
+        return self._streams[name].read(start, stop)
+
+    def _batches(self, name: str) -> Iterator[np.ndarray]:
+        first = 0
+        for file, opened in zip(self.files, self._opened, strict=True):
+            for batch in opened.iter_batches(ROWS_AT_ONCE, columns=[name]):
+                yield self._values(file, name, batch.column(0), first)
+                first += batch.num_rows
+
+    def _values(self, file: Path, name: str, column: pa.Array, first: int) -> np.ndarray:
+        """Return a batch of a column: texts, numbers, or vectors (zero where there is none)."""
+        if _is_vector(column.type):
+            dim = self.shapes[name][1]
+            other = pc.fill_null(pc.not_equal(pc.list_value_length(column), dim), False)
+            if wrong := pc.indices_nonzero(other).to_pylist():
+                length = len(column[wrong[0]])
+                why = f"{name} of row {first + wrong[0]} has {length} values, not {dim}"
+                raise unreadable(file, why, EXPECTED)
+            values = column.flatten().to_numpy(zero_copy_only=False)
+            vectors = np.zeros((len(column), dim), dtype=values.dtype)
+            vectors[column.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, dim)
+            return vectors
+        if pa.types.is_integer(column.type):
+            filled = column if column.null_count == 0 else pc.fill_null(column, -1)
+            return np.asarray(filled.to_numpy(zero_copy_only=False))
+        texts = column.cast(pa.string()).fill_null("").to_pylist()
+        return np.array(texts, dtype=STRINGS)
+
+    def _shape(self, field: pa.Field) -> tuple[int, ...]:
+        if not _is_vector(field.type):
+            return (self.rows,)
+        if pa.types.is_fixed_size_list(field.type):
+            return (self.rows, field.type.list_size)
+        for opened in self._opened:
+            for batch in opened.iter_batches(1, columns=[field.name]):
+                if batch.column(0).null_count == 0:
+                    return (self.rows, len(batch.column(0)[0]))
+        return (self.rows, 0)
+
+
+def _layout(path: Path, text: bytes) -> Layout:
+    try:
+        return Layout.from_json(text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise unreadable(
+            path, f"its metadata {LAYOUT_KEY!r} are broken ({error})", EXPECTED
+        ) from error
+
+
+def _type(name: str, layout: Layout) -> pa.DataType:
+    column, _, array = name.rpartition("/")
+    if column in layout.columns:
+        dim = layout.columns[column]
+        return pa.list_(pa.float32(), dim) if array == "features" else pa.uint8()
+    return pa.int32() if name in NUMBERS else pa.string()
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    )

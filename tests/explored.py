@@ -1,0 +1,56 @@
+"""A small run with everything that `sail explore` shows, and the page over it."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.evaluation import evaluate_run
+from pipeline.explore.server import access_for, serve
+from pipeline.explore.session import Session
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from pipeline.training import align_run
+from tests import tiny
+
+BROKEN = 3
+"""The row of the test split whose image is damaged."""
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium on this machine (apt-get install chromium)"
+)
+
+
+def make_run(folder: Path) -> Path:
+    """Extract, align and evaluate a small world with one damaged image; return the run's folder."""
+    run_file = tiny.world(folder, rows=48)
+    members = tiny.samples(16, first=1000)
+    name, image = members[2 * BROKEN]
+    members[2 * BROKEN] = (name, image[: len(image) // 3])
+    tiny.write_tar(folder / "shards" / "test-0.tar", members)
+    config = load_config(str(run_file), ["eval.zero_shot=['test']"])
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    evaluate_run(config, StopRequest())
+    return config.run.dir
+
+
+@contextmanager
+def served(run: Path, *, host: str = "127.0.0.1", token: str | None = None) -> Iterator[str]:
+    """Serve a run as the command does, and yield the address it prints."""
+    stop, addresses = StopRequest(), list[str]()
+    session, access = Session(run, device="cpu"), access_for(host, token)
+    thread = threading.Thread(target=serve, args=(session, access, 0, stop, addresses.append))
+    thread.start()
+    try:
+        while not addresses and thread.is_alive():
+            time.sleep(0.02)
+        yield addresses[0]
+    finally:
+        stop.signal_number = 15
+        thread.join()
