@@ -145,6 +145,8 @@ def _rows(
     """Return the rows that a number was counted over, None where that cannot be told for sure."""
     if items is None or result.encoders["image"] is None:
         return None
+    if result.task == "segmentation":  # of pictures that are in no store
+        return None
     store = session.store(result.split)
     if f"image/{result.encoders['image']}" not in store.columns():
         return None

@@ -19,6 +19,8 @@ from features.errors import EncoderError, EvaluationError
 from pipeline.comparison import compare_runs
 from pipeline.config import RunConfig, load_config
 from pipeline.evaluation import evaluate_run, results_table
+from pipeline.explore.results import results as explored
+from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from pipeline.training import align_run
@@ -145,6 +147,15 @@ def test_the_report_shows_pictures_and_the_table_leaves_single_classes_to_it(
     table = results_table(tmp_path / "eval" / "results.json")
     assert "miou" in table
     assert "tiles/" not in table
+
+
+def test_the_browser_lists_the_numbers_without_rows_since_no_store_has_them(
+    world: Path, tmp_path: Path
+) -> None:
+    evaluate_run(configured(world, tmp_path), StopRequest())
+    shown = explored(Session(tmp_path, device="cpu"))["results"]
+    found = {each["metric"]: each["has_rows"] for each in shown if each["task"] == "segmentation"}
+    assert found == {"miou": False, "pixel_accuracy": False, "iou": False}
 
 
 def test_a_mask_that_changes_is_scored_again_and_nothing_else_is(
