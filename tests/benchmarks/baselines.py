@@ -62,6 +62,7 @@ def scores(
             f"run.features='{features}'",
             "eval.bootstrap=0",
             "eval.knn_k=[20]",
+            "eval.segmentation={}",  # raw pixels have no patches
         ],
     )
     align_run(config, StopRequest())
