@@ -2,10 +2,14 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int64
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from evaluate.bootstrap import Interval, ratio_interval
 from evaluate.confusion import Confusions
@@ -13,11 +17,13 @@ from evaluate.items import Items
 from evaluate.report import ExamplePanel, GroupExample
 from evaluate.results import Result
 from evaluate.segmentation_report import SegmentedPicture
+from evaluate.zero_shot import class_embeddings, make_prompts
 from features.column import Column
 from features.errors import EvaluationError
 from features.store import FeatureStore
+from pipeline.aligned import Aligned
 from pipeline.config import RunConfig
-from pipeline.embedding import Embedder, ok_rows
+from pipeline.embedding import ROWS_AT_ONCE, Embedder, ok_rows, prompt_features
 from pipeline.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -57,6 +63,31 @@ class Context:
     def encoders(self) -> dict[str, str | None]:
         """The encoders that the head was trained on."""
         return {"image": self.embedder.image, "text": self.embedder.text}
+
+    @cached_property
+    def aligned(self) -> Aligned:
+        """The encoders behind the head, each loaded when it is first used."""
+        embedder = self.embedder
+        return Aligned(self.config, embedder.checkpoint, embedder.model, embedder.device)
+
+    def class_embeddings(
+        self, names: Sequence[str], templates: Sequence[str]
+    ) -> Float[Tensor, "names dim"]:
+        """Embed names by the mean of their prompts, so many at once as rows of a store.
+
+        Raises:
+            EvaluationError: A template has no place for the name, or the text encoder is another.
+        """
+        prompts = make_prompts(names, templates)
+        features = prompt_features(self.config, self.embedder, prompts, self.folder.eval)
+        step = max(1, ROWS_AT_ONCE // len(templates)) * len(templates)
+        embed = self.embedder.model.embed_text
+        parts = [
+            self.embedder.apply(embed, features[start : start + step])
+            for start in range(0, len(features), step)
+        ]
+        shape = (len(templates), parts[0].shape[-1])
+        return torch.cat([class_embeddings(part.view(-1, *shape)) for part in parts])
 
     def interval(
         self, hits: Int64[np.ndarray, "items"], counts: Int64[np.ndarray, "items"] | None = None

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from evaluate.config import MaskFolder, SceneMasks
@@ -19,11 +20,10 @@ from evaluate.pictures import thumbnail
 from evaluate.results import Result
 from evaluate.segmentation import Encode, Names, Sliding, fit_size, segment
 from evaluate.segmentation_report import LegendEntry, SegmentedPicture
-from evaluate.zero_shot import class_embeddings, make_prompts, read_templates
+from evaluate.zero_shot import read_templates
 from features.encoders.patches import PatchEncoder, patch_encoder
 from features.errors import EvaluationError
-from pipeline.aligned import Aligned
-from pipeline.embedding import ROWS_AT_ONCE, prompt_features
+from pipeline.embedding import ROWS_AT_ONCE
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.measures.context import Context
 from pipeline.progress import ProgressLine
@@ -58,7 +58,7 @@ class _Task:
 def score_segmentation(
     context: Context, name: str, pictures: MaskedPictures, stop: StopRequest
 ) -> None:
-    """Score a data set picture by picture; one picture is held at a time.
+    """Score a data set picture by picture; while one is segmented, the next is read.
 
     Args:
         context: The run.
@@ -72,8 +72,7 @@ def score_segmentation(
         Stopped: A signal came.
     """
     settings = context.config.eval.segmentation[name]
-    embedder = context.embedder
-    aligned = Aligned(context.config, embedder.checkpoint, embedder.model, embedder.device)
+    aligned = context.aligned
     patches = patch_encoder(aligned.image_encoder, aligned.image_column, settings.attention)
     task = _Task(
         context, name, settings, pictures, patches, _class_names(context, settings, pictures)
@@ -103,28 +102,34 @@ def _class_names(
         for number, names in enumerate(pictures.classes.names)
         for name in (names if settings.synonyms else names[:1])
     ]
-    templates = read_templates(settings.templates)
-    prompts = make_prompts([name for name, _ in wanted], templates)
-    embedder = context.embedder
-    features = prompt_features(context.config, embedder, prompts, context.folder.eval)
-    embedded = embedder.apply(embedder.model.embed_text, features)
-    embeddings = class_embeddings(embedded.view(len(wanted), len(templates), -1))
-    owners = torch.tensor([owner for _, owner in wanted], device=embedder.device)
+    embeddings = context.class_embeddings(
+        [name for name, _ in wanted], read_templates(settings.templates)
+    )
+    owners = torch.tensor([owner for _, owner in wanted], device=embeddings.device)
     return Names(embeddings, owners)
 
 
 def _segmented(task: _Task) -> Iterator[tuple[Masked, Int64[np.ndarray, "height width"]]]:
     """Yield each picture with the class of each of its pixels."""
-    encode, preprocessing = _aligned_patches(task), task.patches.encoder.preprocessing
-    for name in task.pictures.names:
+    encode, names = _aligned_patches(task), task.pictures.names
+
+    def read(name: str) -> tuple[Masked, UInt8[Tensor, "3 height width"]]:
         masked = task.pictures.read(name)
         height, width = masked.labels.shape
         fitted = fit_size(height, width, short=task.settings.short, longest=task.settings.longest)
-        resized = masked.picture.resize(fitted[::-1], preprocessing.resample, reducing_gap=None)
-        pixels = torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
-        image = task.patches.normalise(pixels)
-        predicted = segment(image, encode, task.names, task.sliding, (height, width))
-        yield masked, predicted.cpu().numpy()
+        resample = task.patches.encoder.preprocessing.resample
+        resized = masked.picture.resize(fitted[::-1], resample, reducing_gap=None)
+        return masked, torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, names[0])
+        for following in (*names[1:], None):
+            masked, pixels = coming.result()
+            if following is not None:
+                coming = pool.submit(read, following)
+            image, size = task.patches.normalise(pixels), masked.labels.shape
+            predicted = segment(image, encode, task.names, task.sliding, (size[0], size[1]))
+            yield masked, predicted.cpu().numpy()
 
 
 def _aligned_patches(task: _Task) -> Encode:

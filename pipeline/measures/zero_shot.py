@@ -14,14 +14,11 @@ from evaluate.report import ExamplePanel
 from evaluate.results import Result
 from evaluate.zero_shot import (
     Classified,
-    class_embeddings,
     classify,
     confusion_matrix,
-    make_prompts,
     read_templates,
 )
 from features.store import FeatureStore
-from pipeline.embedding import prompt_features
 from pipeline.examples import Gallery, Search, draw, search_example
 from pipeline.measures.context import TIES, Context
 
@@ -46,10 +43,7 @@ def classify_split(context: Context, split: str) -> Scored:
     images = embedder.images(store)
     rows, labels = context.labelled_rows(split, embedder.image_column(store))
     places = torch.from_numpy(np.searchsorted(images.rows, rows)).to(embedder.device)
-    prompts = make_prompts(names, templates)
-    features = prompt_features(context.config, embedder, prompts, context.folder.eval)
-    embedded = embedder.apply(embedder.model.embed_text, features)
-    classes = class_embeddings(embedded.view(len(names), len(templates), -1))
+    classes = context.class_embeddings(names, templates)
     vectors = images.vectors[places]
     return Scored(rows, vectors, classes, classify(vectors, classes, labels))
 

@@ -94,6 +94,14 @@ def test_the_last_window_ends_at_the_border() -> None:
         window_starts(900, 448, 500)
 
 
+@pytest.mark.parametrize("extent", range(300, 2049, 97))
+def test_the_windows_are_those_of_mmsegmentation(extent: int) -> None:
+    # Its grid, by its formula: one window more than whole strides, each pushed back to the border.
+    number = max(extent - 448 + 224 - 1, 0) // 224 + 1
+    ends = [min(224 * place + 448, extent) for place in range(number)]
+    assert window_starts(extent, 448, 224) == [max(end - 448, 0) for end in ends]
+
+
 def test_the_ratio_is_kept_within_both_bounds() -> None:
     assert fit_size(360, 480) == (448, 597)
     assert fit_size(100, 1000) == (205, 2048)
