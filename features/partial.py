@@ -5,6 +5,7 @@ renamed; two writers of one thing write the same bytes, and the last rename wins
 writer leaves behind says by its name whose it was.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -14,7 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features.errors import StoreError
@@ -68,6 +69,41 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder; it becomes `path` if that succeeds, and goes if not.
+
+    A folder that is there already is replaced, and stays whole until then. Of several writers the
+    last one wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    partial = partial_path(path)
+    partial.mkdir()
+    try:
+        yield partial
+        _replace_folder(partial, path)
+    except BaseException:  # a full disk, above all: what is half-written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder over another, which no system call does where that one has files."""
+    while True:
+        try:
+            new.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        old = partial_path(path)
+        with suppress(FileNotFoundError):  # another writer was faster
+            path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.checkpoint import CONFIG, MODEL, Checkpoint
+from features.partial import replacing_folder
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -29,14 +30,10 @@ def export_model(checkpoint_path: Path, target: Path) -> Path:
     card = model_card(checkpoint)
     if (target / CARD).is_file() and (target / CARD).read_text(encoding="utf-8") == card:
         return target
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in (MODEL, CONFIG):
-        shutil.copyfile(checkpoint.path / name, partial / name)
-    (partial / CARD).write_text(card, encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with replacing_folder(target) as folder:
+        for name in (MODEL, CONFIG):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+        (folder / CARD).write_text(card, encoding="utf-8")
     logger.info("exported the head of step %d to %s", checkpoint.step, target)
     return target
 
