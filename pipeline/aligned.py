@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,16 @@ from torch.nn import functional as F
 from align.checkpoint import Checkpoint
 from align.checkpoint import load_aligned as load_head
 from align.head import AlignmentModel
-from features.config import ImageEncoderConfig
+from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import load_image_encoder, load_text_encoder
 from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.text import TextEncoder
 from features.errors import ConfigError, EncoderError, EvaluationError
 from features.images import ImageFault
-from pipeline.config import RunConfig, load_config
+from pipeline.config import EncodersConfig, RunConfig, RunSettings, load_config
 from pipeline.device import prepare_device
 from pipeline.embedding import check_same_encoder
+from pipeline.handover.layout import read_exported
 from pipeline.processors import usable_processors
 
 
@@ -32,12 +34,30 @@ from pipeline.processors import usable_processors
 class Aligned:
     """Both frozen encoders with the trained head; each encoder is loaded when it is first used."""
 
-    config: RunConfig
-    """The run file that the head was trained by."""
+    encoders: EncodersConfig
+    """Settings of both encoders."""
+    max_pixels: int
+    """Larger images are refused."""
     checkpoint: Checkpoint
     model: AlignmentModel
     """The head."""
     device: torch.device
+    run_config: RunConfig | None = None
+    """The run file that the head was trained by; none in an exported folder."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run file that the head was trained by.
+
+        Raises:
+            EvaluationError: This is an exported folder, which has neither run file nor stores.
+        """
+        if self.run_config is None:
+            raise EvaluationError(
+                f"{self.checkpoint.path} is an exported model, without data. The folder of a run, "
+                f"such as runs/demo, was expected. Use the run that it was exported from."
+            )
+        return self.run_config
 
     @property
     def dim(self) -> int:
@@ -56,10 +76,10 @@ class Aligned:
         Raises:
             EvaluationError: The run file does not have it, or it is another than the head's.
         """
-        name, settings = self._image_settings
+        name, settings = self.image_settings
         encoder = load_image_encoder(name, settings, self.device)
         found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
-        check_same_encoder(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
+        self._check(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
         return encoder
 
     @cached_property
@@ -120,7 +140,7 @@ class Aligned:
         """
         data, name = (image, "An image") if isinstance(image, bytes) else (_read(image), str(image))
         try:
-            return self.image_encoder.prepare(data, max_pixels=self.config.extract.max_pixels)
+            return self.image_encoder.prepare(data, max_pixels=self.max_pixels)
         except ImageFault as fault:
             raise EncoderError(
                 f"{name} cannot be used: {fault.reason}. A whole image that Pillow can decode was "
@@ -149,44 +169,78 @@ class Aligned:
     @cached_property
     def _text_encoder(self) -> TextEncoder:
         name = str(self.checkpoint.text["name"])
-        if name not in self.config.encoders.text:
-            raise _no_encoder("text", name)
-        encoder = load_text_encoder(name, self.config.encoders.text[name], self.device)
+        encoder = load_text_encoder(name, self.text_settings, self.device)
         expected = self.checkpoint.text["fingerprint"]
-        check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, expected)
+        self._check(f"encoders.text.{name}", encoder.fingerprint, expected)
         return encoder
 
     @property
-    def _image_settings(self) -> tuple[str, ImageEncoderConfig]:
-        """The encoder whose own column, or one of `also`, the head was trained on."""
+    def image_settings(self) -> tuple[str, ImageEncoderConfig]:
+        """Name and settings of the encoder whose own column, or one of `also`, the head reads.
+
+        Raises:
+            EvaluationError: The run file does not have it.
+        """
         column = self.checkpoint.image["name"]
-        for name, settings in self.config.encoders.image.items():
+        for name, settings in self.encoders.image.items():
             if column == name or column in settings.also:
                 return name, settings
         raise _no_encoder("image", column)
 
+    @property
+    def text_settings(self) -> TextEncoderConfig:
+        """Settings of the encoder that the head reads.
+
+        Raises:
+            EvaluationError: The run file does not have it.
+        """
+        name = str(self.checkpoint.text["name"])
+        if name not in self.encoders.text:
+            raise _no_encoder("text", name)
+        return self.encoders.text[name]
+
+    def _check(self, section: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Check that an encoder is the one that the head was trained on.
+
+        An exported copy has another name, and may be used on another device: its weights count.
+        """
+        if self.run_config is not None:
+            check_same_encoder(section, found, expected)
+            return
+        found = found | {name: expected.get(name) for name in ("model", "revision", "dtype")}
+        remedy = f"Put the encoder back into {self.checkpoint.path}, or export the run again."
+        check_same_encoder(section, found, expected, remedy=remedy)
+
 
 def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
-    """Open a run of `sail align`: its best head, and the encoders of its run file.
+    """Open a run of `sail align`, or a folder of `sail export --to hf`.
+
+    Of a run it is the best head, with the encoders of its run file.
 
     Args:
-        run: Folder of the run, such as `runs/demo`.
+        run: Folder of the run, such as `runs/demo`, or the exported folder.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: the first GPU if there is one.
 
     Raises:
-        ConfigError: There is no `config.toml` of this program in the folder.
+        ConfigError: It is neither.
         CheckpointError: There is no trained head.
     """
-    config = open_run(run, device)
+    folder = Path(run)
+    if (exported := read_exported(folder)) is not None:
+        chosen = prepare_device(RunSettings(device=device))
+        model, checkpoint = load_head(folder, chosen)
+        return Aligned(exported.encoders, exported.max_pixels, checkpoint, model, chosen)
+    config = open_run(folder, device)
     chosen = prepare_device(config.run)
-    model, checkpoint = load_head(config.run.dir / "align" / config.eval.checkpoint, chosen)
-    return Aligned(config, checkpoint, model, chosen)
+    model, checkpoint = load_head(folder / "align" / config.eval.checkpoint, chosen)
+    max_pixels = config.extract.max_pixels
+    return Aligned(config.encoders, max_pixels, checkpoint, model, chosen, config)
 
 
 def open_run(run: str | Path, device: str = "auto") -> RunConfig:
     """Return the settings of a run, wherever its folder is now.
 
-    Takes what `load_aligned` does.
+    Takes what `load_aligned` does, but no exported folder.
 
     Raises:
         ConfigError: There is no `config.toml` of this program in the folder.

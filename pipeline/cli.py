@@ -13,6 +13,7 @@ import click
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
 from pipeline.cli_explore import explore
+from pipeline.cli_export import export
 from pipeline.cli_readonly import doctor, inspect, plan, verify
 from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
@@ -57,6 +58,7 @@ for command in (
     search,
     explore,
     embed,
+    export,
     convert,
     import_store,
     compare,

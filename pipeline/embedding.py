@@ -155,13 +155,20 @@ def feature_blocks(
             yield column.read(low, high + 1)[rows[first:last] - low]
 
 
-def check_same_encoder(section: str, found: dict[str, object], expected: dict[str, object]) -> None:
+def check_same_encoder(
+    section: str,
+    found: dict[str, object],
+    expected: dict[str, object],
+    *,
+    remedy: str = "Correct the run file.",
+) -> None:
     """Check that an encoder of the run file is the one that a head was trained on.
 
     Args:
         section: Of the run file, for the message.
         found: Fingerprint of the encoder as it was loaded.
         expected: What the checkpoint of the head says.
+        remedy: What to do where they differ.
 
     Raises:
         EvaluationError: They differ in what decides the features.
@@ -171,7 +178,7 @@ def check_same_encoder(section: str, found: dict[str, object], expected: dict[st
         if place.split(".")[0] not in NOT_COMPARED:
             raise EvaluationError(
                 f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
-                f"The same encoder was expected. Correct the run file."
+                f"The same encoder was expected. {remedy}"
             )
 
 

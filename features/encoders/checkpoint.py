@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_log
 from features.errors import EncoderError
 
 BUNDLED_SCENES = Path(__file__).parents[1] / "scenes" / "encoder"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+DESCRIPTION = ["*.json", "*.txt", "*.model", "README.md"]
+WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,18 @@ class EncoderFiles:
         }
 
 
-def find_encoder(model: str, revision: str | None) -> EncoderFiles:
+def is_on_hub(model: str) -> bool:
+    """Return whether a model would be looked for on the hub: it is neither bundled nor a folder."""
+    return ":" not in model and not Path(model).expanduser().is_dir()
+
+
+def find_encoder(model: str, revision: str | None, *, weights: bool = True) -> EncoderFiles:
     """Return the files of `model`, fetching them from the hub when they are not local.
+
+    Args:
+        model: As in the run file.
+        revision: Commit or tag of the hub repository.
+        weights: Whether they are needed, or only what describes them.
 
     Raises:
         EncoderError: Nothing of that name is here or on the hub, or it has no safetensors.
@@ -55,9 +66,9 @@ def find_encoder(model: str, revision: str | None) -> EncoderFiles:
     elif (folder := Path(model).expanduser()).is_dir():
         files = EncoderFiles(folder.resolve().name, None, folder)
     else:
-        folder = _from_hub(model, revision)
+        folder = _from_hub(model, revision, [*DESCRIPTION, *([WEIGHTS] if weights else [])])
         files = EncoderFiles(model, folder.name, folder)
-    if not any(files.folder.glob("*.safetensors")):
+    if weights and not any(files.folder.glob(WEIGHTS)):
         raise EncoderError(
             f"{files.folder} has no .safetensors file. Weights in that format were expected, since "
             f"pickled ones can run code. Convert them, or choose a revision that has safetensors."
@@ -102,7 +113,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def weights_sha256(folder: Path) -> str:
     """Return the sha256 over the safetensors files of a folder, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(WEIGHTS)):
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
@@ -178,9 +189,9 @@ def _minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EncoderError(
             f"The encoder {model!r} is neither a folder here nor to be had from the hub: "

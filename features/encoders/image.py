@@ -182,7 +182,7 @@ def _load(
         model, processor = BASELINES[config.model]()
         return model, processor, {"model": config.model}
     files = find_encoder(config.model, config.revision)
-    processor = _read_processor(files.folder)
+    processor = read_image_processor(files.folder)
     model_config = _without_masking(read_config(files.folder))
     tower = IMAGE_TOWERS.get(model_config.model_type)
     loaded = load_weights(
@@ -200,7 +200,12 @@ def _without_masking(config: Any) -> Any:
     return config
 
 
-def _read_processor(folder: os.PathLike[str]) -> dict[str, Any]:
+def read_image_processor(folder: os.PathLike[str]) -> dict[str, Any]:
+    """Return the settings of a checkpoint's own image processor.
+
+    Raises:
+        EncoderError: They are missing, or no JSON.
+    """
     path = os.path.join(folder, "preprocessor_config.json")  # noqa: PTH118
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123

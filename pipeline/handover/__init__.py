@@ -1,0 +1,1 @@
+"""A trained run in the forms that other programs open: `sail export`."""

@@ -1,0 +1,39 @@
+"""Writes a run in the form that is asked for, where nothing else may be lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from features.errors import ConfigError
+from pipeline.handover.huggingface import export_huggingface
+from pipeline.handover.layout import CARD, MODEL
+from pipeline.handover.parts import Parts, parts_of
+
+WRITERS: dict[str, Callable[[Parts, Path], Path]] = {"hf": export_huggingface}
+
+
+def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) -> Path:
+    """Write a trained run as a folder that other programs open.
+
+    Args:
+        run: Folder of the run.
+        form: A key of `WRITERS`.
+        out: The folder to write; an earlier export is replaced, as a whole.
+        with_encoders: As for `parts_of`.
+
+    Raises:
+        ConfigError: There is no run, or something else lies at `out`.
+        CheckpointError: There is no trained head.
+        EncoderError: An encoder cannot be handed over.
+    """
+    _check_free(out)
+    return WRITERS[form](parts_of(run, with_encoders=with_encoders), out)
+
+
+def _check_free(out: Path) -> None:
+    """Check that nothing would be replaced but an earlier export."""
+    is_export = (out / CARD).is_file() and (out / MODEL).is_file()
+    if out.exists() and not is_export and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out} is there already, and is no exported model. A new path, an empty folder or an "
+            f"earlier export was expected. Choose another --out."
+        )
