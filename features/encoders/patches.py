@@ -102,11 +102,10 @@ def patch_encoder(
         output, first, grid = _tokens(encoder.model, noise.to(encoder.device), layer)
     pooling = column.settings.pooling
     form = _form_of_pooler(encoder.model, output, first, grid) if pooling == "pooler" else None
-    made = PatchEncoder(
-        encoder, column, attention, form or FORMS[pooling], noise.shape[-1] // grid.shape[2]
-    )
-    with torch.inference_mode():
-        made.encode(noise.to(encoder.device))
+    is_map = output.last_hidden_state.ndim == 4
+    patch = noise.shape[-1] // grid.shape[2] if is_map else patch_side(encoder.model)
+    made = PatchEncoder(encoder, column, attention, form or FORMS[pooling], patch)
+    made.encode(noise.to(encoder.device))  # so that an attention it has not is told at once
     return made
 
 
