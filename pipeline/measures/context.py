@@ -67,8 +67,10 @@ class Context:
     @cached_property
     def aligned(self) -> Aligned:
         """The encoders behind the head, each loaded when it is first used."""
-        embedder = self.embedder
-        return Aligned(self.config, embedder.checkpoint, embedder.model, embedder.device)
+        config, embedder = self.config, self.embedder
+        checkpoint, model, device = embedder.checkpoint, embedder.model, embedder.device
+        max_pixels = config.extract.max_pixels
+        return Aligned(config.encoders, max_pixels, checkpoint, model, device, config)
 
     def class_embeddings(
         self, names: Sequence[str], templates: Sequence[str]
