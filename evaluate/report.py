@@ -214,7 +214,7 @@ def render(report: Report) -> str:
         alignment=by_dataset(report.results, "alignment/"),
         compositional=by_dataset(report.results, "compositional"),
         segmentation=segmentation_views(report.results, report.segmented),
-        listed=[each for each in report.results if each.metric != "iou"],
+        listed=[each for each in report.results if not each.is_detail],
         confusions=[_confusion_view(each) for each in report.confusions],
         columns_of_reference=list(dict.fromkeys(key for row in report.reference for key in row)),
     )

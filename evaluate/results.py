@@ -48,6 +48,11 @@ class Result:
         return " ".join(parts)
 
     @property
+    def is_detail(self) -> bool:
+        """Whether it is the IoU of a single class: overviews and comparisons leave it out."""
+        return self.metric == "iou"
+
+    @property
     def chance(self) -> float | None:
         """What guessing would score, where that is known."""
         value = self.protocol.get("chance")

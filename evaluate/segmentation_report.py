@@ -53,7 +53,7 @@ def segmentation_views(
             name,
             [each for each in found if each.dataset == name],
             sorted(
-                (each for each in found if each.metric == "iou" and each.split == name),
+                (each for each in found if each.is_detail and each.split == name),
                 key=lambda each: -each.value,
             ),
             [each for each in pictures if each.dataset == name],

@@ -17,8 +17,11 @@ from features.partial import appearing
 from pipeline.tables import rendered
 
 RESAMPLES, SEED = 2000, 0
-FOUND = frozenset({"calibrated", "p_value", "regularisation", "converged"})
-"""Of a protocol: what came out rather than what was asked for."""
+FOUND = frozenset(
+    {"calibrated", "p_value", "regularisation", "converged"}
+    | {"patch", "patch_feature", "resample", "mean", "std"}
+)
+"""Of a protocol: what came out, or follows from the encoder, rather than what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class _Evaluated:
                 f"{run} has no eval/results.json. The folder of an evaluated run (its `run.dir`) "
                 f"was expected. Run `sail eval` on its recipe."
             )
-        results = {result.name: result for result in read_results(path)}
+        found = [result for result in read_results(path) if not result.is_detail]
+        results = {result.name: result for result in found}
         return cls(run, results, read_items(path.with_name("items.npz")))
 
 

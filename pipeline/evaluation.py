@@ -98,7 +98,7 @@ def results_table(path: Path) -> str:
         table.add_column(heading, justify="right", no_wrap=True)
     for result in read_results(path):
         metric = result.metric
-        if metric == "iou":  # of each class: the report has them
+        if result.is_detail:
             continue
         if metric == "knn_top1":
             metric = f"{metric}, k = {result.protocol['k']}, {result.encoders['image']}"

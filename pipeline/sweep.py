@@ -155,7 +155,8 @@ def _train(trial: Trial, config: RunConfig, stop: StopRequest, *, evaluates: boo
     scores = {f"heldout/{name}": heldout[name] for name in HELDOUT}
     if evaluates:
         for result in read_results(evaluate_run(config, stop)):
-            if not result.task.startswith("knn"):  # of the frozen features: no head is in it
+            # k-NN is of the frozen features: no head is in it.
+            if not result.task.startswith("knn") and not result.is_detail:
                 scores[f"{result.task} {result.dataset} {result.metric}"] = result.value
     return replace(trial, scores=scores)
 

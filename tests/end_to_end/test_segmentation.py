@@ -196,6 +196,22 @@ def test_another_attention_gives_another_result_and_says_so(
         compare_runs(tmp_path / "plain", tmp_path / "other")
 
 
+def test_two_runs_are_compared_by_the_data_set_and_not_class_by_class(
+    world: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        evaluate_run(configured(world, tmp_path / name), StopRequest())
+    compared = {
+        row["measure"]: row["paired"]
+        for row in compare_runs(tmp_path / "one", tmp_path / "two")["measures"]
+        if row["measure"].startswith("segmentation")
+    }
+    assert compared == {
+        "segmentation tiles miou": False,
+        "segmentation tiles pixel_accuracy": True,
+    }
+
+
 def test_the_first_names_alone_are_one_a_class(world: Path, tmp_path: Path) -> None:
     rows = results(configured(world, tmp_path, "eval.segmentation.tiles.synonyms=false"))
     assert rows[0]["protocol"]["names"] == 4

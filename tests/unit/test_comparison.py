@@ -109,6 +109,12 @@ def test_other_rows_or_another_protocol_are_refused(
         compare_runs(first, second)
 
 
+def test_what_follows_from_the_encoder_is_no_other_protocol(tmp_path: Path) -> None:
+    first = evaluated(tmp_path / "a", [0, 1], patch=14, mean=[0.5], patch_feature="patch token")
+    second = evaluated(tmp_path / "b", [1, 1], patch=16, mean=[0.4], patch_feature="two tokens")
+    assert compare_runs(first, second)["measures"][0]["difference"] == 0.5
+
+
 def test_a_run_that_is_not_evaluated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no eval/results\.json.*sail eval"):
         compare_runs(tmp_path, tmp_path)
