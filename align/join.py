@@ -34,6 +34,12 @@ class JoinedStore(FeatureStore):
         """Return one caption per row, of the store of texts."""
         return self._texts.captions(field, start, stop)
 
+    def strings_at(self, name: str, rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
+        """Return keys of the one store, captions of the other."""
+        if name.startswith("caption/"):
+            return self._texts.strings_at(name, rows)
+        return super().strings_at(name, rows)
+
     def columns(self) -> list[str]:
         """Names of the image columns of the one store and of the text columns of the other."""
         images = [name for name in super().columns() if name.startswith("image/")]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from features.column import Column, create_column
 from features.errors import (
@@ -147,6 +147,10 @@ class FeatureStore:
                 f"Name one of these."
             )
         return np.asarray(self._row_array(f"caption/{field}")[self._slice(start, stop)])
+
+    def strings_at(self, name: str, rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
+        """Return `key` or `caption/<field>` of rows in any order, reading each chunk once."""
+        return np.asarray(self._row_array(name).oindex[rows])
 
     def labels(self) -> Int32[np.ndarray, "rows"] | None:
         """Return the class of every row, -1 where unknown."""
