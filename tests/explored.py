@@ -1,5 +1,6 @@
 """A small run with everything that `sail explore` shows, and the page over it."""
 
+import json
 import shutil
 import threading
 import time
@@ -20,6 +21,8 @@ from tests import tiny
 
 BROKEN = 3
 """The row of the test split whose image is damaged."""
+HOSTILE = '<img src="/x" onerror="document.title = 1"> & <b>bold</b> "words" of a stranger'
+"""The long caption of the row after it."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no chromium on this machine (apt-get install chromium)"
@@ -32,6 +35,8 @@ def make_run(folder: Path) -> Path:
     members = tiny.samples(16, first=1000)
     name, image = members[2 * BROKEN]
     members[2 * BROKEN] = (name, image[: len(image) // 3])
+    name, record = members[2 * BROKEN + 3]
+    members[2 * BROKEN + 3] = (name, json.dumps(json.loads(record) | {"long": HOSTILE}).encode())
     tiny.write_tar(folder / "shards" / "test-0.tar", members)
     config = load_config(str(run_file), ["eval.zero_shot=['test']"])
     extract(config, StopRequest())

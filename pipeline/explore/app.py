@@ -151,13 +151,13 @@ def search_by_image(
 @router.get("/api/rows")
 def rows(session: InSession, split: str, count: Top = 24) -> dict[str, Any]:
     """Some rows, to begin with."""
-    return look(session, split, count)
+    return {"rows": [asdict(row) for row in look(session, split, count)]}
 
 
 @router.get("/api/shown")
 def shown(session: InSession, split: str, row: Row) -> dict[str, Any]:
     """The words of a row."""
-    return asdict(show(session, session.checked(split, row), row))
+    return asdict(show(session, session.checked(split, row), [row])[0])
 
 
 @router.get("/api/map")

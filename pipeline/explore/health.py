@@ -43,15 +43,13 @@ def quarantined(session: Session, split: str, column: str, start: int) -> dict[s
     store = session.store(split)
     status = _column(session, split, column).status()
     rows = np.flatnonzero(status > Status.OK)
+    part = rows[start : start + ROWS_OF_A_PAGE]
+    keys = store.strings_at("key", part).tolist()
     return {
         "total": len(rows),
         "rows": [
-            {
-                "row": row,
-                "key": str(store.keys(row, row + 1)[0]),
-                "reason": Status(int(status[row])).label,
-            }
-            for row in rows[start : start + ROWS_OF_A_PAGE].tolist()
+            {"row": row, "key": str(key), "reason": Status(int(status[row])).label}
+            for row, key in zip(part.tolist(), keys, strict=True)
         ],
     }
 

@@ -42,6 +42,8 @@ class ExactSearch:
 
     def __call__(self, query: Float32[np.ndarray, "dim"], k: int) -> Found:
         """Return the k nearest rows."""
+        if not self._index.ntotal:
+            return Found(np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
         cosines, places = self._index.search(_normalised(query[None]), min(k, self._index.ntotal))
         return Found(cosines[0], places[0])
 

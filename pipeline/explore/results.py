@@ -1,6 +1,5 @@
 """The numbers of an evaluation, and the rows that went wrong behind each."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +11,9 @@ from evaluate.confusion import Confusions, worst_mistakes
 from evaluate.items import Items, read_items
 from evaluate.results import Result, read_results
 from evaluate.zero_shot import confusion_matrix
-from features.column import Column
 from features.errors import EvaluationError
-from features.store import FeatureStore
-from pipeline.embedding import Embedder, ok_rows
+from pipeline.embedding import Embedder
+from pipeline.explore.rows_behind import rows_behind
 from pipeline.explore.search import show
 from pipeline.explore.session import Session
 from pipeline.measures.context import Context, Findings
@@ -23,7 +21,6 @@ from pipeline.measures.zero_shot import Scored, classify_split
 
 ROWS_OF_A_PAGE = 24
 MISTAKES = 12
-BY_LABEL = ("zero_shot", "knn/", "linear_probe")
 
 
 @dataclass(frozen=True)
@@ -31,12 +28,13 @@ class Measured:
     """A number with the rows it was measured on."""
 
     result: Result
-    rows: Int64[np.ndarray, "items"]
+    rows: Int64[np.ndarray, "items each"]
+    """Of each item: one, or the two of a group."""
     items: Items
 
     @property
-    def failed(self) -> Int64[np.ndarray, "failed"]:
-        """The rows that did not get all right."""
+    def failed(self) -> Int64[np.ndarray, "failed each"]:
+        """The rows of items that did not get all right."""
         counts = 1 if self.items.counts is None else self.items.counts
         return self.rows[np.asarray(self.items.hits) < counts]
 
@@ -57,7 +55,7 @@ def results(session: Session) -> dict[str, Any]:
             | {
                 "name": result.name,
                 "chance": result.chance,
-                "has_rows": _rows(session, result, items.get(result.name)) is not None,
+                "has_rows": result.name in items and rows_behind(session, result) is not None,
             }
             for result in found
         ],
@@ -82,8 +80,8 @@ def failures(
         taken: Only those that were taken for a class; of zero-shot classification.
     """
     measured = _measured(session, name)
-    split, rows = measured.result.split, measured.failed
-    store = session.store(split)
+    split, failed = measured.result.split, measured.failed
+    store, rows = session.store(split), failed.ravel()
     if label is not None:
         rows = np.array([row for row in rows.tolist() if session.class_of(store, row) == label])
     predicted = _predicted(session, measured)
@@ -93,8 +91,11 @@ def failures(
     return {
         "split": split,
         "of": len(measured.rows),
+        "failed": len(rows) // failed.shape[1],
         "total": len(rows),
-        "rows": [asdict(show(session, store, row)) | {"taken": predicted.get(row)} for row in part],
+        "rows": [
+            asdict(row) | {"taken": predicted.get(row.row)} for row in show(session, store, part)
+        ],
     }
 
 
@@ -130,41 +131,13 @@ def _measured(session: Session, name: str) -> Measured:
     items = read_items(session.folder.eval / "items.npz")
     for result in _read(session):
         if result.name == name:
-            rows = _rows(session, result, items.get(name))
-            if rows is not None:
+            rows = rows_behind(session, result)
+            if rows is not None and name in items:
                 return Measured(result, rows, items[name])
     raise EvaluationError(
         f"The rows behind {name!r} are not known. A number of results.json that is counted over "
         f"rows of a store which has not changed since was expected. Run `sail eval` again."
     )
-
-
-def _rows(
-    session: Session, result: Result, items: Items | None
-) -> Int64[np.ndarray, "items"] | None:
-    """Return the rows that a number was counted over, None where that cannot be told for sure."""
-    if items is None or result.encoders["image"] is None:
-        return None
-    if result.task == "segmentation":  # of pictures that are in no store
-        return None
-    store = session.store(result.split)
-    if f"image/{result.encoders['image']}" not in store.columns():
-        return None
-    rows = ok_rows(store.column(f"image/{result.encoders['image']}"))
-    if result.task.startswith(BY_LABEL):
-        labels = session.labels(store)
-        rows = rows if labels is None else rows[labels[rows] >= 0]
-    elif result.task.startswith("retrieval/"):
-        columns = _text_columns(store, result)
-        rows = rows[np.isin(rows, np.concatenate([ok_rows(column) for column in columns]))]
-    digest = hashlib.sha256(store.keys_sha256.encode())
-    digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
-    return rows if digest.hexdigest() == result.protocol.get("rows_sha256") else None
-
-
-def _text_columns(store: FeatureStore, result: Result) -> list[Column]:
-    fields = result.protocol["captions"]
-    return [store.column(f"text/{result.encoders['text']}/{field}") for field in fields]
 
 
 def _predicted(session: Session, measured: Measured) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """Search among the rows of a split: by words, by an image that was sent, or by another row."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -27,9 +28,6 @@ class Shown:
     captions: dict[str, str]
     label: str | None
     """Name of its class."""
-    cosine: float | None = None
-    field: str | None = None
-    """The caption field that was found, of a search among captions."""
 
 
 def vector_of_words(session: Session, words: str) -> Float32[np.ndarray, "dim"]:
@@ -91,17 +89,18 @@ def find(
     fields: list[str | None] = [None] if among == "images" else list(store.fields)
     columns = [(field, _column(session, split, field)) for field in fields]
     started = time.perf_counter()
-    hits = []
+    hits: list[tuple[float, int, str | None]] = []
     for field, column in columns:
         found = column.search(vector, top)
         rows = column.rows[found.places]
         hits += [(float(c), int(row), field) for c, row in zip(found.cosines, rows, strict=True)]
-    hits.sort(key=lambda hit: -hit[0])
+    hits = sorted(hits, key=lambda hit: -hit[0])[:top]
+    shown = show(session, store, [row for _, row, _ in hits])
     seconds = time.perf_counter() - started
     return {
         "hits": [
-            asdict(show(session, store, row, cosine=round(cosine, 4), field=field))
-            for cosine, row, field in hits[:top]
+            asdict(each) | {"cosine": round(cosine, 4), "field": field}
+            for each, (cosine, _, field) in zip(shown, hits, strict=True)
         ],
         "milliseconds": round(1000 * seconds, 1),
         "searched": sum(len(column.rows) for _, column in columns),
@@ -109,11 +108,11 @@ def find(
     }
 
 
-def look(session: Session, split: str, count: int) -> dict[str, Any]:
+def look(session: Session, split: str, count: int) -> list[Shown]:
     """Return some rows of a split, evenly spaced."""
     store = session.store(split)
     rows = np.linspace(0, store.rows, min(count, store.rows), endpoint=False, dtype=np.int64)
-    return {"rows": [asdict(show(session, store, int(row))) for row in rows]}
+    return show(session, store, rows.tolist())
 
 
 def row_facts(session: Session, split: str, row: int) -> dict[str, Any]:
@@ -122,28 +121,25 @@ def row_facts(session: Session, split: str, row: int) -> dict[str, Any]:
     Raises:
         StoreError: The store has no such row.
     """
-    store = session.store(split)
-    facts = describe_row(store.path, row)
-    return {**asdict(show(session, store, row)), "rows": store.rows, "columns": facts["columns"]}
+    store = session.checked(split, row)
+    columns = describe_row(store.path, row)["columns"]
+    return {**asdict(show(session, store, [row])[0]), "rows": store.rows, "columns": columns}
 
 
-def show(
-    session: Session,
-    store: FeatureStore,
-    row: int,
-    *,
-    cosine: float | None = None,
-    field: str | None = None,
-) -> Shown:
-    """Return what is shown of a row."""
-    return Shown(
-        row=row,
-        key=str(store.keys(row, row + 1)[0]),
-        captions={name: str(store.captions(name, row, row + 1)[0]) for name in store.fields},
-        label=session.class_of(store, row),
-        cosine=cosine,
-        field=field,
-    )
+def show(session: Session, store: FeatureStore, rows: Sequence[int]) -> list[Shown]:
+    """Return what is shown of rows."""
+    places = np.array(rows, dtype=np.int64)
+    keys = store.strings_at("key", places).tolist()
+    captions = {name: store.strings_at(f"caption/{name}", places) for name in store.fields}
+    return [
+        Shown(
+            row=row,
+            key=str(keys[i]),
+            captions={name: str(texts[i]) for name, texts in captions.items()},
+            label=session.class_of(store, row),
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def _column(session: Session, split: str, field: str | None) -> Searchable:

@@ -11,6 +11,7 @@ from jaxtyping import Float16, Float32, Int32, Int64
 
 from align.checkpoint import Checkpoint
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
+from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.aligned import Aligned, load_aligned, open_run
 from pipeline.config import RunConfig
@@ -70,6 +71,7 @@ class Session:
         self._opening = threading.RLock()
         self._aligned: Aligned | None = None
         self._columns: dict[tuple[str, str | None, str], Searchable] = {}
+        self._stores: dict[str, tuple[FeatureStore, int]] = {}
         self._made: dict[tuple[str, ...], tuple[Path, Any]] = {}
         self._labels: dict[tuple[str, str], Int32[np.ndarray, rows] | None] = {}
 
@@ -94,7 +96,11 @@ class Session:
             )
         if not FeatureStore.is_at(self.folder.store(split)):
             raise StoreNotFoundError(self.folder.store(split))
-        return open_evaluated(self.config, self.folder, split)
+        stamp = _stamp(self.folder.store(split))
+        with self._opening:
+            if self._stores.get(split, (None, None))[1] != stamp:
+                self._stores[split] = (open_evaluated(self.config, self.folder, split), stamp)
+            return self._stores[split][0]
 
     def checked(self, split: str, row: int) -> FeatureStore:
         """Open the store of a split that has a row.
@@ -180,3 +186,8 @@ class Session:
                 search = open_search(embeddings, path.with_suffix(".faiss"), self.memory_bytes)
                 self._columns[known] = Searchable(path, rows, embeddings, search)
             return self._columns[known]
+
+
+def _stamp(store: Place) -> int:
+    """Return what changes when rows come to a store; under a URL nothing is known to."""
+    return (store / "zarr.json").stat().st_mtime_ns if isinstance(store, Path) else 0

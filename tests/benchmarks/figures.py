@@ -21,6 +21,7 @@ CPU_MODULES = [
     "epoch",
     "extraction",
     "extraction_memory",
+    "explore",
     "finished",
     "head",
     "indexing",

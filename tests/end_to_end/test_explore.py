@@ -225,6 +225,15 @@ def test_failures_behind_a_number_are_as_many_as_it_says(page: TestClient) -> No
         assert failures["of"] == by_name[name]["n"] == 15
         assert failures["total"] == round(15 * (1 - by_name[name]["value"]))
         assert len(failures["rows"]) == min(failures["total"], 24)
+    groups = [each for each in by_name.values() if each["task"] == "compositional"]
+    assert groups
+    for each in groups:
+        failures = given(page, "/api/results/failures", name=each["name"])
+        assert failures["of"] == each["n"] == 7  # of eight, one has the damaged image
+        assert failures["failed"] == round(7 * (1 - each["value"]))
+        rows = [row["row"] for row in failures["rows"]]
+        assert [row // 2 for row in rows[::2]] == [row // 2 for row in rows[1::2]]
+        assert failures["total"] == len(rows) == 2 * failures["failed"]
     failures = given(page, "/api/results/failures", name="zero_shot test top1")
     assert all(row["taken"] != row["label"] for row in failures["rows"])
     classes = given(page, "/api/results/classes", split="test")

@@ -8,11 +8,13 @@ import torch
 
 from features.encoders.nvembed import NVEmbed
 from pipeline.encoder_sizes import KNOWN_TEXT
+from pipeline.explore import nearest
 from tests import tiny
 from tests.benchmarks import (
     captions,
     decoding,
     epoch,
+    explore,
     extraction,
     extraction_memory,
     finished,
@@ -129,3 +131,14 @@ def test_retrieval_benchmark_measures_a_ratio_and_seconds() -> None:
     figures = retrieval.measure(images=20, dim=8, rounds=1)
     assert [figure.unit for figure in figures] == ["ratio", "s"]
     assert all(figure.value > 0 for figure in figures)
+
+
+def test_the_search_benchmark_measures_milliseconds_and_recall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"LISTS": 16, "TRAINED_ON": 1024, "EXACT_BYTES": 1, "PROBES": 8}.items():
+        monkeypatch.setattr(nearest, name, value)
+    milliseconds, recall = explore.measure(rows=4096)
+    assert (milliseconds.unit, recall.unit) == ("ms", "fraction")
+    assert milliseconds.value > 0
+    assert 0.5 < recall.value <= 1

@@ -2,7 +2,6 @@
 
 import { el, svg } from "./dom.js";
 
-const WIDTH = 560;
 const HEIGHT = 230;
 const LEFT = 52;
 const BOTTOM = 28;
@@ -14,18 +13,19 @@ const RIGHT = 14;
  * curves: [{ name, step: [..], value: [..] }]; format: of a value; mark: a step to point at.
  */
 export function lineChart(title, curves, { format = short, mark = null, log = false } = {}) {
+  const width = window.innerWidth < 720 ? 340 : 560; // so that the words keep their size
   const drawn = curves.filter((curve) => curve.value.length);
   const values = drawn.flatMap((curve) => curve.value).filter(Number.isFinite);
   if (!values.length) return el("p", { class: "soft" }, "Nothing yet.");
   const steps = drawn.flatMap((curve) => curve.step);
-  const x = scale(Math.min(...steps), Math.max(...steps), LEFT, WIDTH - RIGHT);
+  const x = scale(Math.min(...steps), Math.max(...steps), LEFT, width - RIGHT);
   const useLog = log && Math.min(...values) > 0;
   const y = scale(...padded(values, useLog), HEIGHT - BOTTOM, TOP, useLog);
   const picture = svg(
     "svg",
-    { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": described(title, drawn, format) },
+    { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": described(title, drawn, format) },
     y.ticks(4).map((value) => [
-      svg("line", { class: "grid-line", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
+      svg("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }),
       svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
     ]).flat(),
     x.ticks(5).map((value) => svg("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, short(value))),

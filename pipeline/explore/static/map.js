@@ -180,6 +180,7 @@ class MapView {
     );
     this.tip.hidden = false;
     const [x, y] = this.camera.screen(i);
+    Object.assign(this.tip.dataset, { x, y });
     const { width, height } = this.camera;
     this.tip.style.left = `${Math.max(6, Math.min(x + 14, width - this.tip.offsetWidth - 6))}px`;
     this.tip.style.top = `${y + 16 + this.tip.offsetHeight > height ? Math.max(6, y - this.tip.offsetHeight - 14) : y + 16}px`;

@@ -61,7 +61,7 @@ function line(each, open) {
   return el(
     "tr",
     {},
-    el("th", { scope: "row" }, each.metric_name ?? name, el("span", { class: "soft" }, ` ${each.dataset}`)),
+    el("th", { scope: "row" }, name, el("span", { class: "soft" }, ` ${each.dataset}`)),
     el("td", { class: "number" }, el("b", {}, each.value < 0 ? each.value.toFixed(3) : percent(each.value))),
     el("td", { class: "drawn" }, meter(each), el("span", { class: "hidden" }, interval ? `95 % interval ${interval}` : "")),
     el("td", { class: "number soft" }, each.n.toLocaleString("en")),
@@ -69,11 +69,14 @@ function line(each, open) {
   );
 }
 
+/** What was measured, in few words; the heading says the rest. */
 function named(each) {
-  const direction = { "retrieval/image_to_text": "image → text, ", "retrieval/text_to_image": "text → image, " }[each.task] ?? "";
-  const more = each.metric === "knn_top1" ? `, k = ${each.protocol.k}` : "";
-  const encoder = each.encoders.text === null || each.task.startsWith("knn/") ? `, ${each.task.includes("/") ? each.task.split("/")[1].replaceAll("_", " ") : each.encoders.image}` : "";
-  return `${direction}${each.metric.replaceAll("_", " ")}${encoder}${more}`;
+  const [task, part = ""] = each.task.split("/", 2);
+  const metric = each.metric.replaceAll("_", " ");
+  const detail = each.task.slice(task.length + 1).replaceAll("_", " ");
+  if (task === "knn") return `${detail}, k = ${each.protocol.k}${each.encoders.text === null ? `, ${each.encoders.image}` : ""}`;
+  if (task === "retrieval") return `${part === "image_to_text" ? "image → text" : "text → image"}, ${metric}`;
+  return detail && task !== "zero_shot" ? `${metric}, ${detail}` : metric;
 }
 
 function meter(each) {
@@ -139,11 +142,11 @@ async function failures(place, query, title) {
     all.push(...found.rows.map((row) => ({ ...row, note: row.taken ? el("span", { class: "taken" }, el("span", { class: "right" }, row.label), " taken for ", el("span", { class: "wrong" }, row.taken)) : undefined })));
     place.replaceChildren(
       el("h2", {}, title),
-      el("p", { class: "soft" }, `${count(found.total, "row")} of ${found.of.toLocaleString("en")} went wrong. Open one to see what is near it.`),
+      el("p", { class: "soft" }, `${found.failed.toLocaleString("en")} of ${found.of.toLocaleString("en")} went wrong. Open one to see what is near it.`),
       grid(found.split, all, { captionOf: (row) => bestCaption(row) }),
       all.length < found.total ? el("p", { class: "more" }, el("button", { class: "button", type: "button", onclick: () => more(all.length) }, `More (${(found.total - all.length).toLocaleString("en")})`)) : "",
     );
-    announce(`${count(found.total, "row")} went wrong.`);
+    announce(`${found.failed} of ${found.of} went wrong.`);
   }
   try {
     await more(0);

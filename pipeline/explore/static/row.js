@@ -5,21 +5,25 @@ import { announce, count, el, prose } from "./dom.js";
 import { grid, photo } from "./grid.js";
 
 const dialog = document.getElementById("row");
+const inside = document.getElementById("row-content"); // the button beside it keeps the focus
+document.getElementById("row-close").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close(); // beside the content
 });
 
 /** Open a row; the focus goes back to where it was when it closes. */
 export async function openRow(split, row) {
-  dialog.replaceChildren(closeButton(), el("h2", { id: "row-title" }, `Row ${row} of ${split}`));
+  inside.replaceChildren(el("h2", { id: "row-title" }, `Row ${row} of ${split}`));
   if (!dialog.open) dialog.showModal();
   try {
     const facts = await ask("/api/row", { split, row });
-    dialog.replaceChildren(...content(split, facts));
+    inside.replaceChildren(...content(split, facts));
+    dialog.scrollTop = 0;
     announce(`Row ${row} of ${split} is open.`);
-    await near(split, row);
+    const hasImage = Object.entries(facts.columns).some(([name, column]) => name.startsWith("image/") && column.status === "ok");
+    if (hasImage) await near(split, row);
   } catch (error) {
-    dialog.append(el("p", { class: "problem", role: "alert" }, prose(error.message)));
+    inside.append(el("p", { class: "problem", role: "alert" }, prose(error.message)));
   }
 }
 
@@ -27,7 +31,6 @@ function content(split, facts) {
   const captions = Object.entries(facts.captions);
   const longest = captions.map(([, words]) => words).reduce((a, b) => (b.length > a.length ? b : a), "");
   return [
-    closeButton(),
     el(
       "div",
       { class: "row-top" },
@@ -74,8 +77,4 @@ async function near(split, row) {
   } catch (error) {
     place.replaceChildren(el("p", { class: "soft" }, prose(error.message)));
   }
-}
-
-function closeButton() {
-  return el("button", { class: "icon-button close", type: "button", "aria-label": "Close", autofocus: true, onclick: () => dialog.close() }, "✕");
 }
