@@ -16,6 +16,7 @@ from features.errors import ConfigError, EvaluationError
 from pipeline.config import load_config
 from tests import tiny
 from tests.photographs import SHARED
+from tests.servers import Bucket
 
 SIZES = {"ade20k": 150, "camvid": 11, "coco-stuff": 171, "voc20": 20}
 
@@ -193,6 +194,20 @@ def test_a_mask_of_sixteen_bits_is_read_and_its_values_are_checked() -> None:
     assert values.tolist() == [[0, 65535]]
     with pytest.raises(EvaluationError, match="has the value 65535"):
         read_mask_classes("camvid").labels(values, "a")
+
+
+def test_pictures_and_masks_may_be_in_a_bucket(tmp_path: Path, s3: Bucket) -> None:
+    put(tmp_path / "here", "a", [[0, 1, 255]])
+    s3.upload(tmp_path / "here", "streets")
+    local = opened(tmp_path / "here", "camvid")
+    remote = opened(
+        tmp_path, "camvid", images=s3.url("streets/images"), masks=s3.url("streets/masks")
+    )
+    assert remote.names == local.names == ("a",)
+    there, here = remote.read("a"), local.read("a")
+    np.testing.assert_array_equal(there.labels, here.labels)
+    assert there.picture.tobytes() == here.picture.tobytes()
+    assert remote.version() == remote.version()
 
 
 def test_scenes_are_drawn_with_their_masks() -> None:
