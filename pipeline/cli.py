@@ -15,6 +15,7 @@ from pipeline.cli_convert import convert, import_store
 from pipeline.cli_explore import explore
 from pipeline.cli_export import export
 from pipeline.cli_readonly import doctor, inspect, plan, verify
+from pipeline.cli_rewrite import merge, rechunk, subset
 from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
 from pipeline.options import stage, trainings, until_stopped
@@ -61,6 +62,9 @@ for command in (
     export,
     convert,
     import_store,
+    merge,
+    subset,
+    rechunk,
     compare,
     study,
     pick,

@@ -56,7 +56,7 @@ def convert(
         until_stopped(lambda stop: export_store(source, form, file, stop), kept=NOTHING)
         _print_store(str(file), as_json=as_json)
         return
-    from pipeline.conversion import convert_store
+    from pipeline.rewrite.dtype import convert_store
     from pipeline.tables import conversion_table
 
     target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"

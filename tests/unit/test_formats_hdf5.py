@@ -9,11 +9,11 @@ import pytest
 
 from features.errors import SourceError, StoreError
 from features.store import FeatureStore
-from pipeline.conversion import convert_store
 from pipeline.formats.exporting import export_store
 from pipeline.formats.importing import Wanted, import_store
 from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.rewrite.dtype import convert_store
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
 

@@ -16,8 +16,8 @@ from align.rows import RowsInMemory
 from align.selection import Columns, PairedStore, select_rows
 from features.errors import TrainingError
 from features.store import FeatureStore
-from pipeline.conversion import convert_store
 from pipeline.interrupt import StopRequest
+from pipeline.rewrite.dtype import convert_store
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 SMALL, LARGE = 24_000, 10 * MIB  # bytes: some chunks of the stores below, all of them

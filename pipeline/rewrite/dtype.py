@@ -1,4 +1,4 @@
-"""`sail convert`: a store written again with features of another type, and what that costs."""
+"""`sail convert --dtype`: a store with features of another type, and what that costs."""
 
 import numpy as np
 from jaxtyping import Float32, Int64

@@ -11,9 +11,9 @@ from features.column import Column
 from features.errors import StoreError, StoreMismatchError
 from features.store import FeatureStore
 from pipeline.cli import cli
-from pipeline.conversion import convert_store
 from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.rewrite.dtype import convert_store
 from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
 
 BAD = (0, 17)

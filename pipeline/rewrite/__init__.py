@@ -1,0 +1,1 @@
+"""Stores made of stores: of another type, merged, chosen from, cut in other chunks."""
