@@ -97,7 +97,6 @@ def run(session: InSession) -> dict[str, Any]:
             "image": found.image["name"],
             "text": found.text["name"],
             "dim": found.head.dim,
-            "sha256": found.sha256,
         },
     }
 

@@ -68,7 +68,8 @@ class Session:
         self.encoding = threading.Lock()
         """Held while an encoder works, and while an image that was sent is decoded."""
         self._run, self._device = run, device
-        self._opening = threading.RLock()
+        self._opening = threading.RLock()  # held while a split is embedded, which may take long
+        self._reading = threading.Lock()
         self._aligned: Aligned | None = None
         self._columns: dict[tuple[str, str | None, str], Searchable] = {}
         self._stores: dict[str, tuple[FeatureStore, int]] = {}
@@ -97,7 +98,7 @@ class Session:
         if not FeatureStore.is_at(self.folder.store(split)):
             raise StoreNotFoundError(self.folder.store(split))
         stamp = _stamp(self.folder.store(split))
-        with self._opening:
+        with self._reading:
             if self._stores.get(split, (None, None))[1] != stamp:
                 self._stores[split] = (open_evaluated(self.config, self.folder, split), stamp)
             return self._stores[split][0]
@@ -147,7 +148,7 @@ class Session:
     def labels(self, store: FeatureStore) -> Int32[np.ndarray, "rows"] | None:
         """Return the class of every row, -1 where unknown; None without labels. Read once."""
         known = (str(store.path), store.keys_sha256)
-        with self._opening:
+        with self._reading:
             if known not in self._labels:
                 self._labels[known] = store.labels()
             return self._labels[known]

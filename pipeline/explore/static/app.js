@@ -19,6 +19,7 @@ const VIEWS = {
 const main = document.getElementById("main");
 let leave = () => {};
 let shown = "";
+let turns = 0;
 
 async function start() {
   themeButton();
@@ -33,36 +34,42 @@ async function start() {
   await route();
 }
 
-/** Show the view of the address; views are functions (main, parameters, run) that may return what ends them. */
+/**
+ * Show the view of the address. Views are functions (place, parameters, run) that may return what
+ * ends them; each fills a place of its own, so that one that is late cannot overwrite the next.
+ */
 async function route() {
   const [name, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  if (name === "main") return;
+  if (name === "main") return; // the link that skips the header
   const view = name in VIEWS ? name : "search";
-  const isNew = view !== shown;
-  shown = view;
+  const turn = ++turns;
+  const place = el("div", {}, el("p", { class: "waiting" }, "Loading …"));
   tabs(view);
   leave();
   leave = () => {};
   document.getElementById("row").close();
-  if (isNew) main.replaceChildren(el("p", { class: "waiting" }, "Loading …"));
+  if (view !== shown) main.replaceChildren(place);
+  shown = view;
   try {
-    const run = await ask("/api/run");
-    if (view !== shown) return;
-    const end = await VIEWS[view][1](main, new URLSearchParams(query), run);
-    if (view === shown) leave = end ?? leave;
-    else end?.();
+    const end = await VIEWS[view][1](place, new URLSearchParams(query), await ask("/api/run"));
+    if (turn !== turns) return end?.();
+    leave = end ?? leave;
   } catch (error) {
-    main.replaceChildren(el("div", { class: "problem", role: "alert" }, el("h1", {}, "This cannot be shown"), el("p", {}, prose(error.message))));
+    if (turn !== turns) return;
+    place.replaceChildren(el("div", { class: "problem", role: "alert" }, el("h1", {}, "This cannot be shown"), el("p", {}, prose(error.message))));
   }
-  if (isNew && document.activeElement?.closest("#tabs")) main.focus({ preventScroll: true });
+  const focused = document.activeElement?.id;
+  if (!place.isConnected) main.replaceChildren(place);
+  if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
 function tabs(view) {
-  document.getElementById("tabs").replaceChildren(
-    ...Object.entries(VIEWS).map(([name, [words]]) =>
-      el("a", { href: `#/${name}`, "aria-current": name === view ? "page" : null }, words),
-    ),
-  );
+  const list = document.getElementById("tabs");
+  if (!list.childElementCount) list.append(...Object.entries(VIEWS).map(([name, [words]]) => el("a", { href: `#/${name}` }, words)));
+  for (const tab of list.children) {
+    if (tab.getAttribute("href") === `#/${view}`) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
 }
 
 function themeButton() {

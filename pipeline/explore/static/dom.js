@@ -36,7 +36,7 @@ export function segments(legend, name, options, chosen, onchange) {
       el(
         "label",
         {},
-        el("input", { type: "radio", name, value, checked: value === chosen, onchange: () => onchange(value) }),
+        el("input", { type: "radio", id: `${name}-${value}`, name, value, checked: value === chosen, onchange: () => onchange(value) }),
         el("span", {}, words),
       ),
     ),
@@ -48,7 +48,7 @@ export function choice(label, options, chosen, onchange) {
   if (options.length < 2) return null;
   const list = el(
     "select",
-    { onchange: () => onchange(list.value) },
+    { id: `choose-${label}`, onchange: () => onchange(list.value) },
     options.map((value) => el("option", { value, selected: value === chosen }, value)),
   );
   return el("label", { class: "choice" }, el("span", {}, label), list);

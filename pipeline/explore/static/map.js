@@ -100,13 +100,13 @@ class MapView {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, camera.width, camera.height);
     const colors = { image: color(canvas, "--accent"), text: color(canvas, "--warm") };
-    const size = Math.max(1.6, Math.min(5, 1.1 + 0.9 * camera.magnification ** 0.5 + 900 / (points.rows.length + 400)));
+    const size = Math.max(1.6, Math.min(5, 1.7 + 0.9 * camera.magnification ** 0.5 + 900 / (points.rows.length + 400)));
     const parts = [["text", facts.images, points.rows.length], ["image", 0, facts.images]];
     for (const strong of this.label === null ? [true] : [false, true]) {
       for (const [name, from, to] of parts) {
         if (!this.shown[name]) continue;
         context.fillStyle = colors[name];
-        context.globalAlpha = this.label === null ? 0.55 : strong ? 0.95 : 0.08;
+        context.globalAlpha = this.label === null ? 0.62 : strong ? 0.95 : 0.08;
         this.dots(context, from, to, strong ? size : size * 0.8, strong);
       }
     }

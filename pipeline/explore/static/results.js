@@ -57,7 +57,7 @@ function table({ title, words, results }, open) {
 function line(each, open) {
   const name = named(each);
   const interval = each.ci95 ? `${percent(each.ci95[0])} to ${percent(each.ci95[1])}` : "";
-  const go = each.has_rows && each.value < 1 ? el("button", { class: "link", type: "button", "aria-label": `Rows that went wrong: ${name}`, onclick: () => open({ name: each.name }, name) }, "rows") : null;
+  const go = each.has_rows && each.value < 1 ? el("button", { class: "link", type: "button", "aria-label": `Rows that went wrong: ${name}`, onclick: () => open({ name: each.name }, name) }, "failures") : null;
   return el(
     "tr",
     {},
@@ -135,7 +135,6 @@ function mistake(each, onclick) {
 async function failures(place, query, title) {
   place.replaceChildren(el("h2", {}, title), el("p", { class: "waiting" }, "Looking …"));
   place.focus({ preventScroll: true });
-  place.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   const all = [];
   async function more(start) {
     const found = await ask("/api/results/failures", { ...query, start });
@@ -150,6 +149,7 @@ async function failures(place, query, title) {
   }
   try {
     await more(0);
+    place.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   } catch (error) {
     place.replaceChildren(el("p", { class: "problem", role: "alert" }, prose(error.message)));
   }
