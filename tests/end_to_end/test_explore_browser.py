@@ -187,11 +187,14 @@ def test_everything_can_be_done_with_the_keyboard_alone(page: Page) -> None:
     keys.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
     expect(cards.last).to_be_focused()
-    store = page.get_by_role("link", name="Store")
-    store.focus()
-    keys.press("Enter")
+
+
+def test_the_tab_that_is_entered_keeps_the_focus(page: Page) -> None:
+    tab = page.get_by_role("link", name="Store")
+    tab.focus()
+    page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="Store")).to_be_visible()
-    expect(store).to_be_focused()
+    expect(tab).to_be_focused()
 
 
 def test_the_map_is_drawn_and_looked_into_by_keys(page: Page, address: str) -> None:

@@ -21,17 +21,14 @@ let leave = () => {};
 let shown = "";
 let turns = 0;
 
-async function start() {
+function start() {
   themeButton();
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address says which view is shown
+    main.focus();
+  });
   window.addEventListener("hashchange", route);
-  try {
-    const run = await ask("/api/run");
-    document.getElementById("run").textContent = run.name;
-    document.title = `${run.name} · SAIL explore`;
-  } catch {
-    // The view says what is wrong.
-  }
-  await route();
+  route();
 }
 
 /**
@@ -40,7 +37,6 @@ async function start() {
  */
 async function route() {
   const [name, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  if (name === "main") return; // the link that skips the header
   const view = name in VIEWS ? name : "search";
   const turn = ++turns;
   const place = el("div", {}, el("p", { class: "waiting" }, "Loading …"));
@@ -51,7 +47,11 @@ async function route() {
   if (view !== shown) main.replaceChildren(place);
   shown = view;
   try {
-    const end = await VIEWS[view][1](place, new URLSearchParams(query), await ask("/api/run"));
+    const run = await ask("/api/run");
+    if (turn !== turns) return;
+    document.getElementById("run").textContent = run.name;
+    document.title = `${run.name} · SAIL explore`;
+    const end = await VIEWS[view][1](place, new URLSearchParams(query), run);
     if (turn !== turns) return end?.();
     leave = end ?? leave;
   } catch (error) {
