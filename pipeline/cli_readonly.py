@@ -81,11 +81,19 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 @click.command()
 @click.argument("store")
 @click.option("--row", type=int, help="Show this row instead of the whole.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(store: str, row: int | None, as_json: bool) -> None:
-    """Show what a store holds: columns, rows per status, norms, sizes.
+@click.option(
+    "--rows",
+    default="256k",
+    show_default=True,
+    metavar="COUNT",
+    help="About how many rows are read for statistics.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: everything, and each dimension.")
+def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
+    """Show what a store holds: columns, rows per status, norms, dimensions, near-duplicates.
 
-    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://).
+    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://). Statistics are of whole chunks,
+    evenly spread; of all rows where there are no more. docs/store.md says what they mean.
 
     \b
     Examples:
@@ -96,7 +104,10 @@ def inspect(store: str, row: int | None, as_json: bool) -> None:
     from pipeline.tables import row_table, store_table
 
     place = as_place(store)
-    description = describe_store(place) if row is None else describe_row(place, row)
+    if row is None:
+        description = describe_store(place, rows_read=count_of(rows))
+    else:
+        description = describe_row(place, row)
     if as_json:
         click.echo(json.dumps(description, indent=2, ensure_ascii=False))
     else:

@@ -11,36 +11,73 @@ WIDTH_OF_A_PIPE = 160
 
 def store_table(description: dict[str, Any]) -> str:
     """Return what `sail inspect STORE` prints."""
+    columns = description["columns"]
     table = Table(title=description["path"], title_justify="left")
-    for heading in (
-        "column",
-        "shape",
-        "status",
-        "norm min / mean / max",
-        "size",
-        "model",
-        "pooling",
-    ):
+    for heading in ("column", "shape", "status", "size", "model", "pooling", "licence"):
         table.add_column(heading, overflow="fold")
-    for name, column in description["columns"].items():
-        norms = column["norms"]
+    for name, column in columns.items():
         table.add_row(
             name,
             f"{' × '.join(map(str, column['shape']))} {column['dtype']}",
             "\n".join(f"{count} {status}" for status, count in column["status"].items()),
-            " / ".join(f"{norms[key]:g}" for key in ("min", "mean", "max")) if norms else "-",
             byte_size(column["bytes"]),
-            str(column["model"]),
-            _pooling(column),
+            str(column["fingerprint"].get("model")),
+            _pooling(column["fingerprint"]),
+            str(column["fingerprint"].get("licence") or "-"),
         )
     lines = [
         f"{description['rows']} rows in chunks of {description['rows_per_chunk']}; caption fields: "
         f"{', '.join(description['caption_fields']) or 'none'}; {description['classes']} classes"
     ]
-    for name, column in description["columns"].items():
-        told = [what for what in ("licence", "supervision") if column[what]]
-        lines += [f"{name}: {what}: {column[what]}" for what in told]
-    return "\n".join([rendered(table), *lines])
+    for name, column in columns.items():
+        if supervision := column["fingerprint"].get("supervision"):
+            lines.append(f"{name}: supervision: {supervision}")
+    parts = [rendered(table), *lines, _statistics_table(columns), _samples_table(description)]
+    return "\n".join(parts)
+
+
+def _statistics_table(columns: dict[str, Any]) -> str:
+    title = "features of rows that are ok"
+    table = Table(title=title, title_justify="left")
+    table.add_column("column", overflow="fold")
+    for heading in (
+        "rows",
+        "norm: min / mean / max",
+        "sd of a dimension: min / median / max",
+        "constant",
+        "largest variance",
+        "near-duplicates",
+    ):
+        table.add_column(heading, justify="right")
+    for name, column in columns.items():
+        found = column["statistics"]
+        if found is None:
+            table.add_row(name, "0", *5 * ["-"])
+            continue
+        norms, dimensions = found["norms"], found["dimensions"]
+        sd, alike = sorted(dimensions["sd"]), found["near_duplicates"]
+        table.add_row(
+            name,
+            str(found["rows"]),
+            " / ".join(f"{norms[key]:g}" for key in ("min", "mean", "max")),
+            " / ".join(f"{value:.3g}" for value in (sd[0], sd[len(sd) // 2], sd[-1])),
+            f"{dimensions['constant']} of {len(sd)}",
+            f"{dimensions['largest_share']:.1%}",
+            f"{alike['fraction']:.1%} of {alike['queries']}, cosine ≥ {alike['cosine']:g}",
+        )
+    return rendered(table)
+
+
+def _samples_table(description: dict[str, Any]) -> str:
+    table = Table(title="some rows", title_justify="left")
+    table.add_column("row", justify="right")
+    for heading in ("key", "captions", "class"):
+        table.add_column(heading, overflow="fold")
+    for row in description["samples"]:
+        captions = "\n".join(f"{field}: {text}" for field, text in row["captions"].items())
+        name = row["class"] or ("-" if row["label"] is None else str(row["label"]))
+        table.add_row(str(row["row"]), escape(row["key"]), escape(captions), escape(name))
+    return rendered(table)
 
 
 def hits_table(hits: list[dict[str, Any]]) -> str:
@@ -56,10 +93,10 @@ def hits_table(hits: list[dict[str, Any]]) -> str:
     return rendered(table)
 
 
-def _pooling(column: dict[str, Any]) -> str:
+def _pooling(fingerprint: dict[str, Any]) -> str:
     """Return the pooling, and the layer unless it is the last."""
-    layer = column["layer"]
-    return str(column["pooling"]) + (f", layer {layer}" if layer not in (None, -1) else "")
+    layer = fingerprint.get("layer")
+    return str(fingerprint.get("pooling")) + (f", layer {layer}" if layer not in (None, -1) else "")
 
 
 def row_table(description: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_features_that_come_back_late_land_in_their_rows(
 def test_inspection_tells_the_layer_and_the_mode_of_a_column(tmp_path: Path) -> None:
     store = extracted(deeper(tmp_path))
     description = describe_store(store.path)
-    inner = description["columns"]["image/vit-before-norm"]
+    inner = description["columns"]["image/vit-before-norm"]["fingerprint"]
     assert (inner["pooling"], inner["layer"], inner["mode"]) == ("mean+max", -2, "exact")
     assert "mean+max, layer -2" in " ".join(store_table(description).split())
 
