@@ -61,6 +61,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
             f"delete it."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     partial = partial_path(path)
     partial.mkdir()
     try:

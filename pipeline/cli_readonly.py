@@ -93,7 +93,8 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
     """Show what a store holds: columns, rows per status, norms, dimensions, near-duplicates.
 
     STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://). Statistics are of whole chunks,
-    evenly spread; of all rows where there are no more. docs/store.md says what they mean.
+    evenly spread; of all rows where there are no more. docs/store.md says what they mean. With
+    --row a terminal shows the image too, where the store lies in the folder of its run.
 
     \b
     Examples:
@@ -101,7 +102,7 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
       sail inspect runs/demo/features/train.zarr --row 7 --json
     """
     from pipeline.inspection import describe_row, describe_store
-    from pipeline.tables import row_table, store_table
+    from pipeline.tables import rendered, row_table, store_table
 
     place = as_place(store)
     if row is None:
@@ -110,8 +111,13 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
         description = describe_row(place, row)
     if as_json:
         click.echo(json.dumps(description, indent=2, ensure_ascii=False))
-    else:
-        click.echo(store_table(description) if row is None else row_table(description))
+        return
+    click.echo(store_table(description) if row is None else row_table(description))
+    if row is not None and sys.stdout.isatty():
+        from pipeline.inspection.picture import picture_of
+
+        if picture := picture_of(place, row):
+            click.echo(rendered(picture))
 
 
 @click.command()

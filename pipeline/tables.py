@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -255,8 +255,8 @@ def byte_size(count: int) -> str:
     return f"{size:.3g} TB"
 
 
-def rendered(table: Table) -> str:
-    """Return a table as text, as wide as the terminal, or for a pipe 160 columns."""
+def rendered(table: RenderableType) -> str:
+    """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_PIPE)

@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from features.errors import SourceError
-from pipeline.formats.rows import Block, Layout
+from pipeline.formats.rows import STRINGS, Block, Layout, encoder_of
+
+TYPES: Mapping[str, tuple[str, Any]] = {
+    "features": ("f", np.float16),
+    "status": ("u", np.uint8),
+    "label": ("i", np.int32),
+    "group": ("i", np.int32),
+}
+"""Kind of the values of a store's arrays, and their type; all others are texts."""
 
 
 class Arrays(Protocol):
@@ -36,17 +44,25 @@ class Arrays(Protocol):
 class WrittenRows:
     """The rows of a store that `sail convert` wrote in another form."""
 
-    def __init__(self, arrays: Arrays, layout: Layout) -> None:
+    def __init__(self, path: Path, arrays: Arrays, layout: Layout) -> None:
         self.layout = layout
-        self._arrays = arrays
+        self._path, self._arrays = path, arrays
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`."""
-        block = {name: self._arrays.read(name, start, stop) for name in self.layout.array_names}
-        for column in self.layout.columns:
-            features = f"{column}/features"
-            block[features] = block[features].astype(np.float16, copy=False)
-        return block
+        """Return rows `start` to `stop`.
+
+        Raises:
+            SourceError: Their values are of another type than those of a store.
+        """
+        return {name: self._read(name, start, stop) for name in self.layout.array_names}
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        values = self._arrays.read(name, start, stop)
+        array = name.rpartition("/")[2] if encoder_of(name) in self.layout.fingerprints else name
+        kind, dtype = TYPES.get(array, ("T", STRINGS))
+        if values.dtype.kind != kind:
+            raise unreadable(self._path, f"{name} holds {values.dtype}", "A store's arrays")
+        return values.astype(dtype, copy=False)
 
 
 class Stream:

@@ -110,7 +110,7 @@ def form_of(path: Path) -> str:
 
 def _rows(path: Path, form: str, arrays: Arrays, wanted: Wanted, stop: StopRequest) -> Rows:
     if arrays.layout is not None and not wanted.taken:
-        return WrittenRows(arrays, _checked(path, arrays, arrays.layout))
+        return WrittenRows(path, arrays, _checked(path, arrays, arrays.layout))
     if wanted.table is not None:
         arrays = WithTable(arrays, wanted.table)
     every = {**arrays.usual, **wanted.taken}

@@ -127,6 +127,16 @@ def have_features_in_float64(file: h5py.File) -> None:
     file[f"image/{IMAGE}/features"] = features
 
 
+def have_numbers_as_keys(file: h5py.File) -> None:
+    del file["key"]
+    file["key"] = np.arange(100)
+
+
+def have_a_status_of_floats(file: h5py.File) -> None:
+    del file[f"image/{IMAGE}/status"]
+    file[f"image/{IMAGE}/status"] = np.ones(100)
+
+
 def be_of_a_later_version(file: h5py.File) -> None:
     file.attrs["format_version"] = "2"
 
@@ -138,6 +148,8 @@ def be_of_a_later_version(file: h5py.File) -> None:
         (shorten_status, r"status has shape \(99,\), not 100 rows"),
         (keep_features_elsewhere, "features keeps its values in another file"),
         (forget_status, f"text/{TEXT}/long has no status"),
+        (have_numbers_as_keys, "key holds int64"),
+        (have_a_status_of_floats, "image/eye/status holds float64"),
         (be_of_a_later_version, "it has format_version 2"),
         (forget_the_rows, r"it has rows and rows_per_chunk = \[None, 16\]"),
         (have_broken_attributes, "its attributes are not JSON"),
