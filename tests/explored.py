@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from pipeline.config import load_config
 from pipeline.evaluation import evaluate_run
 from pipeline.explore.server import access_for, serve
 from pipeline.explore.session import Session
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from pipeline.training import align_run
 from tests import tiny
@@ -50,7 +50,12 @@ def served(run: Path, *, host: str = "127.0.0.1", token: str | None = None) -> I
     """Serve a run as the command does, and yield the address it prints."""
     stop, addresses = StopRequest(), list[str]()
     session, access = Session(run, device="cpu"), access_for(host, token)
-    thread = threading.Thread(target=serve, args=(session, access, 0, stop, addresses.append))
+
+    def work() -> None:
+        with suppress(Stopped):
+            serve(session, access, 0, stop, addresses.append)
+
+    thread = threading.Thread(target=work)
     thread.start()
     try:
         while not addresses and thread.is_alive():

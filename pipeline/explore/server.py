@@ -14,11 +14,12 @@ from features.errors import ConfigError, SailError
 from pipeline.explore.app import create_app
 from pipeline.explore.security import Access, is_loopback
 from pipeline.explore.session import Session
-from pipeline.interrupt import StopRequest
+from pipeline.interrupt import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_FINISH = 5
+MOST_AT_ONCE = 64  # connections; each may send an image, so that this bounds the memory
 TOKEN_CHARACTERS = 16
 
 
@@ -60,6 +61,7 @@ def serve(
 
     Raises:
         ConfigError: The address or the port cannot be used.
+        Stopped: A signal came.
     """
     with closing(_listening(access.host, port)) as listener:
         port = int(listener.getsockname()[1])
@@ -69,6 +71,7 @@ def serve(
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                limit_concurrency=MOST_AT_ONCE,
                 timeout_graceful_shutdown=SECONDS_TO_FINISH,
             )
         )
@@ -82,6 +85,8 @@ def serve(
         finally:
             server.should_exit = True
             thread.join()
+    if stop():
+        raise Stopped
 
 
 def address(access: Access, port: int) -> str:

@@ -74,7 +74,7 @@ class Session:
         self._columns: dict[tuple[str, str | None, str], Searchable] = {}
         self._stores: dict[str, tuple[FeatureStore, int]] = {}
         self._made: dict[tuple[str, ...], tuple[Path, Any]] = {}
-        self._labels: dict[tuple[str, str], Int32[np.ndarray, rows] | None] = {}
+        self._labels: dict[tuple[str, str], np.ndarray | None] = {}
 
     @property
     def splits(self) -> list[str]:
@@ -190,5 +190,5 @@ class Session:
 
 
 def _stamp(store: Place) -> int:
-    """Return what changes when rows come to a store; under a URL nothing is known to."""
+    """Return what changes when rows come to a store; under a URL it is opened once."""
     return (store / "zarr.json").stat().st_mtime_ns if isinstance(store, Path) else 0

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import signal
 import struct
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from features.errors import ConfigError
@@ -22,6 +25,7 @@ from pipeline.explore.search import MAX_UPLOAD_BYTES
 from pipeline.explore.security import Access
 from pipeline.explore.session import Session
 from tests import tiny
+from tests.clusters import begin, finish
 from tests.commands import sail
 from tests.explored import BROKEN, make_run, served
 
@@ -291,6 +295,47 @@ def test_the_address_that_is_printed_asks_for_a_token_beyond_this_machine(run: P
         request = urllib.request.Request(f"http://127.0.0.1:{port}/api/run", headers=bearer)
         with urllib.request.urlopen(request, timeout=20) as answer:
             assert list(json.load(answer)["splits"]) == ["test", "train"]
+
+
+def test_a_better_head_is_taken_up_while_the_page_is_served(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "align" / "checkpoints").mkdir(parents=True)
+    for name in ("config.toml", "index", "features"):
+        (folder / name).symlink_to(run / name)
+    best = folder / "align" / "best"
+    for name in ("step-1", "step-2"):
+        shutil.copytree(run / "align" / "best", folder / "align" / "checkpoints" / name)
+    weights = folder / "align" / "checkpoints" / "step-2" / "model.safetensors"
+    changed = {name: -tensor for name, tensor in load_file(weights).items()}
+    save_file(changed, weights)
+    best.symlink_to("checkpoints/step-1")
+    page = TestClient(
+        create_app(Session(folder, device="cpu"), Access("127.0.0.1")), base_url="http://127.0.0.1"
+    )
+    before = given(page, "/api/search", split="test", text="a red circle", top=16)
+    assert (
+        given(page, "/api/search", split="test", text="a red circle", top=16)["hits"]
+        == (before["hits"])
+    )
+    best.unlink()
+    best.symlink_to("checkpoints/step-2")
+    after = given(page, "/api/search", split="test", text="a red circle", top=16)
+    expected = json.loads(sail("search", folder, "a red circle", "--top", 16, "--json").stdout)
+    cosines = [hit["cosine"] for hit in after["hits"]]
+    assert cosines == pytest.approx([hit["cosine"] for hit in expected], abs=1e-3)
+    assert cosines != pytest.approx([hit["cosine"] for hit in before["hits"]], abs=1e-3)
+
+
+def test_the_command_prints_its_address_and_ends_with_a_signal(run: Path) -> None:
+    command = begin("explore", str(run), "--port", "0")
+    assert command.stdout is not None
+    address = command.stdout.readline().strip()
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        assert b"SAIL explore" in answer.read()
+    command.send_signal(signal.SIGINT)
+    rest, log = finish(command, expect=130)
+    assert rest == ""
+    assert "Stopped; nothing of the run was changed." in log
 
 
 def test_a_port_that_is_taken_is_said(run: Path) -> None:

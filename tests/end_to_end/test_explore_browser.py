@@ -197,17 +197,21 @@ def test_the_tab_that_is_entered_keeps_the_focus(page: Page) -> None:
     expect(tab).to_be_focused()
 
 
+PAINTED = """async (canvas) => {  // pixels, when what was asked for is drawn
+  for (const _ of [1, 2]) await new Promise(requestAnimationFrame);
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return data.reduce((sum, value, i) => sum + (i % 4 === 3 && value > 0), 0);
+}"""
+
+
 def test_the_map_is_drawn_and_looked_into_by_keys(page: Page, address: str) -> None:
     page.goto(f"{address}#/map")
     canvas = page.get_by_role("img", name="Map of 15 images and 16 captions")
     expect(canvas).to_be_visible()
-    painted = """canvas => canvas.getContext("2d")
-        .getImageData(0, 0, canvas.width, canvas.height).data.filter((_, i) => i % 4 === 3)
-        .reduce((sum, alpha) => sum + (alpha > 0), 0)"""
-    all_points = canvas.evaluate(painted)
+    all_points = canvas.evaluate(PAINTED)
     assert all_points > 31
     page.get_by_role("checkbox", name="captions").uncheck()
-    assert 0 < canvas.evaluate(painted) < all_points
+    assert 0 < canvas.evaluate(PAINTED) < all_points
     canvas.focus()
     page.keyboard.press("n")
     expect(page.locator(".tip")).to_contain_text("image row")
@@ -219,9 +223,9 @@ def test_the_map_is_drawn_and_looked_into_by_keys(page: Page, address: str) -> N
         page.keyboard.press("ArrowLeft")  # until nothing is left in sight
     for _ in range(12):
         page.keyboard.press("+")
-    assert canvas.evaluate(painted) == 0
+    assert canvas.evaluate(PAINTED) == 0
     page.keyboard.press("0")
-    assert canvas.evaluate(painted) > 0
+    assert canvas.evaluate(PAINTED) > 0
 
 
 def test_the_map_tells_of_the_point_under_the_pointer(page: Page, address: str) -> None:
