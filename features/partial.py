@@ -60,8 +60,6 @@ def appearing_folder(path: Path) -> Iterator[Path]:
             f"There is something at {path}. A new folder was expected. Give another --out, or "
             f"delete it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
     partial = partial_path(path)
     partial.mkdir()
     try:
@@ -79,8 +77,6 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     A folder that is there already is replaced, and stays whole until then. Of several writers the
     last one wins.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
     partial = partial_path(path)
     partial.mkdir()
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from features.partial import remove_leftovers
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.formats.clip_retrieval import write_clip_retrieval
@@ -35,4 +36,7 @@ def export_store(store: Place, form: str, out: Path, stop: StopRequest) -> Path:
             at `out`.
         Stopped: A signal came; nothing was written.
     """
-    return WRITERS[form](StoreRows(FeatureStore.open(store)), out, stop)
+    rows = StoreRows(FeatureStore.open(store))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out.parent)
+    return WRITERS[form](rows, out, stop)

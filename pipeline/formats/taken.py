@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,7 @@ class TakenRows:
         _check_names(arrays, taken)
         rows = _check_shapes(arrays, taken)
         self._arrays, self._taken, self._stem = arrays, dict(taken), stem
+        self._unusable = Counter[str]()
         self._columns = [name for name in taken if COLUMN.fullmatch(name)]
         fields = {f"caption/{name.split('/')[2]}" for name in self._columns if name[0] == "t"}
         captions = fields | {name for name in taken if name.startswith("caption/")}
@@ -85,7 +87,13 @@ class TakenRows:
             values = self._arrays.read(self._taken[name], start, stop)
             if not np.issubdtype(values.dtype, np.floating):
                 raise self._unfit(name, values.dtype, "Floating-point numbers")
-            block[f"{name}/features"], block[f"{name}/status"] = _usable(name, values)
+            features, status = _usable(name, values)
+            block[f"{name}/features"], block[f"{name}/status"] = features, status
+            if values.dtype != np.float16 and start == 0:
+                logger.info("%s: %s is rounded to float16", name, values.dtype)
+            self._unusable[name] += int((status != Status.OK).sum())
+            if self._unusable[name] and stop == self.layout.rows:
+                logger.warning("%s: %d rows quarantined", name, self._unusable[name])
         return block
 
     def _plain(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -193,7 +193,9 @@ def test_captions_keys_and_labels_come_from_a_table_beside(tmp_path: Path) -> No
     assert store.column("image/a").fingerprint["model"] == "owner/name"
 
 
-def test_what_float16_cannot_hold_and_what_is_empty_is_quarantined(tmp_path: Path) -> None:
+def test_what_float16_cannot_hold_and_what_is_empty_is_quarantined(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     features = vectors(0, dtype=np.float32)
     features[3, 2], features[4], features[5, 0] = 1e6, 0, np.nan
     path = write_npy(tmp_path / "in", {"image": features})
@@ -207,6 +209,7 @@ def test_what_float16_cannot_hold_and_what_is_empty_is_quarantined(tmp_path: Pat
         Status.NOT_FINITE,
         Status.OK,
     ]
+    assert "image/a: 3 rows quarantined" in caplog.text
     assert verify_store(store.path) == []
 
 
