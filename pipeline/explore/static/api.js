@@ -22,7 +22,9 @@ async function fetched(address, options) {
     answer = await fetch(address, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Start it again with `sail explore`.", { cause: error });
+    throw new Error("The server does not answer. Start it again with `sail explore`.", {
+      cause: error,
+    });
   }
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => ({}));

@@ -56,7 +56,14 @@ async function route() {
     leave = end ?? leave;
   } catch (error) {
     if (turn !== turns) return;
-    place.replaceChildren(el("div", { class: "problem", role: "alert" }, el("h1", {}, "This cannot be shown"), el("p", {}, prose(error.message))));
+    place.replaceChildren(
+      el(
+        "div",
+        { class: "problem", role: "alert" },
+        el("h1", {}, "This cannot be shown"),
+        el("p", {}, prose(error.message)),
+      ),
+    );
   }
   const focused = document.activeElement?.id;
   if (!place.isConnected) main.replaceChildren(place);
@@ -65,7 +72,10 @@ async function route() {
 
 function tabs(view) {
   const list = document.getElementById("tabs");
-  if (!list.childElementCount) list.append(...Object.entries(VIEWS).map(([name, [words]]) => el("a", { href: `#/${name}` }, words)));
+  if (!list.childElementCount)
+    list.append(
+      ...Object.entries(VIEWS).map(([name, [words]]) => el("a", { href: `#/${name}` }, words)),
+    );
   for (const tab of list.children) {
     if (tab.getAttribute("href") === `#/${view}`) tab.setAttribute("aria-current", "page");
     else tab.removeAttribute("aria-current");

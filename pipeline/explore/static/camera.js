@@ -5,13 +5,27 @@ const MOST = 400; // times the view of all points
 export class Camera {
   /** places: x and y of every point, in turn; onmove, onpoint(x, y), onclick: what is told. */
   constructor(canvas, places, { onmove, onpoint, onclick }) {
-    Object.assign(this, { canvas, places, onmove, onpoint, onclick, width: 1, height: 1, ratio: 1, scale: 1, left: 0, top: 0, fitted: 1 });
+    Object.assign(this, {
+      canvas,
+      places,
+      onmove,
+      onpoint,
+      onclick,
+      width: 1,
+      height: 1,
+      ratio: 1,
+      scale: 1,
+      left: 0,
+      top: 0,
+      fitted: 1,
+    });
     this.pointers = new Map();
     this.moved = 0;
     canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => this.up(event));
+    for (const name of ["pointerup", "pointercancel"])
+      canvas.addEventListener(name, (event) => this.up(event));
     canvas.addEventListener("pointerleave", () => this.pointers.size || onpoint(null, null));
   }
 
@@ -40,7 +54,10 @@ export class Camera {
       y1 = Math.max(y1, this.places[i + 1]);
     }
     const space = 26;
-    const scale = Math.min((this.width - 2 * space) / (x1 - x0 || 1), (this.height - 2 * space) / (y1 - y0 || 1));
+    const scale = Math.min(
+      (this.width - 2 * space) / (x1 - x0 || 1),
+      (this.height - 2 * space) / (y1 - y0 || 1),
+    );
     this.scale = this.fitted = Math.max(scale, 1e-9);
     this.left = this.width / 2 - ((x0 + x1) / 2) * this.scale;
     this.top = this.height / 2 + ((y0 + y1) / 2) * this.scale;
@@ -64,7 +81,10 @@ export class Camera {
 
   /** Where a point is on the canvas. */
   screen(i) {
-    return [this.left + this.places[2 * i] * this.scale, this.top - this.places[2 * i + 1] * this.scale];
+    return [
+      this.left + this.places[2 * i] * this.scale,
+      this.top - this.places[2 * i + 1] * this.scale,
+    ];
   }
 
   /** The point nearest to a place of the canvas, -1 where none is within a distance. */
@@ -112,7 +132,9 @@ export class Camera {
     this.pointers.set(event.pointerId, now);
     this.moved += Math.hypot(now[0] - before[0], now[1] - before[1]);
     if (other) {
-      const factor = Math.hypot(now[0] - other[0], now[1] - other[1]) / (Math.hypot(before[0] - other[0], before[1] - other[1]) || 1);
+      const factor =
+        Math.hypot(now[0] - other[0], now[1] - other[1]) /
+        (Math.hypot(before[0] - other[0], before[1] - other[1]) || 1);
       this.zoom(factor, (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
     } else {
       this.pan(now[0] - before[0], now[1] - before[1]);

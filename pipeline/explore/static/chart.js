@@ -23,17 +23,49 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
   const y = scale(...padded(values, useLog), HEIGHT - BOTTOM, TOP, useLog);
   const picture = svg(
     "svg",
-    { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": described(title, drawn, format) },
-    y.ticks(4).map((value) => [
-      svg("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }),
-      svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
-    ]).flat(),
-    x.ticks(5).map((value) => svg("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, short(value))),
-    mark === null ? [] : svg("line", { class: "mark", x1: x(mark), x2: x(mark), y1: TOP, y2: HEIGHT - BOTTOM }),
+    {
+      class: "chart",
+      viewBox: `0 0 ${width} ${HEIGHT}`,
+      role: "img",
+      "aria-label": described(title, drawn, format),
+    },
+    y
+      .ticks(4)
+      .map((value) => [
+        svg("line", {
+          class: "grid-line",
+          x1: LEFT,
+          x2: width - RIGHT,
+          y1: y(value),
+          y2: y(value),
+        }),
+        svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
+      ])
+      .flat(),
+    x
+      .ticks(5)
+      .map((value) =>
+        svg("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, short(value)),
+      ),
+    mark === null
+      ? []
+      : svg("line", { class: "mark", x1: x(mark), x2: x(mark), y1: TOP, y2: HEIGHT - BOTTOM }),
     drawn.map((curve, i) => svg("path", { class: `curve c${i}`, d: path(curve, x, y) })),
-    drawn.map((curve, i) => svg("circle", { class: `dot c${i}`, r: 3.5, cx: x(curve.step.at(-1)), cy: y(curve.value.at(-1)) })),
+    drawn.map((curve, i) =>
+      svg("circle", {
+        class: `dot c${i}`,
+        r: 3.5,
+        cx: x(curve.step.at(-1)),
+        cy: y(curve.value.at(-1)),
+      }),
+    ),
   );
-  return el("figure", { class: "figure" }, el("figcaption", {}, el("h3", {}, title), legend(drawn, format)), picture);
+  return el(
+    "figure",
+    { class: "figure" },
+    el("figcaption", {}, el("h3", {}, title), legend(drawn, format)),
+    picture,
+  );
 }
 
 /** Draw a histogram: { counts, edges }. */
@@ -43,7 +75,12 @@ export function histogram(title, { counts, edges }) {
   const bars = counts.map((count, i) =>
     svg(
       "rect",
-      { x: (i * width).toFixed(2), width: Math.max(width - 1, 0.5).toFixed(2), y: (44 - (44 * count) / most).toFixed(2), height: ((44 * count) / most).toFixed(2) },
+      {
+        x: (i * width).toFixed(2),
+        width: Math.max(width - 1, 0.5).toFixed(2),
+        y: (44 - (44 * count) / most).toFixed(2),
+        height: ((44 * count) / most).toFixed(2),
+      },
       svg("title", {}, `${edges[i].toPrecision(3)} to ${edges[i + 1].toPrecision(3)}: ${count}`),
     ),
   );
@@ -51,8 +88,23 @@ export function histogram(title, { counts, edges }) {
   return el(
     "figure",
     { class: "histogram" },
-    svg("svg", { viewBox: "0 0 220 45", role: "img", preserveAspectRatio: "none", "aria-label": `${title}: from ${ends[0]} to ${ends[1]}` }, bars),
-    el("figcaption", { class: "soft small" }, el("span", {}, ends[0]), el("span", {}, title), el("span", {}, ends[1])),
+    svg(
+      "svg",
+      {
+        viewBox: "0 0 220 45",
+        role: "img",
+        preserveAspectRatio: "none",
+        "aria-label": `${title}: from ${ends[0]} to ${ends[1]}`,
+      },
+      bars,
+    ),
+    el(
+      "figcaption",
+      { class: "soft small" },
+      el("span", {}, ends[0]),
+      el("span", {}, title),
+      el("span", {}, ends[1]),
+    ),
   );
 }
 
@@ -69,12 +121,23 @@ function legend(curves, format) {
   return el(
     "ul",
     { class: "legend" },
-    curves.map((curve, i) => el("li", {}, el("span", { class: `key c${i}`, "aria-hidden": "true" }), `${curve.name} `, el("b", {}, format(curve.value.at(-1))))),
+    curves.map((curve, i) =>
+      el(
+        "li",
+        {},
+        el("span", { class: `key c${i}`, "aria-hidden": "true" }),
+        `${curve.name} `,
+        el("b", {}, format(curve.value.at(-1))),
+      ),
+    ),
   );
 }
 
 function described(title, curves, format) {
-  const each = curves.map((curve) => `${curve.name}, at step ${curve.step.at(-1)}, is ${format(curve.value.at(-1))}; it was ${format(curve.value[0])} at step ${curve.step[0]}`);
+  const each = curves.map(
+    (curve) =>
+      `${curve.name}, at step ${curve.step.at(-1)}, is ${format(curve.value.at(-1))}; it was ${format(curve.value[0])} at step ${curve.step[0]}`,
+  );
   return `${title}. ${each.join(". ")}.`;
 }
 
@@ -113,7 +176,8 @@ function ticks(from, to, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
   const found = [];
-  for (let value = Math.ceil(from / step) * step; value <= to + step * 1e-6; value += step) found.push(+value.toPrecision(12));
+  for (let value = Math.ceil(from / step) * step; value <= to + step * 1e-6; value += step)
+    found.push(+value.toPrecision(12));
   return found;
 }
 

@@ -36,7 +36,14 @@ export function segments(legend, name, options, chosen, onchange) {
       el(
         "label",
         {},
-        el("input", { type: "radio", id: `${name}-${value}`, name, value, checked: value === chosen, onchange: () => onchange(value) }),
+        el("input", {
+          type: "radio",
+          id: `${name}-${value}`,
+          name,
+          value,
+          checked: value === chosen,
+          onchange: () => onchange(value),
+        }),
         el("span", {}, words),
       ),
     ),

@@ -1,25 +1,35 @@
-// The map of the shared space: tens of thousands of points on a canvas, zoomed, panned, looked into.
+// The map of the shared space, and what is said beside it.
 
 import { ask, askBytes } from "./api.js";
 import { choice, count, el, percent } from "./dom.js";
-import { bestCaption, photo } from "./grid.js";
-import { Camera } from "./camera.js";
-import { openRow } from "./row.js";
-
-const NEAR = 14; // pixels within which a point is under the pointer
-const MILLISECONDS = 90; // that the pointer rests before words and picture are asked for
+import { MapView } from "./mapview.js";
 
 /** Show the view; return what ends it. */
 export async function showMap(main, parameters, run) {
   const splits = Object.keys(run.splits);
   const split = splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0];
-  if (!run.head) throw new Error("There is no trained head yet, so there is no shared space. Follow it under Training.");
-  main.replaceChildren(el("p", { class: "waiting" }, "Drawing … the first time the split is embedded."));
+  if (!run.head)
+    throw new Error(
+      "There is no trained head yet, so there is no shared space. Follow it under Training.",
+    );
+  main.replaceChildren(
+    el("p", { class: "waiting" }, "Drawing … the first time the split is embedded."),
+  );
   const facts = await ask("/api/map", { split });
   const points = read(await askBytes("/api/map/points", { split }), facts.images + facts.texts);
   const view = new MapView(split, facts, points);
   main.replaceChildren(
-    el("div", { class: "head" }, el("div", {}, el("h1", {}, "Map of the shared space"), el("p", {}, told(facts))), choice("split", splits, split, (name) => (location.hash = `#/map?${new URLSearchParams({ split: name })}`))),
+    el(
+      "div",
+      { class: "head" },
+      el("div", {}, el("h1", {}, "Map of the shared space"), el("p", {}, told(facts))),
+      choice(
+        "split",
+        splits,
+        split,
+        (name) => (location.hash = `#/map?${new URLSearchParams({ split: name })}`),
+      ),
+    ),
     view.element,
     gap(facts),
   );
@@ -28,7 +38,11 @@ export async function showMap(main, parameters, run) {
 }
 
 function read(bytes, size) {
-  return { places: new Float32Array(bytes, 0, 2 * size), rows: new Int32Array(bytes, 8 * size, size), labels: new Int32Array(bytes, 12 * size, size) };
+  return {
+    places: new Float32Array(bytes, 0, 2 * size),
+    rows: new Int32Array(bytes, 8 * size, size),
+    labels: new Int32Array(bytes, 12 * size, size),
+  };
 }
 
 function told(facts) {
@@ -40,202 +54,23 @@ function gap(facts) {
   return el(
     "dl",
     { class: "gap" },
-    el("div", {}, el("dt", {}, "modality gap"), el("dd", {}, facts.gap.toFixed(3)), el("dd", { class: "soft small" }, "distance of the mean image from the mean caption; vectors have length 1")),
-    el("div", {}, el("dt", {}, "cosine of pairs"), el("dd", {}, facts.pair_cosine.toFixed(3)), el("dd", { class: "soft small" }, "mean over images with their own captions")),
+    el(
+      "div",
+      {},
+      el("dt", {}, "modality gap"),
+      el("dd", {}, facts.gap.toFixed(3)),
+      el(
+        "dd",
+        { class: "soft small" },
+        "distance of the mean image from the mean caption; vectors have length 1",
+      ),
+    ),
+    el(
+      "div",
+      {},
+      el("dt", {}, "cosine of pairs"),
+      el("dd", {}, facts.pair_cosine.toFixed(3)),
+      el("dd", { class: "soft small" }, "mean over images with their own captions"),
+    ),
   );
-}
-
-class MapView {
-  constructor(split, facts, points) {
-    this.split = split;
-    this.facts = facts;
-    this.points = points;
-    this.shown = { image: true, text: true };
-    this.label = null;
-    this.at = -1; // the point under the pointer
-    this.known = new Map();
-    this.canvas = el("canvas", {
-      tabindex: "0",
-      role: "img",
-      "aria-label": `Map of ${facts.images} images and ${facts.texts} captions. Arrow keys move, plus and minus zoom, 0 shows all, N goes from point to point near the middle, Enter opens the point.`,
-    });
-    this.tip = el("div", { class: "tip", hidden: true });
-    this.camera = new Camera(this.canvas, points.places, { onmove: () => this.draw(), onpoint: (x, y) => this.point(x, y), onclick: () => this.open() });
-    this.canvas.addEventListener("keydown", (event) => this.key(event));
-    this.element = el("div", { class: "map" }, this.tools(), el("div", { class: "map-frame" }, this.canvas, this.tip, this.buttons()));
-    this.redraw = () => this.draw();
-  }
-
-  start() {
-    this.observer = new ResizeObserver(() => this.camera.resize());
-    this.observer.observe(this.canvas);
-    window.addEventListener("themechange", this.redraw);
-    this.camera.fit();
-  }
-
-  end() {
-    this.observer.disconnect();
-    cancelAnimationFrame(this.frame);
-    clearTimeout(this.timer);
-    window.removeEventListener("themechange", this.redraw);
-  }
-
-  tools() {
-    const kind = (name, words) =>
-      el("label", { class: `kind ${name}` }, el("input", { type: "checkbox", checked: true, onchange: (event) => ((this.shown[name] = event.target.checked), this.draw()) }), el("span", { class: "swatch", "aria-hidden": "true" }), words);
-    const classes = this.facts.classes.length
-      ? choice("class", ["all", ...this.facts.classes], "all", (name) => ((this.label = name === "all" ? null : this.facts.classes.indexOf(name)), this.draw()))
-      : null;
-    return el("div", { class: "map-tools" }, kind("image", "images"), kind("text", "captions"), classes);
-  }
-
-  buttons() {
-    const button = (label, sign, act) => el("button", { class: "icon-button", type: "button", "aria-label": label, onclick: act }, sign);
-    return el("div", { class: "map-buttons" }, button("Zoom in", "+", () => this.camera.zoom(1.5)), button("Zoom out", "−", () => this.camera.zoom(1 / 1.5)), button("Show all", "⤢", () => this.camera.fit()));
-  }
-
-  /** Draw before the next picture of the screen, however often it is asked for until then. */
-  draw() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      this.paint();
-    });
-  }
-
-  paint() {
-    const { canvas, camera, points, facts } = this;
-    const context = canvas.getContext("2d");
-    const ratio = camera.ratio;
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.clearRect(0, 0, camera.width, camera.height);
-    const colors = { image: color(canvas, "--accent"), text: color(canvas, "--warm") };
-    const size = Math.max(1.6, Math.min(5, 1.7 + 0.9 * camera.magnification ** 0.5 + 900 / (points.rows.length + 400)));
-    const parts = [["text", facts.images, points.rows.length], ["image", 0, facts.images]];
-    for (const strong of this.label === null ? [true] : [false, true]) {
-      for (const [name, from, to] of parts) {
-        if (!this.shown[name]) continue;
-        context.fillStyle = colors[name];
-        context.globalAlpha = this.label === null ? 0.62 : strong ? 0.95 : 0.08;
-        this.dots(context, from, to, strong ? size : size * 0.8, strong);
-      }
-    }
-    context.globalAlpha = 1;
-    if (this.at >= 0) this.mark(context, size, colors);
-  }
-
-  dots(context, from, to, size, strong) {
-    const { places, labels } = this.points;
-    const { scale, left, top, width, height } = this.camera;
-    const dot = stamp(context.fillStyle, size, this.camera.ratio); // far faster than a path each
-    const half = dot.width / this.camera.ratio / 2;
-    for (let i = from; i < to; i++) {
-      if (this.label !== null && (labels[i] === this.label) !== strong) continue;
-      const x = left + places[2 * i] * scale;
-      const y = top - places[2 * i + 1] * scale;
-      if (x < -size || y < -size || x > width + size || y > height + size) continue;
-      context.drawImage(dot, x - half, y - half, 2 * half, 2 * half);
-    }
-  }
-
-  mark(context, size, colors) {
-    const [x, y] = this.camera.screen(this.at);
-    context.strokeStyle = color(this.canvas, "--ink");
-    context.lineWidth = 2;
-    context.fillStyle = colors[this.kind(this.at)];
-    context.beginPath();
-    context.arc(x, y, size + 3, 0, 6.2832);
-    context.fill();
-    context.stroke();
-  }
-
-  kind(i) {
-    return i < this.facts.images ? "image" : "text";
-  }
-
-  isShown(i) {
-    return this.shown[this.kind(i)] && (this.label === null || this.points.labels[i] === this.label);
-  }
-
-  /** The pointer is at a place of the canvas, or has left it. */
-  point(x, y) {
-    this.select(x === null ? -1 : this.camera.nearest(x, y, NEAR, (i) => this.isShown(i)));
-  }
-
-  select(i) {
-    if (i === this.at) return;
-    this.at = i;
-    this.canvas.style.cursor = i < 0 ? "grab" : "pointer";
-    this.draw();
-    clearTimeout(this.timer);
-    if (i < 0) this.tip.hidden = true;
-    else this.timer = setTimeout(() => this.tell(i), MILLISECONDS);
-  }
-
-  async tell(i) {
-    const row = this.points.rows[i];
-    if (!this.known.has(row)) {
-      try {
-        this.known.set(row, await ask("/api/shown", { split: this.split, row }));
-      } catch {
-        return;
-      }
-    }
-    if (this.at !== i) return;
-    const facts = this.known.get(row);
-    const isImage = this.kind(i) === "image";
-    this.tip.replaceChildren(
-      photo(this.split, row, "", 96),
-      el("div", {}, el("b", {}, isImage ? "image" : "caption"), el("span", { class: "soft" }, ` row ${row.toLocaleString("en")}`), el("br"), (isImage ? null : facts.captions[this.facts.field]) || bestCaption(facts)),
-    );
-    this.tip.hidden = false;
-    const [x, y] = this.camera.screen(i);
-    Object.assign(this.tip.dataset, { x, y });
-    const { width, height } = this.camera;
-    this.tip.style.left = `${Math.max(6, Math.min(x + 14, width - this.tip.offsetWidth - 6))}px`;
-    this.tip.style.top = `${y + 16 + this.tip.offsetHeight > height ? Math.max(6, y - this.tip.offsetHeight - 14) : y + 16}px`;
-  }
-
-  open() {
-    if (this.at >= 0) openRow(this.split, this.points.rows[this.at]);
-  }
-
-  key(event) {
-    const moves = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
-    if (event.key in moves) this.camera.pan(...moves[event.key]);
-    else if (event.key === "+" || event.key === "=") this.camera.zoom(1.5);
-    else if (event.key === "-") this.camera.zoom(1 / 1.5);
-    else if (event.key === "0") this.camera.fit();
-    else if (event.key === "n" || event.key === "N") this.next();
-    else if (event.key === "Enter") this.open();
-    else return;
-    event.preventDefault();
-  }
-
-  /** Go to the next point outwards from the middle. */
-  next() {
-    const { width, height } = this.camera;
-    const order = this.camera.outwards(width / 2, height / 2, (i) => this.isShown(i)).slice(0, 200);
-    this.select(order[(order.indexOf(this.at) + 1) % order.length] ?? -1);
-  }
-}
-
-/** Return a picture of a dot. */
-function stamp(fill, size, ratio) {
-  const side = Math.ceil(2 * size * ratio) + 2;
-  const dot = new OffscreenCanvas(side, side);
-  const context = dot.getContext("2d");
-  context.fillStyle = fill;
-  context.beginPath();
-  context.arc(side / 2, side / 2, size * ratio, 0, 2 * Math.PI);
-  context.fill();
-  return dot;
-}
-
-/** A colour of the style sheet as the canvas can use it: `light-dark()` is resolved for the element. */
-function color(element, name) {
-  const before = element.style.color;
-  element.style.color = `var(${name})`;
-  const resolved = getComputedStyle(element).color;
-  element.style.color = before;
-  return resolved;
 }

@@ -20,7 +20,9 @@ export async function openRow(split, row) {
     inside.replaceChildren(...content(split, facts));
     dialog.scrollTop = 0;
     announce(`Row ${row} of ${split} is open.`);
-    const hasImage = Object.entries(facts.columns).some(([name, column]) => name.startsWith("image/") && column.status === "ok");
+    const hasImage = Object.entries(facts.columns).some(
+      ([name, column]) => name.startsWith("image/") && column.status === "ok",
+    );
     if (hasImage) await near(split, row);
   } catch (error) {
     inside.append(el("p", { class: "problem", role: "alert" }, prose(error.message)));
@@ -29,7 +31,9 @@ export async function openRow(split, row) {
 
 function content(split, facts) {
   const captions = Object.entries(facts.captions);
-  const longest = captions.map(([, words]) => words).reduce((a, b) => (b.length > a.length ? b : a), "");
+  const longest = captions
+    .map(([, words]) => words)
+    .reduce((a, b) => (b.length > a.length ? b : a), "");
   return [
     el(
       "div",
@@ -38,18 +42,33 @@ function content(split, facts) {
       el(
         "div",
         { class: "row-facts" },
-        el("p", { class: "eyebrow" }, `${split} · row ${facts.row.toLocaleString("en")} of ${facts.rows.toLocaleString("en")}`),
+        el(
+          "p",
+          { class: "eyebrow" },
+          `${split} · row ${facts.row.toLocaleString("en")} of ${facts.rows.toLocaleString("en")}`,
+        ),
         el("h2", { id: "row-title" }, longest || facts.key),
         el(
           "dl",
           {},
           facts.label === null ? null : [el("dt", {}, "class"), el("dd", {}, facts.label)],
-          captions.filter(([, words]) => words !== longest).map(([field, words]) => [el("dt", {}, field), el("dd", {}, words || "–")]),
+          captions
+            .filter(([, words]) => words !== longest)
+            .map(([field, words]) => [el("dt", {}, field), el("dd", {}, words || "–")]),
           el("dt", {}, "key"),
           el("dd", {}, el("code", {}, facts.key)),
           Object.entries(facts.columns).map(([name, column]) => [
             el("dt", {}, name),
-            el("dd", {}, el("span", { class: column.status === "ok" ? "tag right" : "tag wrong" }, column.status), column.status === "ok" ? ` length ${column.norm.toFixed(2)}` : ""),
+            el(
+              "dd",
+              {},
+              el(
+                "span",
+                { class: column.status === "ok" ? "tag right" : "tag wrong" },
+                column.status,
+              ),
+              column.status === "ok" ? ` length ${column.norm.toFixed(2)}` : "",
+            ),
           ]),
         ),
         el(
@@ -65,7 +84,15 @@ function content(split, facts) {
 }
 
 function link(split, row, among, words) {
-  return el("a", { class: "button", href: `#/search?${new URLSearchParams({ split, row, among })}`, onclick: () => dialog.close() }, words);
+  return el(
+    "a",
+    {
+      class: "button",
+      href: `#/search?${new URLSearchParams({ split, row, among })}`,
+      onclick: () => dialog.close(),
+    },
+    words,
+  );
 }
 
 async function near(split, row) {
@@ -73,7 +100,10 @@ async function near(split, row) {
   try {
     const found = await ask("/api/similar", { split, row, top: 7 });
     const others = found.hits.filter((hit) => hit.row !== row).slice(0, 6);
-    place.replaceChildren(el("h3", {}, `Nearest of ${count(found.searched, "image")}`), grid(split, others));
+    place.replaceChildren(
+      el("h3", {}, `Nearest of ${count(found.searched, "image")}`),
+      grid(split, others),
+    );
   } catch (error) {
     place.replaceChildren(el("p", { class: "soft" }, prose(error.message)));
   }

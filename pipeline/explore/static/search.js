@@ -22,7 +22,8 @@ export async function showSearch(main, parameters, run) {
   main.replaceChildren(form(state, splits), results);
   const controller = new AbortController();
   show(results, state, run, controller.signal).catch((error) => {
-    if (error.name !== "AbortError") results.replaceChildren(el("p", { class: "problem", role: "alert" }, prose(error.message)));
+    if (error.name !== "AbortError")
+      results.replaceChildren(el("p", { class: "problem", role: "alert" }, prose(error.message)));
   });
   return () => controller.abort();
 }
@@ -37,7 +38,13 @@ function form(state, splits) {
     maxlength: 2000,
     value: state.text ?? "",
   });
-  const file = el("input", { type: "file", id: "file", accept: "image/*", class: "hidden", onchange: () => send(file.files[0], state) });
+  const file = el("input", {
+    type: "file",
+    id: "file",
+    accept: "image/*",
+    class: "hidden",
+    onchange: () => send(file.files[0], state),
+  });
   const all = el(
     "form",
     {
@@ -71,7 +78,16 @@ function form(state, splits) {
     el(
       "div",
       { class: "options" },
-      segments("What to find", "among", [["images", "Images"], ["captions", "Captions"]], state.among, (among) => again(state, { among })),
+      segments(
+        "What to find",
+        "among",
+        [
+          ["images", "Images"],
+          ["captions", "Captions"],
+        ],
+        state.among,
+        (among) => again(state, { among }),
+      ),
       choice("in", splits, state.split, (split) => again(state, { split, row: null })),
       el("p", { class: "soft hint" }, "or drop an image here"),
     ),
@@ -83,20 +99,30 @@ async function show(results, state, run, signal) {
   const { split, among } = state;
   const question = asked(state);
   if (!question) return look(results, split, run, signal);
-  results.replaceChildren(query(state), el("p", { class: "waiting" }, "Searching … the first search of a split embeds it, once."));
+  results.replaceChildren(
+    query(state),
+    el("p", { class: "waiting" }, "Searching … the first search of a split embeds it, once."),
+  );
   const found = await question(signal);
   const searched = count(found.searched, among === "images" ? "image" : "caption");
   const how = `${searched}, ${found.method}, ${found.milliseconds.toFixed(1)} ms`;
   announce(`${count(found.hits.length, "result")} of ${searched}.`);
-  results.replaceChildren(query(state), el("p", { class: "soft small" }, `${count(found.hits.length, "result")} of ${how}`), grid(split, found.hits));
+  results.replaceChildren(
+    query(state),
+    el("p", { class: "soft small" }, `${count(found.hits.length, "result")} of ${how}`),
+    grid(split, found.hits),
+  );
 }
 
 /** Return what asks the server, null where nothing was asked. */
 function asked(state) {
   const common = { split: state.split, among: state.among, top: TOP };
-  if (state.text) return (signal) => ask("/api/search", { ...common, text: state.text }, { signal });
-  if (state.row !== null) return (signal) => ask("/api/similar", { ...common, row: state.row }, { signal });
-  if (state.sent && sent) return (signal) => ask("/api/search", common, { method: "POST", body: sent.file, signal });
+  if (state.text)
+    return (signal) => ask("/api/search", { ...common, text: state.text }, { signal });
+  if (state.row !== null)
+    return (signal) => ask("/api/similar", { ...common, row: state.row }, { signal });
+  if (state.sent && sent)
+    return (signal) => ask("/api/search", common, { method: "POST", body: sent.file, signal });
   return null;
 }
 
@@ -104,18 +130,49 @@ function asked(state) {
 function query(state) {
   if (state.text) return el("h2", { class: "query" }, `“${state.text}”`);
   const source = state.sent ? sent.url : picture(state.split, state.row);
-  const words = state.sent ? `Like ${sent.file.name || "your image"}` : `Like row ${state.row} of ${state.split}`;
+  const words = state.sent
+    ? `Like ${sent.file.name || "your image"}`
+    : `Like row ${state.row} of ${state.split}`;
   return el("h2", { class: "query" }, el("img", { src: source, alt: "" }), words);
 }
 
 /** Before anything is asked: some rows, and words to try. */
 async function look(results, split, run, signal) {
   const { rows } = await ask("/api/rows", { split, count: TOP }, { signal });
-  const tries = [...new Set(rows.map((row) => Object.values(row.captions).reduce((a, b) => (b.length < a.length ? b : a), Object.values(row.captions)[0] ?? "")))];
+  const tries = [
+    ...new Set(
+      rows.map((row) =>
+        Object.values(row.captions).reduce(
+          (a, b) => (b.length < a.length ? b : a),
+          Object.values(row.captions)[0] ?? "",
+        ),
+      ),
+    ),
+  ];
   results.replaceChildren(
-    run.head ? el("p", { class: "tries" }, el("span", { class: "soft" }, "Try"), tries.filter((words) => words && words.length < 80).slice(0, 4).map((text) => el("a", { class: "chip", href: address({ split, among: "images", text }) }, text))) : el("p", { class: "problem" }, "There is no trained head yet, so there is nothing to search by. Follow it under Training."),
+    run.head
+      ? el(
+          "p",
+          { class: "tries" },
+          el("span", { class: "soft" }, "Try"),
+          tries
+            .filter((words) => words && words.length < 80)
+            .slice(0, 4)
+            .map((text) =>
+              el("a", { class: "chip", href: address({ split, among: "images", text }) }, text),
+            ),
+        )
+      : el(
+          "p",
+          { class: "problem" },
+          "There is no trained head yet, so there is nothing to search by. Follow it under Training.",
+        ),
     el("h2", {}, `A look into ${split}`),
-    el("p", { class: "soft small" }, `${count(rows.length, "row")} of ${run.splits[split].rows.toLocaleString("en")}, evenly spaced`),
+    el(
+      "p",
+      { class: "soft small" },
+      `${count(rows.length, "row")} of ${run.splits[split].rows.toLocaleString("en")}, evenly spaced`,
+    ),
     grid(split, rows),
   );
 }
@@ -135,10 +192,18 @@ function go(state, question) {
 /** Ask the same elsewhere, or for the other kind. */
 function again(state, change) {
   const { split, among, text, row } = { ...state, ...change };
-  location.hash = address({ split, among, text, row, sent: state.sent && sent ? sent.url.slice(-8) : null });
+  location.hash = address({
+    split,
+    among,
+    text,
+    row,
+    sent: state.sent && sent ? sent.url.slice(-8) : null,
+  });
 }
 
 function address(parameters) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined && value !== false);
+  const given = Object.entries(parameters).filter(
+    ([, value]) => value !== null && value !== undefined && value !== false,
+  );
   return `#/search?${new URLSearchParams(given)}`;
 }

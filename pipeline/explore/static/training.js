@@ -6,10 +6,22 @@ import { announce, el, percent, prose } from "./dom.js";
 
 const MILLISECONDS = 2000;
 const PANELS = [
-  ["Held-out recall", /^heldout\/(recall@\d+|mean_recall)$/, { format: (value) => percent(value, 0) }],
+  [
+    "Held-out recall",
+    /^heldout\/(recall@\d+|mean_recall)$/,
+    { format: (value) => percent(value, 0) },
+  ],
   ["Loss", /^loss/, {}],
-  ["Held-out, image to text", /^heldout\/.*image_to_text$/, { format: (value) => percent(value, 0) }],
-  ["Held-out, text to image", /^heldout\/.*text_to_image$/, { format: (value) => percent(value, 0) }],
+  [
+    "Held-out, image to text",
+    /^heldout\/.*image_to_text$/,
+    { format: (value) => percent(value, 0) },
+  ],
+  [
+    "Held-out, text to image",
+    /^heldout\/.*text_to_image$/,
+    { format: (value) => percent(value, 0) },
+  ],
   ["Learning rate", /^learning_rate$/, {}],
   ["Scale and bias", /^(scale|bias)$/, {}],
   ["Images per second", /per_second$/, { format: short }],
@@ -21,7 +33,10 @@ const PANELS = [
 export async function showTraining(main) {
   const charts = el("div", { class: "charts" });
   const state = el("p", { class: "state" });
-  main.replaceChildren(el("div", { class: "head" }, el("div", {}, el("h1", {}, "Training"), state)), charts);
+  main.replaceChildren(
+    el("div", { class: "head" }, el("div", {}, el("h1", {}, "Training"), state)),
+    charts,
+  );
   let seen = 0;
   let wasLive = null;
   let timer = null;
@@ -53,10 +68,13 @@ export async function showTraining(main) {
 }
 
 function said(facts) {
-  if (facts.step === null || facts.step === undefined) return ["No step has been made yet. The curves appear as soon as `sail align` writes them."];
+  if (facts.step === null || facts.step === undefined)
+    return ["No step has been made yet. The curves appear as soon as `sail align` writes them."];
   const parts = [`step ${facts.step.toLocaleString("en")}`];
-  if (facts.epoch) parts.push(`epoch ${facts.epoch.toFixed(1)}${facts.epochs ? ` of ${facts.epochs}` : ""}`);
-  if (facts.best_step !== null) parts.push(`best head at step ${facts.best_step.toLocaleString("en")} (dashed)`);
+  if (facts.epoch)
+    parts.push(`epoch ${facts.epoch.toFixed(1)}${facts.epochs ? ` of ${facts.epochs}` : ""}`);
+  if (facts.best_step !== null)
+    parts.push(`best head at step ${facts.best_step.toLocaleString("en")} (dashed)`);
   return [el("span", { class: "pulse", "aria-hidden": "true" }), parts.join(" · ")];
 }
 
@@ -67,9 +85,22 @@ function drawn(facts) {
     const curves = [...left].filter(([name]) => names.test(name));
     curves.forEach(([name]) => left.delete(name));
     if (!curves.length) continue;
-    const lines = curves.map(([name, curve]) => ({ name: name.replace("heldout/", "").split("/")[0].replaceAll("_", " "), ...curve }));
-    panels.push(el("section", { class: "panel" }, lineChart(title, lines, { ...options, mark: names.source.includes("heldout") ? facts.best_step : null })));
+    const lines = curves.map(([name, curve]) => ({
+      name: name.replace("heldout/", "").split("/")[0].replaceAll("_", " "),
+      ...curve,
+    }));
+    panels.push(
+      el(
+        "section",
+        { class: "panel" },
+        lineChart(title, lines, {
+          ...options,
+          mark: names.source.includes("heldout") ? facts.best_step : null,
+        }),
+      ),
+    );
   }
-  for (const [name, curve] of left) panels.push(el("section", { class: "panel" }, lineChart(name, [{ name: "value", ...curve }])));
+  for (const [name, curve] of left)
+    panels.push(el("section", { class: "panel" }, lineChart(name, [{ name: "value", ...curve }])));
   return panels;
 }
