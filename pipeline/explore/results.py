@@ -55,6 +55,7 @@ def results(session: Session) -> dict[str, Any]:
             | {
                 "name": result.name,
                 "chance": result.chance,
+                "is_detail": result.is_detail,
                 "has_rows": result.name in items and rows_behind(session, result) is not None,
             }
             for result in found

@@ -140,8 +140,9 @@ def test_pictures_are_made_small_and_encoded_anew(page: TestClient) -> None:
 def test_nothing_outside_the_run_and_its_index_is_served(address: str, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(address.rstrip("/") + path, timeout=20)
-    assert refusal.value.code in (404, 409, 422)
-    assert "error" in json.loads(refusal.value.read())
+    with refusal.value as answer:
+        assert answer.code in (404, 409, 422)
+        assert "error" in json.load(answer)
 
 
 def bomb(side: int) -> bytes:
@@ -289,7 +290,8 @@ def test_the_address_that_is_printed_asks_for_a_token_beyond_this_machine(run: P
         port = address.split(":")[2].split("/")[0]
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api/run", timeout=20)
-        assert refusal.value.code == 401
+        with refusal.value as answer:
+            assert answer.code == 401
         token = address.partition("token=")[2]
         bearer = {"Authorization": f"Bearer {token}"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/api/run", headers=bearer)

@@ -81,35 +81,51 @@ function grouped(results) {
 }
 
 function table({ title, words, results }, open) {
+  const details = results.filter((each) => each.is_detail);
+  const shown = results.filter((each) => !each.is_detail);
   return el(
     "section",
     { class: "panel" },
     el("h2", {}, title),
+    scores(words, shown, open),
+    details.length
+      ? el(
+          "details",
+          {},
+          el("summary", {}, `Each class (${details.length})`),
+          scores("", details, open),
+        )
+      : null,
+  );
+}
+
+function scores(words, results, open) {
+  const heading = (attributes, ...content) => el("th", { scope: "col", ...attributes }, ...content);
+  const unseen = (text) => el("span", { class: "hidden" }, text);
+  return el(
+    "div",
+    { class: "scroll" },
     el(
-      "div",
-      { class: "scroll" },
+      "table",
+      { class: "scores" },
+      words ? el("caption", {}, words) : null,
       el(
-        "table",
-        { class: "scores" },
-        el("caption", {}, words),
+        "thead",
+        {},
         el(
-          "thead",
+          "tr",
           {},
-          el(
-            "tr",
-            {},
-            el("th", { scope: "col" }, "measure"),
-            el("th", { scope: "col", class: "number" }, "score"),
-            el("th", { scope: "col" }, el("span", { class: "hidden" }, "drawn")),
-            el("th", { scope: "col", class: "number" }, "n"),
-            el("th", { scope: "col" }, el("span", { class: "hidden" }, "rows")),
-          ),
+          heading({}, "measure"),
+          heading({ class: "number" }, "score"),
+          heading({}, unseen("drawn")),
+          heading({ class: "number" }, "n"),
+          heading({}, unseen("failures")),
         ),
-        el(
-          "tbody",
-          {},
-          results.map((each) => line(each, open)),
-        ),
+      ),
+      el(
+        "tbody",
+        {},
+        results.map((each) => line(each, open)),
       ),
     ),
   );
