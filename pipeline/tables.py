@@ -96,7 +96,9 @@ def hits_table(hits: list[dict[str, Any]]) -> str:
 def _pooling(fingerprint: dict[str, Any]) -> str:
     """Return the pooling, and the layer unless it is the last."""
     layer = fingerprint.get("layer")
-    return str(fingerprint.get("pooling")) + (f", layer {layer}" if layer not in (None, -1) else "")
+    return str(fingerprint.get("pooling") or "-") + (
+        f", layer {layer}" if layer not in (None, -1) else ""
+    )
 
 
 def row_table(description: dict[str, Any]) -> str:

@@ -75,6 +75,11 @@ def import_store(path: Path, out: Place, wanted: Wanted, stop: StopRequest) -> P
         Stopped: A signal came; nothing was written.
     """
     check_free(out)
+    if not path.exists():
+        raise SourceError(
+            f"There is nothing at {path}. A file or folder with features was expected. Correct the "
+            f"path."
+        )
     form = wanted.form or form_of(path)
     opened: AbstractContextManager[Any] = FORMS[form](path)
     with opened:

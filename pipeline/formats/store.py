@@ -141,8 +141,8 @@ def write_store(out: Place, layout: Layout, blocks: Iterable[Block], *, origin: 
         if same := keys.first_same():
             key = str(group["key"][same[0]])  # type: ignore[index]
             raise SourceError(
-                f"{origin} has the key {key!r} in rows {same[0]} and {same[1]}. Unique keys were "
-                f"expected. Take them from elsewhere (`--take key=…`), or let stores that are "
+                f"Of {origin} rows {same[0]} and {same[1]} both have the key {key!r}. Unique keys "
+                f"were expected. Take them from elsewhere (`--take key=…`), or let stores that are "
                 f"merged have `--prefix`."
             )
         if layout.keys_sha256 not in (None, keys.sha256):

@@ -23,6 +23,7 @@ CPU_MODULES = [
     "extraction_memory",
     "explore",
     "finished",
+    "formats",
     "head",
     "indexing",
     "knn",

@@ -18,6 +18,7 @@ from tests.benchmarks import (
     extraction,
     extraction_memory,
     finished,
+    formats,
     gpu,
     indexing,
     loader,
@@ -49,6 +50,12 @@ def test_loader_benchmark_measures_ratios() -> None:
 def test_memory_benchmark_measures_bytes_of_another_process() -> None:
     assert memory.peak_bytes(0.03, steps=2) > 50e6
     assert 0.3 < memory.loader_share(0.3, budget_mb=150, steps=10) < 2
+
+
+def test_formats_benchmark_measures_bytes_of_other_processes(tmp_path: Path) -> None:
+    form, out, back = next(formats.peaks(tmp_path, rows=2000, dim=16))
+    assert form == "hdf5"
+    assert min(out, back) > 50e6
 
 
 def test_training_benchmarks_measure_shares_and_ratios() -> None:

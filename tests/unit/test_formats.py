@@ -284,7 +284,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"image/a": "number.npy"}, r"'number\.npy' has shape \(40,\), which cannot be 'image/a'"),
         ({"image/a": "image.npy", "label": "image.npy"}, r"has shape \(40, 6\), which cannot be"),
         ({"image/a": "short.npy", "image/b": "image.npy"}, r"row 39 is in one of them only"),
-        ({"image/a": "image.npy", "key": "same.npy"}, r"has the key '1' in rows 0 and 1"),
+        ({"image/a": "image.npy", "key": "same.npy"}, r"rows 0 and 1 both have the key '1'"),
         ({"image/a": "whole.npy"}, r"'whole\.npy' holds int64, which cannot be 'image/a'"),
     ],
 )
@@ -316,6 +316,12 @@ def test_a_vector_of_another_length_in_parquet_is_refused_and_its_row_named(
     pq.write_table(pa.table({"v": rows[:3]}), path)
     store = FeatureStore.open(import_store(path, tmp_path / "s.zarr", wanted, GO_ON))
     assert store.column("image/a").status().tolist() == [1, Status.MISSING_IMAGE, 1]
+
+
+def test_what_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    for name in ("none.h5", "none"):
+        message = the_error_of(sail("import-store", tmp_path / name, "--out", "x", expect=1))
+        assert f"There is nothing at {tmp_path / name}" in message
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_equal_keys_are_refused_unless_stores_are_named_in_them(
 ) -> None:
     other = make_store(tmp_path / "o.zarr", rows=10)
     out = tmp_path / "both.zarr"
-    with pytest.raises(SourceError, match=r"key 'shard/000000' in rows 0 and 100\. .*--prefix"):
+    with pytest.raises(
+        SourceError, match=r"rows 0 and 100 both have the key 'shard/000000'\. .*--prefix"
+    ):
         merge_stores([store.path, other.path], out, GO_ON)
     assert not out.exists()
     assert sail("merge", store.path, other.path, "--prefix", "--out", out).stdout == f"{out}\n"
