@@ -10,7 +10,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "sail-token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 HEADERS = {
     # Nothing from elsewhere, nothing inline: what a caption or a class is called cannot run.
@@ -81,11 +80,12 @@ class Guard:
     def _entry(self, scope: Scope, headers: Headers) -> Response | None:
         """Return None to those who know the token, and let in who has it in the address."""
         token = self._access.token
-        if token is None or _equal(_token_of(headers), token):
+        cookie = f"sail-token-{scope['server'][1]}"  # of the port: browsers send it to all of them
+        if token is None or _equal(_token_of(headers, cookie), token):
             return None
         given = parse_qs(scope["query_string"].decode("ascii", "replace")).get("token", [""])[0]
         if scope["path"] == "/" and _equal(given, token):
-            return _enter(token)
+            return _enter(token, cookie)
         return _refuse(401, "The token is missing or wrong. Open the address that sail printed.")
 
     def _is_known_host(self, value: str) -> bool:
@@ -115,7 +115,7 @@ def _is_from_elsewhere(scope: Scope, headers: Headers) -> bool:
     return site not in ("none", "same-origin") and not is_link
 
 
-def _token_of(headers: Headers) -> str:
+def _token_of(headers: Headers, cookie: str) -> str:
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip()
@@ -124,17 +124,17 @@ def _token_of(headers: Headers) -> str:
         cookies.load(headers.get("cookie", ""))
     except CookieError:
         return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+    return cookies[cookie].value if cookie in cookies else ""
 
 
 def _equal(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 
-def _enter(token: str) -> Response:
+def _enter(token: str, cookie: str) -> Response:
     """Remember the token in a cookie, and lead to the page without it in the address."""
     answer = RedirectResponse("/", status_code=303)
-    answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
+    answer.set_cookie(cookie, token, httponly=True, samesite="strict", path="/")
     return answer
 
 

@@ -1,6 +1,7 @@
 """The curves of a training, also of one that is under way."""
 
 import time
+from math import isfinite
 from typing import Any
 
 from pipeline.explore.session import Session
@@ -39,12 +40,15 @@ def training_facts(session: Session, seen: int = 0) -> dict[str, Any]:
     }
 
 
-def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, list[float]]:
-    """Return a curve with at most `MOST_POINTS`, its last one among them."""
+def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, list[float | None]]:
+    """Return a curve of at most `MOST_POINTS`, its last among them; None where it is not finite."""
     points = [(line["step"], line[name]) for line in lines if name in line]
     every = -(-len(points) // MOST_POINTS)
     kept = points[::-1][::every][::-1]
-    return {"step": [step for step, _ in kept], "value": [value for _, value in kept]}
+    return {
+        "step": [step for step, _ in kept],
+        "value": [value if isfinite(value) else None for _, value in kept],
+    }
 
 
 def _best_step(session: Session) -> int | None:

@@ -262,10 +262,12 @@ def test_curves_are_those_of_metrics_jsonl_and_come_again_only_when_it_grew(
     assert list(zip(curve["step"], curve["value"], strict=True)) == losses
     assert "curves" not in given(page, "/api/training", seen=facts["bytes"])
     with (run / "align" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 998, "loss": NaN}\n')
         file.write('{"step": 999, "epoch": 9.0, "loss": 0.5}\n{"step": 1000, "lo')
     grown = given(page, "/api/training", seen=facts["bytes"])
     assert (grown["step"], grown["live"]) == (999, True)
-    assert grown["curves"]["loss"]["step"][-1] == 999
+    assert grown["curves"]["loss"]["step"][-2:] == [998, 999]
+    assert grown["curves"]["loss"]["value"][-2:] == [None, 0.5]
 
 
 def test_the_store_view_accounts_for_every_row(page: TestClient, store: FeatureStore) -> None:

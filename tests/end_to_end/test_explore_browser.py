@@ -206,7 +206,7 @@ PAINTED = """async (canvas) => {  // pixels, when what was asked for is drawn
 
 def test_the_map_is_drawn_and_looked_into_by_keys(page: Page, address: str) -> None:
     page.goto(f"{address}#/map")
-    canvas = page.get_by_role("img", name="Map of 15 images and 16 captions")
+    canvas = page.get_by_role("application", name="Map of 15 images and 16 captions")
     expect(canvas).to_be_visible()
     all_points = canvas.evaluate(PAINTED)
     assert all_points > 31
@@ -215,6 +215,7 @@ def test_the_map_is_drawn_and_looked_into_by_keys(page: Page, address: str) -> N
     canvas.focus()
     page.keyboard.press("n")
     expect(page.locator(".tip")).to_contain_text("image row")
+    expect(page.get_by_role("status")).to_contain_text("image row")
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_contain_text("Nearest of 15 images")
     page.keyboard.press("Escape")

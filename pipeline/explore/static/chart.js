@@ -14,7 +14,7 @@ const RIGHT = 14;
  */
 export function lineChart(title, curves, { format = short, mark = null, log = false } = {}) {
   const width = window.innerWidth < 720 ? 340 : 560; // so that the words keep their size
-  const drawn = curves.filter((curve) => curve.value.length);
+  const drawn = curves.filter((curve) => curve.value.some(Number.isFinite));
   const values = drawn.flatMap((curve) => curve.value).filter(Number.isFinite);
   if (!values.length) return el("p", { class: "soft" }, "Nothing yet.");
   const steps = drawn.flatMap((curve) => curve.step);
@@ -55,8 +55,8 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
       svg("circle", {
         class: `dot c${i}`,
         r: 3.5,
-        cx: x(curve.step.at(-1)),
-        cy: y(curve.value.at(-1)),
+        cx: x(curve.step[curve.value.findLastIndex(Number.isFinite)]),
+        cy: y(curve.value.findLast(Number.isFinite)),
       }),
     ),
   );
@@ -108,6 +108,11 @@ export function histogram(title, { counts, edges }) {
   );
 }
 
+/** What is not finite comes as null. */
+function worded(value, format) {
+  return value === null ? "not finite" : format(value);
+}
+
 /** A number as short as it can be told from its neighbours. */
 export function short(value) {
   const size = Math.abs(value);
@@ -127,7 +132,7 @@ function legend(curves, format) {
         {},
         el("span", { class: `key c${i}`, "aria-hidden": "true" }),
         `${curve.name} `,
-        el("b", {}, format(curve.value.at(-1))),
+        el("b", {}, worded(curve.value.at(-1), format)),
       ),
     ),
   );
@@ -136,7 +141,7 @@ function legend(curves, format) {
 function described(title, curves, format) {
   const each = curves.map(
     (curve) =>
-      `${curve.name}, at step ${curve.step.at(-1)}, is ${format(curve.value.at(-1))}; it was ${format(curve.value[0])} at step ${curve.step[0]}`,
+      `${curve.name}, at step ${curve.step.at(-1)}, is ${worded(curve.value.at(-1), format)}; it was ${worded(curve.value[0], format)} at step ${curve.step[0]}`,
   );
   return `${title}. ${each.join(". ")}.`;
 }

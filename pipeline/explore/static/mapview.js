@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { Camera } from "./camera.js";
-import { choice, el } from "./dom.js";
+import { announce, choice, el } from "./dom.js";
 import { bestCaption, photo } from "./grid.js";
 import { openRow } from "./row.js";
 
@@ -21,7 +21,7 @@ export class MapView {
     this.known = new Map();
     this.canvas = el("canvas", {
       tabindex: "0",
-      role: "img",
+      role: "application",
       "aria-label": `Map of ${facts.images} images and ${facts.texts} captions. Arrow keys move, plus and minus zoom, 0 shows all, N goes from point to point near the middle, Enter opens the point.`,
     });
     this.tip = el("div", { class: "tip", hidden: true });
@@ -212,6 +212,7 @@ export class MapView {
       ),
     );
     this.tip.hidden = false;
+    if (document.activeElement === this.canvas) announce(this.tip.textContent);
     const [x, y] = this.camera.screen(i);
     Object.assign(this.tip.dataset, { x, y });
     const { width, height } = this.camera;
