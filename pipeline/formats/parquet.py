@@ -25,6 +25,7 @@ from pipeline.progress import ProgressLine
 LAYOUT_KEY = b"sail"
 EXPECTED = "Parquet with vectors of one length"
 ROWS_AT_ONCE = 4096
+BUFFER_BYTES = 1 << 20
 
 
 def write_parquet(rows: Rows, out: Path, stop: StopRequest) -> Path:
@@ -88,7 +89,9 @@ class ParquetArrays(AbstractContextManager["ParquetArrays"]):
         if not self.files:
             raise unreadable(path, "there is no .parquet file", EXPECTED)
         try:
-            self._opened = [pq.ParquetFile(file) for file in self.files]
+            # Otherwise a column of a whole row group, often a million rows, is read at once.
+            streamed = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
+            self._opened = [pq.ParquetFile(file, **streamed) for file in self.files]
         except (OSError, pa.ArrowException) as error:
             raise unreadable(path, error, EXPECTED) from error
         self.schema = self._opened[0].schema_arrow

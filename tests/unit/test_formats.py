@@ -17,6 +17,7 @@ from features.store import FeatureStore
 from pipeline.formats.clip_retrieval import write_clip_retrieval
 from pipeline.formats.exporting import WRITERS, export_store
 from pipeline.formats.importing import FORMS, Wanted, import_store
+from pipeline.formats.parquet import ParquetArrays
 from pipeline.formats.store import StoreRows
 from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
@@ -322,6 +323,17 @@ def test_what_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
     for name in ("none.h5", "none"):
         message = the_error_of(sail("import-store", tmp_path / name, "--out", "x", expect=1))
         assert f"There is nothing at {tmp_path / name}" in message
+
+
+def test_a_row_group_of_parquet_is_not_read_as_a_whole(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((49_152, 256), dtype=np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 256)
+    pq.write_table(pa.table({"v": lists}), tmp_path / "f.parquet", row_group_size=len(values))
+    before = pa.total_allocated_bytes()
+    with ParquetArrays(tmp_path / "f.parquet") as arrays:
+        found = arrays.read("v", 0, 100)
+        assert pa.total_allocated_bytes() - before < values.nbytes / 2
+    np.testing.assert_array_equal(found, values[:100])
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
