@@ -115,9 +115,11 @@ def open_search(
         memory_bytes: What one index may take.
     """
     rows, dim = embeddings.shape
-    if rows * dim * 4 <= min(EXACT_BYTES, memory_bytes) or not rows:
+    exact_bytes = rows * dim * 4
+    is_fast = exact_bytes <= EXACT_BYTES or rows < TRAINED_ON
+    if is_fast and exact_bytes <= memory_bytes:
         return ExactSearch(embeddings)
-    if rows * (dim + 8) <= memory_bytes and rows >= TRAINED_ON:
+    if rows >= TRAINED_ON and rows * (dim + 8) <= memory_bytes:
         return ApproximateSearch(embeddings, path)
     return MappedSearch(embeddings)
 

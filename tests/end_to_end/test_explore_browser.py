@@ -300,3 +300,18 @@ def test_the_theme_is_the_systems_until_another_is_chosen(page: Page) -> None:
     assert page.evaluate(shade) == dark
     page.get_by_role("button", name="Change between light and dark").click()
     assert page.evaluate(shade) == light
+
+
+def test_the_token_of_the_address_opens_the_page_and_leaves_the_address(
+    browser: Browser, run: Path
+) -> None:
+    with served(run, host="0.0.0.0") as address:
+        visitor = browser.new_context().new_page()
+        visitor.goto(address)
+        expect(visitor.get_by_role("heading", name="A look into test")).to_be_visible()
+        assert visitor.url == address.partition("?")[0]
+        stranger = browser.new_context().new_page()
+        stranger.goto(visitor.url)
+        expect(stranger.locator("body")).to_contain_text("The token is missing or wrong")
+        for page in (visitor, stranger):
+            page.context.close()
