@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from features.column import Column
 from features.errors import StoreError
@@ -31,6 +32,7 @@ def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]
         StoreCorruptError: A chunk is damaged.
     """
     store = FeatureStore.open(path)
+    labels = store.labels()
     samples = np.unique(np.linspace(0, store.rows - 1, SAMPLES).astype(int)).tolist()
     return {
         "path": str(path),
@@ -42,7 +44,7 @@ def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]
         "columns": {
             name: _describe_column(store.column(name), rows_read) for name in store.columns()
         },
-        "samples": [describe_row(path, row) for row in samples],
+        "samples": [_named(store, row, labels) for row in samples],
         "source": store.source,
     }
 
@@ -58,9 +60,7 @@ def describe_row(path: Place, row: int) -> dict[str, Any]:
         raise StoreError(
             f"{path} has no row {row}. A row from 0 to {store.rows - 1} was expected. Change --row."
         )
-    labels, groups = store.labels(), store.groups()
-    label = None if labels is None else int(labels[row])
-    names = store.class_names
+    groups = store.groups()
     columns = {}
     for name in store.columns():
         column = store.column(name)
@@ -71,13 +71,24 @@ def describe_row(path: Place, row: int) -> dict[str, Any]:
             "first": [round(float(value), 4) for value in features[:4]],
         }
     return {
+        **_named(store, row, store.labels()),
+        "group": None if groups is None else int(groups[row]),
+        "columns": columns,
+    }
+
+
+def _named(
+    store: FeatureStore, row: int, labels: Int32[np.ndarray, "rows"] | None
+) -> dict[str, Any]:
+    """Return what a row is called and what is said of it."""
+    label = None if labels is None else int(labels[row])
+    names = store.class_names
+    return {
         "row": row,
         "key": str(store.keys(row, row + 1)[0]),
         "captions": {name: str(store.captions(name, row, row + 1)[0]) for name in store.fields},
         "label": label,
         "class": names[label] if names and label is not None and label >= 0 else None,
-        "group": None if groups is None else int(groups[row]),
-        "columns": columns,
     }
 
 

@@ -109,6 +109,15 @@ def test_where_no_row_is_ok_there_are_no_statistics(tmp_path: Path) -> None:
     assert "20 not an image" in sail("inspect", store.path).stdout
 
 
+def test_chunks_that_are_not_done_are_pending_and_not_measured(store: FeatureStore) -> None:
+    column = store.column(EYE)
+    for file in (column.status_file(2), column.features_file(2)):
+        on_disk(file).unlink()
+    found = describe_store(store.path)["columns"][EYE]
+    assert found["status"] == {"pending": 16, "ok": 81, "not an image": 3}
+    assert found["statistics"]["rows"] == 81
+
+
 def test_damaged_features_are_told_in_one_line(store: FeatureStore) -> None:
     file = on_disk(store.column(EYE).features_file(2))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
