@@ -45,6 +45,14 @@ class Aligned:
     run_config: RunConfig | None = None
     """The run file that the head was trained by; none in an exported folder."""
 
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, checkpoint: Checkpoint, model: AlignmentModel, device: torch.device
+    ) -> "Aligned":
+        """Join a head that was trained with the encoders of its run file."""
+        max_pixels = config.extract.max_pixels
+        return cls(config.encoders, max_pixels, checkpoint, model, device, config)
+
     @property
     def config(self) -> RunConfig:
         """The run file that the head was trained by.
@@ -233,8 +241,7 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
     config = open_run(folder, device)
     chosen = prepare_device(config.run)
     model, checkpoint = load_head(folder / "align" / config.eval.checkpoint, chosen)
-    max_pixels = config.extract.max_pixels
-    return Aligned(config.encoders, max_pixels, checkpoint, model, chosen, config)
+    return Aligned.of_run(config, checkpoint, model, chosen)
 
 
 def open_run(run: str | Path, device: str = "auto") -> RunConfig:

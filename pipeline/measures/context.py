@@ -67,10 +67,8 @@ class Context:
     @cached_property
     def aligned(self) -> Aligned:
         """The encoders behind the head, each loaded when it is first used."""
-        config, embedder = self.config, self.embedder
-        checkpoint, model, device = embedder.checkpoint, embedder.model, embedder.device
-        max_pixels = config.extract.max_pixels
-        return Aligned(config.encoders, max_pixels, checkpoint, model, device, config)
+        embedder = self.embedder
+        return Aligned.of_run(self.config, embedder.checkpoint, embedder.model, embedder.device)
 
     def class_embeddings(
         self, names: Sequence[str], templates: Sequence[str]
