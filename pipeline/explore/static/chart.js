@@ -139,10 +139,10 @@ function legend(curves, format) {
 }
 
 function described(title, curves, format) {
-  const each = curves.map(
-    (curve) =>
-      `${curve.name}, at step ${curve.step.at(-1)}, is ${worded(curve.value.at(-1), format)}; it was ${worded(curve.value[0], format)} at step ${curve.step[0]}`,
-  );
+  const each = curves.map(({ name, step, value }) => {
+    const [first, last] = [value[0], value.at(-1)].map((one) => worded(one, format));
+    return `${name}, at step ${step.at(-1)}, is ${last}; it was ${first} at step ${step[0]}`;
+  });
   return `${title}. ${each.join(". ")}.`;
 }
 

@@ -145,7 +145,8 @@ export async function failures(place, query, title) {
       el(
         "p",
         { class: "soft" },
-        `${found.failed.toLocaleString("en")} of ${found.of.toLocaleString("en")} went wrong. Open one to see what is near it.`,
+        `${found.failed.toLocaleString("en")} of ${found.of.toLocaleString("en")} went wrong. `,
+        "Open one to see what is near it.",
       ),
       grid(found.split, all, { captionOf: (row) => bestCaption(row) }),
       all.length < found.total

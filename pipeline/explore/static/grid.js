@@ -71,7 +71,7 @@ function card(split, row, place, caption) {
       el(
         "span",
         { class: "foot" },
-        row.note ?? el("span", { class: "soft" }, row.label ?? row.key),
+        row.note ?? el("span", { class: "soft" }, row.label ?? row.key.split("/").at(-1)),
         score,
       ),
     ),

@@ -47,7 +47,11 @@ function read(bytes, size) {
 
 function told(facts) {
   const all = facts.images < facts.rows ? ` of ${count(facts.rows, "row")}` : "";
-  return `${count(facts.images, "image")} and ${count(facts.texts, `“${facts.field}” caption`)}${all}, on the two directions of most variance (${percent(facts.explained[0], 0)} and ${percent(facts.explained[1], 0)}).`;
+  const variance = facts.explained.map((part) => percent(part, 0)).join(" and ");
+  return (
+    `${count(facts.images, "image")} and ${count(facts.texts, "caption")} (field “${facts.field}”)` +
+    `${all}, on the two directions of most variance (${variance}).`
+  );
 }
 
 function gap(facts) {

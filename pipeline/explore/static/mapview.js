@@ -6,6 +6,9 @@ import { announce, choice, el } from "./dom.js";
 import { bestCaption, photo } from "./grid.js";
 import { openRow } from "./row.js";
 
+const KEYS =
+  "Arrow keys move, plus and minus zoom, 0 shows all, N goes from point to point near the " +
+  "middle, Enter opens the point.";
 const NEAR = 14; // pixels within which a point is under the pointer
 const MILLISECONDS = 90; // that the pointer rests before words and picture are asked for
 
@@ -22,7 +25,7 @@ export class MapView {
     this.canvas = el("canvas", {
       tabindex: "0",
       role: "application",
-      "aria-label": `Map of ${facts.images} images and ${facts.texts} captions. Arrow keys move, plus and minus zoom, 0 shows all, N goes from point to point near the middle, Enter opens the point.`,
+      "aria-label": `Map of ${facts.images} images and ${facts.texts} captions. ${KEYS}`,
     });
     this.tip = el("div", { class: "tip", hidden: true });
     this.camera = new Camera(this.canvas, points.places, {
@@ -218,9 +221,11 @@ export class MapView {
     if (document.activeElement === this.canvas) announce(this.tip.textContent);
     const [x, y] = this.camera.screen(i);
     Object.assign(this.tip.dataset, { x, y });
-    const { width, height } = this.camera;
-    this.tip.style.left = `${Math.max(6, Math.min(x + 14, width - this.tip.offsetWidth - 6))}px`;
-    this.tip.style.top = `${y + 16 + this.tip.offsetHeight > height ? Math.max(6, y - this.tip.offsetHeight - 14) : y + 16}px`;
+    const { offsetWidth, offsetHeight } = this.tip;
+    const fits = y + 16 + offsetHeight <= this.camera.height; // below the point, or else above it
+    const left = Math.min(x + 14, this.camera.width - offsetWidth - 6);
+    this.tip.style.left = `${Math.max(6, left)}px`;
+    this.tip.style.top = `${Math.max(6, fits ? y + 16 : y - offsetHeight - 14)}px`;
   }
 
   open() {

@@ -43,7 +43,7 @@ export async function showStore(main, parameters, run) {
 function summary(facts) {
   const parts = [
     count(facts.rows, "row"),
-    `${facts.fields.length} caption field${facts.fields.length === 1 ? "" : "s"} (${facts.fields.join(", ")})`,
+    `${count(facts.fields.length, "caption field")} (${facts.fields.join(", ")})`,
   ];
   if (facts.classes) parts.push(count(facts.classes, "class", "classes"));
   parts.push(`${facts.rows_per_chunk.toLocaleString("en")} rows a chunk`);
@@ -182,7 +182,8 @@ function alike(split, columns) {
         el(
           "p",
           { class: "soft" },
-          `${count(found.compared, "row")} compared by ${column}: ${count(found.same, "pair")} above a cosine of ${found.cosine}. The most alike:`,
+          `${count(found.compared, "row")} compared by ${column}: `,
+          `${count(found.same, "pair")} above a cosine of ${found.cosine}. The most alike:`,
         ),
         el(
           "ol",
