@@ -10,11 +10,11 @@ from features.column import Column
 from features.errors import StoreError
 from features.status import Status
 from pipeline.explore.session import Session
+from pipeline.inspection.statistics import ALIKE
 
 CHUNKS_LOOKED_AT = 16
 BINS = 32
 ROWS_COMPARED = 10_000
-SAME_COSINE = 0.999
 PAIRS = 24
 ROWS_OF_A_PAGE = 50
 
@@ -66,7 +66,7 @@ def near_duplicates(session: Session, split: str, column: str) -> dict[str, Any]
     rows = np.flatnonzero(opened.status() == Status.OK)
     rows = rows[np.linspace(0, len(rows), min(len(rows), ROWS_COMPARED), False, dtype=np.int64)]
     if len(rows) < 2:
-        return {"compared": len(rows), "same": 0, "cosine": SAME_COSINE, "pairs": []}
+        return {"compared": len(rows), "same": 0, "cosine": ALIKE, "pairs": []}
     features = _features(opened, rows)
     cosines, places = faiss.knn(features, features, 2, metric=faiss.METRIC_INNER_PRODUCT)
     own = places[:, 0] == np.arange(len(rows))  # of rows that are the same, either may be first
@@ -81,8 +81,8 @@ def near_duplicates(session: Session, split: str, column: str) -> dict[str, Any]
     ordered = sorted(pairs.items(), key=lambda item: -item[1])
     return {
         "compared": len(rows),
-        "same": sum(value >= SAME_COSINE for value in pairs.values()),
-        "cosine": SAME_COSINE,
+        "same": sum(value >= ALIKE for value in pairs.values()),
+        "cosine": ALIKE,
         "pairs": [
             {"rows": list(pair), "cosine": round(min(value, 1.0), 5)}
             for pair, value in ordered[:PAIRS]
