@@ -184,7 +184,8 @@ class Cluster:
         for chunks in cut_into_units(pending, most=most, num_workers=self._num_workers):
             place = f"chunks {chunks[0]} to {chunks[-1]} of {split} {columns.name}"
             yield _Task(
-                name=f"{place}-{self._job['id']}",
+                # Units of one prefix are alike to Dask, so it keeps them until a worker is free.
+                name=f"{columns.name}-{place}-{self._job['id']}",
                 words=f"The unit of {place}",
                 rows=sum(map(columns.chunk_rows, chunks)),
                 function=units.fill_chunks,
@@ -228,7 +229,9 @@ class Cluster:
 
     def _finished(self, under_way: _UnderWay) -> list[Future[units.Report]]:
         try:
-            wait(under_way.tasks, timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED")
+            wait(
+                list(under_way.tasks), timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED"
+            )
         except TimeoutError:
             return []
         return [future for future in under_way.tasks if future.done()]

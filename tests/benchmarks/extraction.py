@@ -33,6 +33,7 @@ from tests.benchmarks.figure import Figure, figure_of
 from tests.photographs import as_jpeg, synthetic
 
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROCESSOR = {
     "image_processor_type": "BitImageProcessor",
     "size": {"shortest_edge": 256},

@@ -1,6 +1,6 @@
 """Two worker processes against one, each with a single-threaded encoder, on two cores.
 
-DINOv2-S architecture with random weights, 224-pixel pictures from a tar, `sail extract --workers`.
+DINOv2-B architecture with random weights, 224-pixel pictures from a tar, `sail extract --workers`.
 Measured is the steady part: the workers have started and loaded the encoder on a first split, and
 the clock runs over a second one. The two are measured in turn, and in the same round two bare
 encoders in processes of their own against one: what the machine gives, with nothing around them.
@@ -23,7 +23,7 @@ from pipeline.connection import open_cluster
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
-from tests.benchmarks.extraction import SMALL, random_dinov2
+from tests.benchmarks.extraction import BASE, random_dinov2
 from tests.benchmarks.figure import Figure, figure_of
 from tests.photographs import as_jpeg, synthetic
 
@@ -37,7 +37,7 @@ def write_run(folder: Path, images: int, warm: int) -> Path:
     for name, count in [("warm", warm), ("timed", images)]:
         members = ((f"{i:06d}.jpg", jpegs[i % DISTINCT]) for i in range(count))
         tiny.write_tar(folder / f"{name}.tar", members)
-    random_dinov2(folder / "dino", **SMALL)
+    random_dinov2(folder / "dino", **BASE)
     run_file = folder / "scaling.toml"
     run_file.write_text(
         """
@@ -107,7 +107,7 @@ def bare_images_per_second(model: Path, images: int, processes: int) -> float:
     return processes * images / seconds
 
 
-def measure(images: int = 192, warm: int = 16, rounds: int = 3) -> list[Figure]:
+def measure(images: int = 64, warm: int = 16, rounds: int = 3) -> list[Figure]:
     """Return the ratio of the two speeds, 2 being workers that cost each other nothing."""
     ratios, bare = [], []
     with tempfile.TemporaryDirectory() as name:
