@@ -196,7 +196,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(
-            f"--set {override!r} has no value. `section.key=value` was expected, as in "
+            f"--set {override!r} has no value. `section.key=value` was expected. Write it as in "
             f"`--set align.batch_size=1024`."
         )
     try:

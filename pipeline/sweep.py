@@ -108,7 +108,7 @@ def _check(sweep: Sweep) -> None:
     if wrong := [key for key in sweep.over if not key.startswith("align.")]:
         raise ConfigError(
             f"--over {wrong[0]} cannot be varied: all trainings share the features of the run. A "
-            f"setting of [align] was expected, as in `--over align.head.kind=glu,linear`."
+            f"setting of [align] was expected. Write it as in `--over align.head.kind=glu,linear`."
         )
     varied: dict[str, Sequence[object]] = {**sweep.over, "--seeds": sweep.seeds}
     for name, values in varied.items():

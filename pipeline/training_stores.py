@@ -75,6 +75,7 @@ def _named(config: RunConfig, setting: Literal["store", "text_store"], split: st
     if len(config.align.mix) > 1:
         raise ConfigError(
             f"align.{setting} = {path} is one store, but align.mix has the splits "
-            f"{list(config.align.mix)}. The folder of a run that has them all was expected."
+            f"{list(config.align.mix)}. The folder of a run that has them all was expected. "
+            f"Name such a folder, or leave align.mix out."
         )
     return path if is_trained else None

@@ -94,7 +94,8 @@ def _column(session: Session, split: str, name: str) -> Column:
     store = session.store(split)
     if name not in store.columns():
         raise StoreError(
-            f"{store.path} has no column {name!r}. One of {store.columns()} was expected."
+            f"{store.path} has no column {name!r}. One of {store.columns()} was expected. Choose "
+            f"one of these."
         )
     return store.column(name)
 

@@ -59,7 +59,8 @@ class Pictures:
         session = self._session
         if split not in session.config.data:
             raise EvaluationError(
-                f"The run has no split {split!r}. One of {list(session.config.data)} was expected."
+                f"The run has no split {split!r}. One of {list(session.config.data)} was expected. "
+                f"Choose one of these."
             )
         with self._lock:
             if split not in self._readers:
@@ -67,7 +68,8 @@ class Pictures:
             reader = self._readers[split]
         if not 0 <= row < reader.index.rows:
             raise EvaluationError(
-                f"{split} has no row {row}. A row from 0 to {reader.index.rows - 1} was expected."
+                f"{split} has no row {row}. A row from 0 to {reader.index.rows - 1} was expected. "
+                f"Choose one of these."
             )
         return reader
 

@@ -67,8 +67,8 @@ def vector_of_row(session: Session, split: str, row: int) -> Float32[np.ndarray,
     vector = session.images(split).vector(row)
     if vector is None:
         raise EvaluationError(
-            f"Row {row} of {split} has no embedding. A row whose image is ok was expected. The "
-            f"store view says why it is not."
+            f"Row {row} of {split} has no embedding. A row whose image is ok was expected. "
+            f"Choose another; the store view says why this one is not."
         )
     return vector
 

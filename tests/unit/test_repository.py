@@ -2,26 +2,16 @@
 
 import ast
 import re
-import shlex
 from pathlib import Path
 
-import click
 import pytest
 
 import evaluate
-from pipeline.cli import cli
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ["features", "align", "evaluate", "pipeline"]  # each may import only those before it
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = dict.fromkeys(  # some stand on several pages
-    command
-    for page in PAGES
-    for command in re.findall(
-        r"^(?:\$ )?sail (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE
-    )
-)
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -43,14 +33,6 @@ def test_a_package_imports_only_the_layers_below_it(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_in_the_docs_are_ones_the_cli_accepts(command: str) -> None:
-    name, *arguments = shlex.split(command)
-    subcommand = cli.get_command(click.Context(cli), name)
-    assert subcommand is not None
-    subcommand.make_context(name, arguments)  # raises UsageError if it is not
 
 
 def test_links_between_pages_lead_somewhere() -> None:
