@@ -122,16 +122,20 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("store")
-def verify(store: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
+def verify(store: str, as_json: bool) -> None:
     """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
 
     \b
-    Example:
+    Examples:
       sail verify runs/demo/features/train.zarr
+      sail verify runs/demo/features/train.zarr --json | jq '.faults[]'
     """
     from pipeline.inspection import verify_store
 
     faults = verify_store(as_place(store))
+    if as_json:
+        click.echo(json.dumps({"store": store, "faults": faults}, ensure_ascii=False))
     if faults:
         for fault in faults:
             click.echo(fault, err=True)
@@ -139,4 +143,5 @@ def verify(store: str) -> None:
             f"{store} has {len(faults)} faults, named above. A whole store was expected. Each "
             f"line says what to do."
         )
-    click.echo(f"{store} is whole.")
+    if not as_json:
+        click.echo(f"{store} is whole.")

@@ -85,7 +85,13 @@ def subset(
 
 @click.command()
 @click.argument("store")
-@click.option("--rows-per-chunk", type=click.IntRange(min=1), required=True, metavar="N")
+@click.option(
+    "--rows-per-chunk",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="N",
+    help="Rows of a chunk of the new store.",
+)
 @out_option
 @as_json_option
 def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """`sail verify` and readers name the chunk that is not what was written."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
+from tests.commands import sail
 from tests.feature_stores import on_disk
 
 
@@ -93,3 +95,11 @@ def test_a_store_that_is_not_there_or_of_another_format_is_refused(
 def test_an_unknown_column_is_refused_with_those_that_are_there(column: Column) -> None:
     with pytest.raises(StoreError, match=r"it has .*image/vit"):
         FeatureStore.open(on_disk(column.path).parents[1]).column("image/vti")
+
+
+def test_verify_gives_its_faults_as_json_and_ends_with_1(column: Column) -> None:
+    store = on_disk(column.path).parents[1]
+    assert json.loads(sail("verify", store, "--json").stdout)["faults"] == []
+    on_disk(column.features_file(1)).unlink()
+    (fault,) = json.loads(sail("verify", store, "--json", expect=1).stdout)["faults"]
+    assert "missing although its rows are done" in fault

@@ -66,6 +66,19 @@ def test_a_message_without_a_remedy_is_told_from_one_with_it() -> None:
     assert not faults("{} is empty. Rows were expected. Correct `path`.")
 
 
+def test_the_messages_of_the_troubleshooting_page_are_in_the_program() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(quoted) > 10
+    constants = [
+        node.value
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert not [words for words in quoted if not any(words in each for each in constants)]
+
+
 def test_every_message_says_what_is_wrong_and_what_to_do() -> None:
     found = messages()
     assert len(found) > 200

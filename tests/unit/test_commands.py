@@ -1,0 +1,66 @@
+"""What holds for every command: help, examples that parse, exit codes, plain text in a pipe."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli import cli
+
+ESCAPE = "\x1b"
+EXAMPLE = re.compile(r"^ +sail (.+?)(?: \|.*)?$", re.MULTILINE)
+FOR_PEOPLE = {"explore"}  # it serves a page until it is stopped
+PRINTS_A_PATH = {
+    *("embed", "export", "export-head", "convert", "import-store"),
+    *("merge", "subset", "rechunk"),
+}
+"""These print one line, which a script takes as it is."""
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_a_command_says_what_it_does_and_how_it_is_called(name: str) -> None:
+    command = cli.commands[name]
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts}"
+    examples = EXAMPLE.findall(command.help.replace("\\\n", " "))
+    assert examples
+    for example in examples:
+        called, *arguments = shlex.split(example)
+        cli.commands[called].make_context(called, arguments)  # raises UsageError if it is wrong
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_what_a_script_reads_is_there_as_json(name: str) -> None:
+    options = {option for each in cli.commands[name].params for option in each.opts}
+    assert "--json" in options or name in FOR_PEOPLE | PRINTS_A_PATH
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_an_unknown_option_ends_a_command_with_2(name: str) -> None:
+    result = CliRunner().invoke(cli, [name, "--no-such-option"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "--no-such-option" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["plan", "nowhere"], 1), (["inspect", "nowhere"], 1)]
+)
+def test_a_pipe_gets_no_escape_codes(arguments: list[str], code: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"},
+        check=False,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout or ended.stderr
+    assert ESCAPE not in ended.stdout + ended.stderr
