@@ -21,9 +21,32 @@ from pipeline.cli_use import embed, search
 from pipeline.options import stage, trainings, until_stopped
 from pipeline.varied import count_of, seeds_of, settings_of
 
+SECTIONS = {
+    "The three stages": ("extract", "align", "eval"),
+    "Look": ("explore", "search", "inspect", "verify", "compare"),
+    "Before a long run": ("doctor", "plan", "pick", "study"),
+    "Try settings": ("sweep", "scaling"),
+    "Hand over": ("embed", "export", "export-head", "import-head"),
+    "Stores": ("convert", "import-store", "merge", "subset", "rechunk"),
+}
+
 
 class Commands(click.Group):
-    """A command group that reports what a user can put right in one line, without a traceback."""
+    """A command group that reports what a user can put right in one line, without a traceback.
+
+    Its help lists the commands by what they are for.
+    """
+
+    def format_commands(  # noqa: D102
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{name:12}", self.commands[name].get_short_help_str(60)) for name in names]
+                )
 
     def invoke(self, ctx: click.Context) -> object:  # noqa: D102
         try:
@@ -41,7 +64,12 @@ class Commands(click.Group):
             ) from error
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='`eval "$(_SAIL_COMPLETE=bash_source sail)"` completes these with Tab in bash '
+    "(zsh_source, fish_source in those shells).",
+)
 @click.version_option(package_name="sail")
 def cli() -> None:
     """Align a frozen image encoder with a frozen text encoder.
@@ -155,10 +183,10 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
 @trainings
 @stage
 def sweep(over: tuple[str, ...], **options: Any) -> None:
-    """Train every combination of some settings on the run's features, and compare them.
+    """Train every combination of some settings, and compare them.
 
-    Resumes by itself. Prints mean and sd of the held-out recall over the seeds; sweep.json and
-    sweep.png are in run.dir/sweep.
+    On the features that the run has. Resumes by itself. Prints mean and sd of the held-out recall
+    over the seeds; sweep.json and sweep.png are in run.dir/sweep.
 
     \b
     Example:
@@ -172,10 +200,10 @@ def sweep(over: tuple[str, ...], **options: Any) -> None:
 @trainings
 @stage
 def scaling(rows: str, **options: Any) -> None:
-    """Train on more and more pairs of the run's features, and draw quality against pairs.
+    """Train on more and more pairs, and draw the quality.
 
-    A larger number holds all pairs of a smaller one. Resumes by itself; scaling.json and
-    scaling.png are in run.dir/scaling.
+    On the features that the run has. A larger number holds all pairs of a smaller one. Resumes by
+    itself; scaling.json and scaling.png are in run.dir/scaling.
 
     \b
     Example:
@@ -188,7 +216,9 @@ def scaling(rows: str, **options: Any) -> None:
 @cli.command(name="eval")
 @stage
 def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
-    """Measure the trained head on the stores; write results.json and report.html.
+    """Measure the trained head; write its results and report.
+
+    Prints a table, and the paths of results.json and report.html in run.dir/eval.
 
     \b
     Examples:
@@ -214,10 +244,11 @@ def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bo
 def import_head(
     file: Path, recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool
 ) -> None:
-    """Make a released SAIL head (FILE.pt) the checkpoint of a run, to be evaluated there.
+    """Make a released SAIL head the checkpoint of a run.
 
-    The recipe's features must be extracted, by the encoders that the head was trained on. Nothing
-    in the file is run. Prints the path of the checkpoint.
+    FILE is its .pt; `sail eval` measures it there. The recipe's features must be extracted, by the
+    encoders that the head was trained on. Nothing in the file is run. Prints the path of the
+    checkpoint.
 
     \b
     Example:
@@ -236,7 +267,7 @@ def import_head(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
 def export_head(checkpoint: Path, file: Path) -> None:
-    """Write a trained head in the layout of the released SAIL code.
+    """Write a head in the layout of the released SAIL code.
 
     CHECKPOINT is the folder of a run or of one of its checkpoints. Heads of kind star, mlp and
     linear have a place in that layout. Prints the path of FILE.

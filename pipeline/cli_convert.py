@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import until_stopped
+from pipeline.options import store_argument, until_stopped
 
 NOTHING = "nothing was written."
 TARGETS = {"hdf5": ".h5", "parquet": ".parquet", "clip-retrieval": "-clip-retrieval"}
@@ -17,7 +17,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option("--dtype", type=click.Choice(["int8", "float16"]), help="Of the features.")
 @click.option("--to", "form", type=click.Choice(list(TARGETS)), help="Another format.")
 @click.option("--out", metavar="PLACE", help="Where it goes.")
@@ -25,7 +25,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 def convert(
     store: str, dtype: str | None, form: str | None, out: str | None, as_json: bool
 ) -> None:
-    """Write a store again: with features in 8 bits, or in another format.
+    """Write a store with features in 8 bits, or in another format.
 
     With --dtype int8 it has half the size and is read in half the time; printed is how far the
     features are from the old ones, and the path of the new store: STORE-int8.zarr beside the old

@@ -47,10 +47,11 @@ from pipeline.options import until_stopped
     help="Where images and sentences are encoded: cpu, cuda, mps, or auto.",
 )
 def explore(run: Path, host: str, port: int, token: str | None, memory: float, device: str) -> None:
-    """Look at a run in a browser: search, map, results, training, store.
+    """Look at a run in a browser, and search in it.
 
-    RUN is the folder of a run. Prints the address to open, and serves until Ctrl-C. Training is
-    shown live, also before there is a head. docs/explore.md tells more.
+    RUN is the folder of a run. The views are search, map, results, training and store. Prints the
+    address to open, and serves until Ctrl-C. Training is shown live, also before there is a head.
+    docs/explore.md tells more.
 
     \b
     Examples:

@@ -9,7 +9,7 @@ import sys
 import click
 
 from features.storage.place import as_place
-from pipeline.options import override, stage
+from pipeline.options import complete_recipe, override, stage, store_argument
 from pipeline.varied import count_of
 
 
@@ -27,7 +27,7 @@ def plan(
     seconds: float,
     price: float | None,
 ) -> None:
-    """Say what a run will cost before it starts: rows, bytes, hours of both stages.
+    """Say what a run will cost: rows, bytes, hours of both stages.
 
     Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
     GPUs are computed from the work of the encoders.
@@ -51,13 +51,14 @@ def plan(
 
 
 @click.command()
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=complete_recipe)
 @override
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Look at this machine: versions, devices, faiss, disk, decoding, what is missing.
+    """Say whether this machine has what a run needs.
 
-    With RECIPE also at its data, encoders and folder. Exit 1 if something needed is broken.
+    Looks at versions, devices, faiss, disk and decoding; with RECIPE also at its data, encoders and
+    folder. Exit 1 if something needed is broken.
 
     \b
     Examples:
@@ -79,7 +80,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option("--row", type=int, help="Show this row instead of the whole.")
 @click.option(
     "--rows",
@@ -90,7 +91,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: everything, and each dimension.")
 def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
-    """Show what a store holds: columns, rows per status, norms, dimensions, near-duplicates.
+    """Show what a store holds: rows, statuses, statistics.
 
     STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://). Statistics are of whole chunks,
     evenly spread; of all rows where there are no more. docs/store.md says what they mean. With
@@ -121,7 +122,7 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
 def verify(store: str, as_json: bool) -> None:
     """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.

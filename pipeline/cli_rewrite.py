@@ -10,14 +10,16 @@ from typing import Any
 
 import click
 
-from pipeline.options import until_stopped
+from pipeline.options import complete_folder, store_argument, until_stopped
 
 out_option = click.option("--out", required=True, metavar="STORE", help="Where it goes.")
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.argument("stores", nargs=-1, required=True, metavar="STORE...")
+@click.argument(
+    "stores", nargs=-1, required=True, metavar="STORE...", shell_complete=complete_folder
+)
 @out_option
 @click.option("--prefix", is_flag=True, help="Put the name of its store before each key.")
 @as_json_option
@@ -39,7 +41,7 @@ def merge(stores: tuple[str, ...], out: str, prefix: bool, as_json: bool) -> Non
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @out_option
 @click.option("--keys", type=click.Path(path_type=Path), help="A text file with a key a line.")
 @click.option("--query", multiple=True, metavar="NAME=VALUE", help="All that are given must hold.")
@@ -61,12 +63,13 @@ def subset(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Write some rows of a store, in their order, as a store of their own.
+    """Write some rows of a store as a store of their own.
 
-    Each option narrows what those before it left, in the order shown below. A query is NAME=VALUE,
-    or NAME~PART for a part of a text in any case; NAME is key, caption/FIELD, label, group, or a
-    column, whose VALUE is a status (ok). Of rows that are alike --deduplicate keeps the first;
-    every row is compared with all before it. Prints the path of the store.
+    Rows keep their order. Each option narrows what those before it left, in the order shown below.
+    A query is NAME=VALUE, or NAME~PART for a part of a text in any case; NAME is key,
+    caption/FIELD, label, group, or a column, whose VALUE is a status (ok). Of rows that are alike
+    --deduplicate keeps the first; every row is compared with all before it. Prints the path of the
+    store.
 
     \b
     Examples:
@@ -84,7 +87,7 @@ def subset(
 
 
 @click.command()
-@click.argument("store")
+@store_argument
 @click.option(
     "--rows-per-chunk",
     type=click.IntRange(min=1),

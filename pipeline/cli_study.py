@@ -24,7 +24,7 @@ from pipeline.options import stage, until_stopped
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None:
-    """Compare what `sail eval` found in two runs, number by number.
+    """Compare the results of two runs, number by number.
 
     RUN is the folder of an evaluated run. Differences are second − first, with the 95 % interval
     of a paired bootstrap over the test items. Refused where rows or protocol differ.
@@ -69,7 +69,7 @@ def study(
     on: str | None,
     scores: Path | None,
 ) -> None:
-    """Find out what predicts alignment, over all encoders of a recipe.
+    """Find out what predicts alignment, over many encoders.
 
     Needs `sail extract`. Measures every image encoder and every pair, trains a short linear head
     for each pair, and correlates. Resumes by itself. Writes study.json, study.md and study.png
@@ -96,7 +96,7 @@ def study(
 def pick(
     recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, on: str | None
 ) -> None:
-    """Say which pair of the recipe's encoders aligns best, and how sure that is.
+    """Say which pair of encoders aligns best, and how surely.
 
     Needs `sail extract` of a few thousand of your pairs with all candidates. Trains a short linear
     head for each pair. Resumes by itself, and shares what it trains with `sail study`.

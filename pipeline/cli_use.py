@@ -81,10 +81,11 @@ def search(
 )
 @AS_JSON
 def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json: bool) -> None:
-    """Write embeddings of your own images or sentences, one per item and in order.
+    """Write embeddings of your own images or sentences.
 
-    Vectors are normalised float32: the cosine of an image and a sentence is their product. An image
-    that cannot be read is named in the log; its vector is not-a-number (null in parquet).
+    One per item and in order. Vectors are normalised float32: the cosine of an image and a sentence
+    is their product. An image that cannot be read is named in the log; its vector is not-a-number
+    (null in parquet).
 
     \b
     Examples:

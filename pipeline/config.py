@@ -179,8 +179,13 @@ def dump_config(config: RunConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that ship with the program."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
 def _find_recipe(recipe: str) -> Path:
-    shipped = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    shipped = shipped_recipes()
     path = RECIPES / f"{recipe}.toml" if recipe in shipped else Path(recipe)
     if not path.is_file():
         close = difflib.get_close_matches(recipe, shipped, n=1)

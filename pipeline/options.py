@@ -5,7 +5,27 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+
+def complete_recipe(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    """Offer the recipes that ship, where one begins so; else the shell's own files."""
+    from pipeline.config import shipped_recipes
+
+    names = [name for name in shipped_recipes() if name.startswith(begun)] if begun else []
+    return [CompletionItem(name) for name in names] or [CompletionItem(begun, type="file")]
+
+
+def complete_folder(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    """Offer folders: a store is one, or a URL."""
+    return [CompletionItem(begun, type="dir")]
+
+
+store_argument = click.argument("store", shell_complete=complete_folder)
 override = click.option(
     "--set",
     "overrides",
@@ -18,7 +38,7 @@ override = click.option(
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the argument and the options that all stages share."""
     options = [
-        click.argument("recipe"),
+        click.argument("recipe", shell_complete=complete_recipe),
         override,
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--verbose", is_flag=True, help="Log more."),

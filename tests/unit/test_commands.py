@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import cli
+from pipeline.cli import SECTIONS, cli
 
 ESCAPE = "\x1b"
 EXAMPLE = re.compile(r"^ +sail (.+?)(?: \|.*)?$", re.MULTILINE)
@@ -40,6 +40,28 @@ def test_a_command_says_what_it_does_and_how_it_is_called(name: str) -> None:
 def test_what_a_script_reads_is_there_as_json(name: str) -> None:
     options = {option for each in cli.commands[name].params for option in each.opts}
     assert "--json" in options or name in FOR_PEOPLE | PRINTS_A_PATH
+
+
+def test_the_help_lists_every_command_with_a_whole_sentence() -> None:
+    text = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.commands)
+    assert not re.findall(r"^  .*\.\.\.$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [
+        ("sail ex", "plain,explore plain,export plain,export-head plain,extract"),
+        ("sail extract sai", "plain,sail plain,sail-paper plain,sail-small"),
+        ("sail extract my", "file,my"),
+        ("sail verify runs/", "dir,runs/"),
+    ],
+)
+def test_the_shell_completes_commands_recipes_and_paths(begun: str, offered: str) -> None:
+    words = {"COMP_WORDS": begun, "COMP_CWORD": str(begun.count(" "))}
+    asked = words | {"_SAIL_COMPLETE": "bash_complete"}
+    result = CliRunner().invoke(cli, prog_name="sail", env=asked)
+    assert result.stdout.split() == offered.split()
 
 
 @pytest.mark.parametrize("name", cli.commands)
