@@ -93,11 +93,16 @@ def test_every_view_opens_fits_the_window_and_has_words_for_everything(page: Pag
         expect(tab).to_have_attribute("aria-current", "page")
         page.wait_for_load_state("networkidle")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        assert page.evaluate(CUT_OFF) == [], name
         assert page.evaluate(WITHOUT_WORDS) == [], name
     for landmark in ("banner", "main"):
         expect(page.get_by_role(landmark)).to_be_visible()
 
 
+CUT_OFF = """
+() => [...document.querySelectorAll(".scroll")].filter((each) =>
+  each.scrollWidth > each.clientWidth).map((each) => each.textContent.slice(0, 200))
+"""
 WITHOUT_WORDS = """
 () => [
   ...[...document.querySelectorAll("button, a[href], input, select, summary")].filter((each) =>

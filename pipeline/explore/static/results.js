@@ -147,10 +147,11 @@ function line(each, open) {
           "failures",
         )
       : null;
+  const dataset = each.dataset.replaceAll("/", "/\u200b"); // a long one may break there
   return el(
     "tr",
     {},
-    el("th", { scope: "row" }, name, el("span", { class: "soft" }, ` ${each.dataset}`)),
+    el("th", { scope: "row" }, name, el("span", { class: "soft" }, ` ${dataset}`)),
     el(
       "td",
       { class: "number" },
