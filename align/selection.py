@@ -74,8 +74,8 @@ class Columns:
                 )
         if not fields:
             raise TrainingError(
-                f"{store.path} has no captions. At least one caption field was expected. Train on "
-                f"a split whose source has captions: set align.split."
+                f"{store.path} has no captions. At least one caption field was expected. Name "
+                f"those of the source in its `captions`, or in align.split a split that has some."
             )
         columns = cls(
             store=stores.image,

@@ -165,8 +165,8 @@ def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: 
     loaded = _Loaded(part)
     begun = time.perf_counter()
     samples = reader.read(part.start, part.stop)
-    table = reader.index.rows_between(part.start, part.stop, ("problem",))
-    problems = table.column("problem").to_numpy()
+    table = reader.index.rows_between(part.start, part.stop, ("problem", "key"))
+    problems, keys = table.column("problem").to_numpy(), table.column("key")
     loaded.read_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     first = part.start - part.batch.chunk.start
@@ -176,13 +176,15 @@ def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: 
         status[i] = Status.OK
         if problems[i] or data is None:
             status[i] = problems[i] or Status.MISSING_IMAGE
-            loaded.faults.append(f"row {part.start + i}: {Status(int(status[i])).label}")
+            reason = Status(int(status[i])).label
+            loaded.faults.append(f"row {part.start + i} ({keys[i]}): {reason}")
             continue
         try:
             pixels[i] = encoder.prepare(data, max_pixels=max_pixels)
         except ImageFault as fault:
             status[i] = fault.status
-            loaded.faults.append(f"row {part.start + i}: {fault.status.label} ({fault.reason})")
+            reason = f"{fault.status.label}, {fault.reason}"
+            loaded.faults.append(f"row {part.start + i} ({keys[i]}): {reason}")
     loaded.decode_seconds = time.perf_counter() - begun
     return loaded
 

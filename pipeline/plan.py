@@ -65,10 +65,12 @@ def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureSto
     )
     measured = (plan.retrieval, plan.zero_shot, plan.knn, plan.compositional, plan.segmentation)
     if not any(measured):
+        others = f"only {', '.join(choice.others)}" if choice.others else "no split"
         raise EvaluationError(
-            f"There is nothing to measure: beside {training!r}, which the head was trained on, the "
-            f"splits {choice.others} have no captions, labels or groups. At least one such split "
-            f"was expected. Add one to [data], or name {training!r} in eval.retrieval."
+            f"There is nothing to measure: beside {training!r}, which the head was trained on, "
+            f"[data] has {others}. A split with captions, labels or groups was expected. Add one "
+            f"of pictures kept from training, such as [data.test], or name {training!r} in "
+            f"eval.retrieval."
         )
     return plan
 

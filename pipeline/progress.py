@@ -97,7 +97,7 @@ class ProgressLine:
         seconds = max(self._last_line - self._started, 1e-9)
         rate = (self.done - self._resumed_at) / seconds
         left = ""
-        if self.total and rate:
+        if self.total and rate and self.done < self.total:
             left = f", {duration((self.total - self.done) / rate)} left"
         total = f" / {self.total:,}" if self.total else ""
         note = f"  {self.note}" if self.note else ""

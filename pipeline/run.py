@@ -155,7 +155,10 @@ def build_index(
     with ProgressLine(f"index {split}", None, "samples") as line:
         index = Index.build(source, path, on_progress=_until(stop, line))
     for what, count in index.counts.items():
-        logger.info("index %s: %s: %d", split, what, count)
+        if count:
+            logger.info("index %s: %s: %d", split, what, count)
+    if not index.fields and not index.has_labels:
+        logger.warning("index %s: no captions; name those of the source in its `captions`", split)
     return index
 
 

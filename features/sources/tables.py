@@ -91,8 +91,8 @@ class CaptionTable:
         if not isinstance(name, str) or not name or "\0" in name:
             raise SourceError(
                 f"A row of {self._source.path} has {self._source.image} = {name!r}; its columns "
-                f"are {list(row)[:20]}. The path of an image was expected. Correct `image` of the "
-                f"source."
+                f"are {list(row)[:20]}. The path of an image was expected. Set `image` of the "
+                f"source to the column that names the images."
             )
         return name
 

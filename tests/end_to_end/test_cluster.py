@@ -41,7 +41,7 @@ def test_two_workers_leave_the_bytes_of_one_process(run_file: Path) -> None:
     assert output.split() == [str(store) for store in stores]
     assert [verify_store(store) for store in stores] == [[], []]
     assert "2 workers; dashboard at http://127.0.0.1:" in log
-    assert "quarantined row 7: truncated image" in log
+    assert "quarantined row 7 (train-0/00007): truncated image" in log
     assert log.count("train  image/vit  400 / 400 rows") == 1  # one line for all workers
 
 
