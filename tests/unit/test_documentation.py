@@ -15,6 +15,7 @@ import tomli_w
 
 from pipeline.cli import cli
 from pipeline.config import load_config
+from pipeline.reference import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,3 +92,19 @@ def test_targets_of_make_exist() -> None:
     named = {word for call in calls if call[:1] == ["make"] for word in call[1:] if "=" not in word}
     assert len(named) > 5
     assert named <= TARGETS, named - TARGETS
+
+
+def test_settings_that_the_pages_name_exist() -> None:
+    prose = " ".join(page.read_text("utf-8") for page in PAGES)
+    sections = "run|extract|align|eval|report"
+    named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?: = [^`]*)?`", prose)
+    known = {
+        f"{title.strip('[]')}.{key}" for title, model in SECTIONS for key in model.model_fields
+    }
+    modules = {name for name in named if is_module(*name.split(".")[:2])}
+    assert len(set(named)) > 30
+    assert not set(named) - known - modules
+
+
+def is_module(package: str, name: str) -> bool:
+    return (ROOT / package / f"{name}.py").is_file()
