@@ -93,6 +93,17 @@ class SceneMasks(_Segmentation):
 SegmentationConfig = Annotated[MaskFolder | SceneMasks, Field(discriminator="kind")]
 
 
+class CheckConfig(BaseModel):
+    """What `sail eval --check` embeds anew, and how much drift it accepts."""
+
+    model_config = SETTINGS
+
+    rows: PositiveInt = 256
+    """Rows, drawn by `eval.seed`."""
+    tolerance: PositiveFloat = 1e-3
+    """1 − the cosine of an embedding with itself, embedded in another way, at most."""
+
+
 class EvalConfig(BaseModel):
     """Which measures are taken on which splits; each runs where a split has what it needs."""
 
@@ -156,6 +167,8 @@ class EvalConfig(BaseModel):
     """Caption fields that are compared; all in which the captions of a group differ if empty."""
     segmentation: dict[Name, SegmentationConfig] = {}
     """Data sets for open-vocabulary segmentation by name, each a section of its own."""
+    check: CheckConfig = CheckConfig()
+    """Of `sail eval --check`."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples for the 95 % intervals; 0 leaves them out."""
     examples: PositiveInt = 6

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Aligned:
         """
         if not len(texts):
             return np.empty((0, self.dim), dtype=np.float32)
-        features = torch.from_numpy(self._text_encoder.encode(list(texts)))
+        features = torch.from_numpy(self.text_encoder.encode(list(texts)))
         return self._embedded(self.model.text_head, features)
 
     @staticmethod
@@ -175,12 +176,34 @@ class Aligned:
         return embeddings
 
     @cached_property
-    def _text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
+        """The frozen text encoder, as it is loaded for extraction.
+
+        Raises:
+            EvaluationError: The run file does not have it, or it is another than the head's.
+        """
         name = str(self.checkpoint.text["name"])
         encoder = load_text_encoder(name, self.text_settings, self.device)
         expected = self.checkpoint.text["fingerprint"]
         self._check(f"encoders.text.{name}", encoder.fingerprint, expected)
         return encoder
+
+    def with_image_encoder(self, **changes: Any) -> "Aligned":
+        """Return the same model with fields of its loaded image encoder changed."""
+        other = replace(self)
+        other.__dict__["image_encoder"] = replace(self.image_encoder, **changes)  # as if loaded
+        return other
+
+    def on_device(self, device: torch.device) -> "Aligned":
+        """Return the same model on another device, where it computes in the same types."""
+        (image, image_settings), text = self.image_settings, str(self.checkpoint.text["name"])
+        precision = {"precision": self.image_column.fingerprint["dtype"]}
+        images = self.encoders.image | {image: image_settings.model_copy(update=precision)}
+        precision = {"precision": self.text_encoder.fingerprint["dtype"]}
+        texts = self.encoders.text | {text: self.text_settings.model_copy(update=precision)}
+        encoders = self.encoders.model_copy(update={"image": images, "text": texts})
+        model = deepcopy(self.model).to(device)
+        return replace(self, encoders=encoders, model=model, device=device)
 
     @property
     def image_settings(self) -> tuple[str, ImageEncoderConfig]:

@@ -4,7 +4,6 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import click
 
 from features.errors import SailError
 from pipeline.cli_convert import convert, import_store
+from pipeline.cli_eval import evaluate
 from pipeline.cli_explore import explore
 from pipeline.cli_export import export
 from pipeline.cli_readonly import doctor, inspect, plan, verify
 from pipeline.cli_rewrite import merge, rechunk, subset
 from pipeline.cli_study import compare, pick, study
 from pipeline.cli_use import embed, search
-from pipeline.options import stage, trainings, until_stopped
+from pipeline.options import run_stage, stage, trainings
 from pipeline.varied import count_of, seeds_of, settings_of
 
 SECTIONS = {
@@ -80,6 +80,7 @@ def cli() -> None:
 
 
 for command in (
+    evaluate,
     plan,
     doctor,
     inspect,
@@ -146,7 +147,7 @@ def extract(
         stores = run.extract(config, stop, append=append, scheduler=scheduler, workers=workers)
         return [str(path) for path in stores]
 
-    _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 
 
 @cli.command()
@@ -169,7 +170,7 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
         best = align_run(config, stop)
         return None if best is None else [str(best)]
 
-    _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 
 
 @cli.command()
@@ -213,31 +214,6 @@ def scaling(rows: str, **options: Any) -> None:
     _run_sweep("scaling", {"align.rows": sizes}, **options)
 
 
-@cli.command(name="eval")
-@stage
-def evaluate(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
-    """Measure the trained head; write its results and report.
-
-    Prints a table, and the paths of results.json and report.html in run.dir/eval.
-
-    \b
-    Examples:
-      sail eval demo
-      sail eval my.toml --json | jq '.results[] | [.task, .metric, .value]'
-    """
-    from pipeline.evaluation import evaluate_run, results_table
-
-    def work(config: Any, stop: Any) -> Path:
-        return Path(evaluate_run(config, stop))
-
-    results = _run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
-    if as_json:
-        click.echo(results.read_text(encoding="utf-8"))
-    else:
-        click.echo(results_table(results))
-        click.echo(f"{results}\n{results.with_name('report.html')}")
-
-
 @cli.command(name="import-head")
 @click.argument("file", type=click.Path(path_type=Path))
 @stage
@@ -260,7 +236,7 @@ def import_head(
     def work(config: Any, _stop: Any) -> list[str]:
         return [str(heads.import_head(file, config))]
 
-    _run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
 
 
 @cli.command(name="export-head")
@@ -300,38 +276,13 @@ def _run_sweep(
     def work(_config: Any, stop: Any) -> Path:
         return sweep_run(varied, recipe, overrides, stop)
 
-    path = _run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
+    path = run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
     text = path.read_text(encoding="utf-8")
     if as_json:
         click.echo(text)
     else:
         click.echo(sweep_table(json.loads(text)))
         click.echo(f"{path}\n{path.with_suffix('.png')}")
-
-
-def _run_stage(
-    recipe: str,
-    overrides: tuple[str, ...],
-    work: Callable[[Any, Any], Any],
-    *,
-    as_json: bool | None,
-    verbose: bool,
-) -> Any:
-    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns.
-
-    Nothing is printed where it returns None.
-    """
-    from pipeline.config import load_config
-    from pipeline.memory import keep_freed_memory
-    from pipeline.progress import start_log
-
-    start_log(verbose=verbose)
-    keep_freed_memory()
-    config = load_config(recipe, overrides)
-    result = until_stopped(lambda stop: work(config, stop))
-    if as_json is not None and result is not None:
-        click.echo(json.dumps(result) if as_json else "\n".join(result))
-    return result
 
 
 if __name__ == "__main__":

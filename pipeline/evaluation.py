@@ -161,7 +161,7 @@ def _digest(
         "version": VERSION,
         "run": config.run.name,
         "plan": asdict(plan),
-        "eval": config.eval.model_dump(mode="json"),
+        "eval": config.eval.model_dump(mode="json", exclude={"check"}),
         "report": config.report.model_dump(mode="json"),
         "reference": _sha256(reference.read_bytes()) if reference and reference.is_file() else None,
         "image_encoders": list(config.encoders.image_columns),

@@ -1,5 +1,6 @@
 """What commands of `sail` share: options, and the clean end by a signal."""
 
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,3 +73,28 @@ def until_stopped(
         except Stopped:
             click.echo(f"Stopped; {kept}", err=True)
             sys.exit(stop.exit_code)
+
+
+def run_stage(
+    recipe: str,
+    overrides: tuple[str, ...],
+    work: Callable[[Any, Any], Any],
+    *,
+    as_json: bool | None,
+    verbose: bool,
+) -> Any:
+    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns.
+
+    Nothing is printed where it returns None.
+    """
+    from pipeline.config import load_config
+    from pipeline.memory import keep_freed_memory
+    from pipeline.progress import start_log
+
+    start_log(verbose=verbose)
+    keep_freed_memory()
+    config = load_config(recipe, overrides)
+    result = until_stopped(lambda stop: work(config, stop))
+    if as_json is not None and result is not None:
+        click.echo(json.dumps(result) if as_json else "\n".join(result))
+    return result

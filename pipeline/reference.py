@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
-from evaluate.config import EvalConfig, MaskFolder, SceneMasks
+from evaluate.config import CheckConfig, EvalConfig, MaskFolder, SceneMasks
 from features.config import (
     AnnotationSource,
     CifarSource,
@@ -60,6 +60,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("[eval]", EvalConfig),
     ('[eval.segmentation.NAME] with kind = "folder"', MaskFolder),
     ('[eval.segmentation.NAME] with kind = "scenes"', SceneMasks),
+    ("[eval.check]", CheckConfig),
     ("[report]", ReportConfig),
 ]
 

@@ -235,6 +235,31 @@ def conversion_table(losses: dict[str, dict[str, float]]) -> str:
     return rendered(table)
 
 
+def drift_table(document: dict[str, Any]) -> str:
+    """Return what `sail eval RECIPE --check` prints."""
+    protocol = document["protocol"]
+    table = Table(
+        title=f"drift of the embeddings of {protocol['rows']} rows of {protocol['split']}",
+        title_justify="left",
+    )
+    for heading in ("of", "over", "usual", "compared with"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("max |difference|", "1 − least cosine", "other neighbour"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for drift in document["drifts"]:
+        numbers = 3 * ["-"]
+        if drift["min_cosine"] is not None:
+            distance = 1 - drift["min_cosine"]
+            numbers = [
+                f"{drift['max_abs_difference']:.2g}",
+                f"{distance:.2g}" + (" !" if distance > protocol["tolerance"] else ""),
+                f"{drift['changed_neighbours']} of {protocol['rows']}",
+            ]
+        words = (drift[what] for what in ("modality", "over", "usual", "other"))
+        table.add_row(*map(escape, words), *numbers)
+    return f"{rendered(table)}\ntolerance: 1 − cosine of {protocol['tolerance']:g} at most"
+
+
 def doctor_table(examination: dict[str, Any]) -> str:
     """Return what `sail doctor` prints."""
     table = Table(show_header=True)
