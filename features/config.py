@@ -113,10 +113,11 @@ class AnnotationSource(_Source):
     kind: Literal["annotations"]
     path: PlaceSetting
     """The annotation file."""
-    format: Literal["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe"]
+    format: Literal["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe", "aro"]
     """`karpathy`: `dataset_coco.json`, `dataset_flickr30k.json`. `coco`: `captions_val2017.json`.
     `flickr30k`: its `.token` or `results.csv`. `winoground`: `examples.jsonl`. `mmvp`:
-    `Questions.csv` of MMVP-VLM. `sugarcrepe`: `add_att.json` and its siblings."""
+    `Questions.csv` of MMVP-VLM. `sugarcrepe`: `add_att.json` and its siblings. `aro`:
+    `visual_genome_relation.json`, `visual_genome_attribution.json`."""
     images: PlaceSetting | None = None
     """Folder that the names of the images are relative to; that of the file if not given."""
     split: str = "test"

@@ -53,7 +53,7 @@ def extract_images(
         chunks: Look at these chunks alone; at all if not given.
     """
     phases = Phases()
-    reader = SampleReader(index)
+    reader = SampleReader(index, max_pixels=run.max_pixels)
     feeder = Feeder(encoder)
     made_by = {f"image/{column.name}": column for column in encoder.columns}
 

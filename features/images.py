@@ -8,7 +8,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,6 +111,23 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except DECODER_ERRORS as error:
         raise ImageFault(Status.TRUNCATED_IMAGE, _reason(error)) from error
+
+
+def cut_out(data: bytes, box: Sequence[int], *, max_pixels: int) -> bytes:
+    """Return a part of an encoded image as an image file (PPM), black beyond its borders.
+
+    What cannot be decoded comes back as it is: whoever decodes it says why.
+
+    Args:
+        data: The file's bytes.
+        box: Left, top, right and bottom in pixels.
+        max_pixels: Width times height that is still decoded.
+    """
+    try:
+        part = decode(data, max_pixels=max_pixels).crop((box[0], box[1], box[2], box[3]))
+    except ImageFault:
+        return data
+    return f"P6 {part.width} {part.height} 255\n".encode() + part.tobytes()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The index: one parquet file per split that gives every sample a row before anything is encoded.
 
 So the number of rows is known, work can be cut into chunk-aligned units, and images are read by
-place. Columns: `key`, `path`, `offset`, `size`, `problem`, `label`, `group`, `caption/<field>`; see
-`features.sources.sample.Sample`. The metadata of the file hold the source's settings, its files
-with size and time, and counts of everything that was handled by rule.
+place. Columns: `key`, `path`, `offset`, `size`, `problem`, `label`, `group`, `caption/<field>`, and
+`box` where samples are parts of images; see `features.sources.sample.Sample`. The metadata of the
+file hold the source's settings, its files with size and time, and counts of everything that was
+handled by rule.
 """
 
 import itertools
@@ -18,9 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.config import Source
+from features.config import ExtractConfig, Source
 from features.errors import FileEndsEarlyError, SourceError
 from features.index_builder import (
+    BOX,
     COLUMNS,
     METADATA_KEY,
     ROWS_PER_GROUP,
@@ -38,6 +40,7 @@ from features.storage.place import Place, RemotePath, as_place
 from features.storage.requests import read_ranges
 
 GROUPS_KEPT = 4
+MAX_PIXELS = ExtractConfig().max_pixels
 NEVER_READ = (Status.MISSING_IMAGE, Status.IMAGE_TOO_LARGE)
 
 
@@ -57,6 +60,9 @@ class Index:
         self.class_names: tuple[str, ...] | None = (
             tuple(about["class_names"]) if about["class_names"] else None
         )
+        self.has_boxes = "box" in self._file.schema_arrow.names
+        self.columns: tuple[str, ...] = (*COLUMNS, *(BOX if self.has_boxes else ()))
+        """All but the captions."""
         self.has_labels: bool = about["has_labels"]
         self.has_groups: bool = about["has_groups"]
         self.counts: dict[str, int] = about["counts"]
@@ -113,7 +119,7 @@ class Index:
     def samples(self) -> Iterator[Sample]:
         """Yield all rows as they were listed."""
         for table in self.batches(ROWS_PER_GROUP):
-            names = list(COLUMNS)
+            names = list(self.columns)
             captions = [table.column(f"caption/{field}").to_pylist() for field in self.fields]
             columns = zip(*(table.column(name).to_pylist() for name in names), strict=True)
             texts = zip(*captions, strict=True) if captions else itertools.repeat(())
@@ -161,10 +167,16 @@ class Index:
 
 
 class SampleReader:
-    """Reads the image bytes of rows, by place; any number of threads may share one."""
+    """Reads the image bytes of rows, by place; any number of threads may share one.
 
-    def __init__(self, index: Index) -> None:
+    Args:
+        index: Says where they are.
+        max_pixels: Of an image larger than that no part is cut out: it comes whole, to be refused.
+    """
+
+    def __init__(self, index: Index, *, max_pixels: int = MAX_PIXELS) -> None:
         self.index = index
+        self._max_pixels = max_pixels
         self._lock = threading.Lock()
         self._parquet: ParquetImages | None = None
         self._is_cifar = index.source["kind"] == "cifar"
@@ -195,11 +207,21 @@ class SampleReader:
         for (_, group), found in zip(jobs, parts, strict=True):
             for (row, *_), image in zip(group, found, strict=True):
                 images[row] = as_image_file(image) if image and self._is_cifar else image
-        return images
+        return self._parts(images, start) if self.index.has_boxes else images
 
     def read_row(self, row: int) -> bytes | None:
         """Return the encoded image of one row, None where the index has none."""
         return self.read(row, row + 1)[0]
+
+    def _parts(self, images: Sequence[bytes | None], start: int) -> list[bytes | None]:
+        """Cut the box of each row out of its image."""
+        from features.images import cut_out  # torch comes with it, and is mostly not needed
+
+        boxes = self.index.rows_between(start, start + len(images), ("box",)).column("box")
+        return [
+            cut_out(image, box, max_pixels=self._max_pixels) if image and box else image
+            for image, box in zip(images, boxes.to_pylist(), strict=True)
+        ]
 
     def _read(self, job: tuple[Place, list[tuple[int, str, int, int]]]) -> Sequence[bytes | None]:
         place, group = job

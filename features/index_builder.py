@@ -34,6 +34,7 @@ COLUMNS = {
     "label": pa.int32(),
     "group": pa.int32(),
 }
+BOX = {"box": pa.list_(pa.int32(), 4)}  # a column only where the samples are parts of images
 
 
 class _MoreFields(Exception):  # noqa: N818 - asks for another pass
@@ -141,7 +142,8 @@ def _write(
         )
     if fields is None:
         fields = _sorted_fields({field for sample in first for field in sample.captions})
-    with _RowWriter(path, fields) as writer:
+    columns = COLUMNS | BOX if any(sample.box for sample in first) else COLUMNS
+    with _RowWriter(path, columns, fields) as writer:
         for samples in itertools.chain([first], groups):
             writer.add(samples)
             progress.reach(writer.rows)
@@ -166,15 +168,18 @@ def _write(
 class _RowWriter:
     """Writes samples as row groups of equal size, under another name until all are written."""
 
-    def __init__(self, path: Path, fields: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, columns: Mapping[str, pa.DataType], fields: Sequence[str]
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         remove_leftovers(path.parent)
         self._partial = partial_path(path)
         self._fields = fields
         self._known = frozenset(fields)
-        columns = COLUMNS | {f"caption/{field}": pa.string() for field in fields}
-        self._schema = pa.schema(list(columns.items()))
+        self._columns = columns
+        captions = {f"caption/{field}": pa.string() for field in fields}
+        self._schema = pa.schema([*columns.items(), *captions.items()])
         self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         self.rows = 0
         self.greatest_label = self.greatest_group = -1
@@ -194,7 +199,7 @@ class _RowWriter:
         """Write one row group."""
         if not all(self._known.issuperset(sample.captions) for sample in samples):
             raise _MoreFields
-        table = {name: list(map(attrgetter(name), samples)) for name in COLUMNS}
+        table = {name: list(map(attrgetter(name), samples)) for name in self._columns}
         for name in self._fields:
             captions = [sample.captions.get(name, "") for sample in samples]
             self.missing[name] += sum(not caption or caption.isspace() for caption in captions)

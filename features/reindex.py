@@ -11,7 +11,7 @@ from typing import Any
 from features.config import ClassFolderSource, FolderSource, Source
 from features.errors import SourceError
 from features.index import Index
-from features.index_builder import COLUMNS, ROWS_PER_GROUP, Earlier, build_index, settings_of
+from features.index_builder import ROWS_PER_GROUP, Earlier, build_index, settings_of
 from features.partial import partial_path
 from features.sources import open_source
 from features.storage import files
@@ -171,7 +171,7 @@ def _check_rows(old: Index, new: Index, *, append: bool) -> None:
 def _names_compared(old: Index) -> tuple[str, ...]:
     """Return the columns in which rows must be equal: labels and groups may come later."""
     not_there = {"label": not old.has_labels, "group": not old.has_groups}
-    names = [name for name in COLUMNS if not not_there.get(name)]
+    names = [name for name in old.columns if not not_there.get(name)]
     return (*names, *(f"caption/{field}" for field in old.fields))
 
 

@@ -57,7 +57,7 @@ def measure_images(
 ) -> ImageRates | None:
     """Read, decode and encode images of an index; None if none of the first can be decoded."""
     part = seconds / 3
-    encoded = _first_images(SampleReader(index), part)
+    encoded = _first_images(SampleReader(index, max_pixels=max_pixels), part)
     images, sizes, read_seconds = encoded
     if not images:
         return None

@@ -197,7 +197,7 @@ def _draw(aligned: Aligned, folder: RunFolder) -> _Sample:
     rows = np.sort(np.random.default_rng(config.eval.seed).choice(both, number, replace=False))
     index = Index.open(folder.index(split))
     _check_same_rows(index, store, rows)
-    reader = SampleReader(index)
+    reader = SampleReader(index, max_pixels=aligned.max_pixels)
     return _Sample(
         split=split,
         field=field,

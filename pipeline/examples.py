@@ -59,7 +59,8 @@ class Gallery:
     @cached_property
     def _reader(self) -> SampleReader | None:
         try:
-            return SampleReader(Index.open(self.folder.index(self.split)))
+            index = Index.open(self.folder.index(self.split))
+            return SampleReader(index, max_pixels=self.config.extract.max_pixels)
         except SourceError as error:
             logger.warning("The report shows no picture of %s: %s", self.split, error)
             return None

@@ -8,8 +8,9 @@ row, the caption in field 0 is right and the others are not.
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -26,6 +27,18 @@ from features.storage.place import Place, RemotePath
 MMVP_PROMPT = "a photo of {}"
 """What MMVP-VLM's own script puts around a statement."""
 
+NOT_OF_THE_FORMAT = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    csv.Error,
+)
+MAX_BOX_PIXELS = 1 << 26
+"""Room for a box of any photograph, but not for all memory there is."""
+
 # The published .csv lacks the second bar in one of its lines.
 FLICKR_LINE = re.compile(r"(?P<image>[^|#]+\.jpg)\s*[|#]\s*\d+\s*\|?\s*(?P<caption>.*)")
 
@@ -38,6 +51,8 @@ class Record:
     image: str
     captions: tuple[str, ...]
     group: int = -1
+    box: Sequence[int] | None = None
+    """The part of the image that the row is of: left, top, right and bottom in pixels."""
 
 
 class Annotations:
@@ -74,7 +89,7 @@ class Annotations:
         remote = isinstance(folder, RemotePath)
         for record, path, size in in_order(find, self._records(file), remote=remote):
             key, problem = keys.of(record.key)
-            sample = Sample(key, problem=problem, group=record.group)
+            sample = Sample(key, problem=problem, group=record.group, box=record.box)
             sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}
             place_image(sample, path, size, counts)
             yield sample
@@ -84,7 +99,7 @@ class Annotations:
         try:
             text = files.read(file).decode("utf-8-sig")
             yield from FORMATS[source.format](text, source)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        except NOT_OF_THE_FORMAT as error:
             raise SourceError(
                 f"{file} cannot be read as annotations of {source.format}: {type(error).__name__} "
                 f"{error}. The file as its authors publish it was expected. Correct `path` or "
@@ -158,6 +173,18 @@ def _sugarcrepe(text: str, _: AnnotationSource) -> Iterator[Record]:
         yield Record(number, example["filename"], captions, int(number))
 
 
+def _aro(text: str, _: AnnotationSource) -> Iterator[Record]:
+    """`visual_genome_relation.json` and `…_attribution.json`: a box of an image, two captions."""
+    for number, example in enumerate(json.loads(text)):
+        left, top, width, height = (example[f"bbox_{side}"] for side in "xywh")
+        box = round(left), round(top), round(left + width), round(top + height)  # as Pillow does
+        sides = box[2] - box[0], box[3] - box[1]
+        if min(sides) < 1 or max(math.prod(sides), *map(abs, box)) > MAX_BOX_PIXELS:
+            raise ValueError(f"example {number} has the box {left, top, width, height}")
+        captions = (example["true_caption"], example["false_caption"])
+        yield Record(str(number), example["image_path"], captions, number, box)
+
+
 def _described(image: str, captions: list[str], source: AnnotationSource) -> Record:
     key = str(PurePosixPath(image).with_suffix(""))
     return Record(key, image, tuple(captions[: source.captions_per_image]))
@@ -171,5 +198,6 @@ FORMATS: Mapping[str, Callable[[str, AnnotationSource], Iterator[Record]]] = Map
         "winoground": _winoground,
         "mmvp": _mmvp,
         "sugarcrepe": _sugarcrepe,
+        "aro": _aro,
     }
 )

@@ -37,6 +37,8 @@ class Sample:
     """A `Status` that quarantines the row whatever its bytes, or 0."""
     label: int = -1
     group: int = -1
+    box: Sequence[int] | None = None
+    """Left, top, right and bottom in pixels, where the sample is a part of the image."""
     captions: dict[str, str] = field(default_factory=dict)
 
 

@@ -64,7 +64,10 @@ class Pictures:
             )
         with self._lock:
             if split not in self._readers:
-                self._readers[split] = SampleReader(Index.open(session.folder.index(split)))
+                self._readers[split] = SampleReader(
+                    Index.open(session.folder.index(split)),
+                    max_pixels=session.config.extract.max_pixels,
+                )
             reader = self._readers[split]
         if not 0 <= row < reader.index.rows:
             raise EvaluationError(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from align.checkpoint import load_aligned
@@ -31,6 +32,14 @@ kind = "annotations"
 format = "sugarcrepe"
 path = "add_att.json"
 images = "pictures"
+[data.aro]
+kind = "annotations"
+format = "aro"
+path = "visual_genome_relation.json"
+images = "pictures"
+[data.boxes]
+kind = "folder"
+path = "boxes.jsonl"
 [data.cifar]
 kind = "cifar"
 path = "."
@@ -72,7 +81,7 @@ def evaluated(run_file: Path, *overrides: str) -> Rows:
 
 
 def write_benchmarks(folder: Path) -> None:
-    """Twelve pictures as the Karpathy test split of COCO, as SugarCrepe, and CIFAR-10's test."""
+    """Twelve pictures as the Karpathy test split of COCO, SugarCrepe, ARO, and CIFAR-10's test."""
     (folder / "pictures").mkdir()
     for seed in range(12):
         tiny.picture(seed).save(folder / "pictures" / f"{seed}.jpg")
@@ -94,11 +103,27 @@ def write_benchmarks(folder: Path) -> None:
         for seed in range(12)
     }
     (folder / "add_att.json").write_text(json.dumps(examples))
+    write_aro(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
     records = b"".join(bytes([i % 10]) + row.tobytes() for i, row in enumerate(pixels))
     (folder / "test_batch.bin").write_bytes(records)
     names = "\n".join(read_class_list("cifar-10").classes)
     (folder / "batches.meta.txt").write_text(names)
+
+
+def write_aro(folder: Path) -> None:
+    """Boxes of six of the pictures, and the same boxes cut out by hand."""
+    examples, rows = [], []
+    for seed in range(6):
+        box = {"bbox_x": seed, "bbox_y": 2, "bbox_w": 15, "bbox_h": 9 + seed}
+        captions = [tiny.caption(seed), tiny.caption(seed + 50)]
+        named = {"true_caption": captions[0], "false_caption": captions[1]}
+        examples.append({"image_path": f"{seed}.jpg", **named, **box})
+        with Image.open(folder / "pictures" / f"{seed}.jpg") as whole:
+            whole.crop((seed, 2, seed + 15, 11 + seed)).save(folder / f"box-{seed}.png")
+        rows.append({"image": f"box-{seed}.png", "captions": captions, "group": seed})
+    (folder / "visual_genome_relation.json").write_text(json.dumps(examples))
+    (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -> None:
@@ -120,6 +145,17 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert choice["protocol"]["form"] == "one image, 2 captions, the first right"
     assert choice["protocol"]["chance"] == 0.5
     assert choice["value"] == pytest.approx(share_of_right_choices(tmp_path / "run"))
+
+    (aro,), (boxes,) = (
+        [row for row in results if row["dataset"] == name] for name in ("aro", "boxes")
+    )
+    assert (aro["metric"], aro["n"], aro["protocol"]["chance"]) == ("text_score", 6, 0.5)
+    assert aro["value"] == boxes["value"]
+    cut, by_hand = (
+        FeatureStore.open(RunFolder(tmp_path / "run").store(name)).column("image/vit").read(0, 6)
+        for name in ("aro", "boxes")
+    )
+    np.testing.assert_array_equal(cut, by_hand)
 
     zero_shot = [row for row in results if row["dataset"] == "cifar" and row["task"] == "zero_shot"]
     assert {row["metric"] for row in zero_shot} == {"top1", "top5", "mean_per_class"}

@@ -188,8 +188,45 @@ class TestCompositional:
         assert all(sample.captions == {"0": "right", "1": "wrong"} for sample in samples)
         assert [sample.problem for sample in samples] == [0, 0]
 
+    def test_aro_is_a_box_of_an_image_with_a_right_and_a_wrong_caption(
+        self, tmp_path: Path
+    ) -> None:
+        samples = listed(path=aro(tmp_path), format="aro", images=tmp_path / "images")
+        assert [(sample.key, sample.group, sample.box) for sample in samples] == [
+            ("visual_genome_relation/0", 0, (2, 3, 12, 11)),
+            ("visual_genome_relation/1", 1, (2, 3, 12, 11)),
+            ("visual_genome_relation/2", 2, (0, 0, 40, 5)),
+        ]
+        assert samples[0].captions == {"0": "the horse eats", "1": "the grass eats"}
+        assert [sample.problem for sample in samples] == [0, 0, int(Status.MISSING_IMAGE)]
 
-FORMATS = ["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe"]
+    @pytest.mark.parametrize(
+        "box", [(0, 0, 0, 5), (0, 0, -4, -5), (0, 0, 1 << 14, 1 << 13), (1 << 40, 0, 5, 5)]
+    )
+    def test_a_box_without_pixels_or_with_far_too_many_is_refused(
+        self, tmp_path: Path, box: tuple[int, ...]
+    ) -> None:
+        path = aro(tmp_path, box)
+        with pytest.raises(SourceError, match="example 0 has the box"):
+            listed(path=path, format="aro", images=tmp_path / "images")
+
+
+def aro(folder: Path, box: tuple[float, ...] = (2, 3, 10, 8)) -> Path:
+    """Three examples of two images, one of them missing, as in visual_genome_relation.json."""
+    image(folder / "images" / "1.jpg")
+
+    def example(name: str, box: tuple[float, ...]) -> dict[str, Any]:
+        sides = {f"bbox_{side}": value for side, value in zip("xywh", box, strict=True)}
+        captions = {"true_caption": "the horse eats", "false_caption": "the grass eats"}
+        return {"image_id": "1", "relation_name": "eats", "image_path": name, **captions, **sides}
+
+    examples = [example("1.jpg", box), example("1.jpg", (2.2, 2.9, 9.6, 8.1))]
+    path = folder / "visual_genome_relation.json"
+    path.write_text(json.dumps([*examples, example("2.jpg", (0, 0, 40, 5))]))
+    return path
+
+
+FORMATS = ["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe", "aro"]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,13 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter
 
 from features.config import Source, WebdatasetSource
 from features.errors import SourceError
+from features.images import decode
 from features.index import Index, SampleReader
 from features.index_builder import ROWS_PER_GROUP
 from features.sources import parquet
@@ -82,6 +85,31 @@ def test_rows_are_read_across_the_groups_of_the_file(tmp_path: Path) -> None:
     assert index.rows_between(rows, rows).num_rows == 0
     with pytest.raises(IndexError):
         index.rows_between(0, rows + 1)
+
+
+def test_parts_of_images_are_cut_out_as_pillow_crops_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(tiny.encoded(tiny.picture(0)))
+    (tmp_path / "torn.jpg").write_bytes(tiny.encoded(tiny.picture(1))[:200])
+    boxes = [("a.jpg", (2, 3, 10, 8)), ("a.jpg", (20, 5, 9, 30)), ("torn.jpg", (0, 0, 5, 5))]
+    examples = [
+        {"image_path": name, "true_caption": "a", "false_caption": "b"}
+        | {f"bbox_{side}": value for side, value in zip("xywh", box, strict=True)}
+        for name, box in boxes
+    ]
+    path = tmp_path / "visual_genome_relation.json"
+    path.write_text(json.dumps(examples))
+    source = parsed(kind="annotations", format="aro", path=str(path))
+    index = Index.build(source, tmp_path / "index.parquet")
+    *parts, torn = SampleReader(index).read(0, 3)
+    with Image.open(tmp_path / "a.jpg") as whole:
+        for part, (_, (x, y, width, height)) in zip(parts, boxes, strict=False):
+            wanted = whole.convert("RGB").crop((x, y, x + width, y + height))
+            np.testing.assert_array_equal(decode(part or b"", max_pixels=1000), wanted)
+    assert torn == (tmp_path / "torn.jpg").read_bytes()  # whoever decodes it says what is wrong
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert SampleReader(index, max_pixels=100).read_row(0) == content
+    assert [sample.box for sample in index.samples()][1] == [20, 5, 29, 35]
+    assert "box" not in Index.build(two_shards(tmp_path), tmp_path / "other.parquet").columns
 
 
 def test_threads_may_share_a_reader(tmp_path: Path) -> None:
