@@ -38,6 +38,8 @@ class FrozenInputNorm(nn.Module):
         self, normalised: Float[Tensor, "batch dim"], linear: nn.Linear
     ) -> Float[Tensor, "batch out"]:
         """Apply the LayerNorm's weights, then a linear map, to a normalised input."""
+        if normalised.requires_grad:  # the encoder is tuned, behind a vision tower
+            return F.linear(normalised * self.weight + self.bias, linear.weight, linear.bias)
         output: Tensor = _FrozenInputLinear.apply(  # type: ignore[no-untyped-call]
             normalised, self.weight, self.bias, linear.weight, linear.bias
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-FORMS = ("hf",)
+FORMS = ("hf", "llava")
 
 
 @click.command()
@@ -34,6 +34,9 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
                `load_aligned(FOLDER)`, and with torch and transformers alone by the lines in the
                card. Encoders of the hub are named by revision and sha256; local and bundled ones
                come along where their licence allows it.
+
+    \b
+    --to llava  the image encoder with its head as a vision tower for LLaVA (docs/export.md).
 
     \b
     Examples:

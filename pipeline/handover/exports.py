@@ -6,9 +6,13 @@ from pathlib import Path
 from features.errors import ConfigError
 from pipeline.handover.huggingface import export_huggingface
 from pipeline.handover.layout import CARD, MODEL
+from pipeline.handover.llava import export_llava
 from pipeline.handover.parts import Parts, parts_of
 
-WRITERS: dict[str, Callable[[Parts, Path], Path]] = {"hf": export_huggingface}
+WRITERS: dict[str, Callable[[Parts, Path], Path]] = {
+    "hf": export_huggingface,
+    "llava": export_llava,
+}
 
 
 def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) -> Path:
