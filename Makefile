@@ -29,6 +29,7 @@ eval: $(STAMP) ## Stage three: stores and head -> results.json and report.html
 
 demo: ## All three stages on the embedded demo world, offline, on a CPU
 	@$(MAKE) --no-print-directory extract align eval RECIPE=demo
+	@echo "Look at it in a browser: $(SAIL) explore runs/demo"
 
 test: $(DEV_STAMP) ## Tests that need no network and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not network and not gpu"
