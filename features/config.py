@@ -184,6 +184,9 @@ class ImageEncoderConfig(ImageColumnConfig):
     mode: Literal["exact", "fast"] = "exact"
     """How images are decoded and resized. `exact` equals the checkpoint's own processor to the bit;
     `fast` is two to three times as fast, and about 0.3 % of the values differ by one grey level."""
+    upright: bool = False
+    """Turn pictures as their EXIF orientation says, as phones and viewers show them. The processors
+    of the checkpoints do not, nor do the usual benchmarks: set it for photographs of your own."""
     batch_size: PositiveInt = 64
     """Images per forward pass. Halved when the device runs out of memory."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

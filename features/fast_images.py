@@ -11,10 +11,11 @@ import PIL
 import simplejpeg
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch.nn import functional as F
 
 from features.errors import EncoderError
-from features.images import Preprocessing, as_rgb, open_image
+from features.images import Preprocessing, as_rgb, open_image, turn_of
 from features.processors import BICUBIC, BILINEAR
 
 FILTERS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
@@ -37,7 +38,7 @@ def check_can_be_fast(preprocessing: Preprocessing) -> None:
 
 
 def prepare_fast(
-    data: bytes, preprocessing: Preprocessing, *, max_pixels: int
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, upright: bool = False
 ) -> UInt8[np.ndarray, "3 height width"]:
     """Decode, resize and crop an encoded image.
 
@@ -46,24 +47,33 @@ def prepare_fast(
         preprocessing: What the checkpoint asks for; `in_float` is not followed, the result is
             uint8 always.
         max_pixels: Width times height that is still decoded.
+        upright: Whether it is turned as its EXIF orientation says.
 
     Raises:
         ImageFault: As by `features.images.decode`, and for the same files.
     """
-    pixels = decode_fast(data, max_pixels=max_pixels)
+    pixels = decode_fast(data, max_pixels=max_pixels, upright=upright)
     size = preprocessing.resized((pixels.shape[1], pixels.shape[0]))
     if size is not None:
         pixels = _resize(pixels, size, FILTERS[preprocessing.resample])
     return preprocessing.cropped(pixels)
 
 
-def decode_fast(data: bytes, *, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+def decode_fast(
+    data: bytes, *, max_pixels: int, upright: bool = False
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decode an encoded image to the pixels that `features.images.decode` gives.
 
     Raises:
         ImageFault: As by that, and for the same files.
     """
     image = open_image(data, max_pixels=max_pixels)
+    pixels = _pixels(image, data)
+    turn = turn_of(image) if upright else None
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def _pixels(image: Image.Image, data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         try:
             if simplejpeg.decode_jpeg_header(data)[:2] == (image.height, image.width):

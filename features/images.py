@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Num, UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,6 +46,16 @@ DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
+# How a picture is brought upright, by its orientation in EXIF; 1 is upright.
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # An image of one pixel's width, resized by its shorter side, could take all memory there is.
 MAX_RESIZED_PIXELS = 1 << 26
 
@@ -59,22 +69,24 @@ class ImageFault(Exception):  # noqa: N818 - the row is quarantined; nothing goe
         self.reason = reason
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int, upright: bool = False) -> Image.Image:
     """Decode an encoded image to RGB, exactly as the Hugging Face processors see it.
 
-    Greyscale, palette, 16-bit, CMYK and alpha are converted by Pillow's `convert("RGB")`. EXIF
-    orientation is not applied, since theirs does not. The content decides, not the file's name; of
-    an animation the first frame is taken.
+    Greyscale, palette, 16-bit, CMYK and alpha are converted by Pillow's `convert("RGB")`. The
+    content decides, not the file's name; of an animation the first frame is taken.
 
     Args:
         data: The file's bytes.
         max_pixels: Width times height that is still decoded.
+        upright: Whether it is turned as its EXIF orientation says, which theirs do not.
 
     Raises:
         ImageFault: There are no bytes, they are no image, they end too early or are damaged, or
             the image has more than `max_pixels` pixels (checked before anything is decoded).
     """
-    return as_rgb(open_image(data, max_pixels=max_pixels))
+    image = open_image(data, max_pixels=max_pixels)
+    rgb = as_rgb(image)
+    return turned(rgb, image) if upright else rgb
 
 
 def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
@@ -128,6 +140,23 @@ def cut_out(data: bytes, box: Sequence[int], *, max_pixels: int) -> bytes:
     except ImageFault:
         return data
     return f"P6 {part.width} {part.height} 255\n".encode() + part.tobytes()
+
+
+def turned(pixels: Image.Image, opened: Image.Image) -> Image.Image:
+    """Return a decoded picture turned as the EXIF orientation of its file says, if it says any."""
+    turn = turn_of(opened)
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def turn_of(opened: Image.Image) -> Image.Transpose | None:
+    """Return what brings the pixels of a file upright, or None where nothing is to be done.
+
+    Ask when they are decoded: a TIFF is turned by Pillow then, and says so.
+    """
+    try:
+        return TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+    except DECODER_ERRORS:  # EXIF data that cannot be read turn nothing
+        return None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ NUMBERS = ("label", "group")
 STRINGS = np.dtypes.StringDType()
 NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to compute again
 # What holds of a column that was made before these fields were recorded.
-UNRECORDED: dict[str, Any] = {"mode": "exact", "layer": -1}
+UNRECORDED: dict[str, Any] = {"mode": "exact", "upright": False, "layer": -1}
 
 
 class FeatureStore:

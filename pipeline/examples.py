@@ -41,7 +41,8 @@ class Gallery:
             data = self._reader.read_row(row)
             if data is None:
                 return None
-            return thumbnail(decode(data, max_pixels=self.config.extract.max_pixels))
+            max_pixels = self.config.extract.max_pixels
+            return thumbnail(decode(data, max_pixels=max_pixels, upright=True))
         except (SourceError, ImageFault) as error:
             logger.warning(
                 "The report shows no picture of row %d of %s: %s", row, self.split, error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -32,6 +32,15 @@ def synthetic(seed: int, width: int, height: int, *, coarseness: int = 8) -> Ima
     grid = (height // coarseness + 1, width // coarseness + 1, 3)
     coarse = Image.fromarray(random.integers(0, 256, grid, dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def sideways(image: Image.Image, orientation: int, form: str = "JPEG") -> bytes:
+    """A picture as the bytes of a file whose EXIF data say that it lies otherwise."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, form, exif=exif)
+    return buffer.getvalue()
 
 
 def as_jpeg(image: Image.Image, **options: object) -> bytes:

@@ -52,6 +52,8 @@ class ImageEncoder:
     """From pixels on the device to one tensor of features for each pooling."""
     preprocessing: Preprocessing
     mode: str
+    upright: bool
+    """Whether pictures are turned as their EXIF orientation says."""
     dtype: torch.dtype
     """What the model computes in."""
     batch_size: int
@@ -73,8 +75,10 @@ class ImageEncoder:
             ImageFault: It cannot be used; see `features.images.decode`.
         """
         if self.mode == "fast":
-            return prepare_fast(data, self.preprocessing, max_pixels=max_pixels)
-        return self.preprocessing.apply(decode(data, max_pixels=max_pixels))
+            return prepare_fast(
+                data, self.preprocessing, max_pixels=max_pixels, upright=self.upright
+            )
+        return self.preprocessing.apply(decode(data, max_pixels=max_pixels, upright=self.upright))
 
     def room_for(self, images: int) -> Num[Tensor, "images 3 height width"]:
         """Return memory for what `prepare` gives, from which the device can copy by itself."""
@@ -140,6 +144,7 @@ def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.devi
     identity |= {
         "preprocessing": preprocessing.as_dict(),
         "mode": config.mode,
+        "upright": config.upright,
         "dtype": str(dtype).removeprefix("torch."),
         "versions": versions(*packages, *(["simplejpeg"] if config.mode == "fast" else [])),
     }
@@ -149,6 +154,7 @@ def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.devi
         forward=forward,
         preprocessing=preprocessing,
         mode=config.mode,
+        upright=config.upright,
         dtype=dtype,
         batch_size=config.batch_size,
         device=device,

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from PIL import Image
 
 from features.errors import EvaluationError
-from features.images import as_rgb, open_image
+from features.images import as_rgb, open_image, turned
 from features.index import Index, SampleReader
 from pipeline.explore.session import Session
 
@@ -90,7 +90,7 @@ class Pictures:
 def _small(data: bytes, side: int, max_pixels: int) -> bytes:
     image = open_image(data, max_pixels=max_pixels)
     image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-    small = as_rgb(image)
+    small = turned(as_rgb(image), image)  # as every viewer shows it
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=QUALITY, optimize=True)

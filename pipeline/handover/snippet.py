@@ -64,6 +64,7 @@ def _image(parts: Parts) -> dict[str, Any]:
     return {
         "image_class": tower.__name__ if tower else "AutoModel",
         "image_source": _source(part, IMAGE),
+        "upright": part.settings.upright,
         "needs_numpy": preprocessing.in_float,  # whose own processor would need torchvision
         "rescale": preprocessing.rescale,
         "mean": list(preprocessing.mean),

@@ -29,7 +29,7 @@ def picture_of(store: Place, row: int) -> Text | None:
         return None
     try:
         data = SampleReader(Index.open(index)).read_row(row)
-        return half_blocks(decode(data or b"", max_pixels=MAX_PIXELS))
+        return half_blocks(decode(data or b"", max_pixels=MAX_PIXELS, upright=True))
     except (ImageFault, SourceError) as error:
         return Text(f"no picture: {error}", style="dim")
 

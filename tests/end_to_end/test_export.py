@@ -23,6 +23,7 @@ from pipeline.training import align_run
 from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.fresh_environment import fresh_environment, run_in
+from tests.photographs import sideways
 
 TEXTS = ["a red circle", "three blue squares left of a green star", "?"]
 BUNDLED = [
@@ -56,7 +57,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("photos")
     for number in range(3):
-        (folder / f"{number}.jpg").write_bytes(tiny.encoded(tiny.picture(number)))
+        (folder / f"{number}.jpg").write_bytes(sideways(tiny.picture(number), 6))
     return sorted(folder.glob("*.jpg"))
 
 
@@ -110,7 +111,8 @@ def test_the_card_loads_it_where_only_torch_transformers_safetensors_and_pillow_
     "overrides",
     [
         ["align.head.kind=star", "encoders.image.vit.pooling=cls+mean"],
-        ["align.head.kind=mlp", "encoders.image.vit.pooling=mean+max"],
+        ["encoders.image.vit.pooling=mean+max"],
+        ["align.head.kind=mlp", "encoders.image.vit.upright=true"],
         [
             "align.head.kind=linear",
             "encoders.image.vit.pooling=mean",

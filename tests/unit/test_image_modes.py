@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from features.errors import EncoderError, StoreMismatchError
 from features.store import FeatureStore
@@ -16,7 +17,7 @@ from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny
-from tests.photographs import as_jpeg, synthetic
+from tests.photographs import as_jpeg, sideways, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = "encoders.image.vit.mode='fast'"
@@ -87,12 +88,34 @@ def test_a_store_of_the_other_mode_is_refused_by_name(tmp_path: Path) -> None:
         extracted(run_file)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_an_encoder_that_turns_pictures_upright_sees_a_sideways_one_as_it_was(
+    mode: str, tmp_path: Path
+) -> None:
+    run_file = tiny.world(tmp_path)
+    picture = synthetic(0, 40, 20)
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    members = [("0.png", sideways(picture, 1, "PNG")), ("1.png", sideways(turned, 6, "PNG"))]
+    words = [(f"{number}.txt", b"a red circle") for number in range(2)]
+    tiny.write_tar(tmp_path / "shards" / "train-0.tar", sorted(members + words))
+    settings = [f"encoders.image.vit.mode={mode}", "data.train.path='shards/train-0.tar'"]
+    store = extracted(run_file, *settings, "encoders.image.vit.upright=true")
+    upright, sideways_one = store.column("image/vit").read(0, 2)
+    np.testing.assert_array_equal(upright, sideways_one)
+    with pytest.raises(StoreMismatchError, match=r"upright = True, .* expects False"):
+        extracted(run_file, *settings)
+    store = extracted(run_file, *settings, f"run.dir='{tmp_path / 'other'}'")
+    upright, sideways_one = store.column("image/vit").read(0, 2)
+    assert np.abs(upright - sideways_one).max() > 0.01
+
+
 def test_a_store_from_before_modes_and_layers_counts_as_exact_and_last(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path)
     extracted(run_file)
     about = tmp_path / "run" / "features" / "train.zarr" / "image" / "vit" / "zarr.json"
     group = json.loads(about.read_text())
-    del group["attributes"]["mode"], group["attributes"]["layer"]
+    for name in ("mode", "upright", "layer"):
+        del group["attributes"][name]
     about.write_text(json.dumps(group))
     (tmp_path / "run" / "encoders.json").unlink()
     extracted(run_file)

@@ -7,12 +7,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from features.errors import EncoderError
+from features.fast_images import decode_fast
 from features.images import ImageFault, Preprocessing, decode
 from features.status import Status
 from tests import tiny
+from tests.photographs import as_jpeg, sideways, synthetic
 
 LIMIT = 1_000_000
 
@@ -80,11 +82,28 @@ def test_every_colour_space_becomes_what_pillow_makes_of_it(mode: str, form: str
 
 
 def test_orientation_is_left_as_the_processors_leave_it() -> None:
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    tiny.picture(3, 40, 20).save(buffer, "JPEG", exif=exif)
-    assert decode(buffer.getvalue(), max_pixels=LIMIT).size == (40, 20)
+    data = sideways(tiny.picture(3, 40, 20), 6)
+    assert decode(data, max_pixels=LIMIT).size == (40, 20)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_upright_where_that_is_asked_for(orientation: int, form: str) -> None:
+    data = sideways(synthetic(3, 40, 20), orientation, form)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((20, 40) if 5 <= orientation <= 8 else (40, 20))
+    found = decode(data, max_pixels=LIMIT, upright=True)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    fast = decode_fast(data, max_pixels=LIMIT, upright=True)
+    np.testing.assert_array_equal(fast, np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # as features.images ignores it
+def test_exif_data_that_cannot_be_read_turn_nothing() -> None:
+    data = as_jpeg(tiny.picture(3, 40, 20), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12")
+    assert decode(data, max_pixels=LIMIT, upright=True).size == (40, 20)
+    data = as_jpeg(tiny.picture(3, 40, 20), exif=b"Exif\0\0nonsense")
+    assert decode(data, max_pixels=LIMIT, upright=True).size == (40, 20)
 
 
 def test_of_an_animation_the_first_frame_is_taken() -> None:
