@@ -14,6 +14,7 @@ from pipeline.cli import SECTIONS, cli
 
 ESCAPE = "\x1b"
 EXAMPLE = re.compile(r"^ +sail (.+?)(?: \|.*)?$", re.MULTILINE)
+COLOURS = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"}
 FOR_PEOPLE = {"explore"}  # it serves a page until it is stopped
 PRINTS_A_PATH = {
     *("embed", "export", "export-head", "convert", "import-store"),
@@ -80,7 +81,8 @@ def test_a_pipe_gets_no_escape_codes(arguments: list[str], code: int) -> None:
         [sys.executable, "-m", "pipeline.cli", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"},
+        env={name: value for name, value in os.environ.items() if name not in COLOURS}
+        | {"TERM": "xterm-256color"},
         check=False,
     )
     assert ended.returncode == code, ended.stderr
