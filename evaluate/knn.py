@@ -1,12 +1,17 @@
-"""k-NN classification with FAISS: the nearest reference rows vote for a class."""
+"""k-NN classification: the nearest reference rows vote for a class."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
+from evaluate.flat_search import flat_search
+
 VOTES_AT_ONCE = 1 << 23
+BLOCK_BYTES = 1 << 26
+"""Of the reference that is searched at once: new pages for every block would cost more time than
+reading it."""
 
 
 @dataclass(frozen=True)
@@ -23,29 +28,24 @@ def nearest_neighbours(
     reference: Iterable[Float[np.ndarray, "_ dim"]],
     k: int,
 ) -> Neighbours:
-    """Find the k nearest rows by cosine with a flat (exact) FAISS search.
+    """Find the k nearest rows by cosine, exactly (`evaluate.flat_search` says with what).
 
-    The reference comes in blocks, of which one is held at a time, so its size does not matter.
-    Among equally near rows the first one in the reference is taken, within what FAISS returns of
-    a block.
+    The reference comes in blocks, of which a few are held at a time, so its size does not matter.
+    Among equally near rows the first one in the reference is taken, within what the search returns
+    of a block.
 
     Args:
         queries: Vectors of any length; normalised here.
         reference: Blocks of rows, in order; normalised here.
         k: Neighbours of each query; fewer come back when the reference has fewer.
     """
-    import faiss  # heavy, and not needed by the other measures
-
-    queries = _normalised(queries)
+    queries = _normalise(np.array(queries, dtype=np.float32, order="C"))
     cosines = np.empty((len(queries), 0), dtype=np.float32)
     rows = np.empty((len(queries), 0), dtype=np.int64)
     start = 0
-    for features in reference:
-        block = _normalised(features)
-        if len(block) and len(queries):
-            index = faiss.IndexFlatIP(block.shape[1])
-            index.add(block)
-            found, where = index.search(queries, min(k, len(block)))
+    for block in _packed(reference, queries.shape[1]):
+        if len(queries):
+            found, where = flat_search().search(queries, block, min(k, len(block)))
             cosines, rows = _merged(cosines, rows, found, where + start, k)
         start += len(block)
     return Neighbours(cosines, rows)
@@ -103,8 +103,27 @@ def _merged(
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
 
 
-def _normalised(features: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
-    rows = np.ascontiguousarray(features, dtype=np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    normalised: np.ndarray = rows / np.maximum(norms, 1e-12)
-    return normalised
+def _packed(
+    blocks: Iterable[Float[np.ndarray, "_ dim"]], dim: int
+) -> Iterator[Float32[np.ndarray, "_ dim"]]:
+    """Yield the rows of the blocks normalised, many at once, in memory that is used again."""
+    buffer = np.empty((max(1, BLOCK_BYTES // (4 * dim)), dim), dtype=np.float32)
+    filled = 0
+    for block in blocks:
+        start = 0
+        while start < len(block):
+            part = block[start : start + len(buffer) - filled]
+            buffer[filled : filled + len(part)] = part
+            filled, start = filled + len(part), start + len(part)
+            if filled == len(buffer):
+                yield _normalise(buffer)
+                filled = 0
+    if filled:
+        yield _normalise(buffer[:filled])
+
+
+def _normalise(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+    """Give rows the length 1, in their place."""
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))  # unlike linalg.norm, without a copy
+    rows /= np.maximum(norms, 1e-12)[:, None]
+    return rows

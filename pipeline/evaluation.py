@@ -39,7 +39,7 @@ from pipeline.run import start_run
 from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
-VERSION = 3  # raised when the same inputs give other results or another report
+VERSION = 4  # raised when the same inputs give other results or another report
 WIDTH_OF_A_PIPE = 120
 
 

@@ -1,11 +1,13 @@
 """k-NN classification of a labelled split by the rows of another."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
+from evaluate.flat_search import flat_search
 from evaluate.items import Items
 from evaluate.knn import nearest_neighbours, vote
 from evaluate.results import Result
@@ -13,6 +15,7 @@ from features.column import Column
 from pipeline.embedding import complete_column, feature_blocks
 from pipeline.measures.context import Context
 
+logger = logging.getLogger(__name__)
 Vectors = Callable[[Column, Int64[np.ndarray, "rows"]], Iterator[np.ndarray]]
 
 
@@ -31,6 +34,7 @@ class _Search:
 def score_knn(context: Context, split: str, reference: str) -> None:
     """Score the features of every image encoder, the embeddings, and images against captions."""
     queries, voters = context.stores[split], context.stores[reference]
+    logger.info("k-NN of %s by %s", split, flat_search().name)
     for name in context.config.encoders.image_columns:
         columns = [complete_column(store, f"image/{name}") for store in (queries, voters)]
         encoders: dict[str, str | None] = {"image": name, "text": None}
@@ -102,6 +106,8 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
                     "vectors": search.about,
                     "reference": reference,
                     "reference_rows": len(voter_labels),
+                    "search": "exact",
+                    "searched_with": flat_search().name,
                     "chance": round(1 / num_classes, 8),
                 },
             ),

@@ -1,11 +1,15 @@
 """k-NN: the neighbours of a flat FAISS index, and the votes of DINO's released `eval_knn.py`."""
 
+import sys
+
 import faiss
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from evaluate import flat_search as flat_search_module
+from evaluate.flat_search import flat_search
 from evaluate.knn import nearest_neighbours, vote
 
 ROWS, QUERIES, DIM, CLASSES = 3000, 400, 32, 7
@@ -38,6 +42,35 @@ def test_the_neighbours_are_those_of_a_flat_index(
     cosines, rows = index.search(wanted, 20)
     np.testing.assert_array_equal(found.rows, rows)
     np.testing.assert_allclose(found.cosines, cosines, atol=1e-6)
+
+
+def test_without_faiss_torch_finds_the_same_neighbours(
+    data: tuple[np.ndarray, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, _, queries = data
+    expected = nearest_neighbours(queries, [reference], 20)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # an import of it fails
+    monkeypatch.setattr(flat_search_module, "COSINES_AT_ONCE", 7 * ROWS)
+    without = flat_search.__wrapped__()
+    monkeypatch.setattr("evaluate.knn.flat_search", lambda: without)
+    found = nearest_neighbours(queries, [reference], 20)
+    assert "no FAISS" in without.name
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_allclose(found.cosines, expected.cosines, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_faiss_on_a_gpu_finds_the_same_neighbours(
+    data: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    if not flat_search().name.endswith("on the GPU"):
+        pytest.skip(f"needs faiss-gpu and a GPU, but there is {flat_search().name}")
+    reference, _, queries = data
+    found = nearest_neighbours(queries, [reference], 20)
+    cosines = F.normalize(torch.from_numpy(queries)) @ F.normalize(torch.from_numpy(reference)).T
+    expected = cosines.topk(20)
+    assert (found.rows == expected.indices.numpy()).mean() > 0.999  # near ties may change places
+    np.testing.assert_allclose(found.cosines, expected.values.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize("k", [1, 10, 20, 200])

@@ -21,6 +21,7 @@ from tests.benchmarks import (
     formats,
     gpu,
     indexing,
+    knn,
     loader,
     loss,
     memory,
@@ -138,6 +139,11 @@ def test_retrieval_benchmark_measures_a_ratio_and_seconds() -> None:
     figures = retrieval.measure(images=20, dim=8, rounds=1)
     assert [figure.unit for figure in figures] == ["ratio", "s"]
     assert all(figure.value > 0 for figure in figures)
+
+
+def test_knn_benchmark_measures_a_ratio() -> None:
+    (ratio,) = knn.measure(queries=20, rows=100)
+    assert ratio.value > 0
 
 
 def test_the_search_benchmark_measures_milliseconds_and_recall(

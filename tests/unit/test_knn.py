@@ -38,8 +38,12 @@ def test_a_very_low_temperature_does_not_overflow() -> None:
     assert vote(found, np.array([1, 0]), k=2, temperature=1e-6, num_classes=2).tolist() == [1]
 
 
+@pytest.mark.parametrize("rows_at_once", [7, 1000])
 @pytest.mark.parametrize("rows_per_block", [1, 7, 40, 1000])
-def test_blocks_of_the_reference_give_the_neighbours_of_the_whole(rows_per_block: int) -> None:
+def test_blocks_of_the_reference_give_the_neighbours_of_the_whole(
+    rows_per_block: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.knn.BLOCK_BYTES", rows_at_once * 6 * 4)
     generator = np.random.default_rng(0)
     queries = generator.standard_normal((11, 6)).astype(np.float32)
     reference = generator.standard_normal((40, 6)).astype(np.float32)
