@@ -34,9 +34,30 @@ def linear_cka(pairs: Iterable[Pair], *, debiased: bool = False) -> float:
         arXiv:1905.00414; debiased: Murphy et al. 2024, arXiv:2405.01012, with the HSIC of Song et
         al. 2012.
     """
-    moments = PairMoments.over(pairs)
+    return cka_of(PairMoments.over(pairs), debiased=debiased)
+
+
+def cka_of(moments: PairMoments, *, debiased: bool = False) -> float:
+    """Return the linear CKA that follows from sums over pairs of rows; see `linear_cka`."""
     _check_number(moments.both.rows)
     return ratio(*(_hsic(each, debiased) for each in (moments.both, moments.first, moments.second)))
+
+
+def mean_shuffled_cka(moments: PairMoments, *, debiased: bool = False) -> float:
+    """Return the mean linear CKA over all orders of the rows of the second, without shuffling.
+
+    With the centred kernels K and L, tr(K P L Pᵀ) is on average tr(K) tr(L) / (rows − 1) over all
+    permutations P; the unbiased HSIC is 0.
+
+    Reference:
+        Kazi-Aoual et al. 1995, Refined approximations to permutation tests for multivariate
+        inference, Computational Statistics & Data Analysis 20.
+    """
+    if debiased:
+        return 0.0
+    first, second = moments.first, moments.second
+    between = np.trace(first.centred_product) * np.trace(second.centred_product)
+    return ratio(float(between) / (moments.both.rows - 1), first.hsic(), second.hsic())
 
 
 def minibatch_cka(batches: Iterable[Pair]) -> float:

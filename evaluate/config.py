@@ -155,6 +155,10 @@ class EvalConfig(BaseModel):
     alignment_rows: PositiveInt = 1024
     """Pairs, drawn by `seed`, on which alignment is measured, at most. Values of mutual k-NN and
     CKNNA depend on it: compare only values of as many."""
+    alignment_held: PositiveInt = 4096
+    """Where `alignment_rows` is more than this, so many pairs are held in memory: they ask for
+    their neighbours among all (`mutual_knn`), and `cknna` and `cka_rbf`, which compare all pairs
+    with all, are taken on them alone; `cka`, `cka_debiased` and `svcca` are of all pairs."""
     alignment_k: PositiveInt = 10
     """Neighbours of mutual k-NN and CKNNA; two at least for CKNNA."""
     alignment_permutations: int = Field(default=20, ge=0)

@@ -13,7 +13,8 @@ COSINES_AT_ONCE = 1 << 26
 """In torch, where a matrix of queries × rows is made: 256 MiB."""
 MOST_ON_GPU = 2048
 """FAISS finds no more neighbours than these on a GPU."""
-Vectors = Float32[np.ndarray, "rows dim"]
+Queries = Float32[np.ndarray, "queries dim"]
+Block = Float32[np.ndarray, "rows dim"]
 Found = tuple[Float32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]
 """Inner products and positions in the block, the greatest first."""
 
@@ -24,7 +25,7 @@ class FlatSearch:
 
     name: str
     """What searches, where, and why no faster way is taken."""
-    search: Callable[[Vectors, Vectors, int], Found]
+    search: Callable[[Queries, Block, int], Found]
     """From queries, a block and k (at most the rows of the block) to the k rows nearest."""
 
 
@@ -35,7 +36,7 @@ def flat_search() -> FlatSearch:
         import faiss  # heavy, and not needed by the other measures
     except ImportError as error:
         return FlatSearch(f"torch {torch.__version__}: no FAISS ({error})", _of_torch)
-    on_processor = partial(faiss.knn, metric=faiss.METRIC_INNER_PRODUCT)
+    on_processor = partial(_on_processor, faiss)
     name = f"FAISS {faiss.__version__}"
     if not hasattr(faiss, "StandardGpuResources"):
         return FlatSearch(f"{name} on the CPU: built without GPU", on_processor)
@@ -45,16 +46,20 @@ def flat_search() -> FlatSearch:
     return FlatSearch(f"{name} on the GPU", on_gpu)
 
 
-def _on_gpu(faiss: Any, resources: Any, queries: Vectors, block: Vectors, k: int) -> Found:
-    metric = faiss.METRIC_INNER_PRODUCT
-    if k > MOST_ON_GPU:
-        found: Found = faiss.knn(queries, block, k, metric=metric)
-    else:
-        found = faiss.knn_gpu(resources, queries, block, k, metric=metric)
+def _on_processor(faiss: Any, queries: Queries, block: Block, k: int) -> Found:
+    found: Found = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return found
 
 
-def _of_torch(queries: Vectors, block: Vectors, k: int) -> Found:
+def _on_gpu(faiss: Any, resources: Any, queries: Queries, block: Block, k: int) -> Found:
+    if k > MOST_ON_GPU:
+        return _on_processor(faiss, queries, block, k)
+    metric = faiss.METRIC_INNER_PRODUCT
+    found: Found = faiss.knn_gpu(resources, queries, block, k, metric=metric)
+    return found
+
+
+def _of_torch(queries: Queries, block: Block, k: int) -> Found:
     rows = torch.from_numpy(block)
     step = max(1, COSINES_AT_ONCE // len(block))
     parts = [

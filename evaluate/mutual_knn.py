@@ -1,6 +1,6 @@
 """Mutual k-NN and CKNNA: whether two sets of features call the same rows neighbours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -18,7 +18,8 @@ class MutualKnn:
     among its k nearest in the second; then the mean over rows.
 
     Args:
-        first: Neighbours in the first features, from `nearest_others`.
+        first: Neighbours in the first features, from `nearest_others` (or, of some rows only, from
+            `nearest_among`; then there are no other orders of them).
         second: Neighbours of the same rows in the second, of the same k.
 
     Reference:
@@ -99,10 +100,30 @@ def nearest_others(features: Float[np.ndarray, "rows dim"], k: int) -> Neighbour
     for start in range(0, len(features), QUERIES_AT_ONCE):
         queries = features[start : start + QUERIES_AT_ONCE]
         numbers = np.arange(start, start + len(queries))
-        found = nearest_neighbours(queries, _blocks_of(features), k + 1)
-        part = _without(found, numbers)
+        part = nearest_among(queries, numbers, _blocks_of(features), k)
         cosines[numbers], rows[numbers] = part.cosines, part.rows
     return Neighbours(cosines, rows)
+
+
+def nearest_among(
+    queries: Float[np.ndarray, "queries dim"],
+    numbers: Int64[np.ndarray, "queries"],
+    blocks: Iterable[Float[np.ndarray, "_ dim"]],
+    k: int,
+) -> Neighbours:
+    """Find the k nearest other rows of some rows among all, by cosine, exactly.
+
+    Args:
+        queries: Features of these rows.
+        numbers: Their positions among all.
+        blocks: All rows in order, these among them; more than k.
+        k: Neighbours of each.
+    """
+    found = nearest_neighbours(queries, blocks, k + 1)
+    is_self = found.rows == numbers[:, None]
+    is_self[:, -1] |= ~is_self.any(axis=1)  # where k + 1 copies of the row stand before it
+    shape = (len(numbers), k)
+    return Neighbours(found.cosines[~is_self].reshape(shape), found.rows[~is_self].reshape(shape))
 
 
 def reordered(
@@ -119,8 +140,7 @@ def shared_neighbours(
     first: Int64[np.ndarray, "rows k"], second: Int64[np.ndarray, "rows k"]
 ) -> tuple[Bool[np.ndarray, "rows k"], Int64[np.ndarray, "rows k"]]:
     """Tell which neighbours in the first are neighbours in the second too, and at which place."""
-    number = len(first)
-    start = number * np.arange(number)[:, None]
+    start = (max(first.max(), second.max()) + 1) * np.arange(len(first))[:, None]
     ranks = np.argsort(second, axis=1)
     known = (np.take_along_axis(second, ranks, axis=1) + start).ravel()  # ascending all through
     wanted = (first + start).ravel()
@@ -133,14 +153,6 @@ def shared_neighbours(
 def _blocks_of(features: Float[np.ndarray, "rows dim"]) -> Iterator[Float[np.ndarray, "_ dim"]]:
     for start in range(0, len(features), ROWS_AT_ONCE):
         yield features[start : start + ROWS_AT_ONCE]
-
-
-def _without(found: Neighbours, numbers: Int64[np.ndarray, "queries"]) -> Neighbours:
-    """Take each row itself from its neighbours; the last one where copies of it stand before it."""
-    is_self = found.rows == numbers[:, None]
-    is_self[:, -1] |= ~is_self.any(axis=1)
-    shape = (len(numbers), found.rows.shape[1] - 1)
-    return Neighbours(found.cosines[~is_self].reshape(shape), found.rows[~is_self].reshape(shape))
 
 
 def _sparse_hsic(

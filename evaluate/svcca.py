@@ -22,10 +22,27 @@ def svcca(pairs: Iterable[Pair], *, dims: int = 10) -> float:
         Raghu et al. 2017, SVCCA, arXiv:1706.05806; ten directions as Huh et al. 2024,
         arXiv:2405.07987. Exact, where their code takes a randomised decomposition.
     """
-    moments = PairMoments.over(pairs)
+    return svcca_of(PairMoments.over(pairs), dims=dims)
+
+
+def svcca_of(moments: PairMoments, *, dims: int = 10) -> float:
+    """Return the SVCCA that follows from sums over pairs of rows; see `svcca`."""
     first = _whitening(moments.first, dims)
     second = _whitening(moments.second, dims)
     return _mean_correlation(first.T @ moments.both.centred_product @ second)
+
+
+def mean_shuffled_svcca(rows: int, *, dims: int = 10, draws: int = 200, seed: int = 0) -> float:
+    """Return the mean SVCCA of so many rows whose pairs are shuffled, without shuffling them.
+
+    Over all orders of the rows of the second the products of two orthonormal directions have the
+    mean 0 and the variance 1 / (rows − 1), and thousands of rows make them normal.
+
+    Reference:
+        Hoeffding 1951, A Combinatorial Central Limit Theorem, Annals of Mathematical Statistics 22.
+    """
+    between = np.random.default_rng(seed).standard_normal((draws, dims, dims)) / np.sqrt(rows - 1)
+    return float(np.linalg.svd(between, compute_uv=False).mean())
 
 
 class Svcca:

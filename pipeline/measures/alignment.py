@@ -1,23 +1,18 @@
 """How alike image and text features of the same rows are, before and after the head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from evaluate.cka import LinearCka
-from evaluate.mutual_knn import Cknna, MutualKnn, nearest_others
-from evaluate.permutation import Measure, Prepare, calibrate
-from evaluate.rbf_cka import RbfCka
 from evaluate.results import Result
-from evaluate.svcca import Svcca
 from features.column import Column
 from pipeline.embedding import complete_column, feature_blocks, ok_rows
+from pipeline.measures.alignment_values import alignment_values
 from pipeline.measures.context import Context
 
-DIMS = 10  # of SVCCA
 LEAST_ROWS = 16
 """Halves of fewer rows say nothing."""
 
@@ -32,7 +27,7 @@ class _Pair:
     text: Column
     field: str
     encoders: dict[str, str | None]
-    vectors: Callable[[Column, Int64[np.ndarray, "rows"]], Float[np.ndarray, "rows dim"]]
+    vectors: Callable[[Column, Int64[np.ndarray, "rows"]], Iterator[Float[np.ndarray, "_ dim"]]]
 
 
 def score_alignment(context: Context, split: str) -> None:
@@ -52,7 +47,7 @@ def score_alignment(context: Context, split: str) -> None:
             text=complete_column(store, f"text/{text}/{field}"),
             field=field,
             encoders={"image": image, "text": text},
-            vectors=lambda column, rows: np.concatenate(list(feature_blocks(column, rows))),
+            vectors=feature_blocks,
         )
         for image in encoders.image_columns
         for text in encoders.text
@@ -67,7 +62,7 @@ def score_alignment(context: Context, split: str) -> None:
             text=embedder.text_column(store, field),
             field=field,
             encoders=context.encoders,
-            vectors=lambda column, rows: np.concatenate(list(embedder.blocks(column, rows))),
+            vectors=embedder.blocks,
         )
     )
     for pair in pairs:
@@ -77,67 +72,24 @@ def score_alignment(context: Context, split: str) -> None:
 def _score(context: Context, split: str, pair: _Pair) -> None:
     settings = context.config.eval
     both = np.intersect1d(ok_rows(pair.image), ok_rows(pair.text))
-    if len(both) < max(LEAST_ROWS, 2 * settings.alignment_k + 2):
+    held = min(len(both), settings.alignment_rows, settings.alignment_held)
+    if held < max(LEAST_ROWS, 2 * settings.alignment_k + 2):
         context.findings.note(
-            f"{pair.task} is left out: only {len(both)} rows of {split} have both an image and a "
-            f"caption, too few for k = {settings.alignment_k}."
+            f"{pair.task} is left out: only {held} rows of {split} that have both an image and a "
+            f"caption are compared, too few for k = {settings.alignment_k}."
         )
         return
-    generator = np.random.default_rng(settings.seed)
-    number = min(settings.alignment_rows, len(both))
-    rows = np.sort(generator.choice(both, number, replace=False))
-    features = pair.vectors(pair.image, rows), pair.vectors(pair.text, rows)
-    for name in settings.alignment_measures:
-        prepare, about = _measure(name, settings.alignment_k)
-        found = calibrate(
-            prepare,
-            features,
-            permutations=settings.alignment_permutations,
-            subsamples=settings.alignment_subsamples,
-            seed=settings.seed,
-        )
+    sides = [partial(pair.vectors, column) for column in (pair.image, pair.text)]
+    for found in alignment_values(sides[0], sides[1], both, settings):
         context.findings.results.append(
             Result(
                 task=pair.task,
                 dataset=split,
-                metric=name,
-                value=found.value,
-                n=number,
-                ci95=found.interval,
+                metric=found.name,
+                value=found.calibrated.value,
+                n=found.n,
+                ci95=found.calibrated.interval,
                 encoders=pair.encoders,
-                protocol=about
-                | {
-                    "vectors": pair.about,
-                    "captions": [pair.field],
-                    "rows": f"{number} of {len(both)}, drawn with seed {settings.seed}",
-                    "interval": f"{settings.alignment_subsamples} halves of the rows",
-                    "permutations": settings.alignment_permutations,
-                    "chance": found.null_mean,
-                    "calibrated": found.calibrated,
-                    "p_value": found.p_value,
-                },
+                protocol=found.protocol | {"vectors": pair.about, "captions": [pair.field]},
             )
         )
-
-
-def _measure(name: str, k: int) -> tuple[Prepare, dict[str, object]]:
-    """Return a measure by its name, and what could change it."""
-    neighbours: dict[str, object] = {"k": k, "similarity": "cosine"}
-    known: dict[str, tuple[Prepare, dict[str, object]]] = {
-        "cka": (LinearCka, {"kernel": "linear"}),
-        "cka_debiased": (partial(LinearCka, debiased=True), {"kernel": "linear"}),
-        "cka_rbf": (RbfCka, {"kernel": "RBF, σ the median distance"}),
-        "mutual_knn": (partial(_of_neighbours, MutualKnn, k), neighbours),
-        "cknna": (partial(_of_neighbours, Cknna, k), neighbours),
-        "svcca": (partial(Svcca, dims=DIMS), {"dims": DIMS}),
-    }
-    return known[name]
-
-
-def _of_neighbours(
-    measure: type[MutualKnn] | type[Cknna],
-    k: int,
-    first: Float[np.ndarray, "rows first_dim"],
-    second: Float[np.ndarray, "rows second_dim"],
-) -> Measure:
-    return measure(nearest_others(first, k), nearest_others(second, k))

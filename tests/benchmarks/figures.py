@@ -16,6 +16,7 @@ OUTPUT = Path(__file__).parents[2] / "docs" / "figures.json"
 PAGE = OUTPUT.with_name("benchmarks.md")
 BEGIN, END = "<!-- figures.json as a table -->\n", "<!-- end of the table -->\n"
 CPU_MODULES = [
+    "alignment_measures",
     "decoding",
     "captions",
     "epoch",

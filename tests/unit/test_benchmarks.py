@@ -11,6 +11,7 @@ from pipeline.encoder_sizes import KNOWN_TEXT
 from pipeline.explore import nearest
 from tests import tiny
 from tests.benchmarks import (
+    alignment_measures,
     captions,
     decoding,
     epoch,
@@ -139,6 +140,13 @@ def test_retrieval_benchmark_measures_a_ratio_and_seconds() -> None:
     figures = retrieval.measure(images=20, dim=8, rounds=1)
     assert [figure.unit for figure in figures] == ["ratio", "s"]
     assert all(figure.value > 0 for figure in figures)
+
+
+def test_alignment_benchmark_measures_seconds_and_bytes_of_another_process() -> None:
+    seconds, peak = alignment_measures.measure(rows=500)
+    assert "mutual_knn" in seconds.figure
+    assert seconds.value > 0
+    assert 0.05 < peak.value < 4
 
 
 def test_knn_benchmark_measures_a_ratio() -> None:
