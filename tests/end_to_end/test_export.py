@@ -24,6 +24,7 @@ from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.fresh_environment import fresh_environment, run_in
 from tests.photographs import sideways
+from tests.trained import trained
 
 TEXTS = ["a red circle", "three blue squares left of a green star", "?"]
 BUNDLED = [
@@ -31,14 +32,6 @@ BUNDLED = [
     "encoders.text={minilm = {model = 'bundled:minilm'}}",
     "align.head.depth=8",
 ]
-
-
-def trained(folder: Path, *overrides: str) -> Path:
-    """The folder of a small run, aligned."""
-    config = load_config(str(tiny.world(folder, rows=24)), overrides)
-    extract(config, StopRequest())
-    align_run(config, StopRequest())
-    return config.run.dir
 
 
 @pytest.fixture(scope="module")

@@ -10,23 +10,13 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaForConditional
 
 from features.errors import EncoderError
 from pipeline.aligned import load_aligned
-from pipeline.config import load_config
 from pipeline.handover.exports import export_run
 from pipeline.handover.llava import llava_config
-from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training import align_run
-from tests import tiny
+from tests.benchmarks import llava as benchmark
 from tests.commands import sail, the_error_of
+from tests.trained import trained
 
 IMAGE_TOKEN = 31
-
-
-def trained(folder: Path, *overrides: str) -> Path:
-    config = load_config(str(tiny.world(folder, rows=24)), overrides)
-    extract(config, StopRequest())
-    align_run(config, StopRequest())
-    return config.run.dir
 
 
 def llava(folder: Path, **changes: Any) -> Any:
@@ -114,15 +104,33 @@ def test_a_saved_llava_loads_again_and_its_tower_can_be_tuned(
     torch.testing.assert_close(repeated, loss.detach())
 
 
-def test_the_encoder_of_the_demo_has_no_class_token_and_gives_all_its_patches(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def demo_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes = "encoders.image={scenes = {model = 'bundled:scenes', pooling = 'pooler'}}"
-    out = export_run(trained(tmp_path / "world", scenes), "llava", tmp_path / "out")
-    model = llava(out)
+    folder = tmp_path_factory.mktemp("demo")
+    return export_run(trained(folder / "world", scenes), "llava", folder / "out")
+
+
+def test_the_encoder_of_the_demo_has_no_class_token_and_gives_all_its_patches(
+    demo_tower: Path,
+) -> None:
+    model = llava(demo_tower)
     assert model.config.vision_feature_select_strategy == "full"
     projected = model.get_image_features(torch.zeros(1, 3, 64, 64), return_dict=True).pooler_output
     assert projected[0].shape == (16, 20)
+
+
+def test_a_small_language_model_learns_from_the_tower_with_its_head_and_without(
+    demo_tower: Path,
+) -> None:
+    known = benchmark.Questions.draw("train", 64, seed=0)
+    asked = benchmark.Questions.draw("test", 32, seed=0)
+    rows = list(benchmark.compare(demo_tower, known, asked, steps=8, seeds=1))
+    assert [name for name, _, _ in rows] == ["with the trained head", "encoder alone"]
+    for _, (losses,), (right,) in rows:
+        assert max(losses[-2:]) < min(losses[:2])
+        assert 0 <= right <= 1
+    assert 1 / 32 <= benchmark.without_looking(known, asked) < 0.4
 
 
 def test_weights_of_an_unknown_licence_are_not_put_into_a_tower(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,17 @@
+"""A small run, aligned."""
+
+from pathlib import Path
+
+from pipeline.config import load_config
+from pipeline.interrupt import StopRequest
+from pipeline.run import extract
+from pipeline.training import align_run
+from tests import tiny
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Extract and align the tiny world; returns the folder of the run."""
+    config = load_config(str(tiny.world(folder, rows=24)), overrides)
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    return config.run.dir
