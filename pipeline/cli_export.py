@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-FORMS = ("hf", "llava")
+FORMS = ("hf", "llava", "onnx")
 
 
 @click.command()
@@ -37,6 +37,9 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 
     \b
     --to llava  the image encoder with its head as a vision tower for LLaVA (docs/export.md).
+
+    \b
+    --to onnx   both heads, without the encoders; needs the extra `onnx`.
 
     \b
     Examples:

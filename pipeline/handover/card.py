@@ -19,8 +19,13 @@ LONGEST = 40
 """Characters of a list in the protocol that stands in the table; results.json has all."""
 
 
-def model_card(parts: Parts) -> str:
-    """Return the README.md of an exported folder."""
+def model_card(parts: Parts, use: str | None = None) -> str:
+    """Return the README.md of an exported folder.
+
+    Args:
+        parts: What is exported.
+        use: How the folder is used and what is in it, if it is not that of `--to hf`.
+    """
     checkpoint = parts.aligned.checkpoint
     reason = why_no_snippet(parts)
     run = parts.aligned.run_config
@@ -31,7 +36,8 @@ def model_card(parts: Parts) -> str:
         checkpoint=checkpoint,
         base_models=[part.settings.model for part, _ in both if part.on_hub],
         encoders=_encoders(parts),
-        notes=[note for part, folder in both if (note := _note(part, folder))],
+        notes=[_note(part, folder) for part, folder in both] if use is None else [],
+        use=use,
         sizes=json.dumps(checkpoint.head.model_dump(exclude_none=True)),
         rows=checkpoint.run["store"]["rows"],
         fields=checkpoint.run["fields"],

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from features.errors import ConfigError
 from pipeline.handover.huggingface import export_huggingface
-from pipeline.handover.layout import CARD, MODEL
+from pipeline.handover.layout import CARD
 from pipeline.handover.llava import export_llava
+from pipeline.handover.onnx import export_onnx
 from pipeline.handover.parts import Parts, parts_of
 
 WRITERS: dict[str, Callable[[Parts, Path], Path]] = {
     "hf": export_huggingface,
     "llava": export_llava,
+    "onnx": export_onnx,
 }
+MARK = "---\ntags: [sail, "
+"""How every card begins."""
 
 
 def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) -> Path:
@@ -35,7 +39,8 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
 
 def _check_free(out: Path) -> None:
     """Check that nothing would be replaced but an earlier export."""
-    is_export = (out / CARD).is_file() and (out / MODEL).is_file()
+    card = out / CARD
+    is_export = card.is_file() and card.read_bytes().startswith(MARK.encode())
     if out.exists() and not is_export and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(
             f"{out} is there already, and is no exported model. A new path, an empty folder or an "
