@@ -6,7 +6,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from align.cache import ChunkCache
@@ -100,30 +100,27 @@ class ChunkReader:
         Raises:
             StoreCorruptError: The chunk is not what was written.
         """
-        scale = self._scale(column, chunk) if rows.scale is not None else None
+        if rows.scale is not None:
+            self._put(rows.scale, places, self._scale(column, chunk))
+        straight = not self._on_gpu and not column.is_remote and self._checked[column.name][chunk]
+        if straight and column.scatter(chunk, rows.values.numpy(), places):
+            return
         with self._buffer(column) as buffer:
             for first, values in self._pieces(column, chunk, buffer):
-                piece = slice(first, first + len(values))
-                self._put(rows, places[piece], values, None if scale is None else scale[piece])
+                self._put(rows.values, places[first : first + len(values)], values)
 
     def _put(
         self,
-        rows: RowsInMemory,
-        places: Int64[np.ndarray, "piece"],
-        values: Shaped[Tensor, "piece dim"],
-        scale: Float32[Tensor, "piece"] | None,
+        rows: Shaped[Tensor, "all_rows *dim"],
+        places: Int64[np.ndarray, "some_rows"],
+        values: Shaped[Tensor, "some_rows *dim"],
     ) -> None:
         if not self._on_gpu:
-            whole = _as_items(rows.values)
-            whole[places] = _as_items(values)  # numpy copies rows whole; torch does not
-            if rows.scale is not None and scale is not None:
-                rows.scale.numpy()[places] = scale.numpy()
+            _as_items(rows)[places] = _as_items(values)  # numpy copies rows whole; torch does not
             return
         with self._copying():
             index = torch.from_numpy(places).to(self.memory)
-            rows.values.index_copy_(0, index, values.to(self.memory, non_blocking=True))
-            if rows.scale is not None and scale is not None:
-                rows.scale.index_copy_(0, index, scale.to(self.memory))
+            rows.index_copy_(0, index, values.to(self.memory, non_blocking=True))
 
     def _pieces(
         self, column: Column, chunk: int, buffer: Shaped[Tensor, "some_rows dim"]
@@ -196,5 +193,5 @@ def caption_hashes(columns: Columns, field: int, chunk: int) -> Int64[np.ndarray
 
 def _as_items(rows: Tensor) -> np.ndarray:
     """Return rows as one array of items, each the bytes of a row."""
-    values = rows.numpy()
+    values = rows.numpy().reshape(len(rows), -1)
     return values.view(f"V{values.shape[1] * values.itemsize}").ravel()

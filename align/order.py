@@ -60,6 +60,9 @@ class Order:
         self.batch_size = batch_size
         self.seed = seed
         self.places = range(batch_size) if places is None else places
+        lanes = max(1, min(LANES, batch_size // PLACES_PER_LANE))
+        widths = np.diff(np.arange(lanes + 1) * batch_size // lanes)
+        self._lane_of_place = np.repeat(np.arange(lanes, dtype=np.uint8), widths)
         starts = np.arange(0, len(usable), rows_per_chunk)
         counts = np.add.reduceat(usable.astype(np.int64), starts) if len(starts) else starts
         self._chunks = np.flatnonzero(counts)  # a chunk without a row to use is never read
@@ -129,32 +132,24 @@ class Order:
             key: Number of the epoch and of the window in it.
         """
         size, places = self.batch_size, self.places
-        lanes = max(1, min(LANES, size // PLACES_PER_LANE))
         ordered = self._usable(chunks)
         count = min(len(ordered), self.steps_per_epoch * size - before)  # the others are dropped
-        after = before + count
+        place = (np.arange(count) + before) % size
+        lane = self._lane_of_place[place]
+        by_lane = np.argsort(lane, kind="stable")
+        starts = np.searchsorted(lane[by_lane], np.arange(self._lane_of_place[-1] + 2))
+        parts = starts * len(ordered) // count
         shuffled = np.full(count, -1)
-        used = np.full(len(chunks), len(places) == size)
-        for lane in range(lanes):
-            first, last = lane * size // lanes, (lane + 1) * size // lanes
-            taken = range(max(first, places.start), min(last, places.stop))
-            if not taken:
-                continue
-            start, stop = (
-                _places_between(before, after, place, size) * len(ordered) // count
-                for place in (first, last)
-            )
-            index = _indices(before, after, range(first, last), size)
-            part = ordered[start:stop]
-            rows = self._generator(ROWS, *key, lane).permutation(part)[: len(index)]
-            if len(places) < size:
-                used[part // self.rows_per_chunk] = True
-            if taken == range(first, last):
-                shuffled[index] = rows
-            else:
-                place = (index + before) % size
-                mine = (place >= taken.start) & (place < taken.stop)
-                shuffled[index[mine]] = rows[mine]
+        is_whole = len(places) == size
+        used = np.full(len(chunks), is_whole)
+        for each in np.unique(self._lane_of_place[places.start : places.stop]).tolist():
+            part = ordered[parts[each] : parts[each + 1]]
+            index = by_lane[starts[each] : starts[each + 1]]
+            rows = self._generator(ROWS, *key, each).permutation(part)
+            shuffled[index] = rows[: len(index)]
+            used[part // self.rows_per_chunk] = True
+        if not is_whole:
+            shuffled[(place < places.start) | (place >= places.stop)] = -1
         return shuffled, used
 
     def _usable(self, chunks: Integer[np.ndarray, "slots"]) -> Int64[np.ndarray, "positions"]:
@@ -168,22 +163,6 @@ class Order:
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed, *key]))
-
-
-def _places_between(before: int, after: int, place: int, size: int) -> int:
-    """Count the rows `before` to `after` of an epoch that stand at places lower than `place`."""
-
-    def until(row: int) -> int:
-        return row // size * place + min(row % size, place)
-
-    return until(after) - until(before)
-
-
-def _indices(before: int, after: int, places: range, size: int) -> Int64[np.ndarray, "rows"]:
-    """Return which of the rows `before` to `after` of an epoch stand at some places of a batch."""
-    batches = np.arange(before // size, -(-after // size))
-    rows: np.ndarray = (batches[:, None] * size + np.array(places)).ravel()
-    return rows[(rows >= before) & (rows < after)] - before
 
 
 def _own_part(

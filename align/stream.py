@@ -105,7 +105,9 @@ class Stream:
                     into = slice(done, done + len(positions))
                     memory.copy(part, positions, fields, image[into], text[into])
                     features = image, text
-                weights = self._field_weights[fields] * np.take_along_axis(ok, fields, axis=1)
+                weights = self._field_weights[fields]
+                if not self._all_ok:
+                    weights *= np.take_along_axis(ok, fields, axis=1)
                 ids = memory.caption_ids(part, positions, fields)
                 parts.append(Part(first_row + rows, weights, ids, features))
                 start, done = part.stop, done + len(positions)
@@ -186,6 +188,8 @@ class Stream:
 
 def joined(parts: list[Part]) -> Part:
     """Return parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
     ids = [part.caption_ids for part in parts if part.caption_ids is not None]
     return Part(
         rows=np.concatenate([part.rows for part in parts]),

@@ -17,9 +17,10 @@ Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captio
 class OrderedWindow(FeaturesInMemory):
     """The rows of a window and the captions drawn for them, each at the place of its use.
 
-    A chunk is read into a small buffer, which stays in the processor's cache, and its rows go from
-    there to their places. Reading whole chunks to memory and gathering batches from them took 1.5
-    times as long.
+    The system puts the rows of a chunk straight to their places (`features.scattered`). Where the
+    crc32c is to be looked at first, or there is no such call, a chunk is read into a small buffer,
+    which stays in the processor's cache, and its rows go on from there: 1.2 times as long. Reading
+    whole chunks to memory and gathering batches from them took 1.8 times as long.
     """
 
     def __init__(

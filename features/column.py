@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float16, Float32, Shaped, UInt8
+from jaxtyping import Float16, Float32, Int64, Shaped, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features.chunks import CRC_BYTES, read_chunk, read_part, read_pieces, write_chunk
 from features.partial import remove_leftovers
 from features.quantisation import dequantise, quantise
+from features.scattered import scatter_rows
 from features.status import Status
 from features.storage.files import is_file, names, zarr_store
 from features.storage.parallel import in_order
@@ -172,6 +173,24 @@ class Column:
         """
         file = Path(str(self.features_file(chunk)))
         yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify)
+
+    def scatter(
+        self,
+        chunk: int,
+        rows: Shaped[np.ndarray, "all_rows dim"],
+        places: Int64[np.ndarray, "rows_per_chunk"],
+    ) -> bool:
+        """Read a chunk on local disk straight to the places of its rows; nothing is verified.
+
+        Args:
+            chunk: Number of the chunk.
+            rows: Of the column's dtype.
+            places: Of the rows of the chunk, in `rows`.
+
+        Returns:
+            Whether that could be done; see `features.scattered`.
+        """
+        return scatter_rows(Path(str(self.features_file(chunk))), rows, places)
 
     def read_scale_into(self, chunk: int, buffer: Float32[np.ndarray, "rows_per_chunk"]) -> None:
         """Fill a buffer with the factors of the rows of a chunk of int8 features.

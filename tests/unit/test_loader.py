@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Int64
 
 from align.config import AlignConfig
 from align.loader import MIB, Batch, Loader, LoaderOptions, Source
 from align.selection import Columns, select_rows
+from features import scattered
 from features.column import Column
 from features.errors import StoreCorruptError, TrainingError
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
@@ -144,6 +146,31 @@ def test_a_chunk_read_in_small_pieces_gives_the_same_batches(
     for one, other in zip(copies(whole, 0, steps), copies(in_pieces, 0, steps), strict=True):
         assert torch.equal(one.image, other.image)
         assert torch.equal(one.text, other.text)
+
+
+def test_rows_come_to_the_same_places_where_the_system_cannot_put_them_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(tmp_path)
+    straight: list[bool] = []
+    original = Column.scatter
+
+    def scatter(
+        column: Column, chunk: int, rows: np.ndarray, places: Int64[np.ndarray, "rows"]
+    ) -> bool:
+        straight.append(original(column, chunk, rows, places))
+        return straight[-1]
+
+    monkeypatch.setattr(Column, "scatter", scatter)
+    steps = loader.steps_per_epoch
+    copies(loader, 0, steps)
+    assert not straight  # every crc32c is looked at first
+    one = copies(loader, steps, 2 * steps)
+    assert set(straight) == {scattered.PREADV is not None}
+    monkeypatch.setattr(scattered, "PREADV", None)
+    for batch, same in zip(one, copies(loader, steps, 2 * steps), strict=True):
+        assert torch.equal(batch.image, same.image)
+        assert torch.equal(batch.text, same.text)
 
 
 @pytest.mark.parametrize(
