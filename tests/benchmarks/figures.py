@@ -19,6 +19,7 @@ CPU_MODULES = [
     "alignment_measures",
     "decoding",
     "captions",
+    "demo",
     "epoch",
     "extraction",
     "extraction_memory",

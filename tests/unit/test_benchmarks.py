@@ -14,6 +14,7 @@ from tests.benchmarks import (
     alignment_measures,
     captions,
     decoding,
+    demo,
     epoch,
     explore,
     extraction,
@@ -81,6 +82,13 @@ def test_extraction_benchmark_measures_a_ratio_for_each_mode() -> None:
 def test_decoding_benchmark_measures_ratios() -> None:
     figures = decoding.measure(images=2, rounds=1)
     assert [figure.value > 0 for figure in figures] == [True, True, True]
+
+
+def test_demo_benchmark_measures_seconds() -> None:
+    small = ["data.train.rows=64", "data.test.rows=60", "data.compositional.rows=4"]
+    small += ["align.batch_size=32", "align.epochs=1", "eval.segmentation={}", "eval.bootstrap=0"]
+    everything, evaluation = demo.measure(small, rounds=1)
+    assert everything.value > evaluation.value > 0
 
 
 def test_extraction_memory_benchmark_measures_bytes_of_another_process(tmp_path: Path) -> None:
