@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-FORMS = ("hf", "llava", "onnx")
+FORMS = ("hf", "llava", "onnx", "sentence-transformers")
 
 
 @click.command()
@@ -40,6 +40,10 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 
     \b
     --to onnx   both heads, without the encoders; needs the extra `onnx`.
+
+    \b
+    --to sentence-transformers
+                the text encoder with its head, if that is of kind linear or mlp.
 
     \b
     Examples:

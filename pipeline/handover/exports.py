@@ -9,11 +9,13 @@ from pipeline.handover.layout import CARD
 from pipeline.handover.llava import export_llava
 from pipeline.handover.onnx import export_onnx
 from pipeline.handover.parts import Parts, parts_of
+from pipeline.handover.sentence_transformers import export_sentence_transformers
 
 WRITERS: dict[str, Callable[[Parts, Path], Path]] = {
     "hf": export_huggingface,
     "llava": export_llava,
     "onnx": export_onnx,
+    "sentence-transformers": export_sentence_transformers,
 }
 MARK = "---\ntags: [sail, "
 """How every card begins."""

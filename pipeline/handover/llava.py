@@ -48,12 +48,7 @@ def export_llava(parts: Parts, out: Path) -> Path:
         EncoderError: The licence of the encoder is not known to allow a copy, or a patch has no
             place among the features that the head reads.
     """
-    if not parts.image.with_weights:
-        raise EncoderError(
-            f"A vision tower holds the weights of {parts.image.settings.model}, whose licence is "
-            f"{parts.image.licence or 'not known'}. Leave to copy them was expected. Use "
-            f"--with-encoders if you have it."
-        )
+    parts.image.check_copyable("A vision tower")
     config = _config(parts)
     tower = AlignedVisionModel(config).eval()
     encoder, head = parts.aligned.image_encoder, parts.aligned.model.image_head

@@ -61,6 +61,22 @@ class EncoderPart(Generic[Settings]):
         """Its config.json."""
         return read_settings(self.files.folder)
 
+    def check_copyable(self, what: str) -> None:
+        """Check that its weights may be handed over.
+
+        Args:
+            what: What would hold them, for the message.
+
+        Raises:
+            EncoderError: Its licence is not known to allow that, and nobody asked for it.
+        """
+        if not self.with_weights:
+            raise EncoderError(
+                f"{what} holds the weights of {self.settings.model}, whose licence is "
+                f"{self.licence or 'not known'}. Leave to copy them was expected. Use "
+                f"--with-encoders if you have it."
+            )
+
     def copy_to(self, folder: Path) -> None:
         """Copy its files into a new folder.
 

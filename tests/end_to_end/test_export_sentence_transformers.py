@@ -1,0 +1,61 @@
+"""The text side of a run in sentence-transformers gives what the run gives."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from features.errors import EncoderError
+from pipeline.aligned import load_aligned
+from pipeline.handover.exports import export_run
+from tests.commands import sail, the_error_of
+from tests.trained import trained
+
+library: Any = pytest.importorskip("sentence_transformers", reason="it is not installed")
+
+TEXTS = ["a red circle", "three blue squares left of a green star", "?"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["align.head.kind=mlp", "encoders.text={minilm = {model = 'bundled:minilm'}}"],
+        ["align.head.kind=linear", "encoders.text.bert.pooling=cls"],
+        [
+            "align.head.kind=linear",
+            "encoders.text.bert.pooling=last",
+            "encoders.text.bert.instruction=a red: ",
+            "encoders.text.bert.max_length=6",
+        ],
+    ],
+    ids=["mlp, mean", "linear, cls", "linear, last token, instruction"],
+)
+def test_sentence_transformers_embeds_texts_as_the_run_does(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    run = trained(tmp_path / "world", *overrides)
+    out = tmp_path / "out"
+    sail("export", run, "--to", "sentence-transformers", "--out", out, "--with-encoders")
+    found = library.SentenceTransformer(str(out), device="cpu").encode(TEXTS)
+    aligned = load_aligned(run, device="cpu")
+    features = torch.from_numpy(aligned.text_encoder.encode(TEXTS)).float()
+    with torch.no_grad():
+        exact = F.normalize(aligned.model.text_head(features), dim=-1).numpy()
+    np.testing.assert_allclose(found, exact, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found, aligned.encode_text(TEXTS), atol=5e-4, rtol=0)  # rounded
+    assert np.abs(np.diff(found, axis=0)).max() > 1e-4  # the texts are told apart
+
+
+def test_what_sentence_transformers_has_no_module_for_is_refused(tmp_path: Path) -> None:
+    run = trained(tmp_path / "glu")
+    form = "sentence-transformers"
+    message = the_error_of(sail("export", run, "--to", form, "--out", tmp_path / "o", expect=1))
+    assert re.search(r"of kind glu, for which .* was expected\. Train one with", message)
+    run = trained(tmp_path / "linear", "align.head.kind=linear")
+    with pytest.raises(EncoderError, match=r"licence is not known\. .* was expected\. Use --with"):
+        export_run(run, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
