@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-FORMS = ("hf", "llava", "onnx", "sentence-transformers")
+FORMS = ("hf", "llava", "onnx", "open_clip", "sentence-transformers")
 
 
 @click.command()
@@ -40,6 +40,10 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 
     \b
     --to onnx   both heads, without the encoders; needs the extra `onnx`.
+
+    \b
+    --to open_clip
+                a state dict of both heads under the names that open_clip has for them.
 
     \b
     --to sentence-transformers

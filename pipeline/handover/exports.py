@@ -8,6 +8,7 @@ from pipeline.handover.huggingface import export_huggingface
 from pipeline.handover.layout import CARD
 from pipeline.handover.llava import export_llava
 from pipeline.handover.onnx import export_onnx
+from pipeline.handover.open_clip import export_open_clip
 from pipeline.handover.parts import Parts, parts_of
 from pipeline.handover.sentence_transformers import export_sentence_transformers
 
@@ -15,6 +16,7 @@ WRITERS: dict[str, Callable[[Parts, Path], Path]] = {
     "hf": export_huggingface,
     "llava": export_llava,
     "onnx": export_onnx,
+    "open_clip": export_open_clip,
     "sentence-transformers": export_sentence_transformers,
 }
 MARK = "---\ntags: [sail, "
