@@ -138,6 +138,10 @@ class EvalConfig(BaseModel):
     """Numbers of neighbours that are tried."""
     knn_temperature: PositiveFloat = 0.07
     """T of the votes exp(cosine / T) (DINO)."""
+    knn_search: Literal["exact", "ivf-pq"] = "exact"
+    """`exact`: every query is compared with every row. `ivf-pq`: with those that a FAISS index of
+    coarse codes finds, for millions of rows; the protocol has the share of the exact neighbours
+    that it found."""
     linear_probe_rows: int = Field(default=0, ge=0)
     """Rows of `knn_reference` to which linear probes of the image features are fitted, at most; the
     splits of `knn` test them. 0 leaves them out: to converge takes minutes on a CPU."""

@@ -39,16 +39,17 @@ def nearest_neighbours(
         reference: Blocks of rows, in order; normalised here.
         k: Neighbours of each query; fewer come back when the reference has fewer.
     """
-    queries = _normalise(np.array(queries, dtype=np.float32, order="C"))
-    cosines = np.empty((len(queries), 0), dtype=np.float32)
-    rows = np.empty((len(queries), 0), dtype=np.int64)
+    queries = unit_rows(queries)
+    none = np.empty((len(queries), 0))
+    nearest = Neighbours(none.astype(np.float32), none.astype(np.int64))
     start = 0
-    for block in _packed(reference, queries.shape[1]):
+    for block in normalised_blocks(reference, queries.shape[1]):
         if len(queries):
             found, where = flat_search().search(queries, block, min(k, len(block)))
-            cosines, rows = _merged(cosines, rows, found, where + start, k)
+            cosines = np.concatenate([nearest.cosines, found], axis=1)
+            nearest = nearest_of(cosines, np.concatenate([nearest.rows, where + start], axis=1), k)
         start += len(block)
-    return Neighbours(cosines, rows)
+    return nearest
 
 
 def vote(
@@ -90,20 +91,17 @@ def vote(
     return predicted
 
 
-def _merged(
-    cosines: Float32[np.ndarray, "queries before"],
-    rows: Int64[np.ndarray, "queries before"],
-    found: Float32[np.ndarray, "queries more"],
-    where: Int64[np.ndarray, "queries more"],
+def nearest_of(
+    cosines: Float32[np.ndarray, "queries candidates"],
+    rows: Int64[np.ndarray, "queries candidates"],
     k: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k nearest of two lists; of equally near ones the first row comes first."""
-    cosines, rows = np.concatenate([cosines, found], 1), np.concatenate([rows, where], 1)
+) -> Neighbours:
+    """Return the k nearest of some candidates; of equally near ones the first row comes first."""
     order = np.lexsort((rows, -cosines), axis=1)[:, :k]
-    return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
+    return Neighbours(np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1))
 
 
-def _packed(
+def normalised_blocks(
     blocks: Iterable[Float[np.ndarray, "_ dim"]], dim: int
 ) -> Iterator[Float32[np.ndarray, "_ dim"]]:
     """Yield the rows of the blocks normalised, many at once, in memory that is used again."""
@@ -120,6 +118,11 @@ def _packed(
                 filled = 0
     if filled:
         yield _normalise(buffer[:filled])
+
+
+def unit_rows(features: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+    """Return a copy of rows with the length 1."""
+    return _normalise(np.array(features, dtype=np.float32, order="C"))
 
 
 def _normalise(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:

@@ -19,7 +19,7 @@ from pipeline.tables import rendered
 RESAMPLES, SEED = 2000, 0
 FOUND = frozenset(
     {"calibrated", "p_value", "regularisation", "converged"}
-    | {"patch", "patch_feature", "resample", "mean", "std", "searched_with"}
+    | {"patch", "patch_feature", "resample", "mean", "std", "searched_with", "recall"}
 )
 """Of a protocol: what came out, or follows from the encoder, rather than what was asked for."""
 

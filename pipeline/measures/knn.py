@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 
+from evaluate.config import EvalConfig
 from evaluate.flat_search import flat_search
 from evaluate.items import Items
-from evaluate.knn import nearest_neighbours, vote
+from evaluate.ivf_pq import LEAST_ROWS, approximate_neighbours
+from evaluate.knn import Neighbours, nearest_neighbours, vote
 from evaluate.results import Result
 from features.column import Column
 from pipeline.embedding import complete_column, feature_blocks
@@ -34,7 +36,6 @@ class _Search:
 def score_knn(context: Context, split: str, reference: str) -> None:
     """Score the features of every image encoder, the embeddings, and images against captions."""
     queries, voters = context.stores[split], context.stores[reference]
-    logger.info("k-NN of %s by %s", split, flat_search().name)
     for name in context.config.encoders.image_columns:
         columns = [complete_column(store, f"image/{name}") for store in (queries, voters)]
         encoders: dict[str, str | None] = {"image": name, "text": None}
@@ -74,9 +75,11 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
         )
     if not ks:
         return
-    neighbours = nearest_neighbours(
+    neighbours, about = _neighbours(
+        settings,
         np.concatenate(list(search.vectors(search.query, rows))),
-        (block for column, chosen, _ in voters for block in search.vectors(column, chosen)),
+        lambda: (block for column, chosen, _ in voters for block in search.vectors(column, chosen)),
+        len(voter_labels),
         max(ks),
     )
     num_classes = int(max(labels.max(), voter_labels.max())) + 1
@@ -106,11 +109,34 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
                     "vectors": search.about,
                     "reference": reference,
                     "reference_rows": len(voter_labels),
-                    "search": "exact",
-                    "searched_with": flat_search().name,
                     "chance": round(1 / num_classes, 8),
-                },
+                }
+                | about,
             ),
             rows,
             Items(hits),
         )
+
+
+def _neighbours(
+    settings: EvalConfig,
+    queries: Float[np.ndarray, "queries dim"],
+    reference: Callable[[], Iterator[Float[np.ndarray, "_ dim"]]],
+    rows: int,
+    k: int,
+) -> tuple[Neighbours, dict[str, object]]:
+    """Search as the settings say, and return what is told of it in the protocol."""
+    if settings.knn_search == "exact" or rows < LEAST_ROWS:
+        if settings.knn_search != "exact":
+            logger.info("%d rows are searched exactly: IVF-PQ takes %d", rows, LEAST_ROWS)
+        about: dict[str, object] = {"search": "exact", "searched_with": flat_search().name}
+        logger.info("k-NN among %d rows by %s", rows, flat_search().name)
+        return nearest_neighbours(queries, reference(), k), about
+    found = approximate_neighbours(queries, reference, rows, k, seed=settings.seed)
+    logger.info("k-NN among %d rows by %s: recall %.3f", rows, found.about, found.recall)
+    return found.neighbours, {
+        "search": found.about,
+        "searched_with": "FAISS on the CPU: eval.knn_search = 'ivf-pq'",
+        "recall": round(found.recall, 6),
+        "recall_of": f"the exact {k} nearest of {found.recall_queries} queries",
+    }
