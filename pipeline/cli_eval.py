@@ -55,7 +55,8 @@ def _check(recipe: str, overrides: tuple[str, ...], *, as_json: bool, verbose: b
     from pipeline.drift import check_run, refuse_drift
     from pipeline.tables import drift_table
 
-    path = run_stage(recipe, overrides, check_run, as_json=None, verbose=verbose)
+    kept = "nothing was written."
+    path = run_stage(recipe, overrides, check_run, as_json=None, verbose=verbose, kept=kept)
     text = path.read_text(encoding="utf-8")
     document = json.loads(text)
     click.echo(text if as_json else f"{drift_table(document)}\n{path}")

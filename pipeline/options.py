@@ -59,11 +59,10 @@ def trainings(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def until_stopped(
-    work: Callable[[Any], Any],
-    *,
-    kept: str = "what is done is saved. The same command goes on from here.",
-) -> Any:
+SAVED = "what is done is saved. The same command goes on from here."
+
+
+def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:
     """Return what work returns; where a signal ends it cleanly, exit with the signal's code."""
     from pipeline.interrupt import Stopped, stop_on_signal
 
@@ -82,6 +81,7 @@ def run_stage(
     *,
     as_json: bool | None,
     verbose: bool,
+    kept: str = SAVED,
 ) -> Any:
     """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns.
 
@@ -94,7 +94,7 @@ def run_stage(
     start_log(verbose=verbose)
     keep_freed_memory()
     config = load_config(recipe, overrides)
-    result = until_stopped(lambda stop: work(config, stop))
+    result = until_stopped(lambda stop: work(config, stop), kept=kept)
     if as_json is not None and result is not None:
         click.echo(json.dumps(result) if as_json else "\n".join(result))
     return result

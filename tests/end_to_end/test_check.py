@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from features.encoders import load_image_encoder
 from features.encoders.image import ImageEncoder
 from pipeline import drift
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
+from pipeline.drift import check_run
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from pipeline.training import align_run
@@ -61,6 +63,19 @@ def check(run_file: Path, *options: str) -> dict[tuple[str, str], dict[str, Any]
     """Return the drifts that a check which succeeds prints."""
     found = json.loads(sail("eval", run_file, "--check", "--json", *options).stdout)
     return {(each["modality"], each["over"]): each for each in found["drifts"]}
+
+
+def test_a_check_that_is_stopped_says_that_it_wrote_nothing(
+    run_file: Path, copied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: RunConfig, stop: StopRequest) -> None:
+        signal.raise_signal(signal.SIGINT)
+        check_run(config, stop)
+
+    monkeypatch.setattr(drift, "check_run", stopped)
+    result = sail("eval", run_file, "--check", "--set", copied, expect=130)
+    assert "Stopped; nothing was written." in result.stderr
+    assert not (Path(copied.removeprefix("run.dir=")) / "eval" / "check.json").exists()
 
 
 def test_a_sound_run_drifts_little_and_says_how_it_was_measured(run_file: Path) -> None:
