@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -198,7 +199,7 @@ class Cluster:
         self._client.subscribe_topic(self._job["id"], under_way.hear)
         try:
             self._hand_out_all(tasks, run, under_way)
-        except OSError as error:  # the client's; those of workers come as words
+        except (OSError, CancelledError) as error:  # the client's; those of workers come as words
             raise self._scheduler_gone() from error
         return under_way.phases
 

@@ -9,7 +9,7 @@ from typing import Any
 import distributed
 import pytest
 from click.testing import CliRunner
-from distributed import Client, LocalCluster, Scheduler
+from distributed import Client, Future, LocalCluster, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +113,24 @@ def test_the_command_sleeps_until_a_unit_has_ended(
         of_one_thread.fill_encoder(stores, "image/vit", StopRequest())
     assert ended
     assert all(ended)
+
+
+def test_units_that_a_lost_scheduler_cancelled_are_told_as_that(
+    tmp_path: Path, local: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(futures: list[Future], **options: Any) -> object:
+        for future in futures:
+            future.cancel()
+        return distributed.wait(futures, **options)
+
+    monkeypatch.setattr(cluster, "wait", wait)
+    config = load_config(str(tiny.world(tmp_path, rows=16)))
+    with (
+        Client(local) as client,
+        Cluster(client, config).ending() as of_one_thread,
+        pytest.raises(ClusterError, match=r"The scheduler at .* is gone\. .*what is done is kept"),
+    ):
+        of_one_thread.fill_encoder([], "image/vit", StopRequest())
 
 
 def test_workers_that_see_all_gpus_take_one_each() -> None:
