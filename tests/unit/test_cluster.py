@@ -118,7 +118,7 @@ def test_the_command_sleeps_until_a_unit_has_ended(
 def test_units_that_a_lost_scheduler_cancelled_are_told_as_that(
     tmp_path: Path, local: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(futures: list[Future], **options: Any) -> object:
+    def wait(futures: list[Future[Any]], **options: Any) -> object:
         for future in futures:
             future.cancel()
         return distributed.wait(futures, **options)
