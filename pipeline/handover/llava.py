@@ -52,7 +52,7 @@ def export_llava(parts: Parts, out: Path) -> Path:
     config = _config(parts)
     tower = AlignedVisionModel(config).eval()
     encoder, head = parts.aligned.image_encoder, parts.aligned.model.image_head
-    tower.encoder.load_state_dict(encoder.model.state_dict(), strict=False)
+    tower.encoder.load_state_dict(encoder.model.state_dict())
     tower.head.load_state_dict(head.state_dict())
     card = model_card(parts).partition("## Use")[0].rstrip() + "\n"
     with replacing_folder(out) as folder:
