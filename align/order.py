@@ -136,9 +136,9 @@ class Order:
         count = min(len(ordered), self.steps_per_epoch * size - before)  # the others are dropped
         place = (np.arange(count) + before) % size
         lane = self._lane_of_place[place]
-        by_lane = np.argsort(lane, kind="stable")
+        by_lane = np.argsort(lane, kind="stable")  # the places of a lane are behind each other
         starts = np.searchsorted(lane[by_lane], np.arange(self._lane_of_place[-1] + 2))
-        parts = starts * len(ordered) // count
+        parts = starts * len(ordered) // count  # where the rows of each lane begin
         shuffled = np.full(count, -1)
         is_whole = len(places) == size
         used = np.full(len(chunks), is_whole)

@@ -1,7 +1,5 @@
 """Rows of features in memory, as they are in the store, and how a batch is made of them."""
 
-import math
-
 import numpy as np
 import torch
 from jaxtyping import Float16, Int64
@@ -63,11 +61,6 @@ class RowsInMemory:
         _restore(self.values[part], None if self.scale is None else self.scale[part], out)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        if self._memory.type == "cpu" and not self._pin:
-            # numpy asks for huge pages, torch does not: rows that go anywhere then go 1.2 times as
-            # fast, since the processor has to look up fewer addresses.
-            memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-            return torch.from_numpy(memory).view(dtype).view(shape)
         return torch.empty(shape, dtype=dtype, device=self._memory, pin_memory=self._pin)
 
 

@@ -20,7 +20,7 @@ class OrderedWindow(FeaturesInMemory):
     The system puts the rows of a chunk straight to their places (`features.scattered`). Where the
     crc32c is to be looked at first, or there is no such call, a chunk is read into a small buffer,
     which stays in the processor's cache, and its rows go on from there: 1.2 times as long. Reading
-    whole chunks to memory and gathering batches from them took 1.8 times as long.
+    whole chunks to memory and gathering batches from them took 1.5 times as long as that.
     """
 
     def __init__(

@@ -1,3 +1,5 @@
+"""Rows of a chunk that the system puts to their places, and when it is left to others."""
+
 from pathlib import Path
 
 import numpy as np
