@@ -1,7 +1,8 @@
 """k-NN search over a store's worth of rows against bare FAISS on arrays that are in memory.
 
 The reference comes as float16 blocks from a mapped file, as from a store, and is normalised on the
-way; bare is `faiss.knn` over the same rows as one normalised float32 array. Both are exact.
+way; bare is `faiss.knn` over the same rows as one normalised float32 array. Both are exact. The
+peak of memory is that of a process which searches the rows of a store.
 
     python -m tests.benchmarks.knn [--full] [--json]
 
@@ -21,7 +22,11 @@ import faiss
 import numpy as np
 
 from evaluate.knn import nearest_neighbours
+from features.store import FeatureStore
+from pipeline.embedding import feature_blocks, ok_rows
 from tests.benchmarks.figure import Figure, figure_of
+from tests.benchmarks.synthetic import linked_store
+from tests.peak_memory import peak_bytes_of
 
 DIM, K, ROWS_PER_BLOCK = 768, 20, 65_536
 
@@ -33,7 +38,37 @@ def blocks(reference: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def measure(queries: int = 10_000, rows: int = 1_000_000, rounds: int = 1) -> list[Figure]:
-    """Return the ratio of the times."""
+    """Return the ratio of the times, and the peak of memory of a search."""
+    return [_ratio(queries, rows, rounds), _peak(queries, rows)]
+
+
+def search(store: Path, queries: int) -> None:
+    """Search as many queries among the rows of a store."""
+    column = FeatureStore.open(store).column("image/synthetic")
+    asked = np.random.default_rng(0).standard_normal((queries, DIM), dtype=np.float32)
+    nearest_neighbours(asked, feature_blocks(column, ok_rows(column)), K)
+
+
+def _peak(queries: int, rows: int) -> Figure:
+    with tempfile.TemporaryDirectory() as folder:
+        gigabytes = 2 * (DIM + 1) * rows / 1e9
+        store = linked_store(
+            Path(folder) / "s.zarr", gigabytes=gigabytes, image_dim=DIM, text_dim=1
+        )
+        peak, _ = peak_bytes_of(
+            ["-m", "tests.benchmarks.knn", "--search", str(store.path), str(queries)]
+        )
+    return figure_of(
+        f"peak memory of k-NN, {queries} queries of {rows} × {DIM} from a store",
+        [peak / 1e9],
+        unit="GB",
+        goal=2.0,
+        direction="max",
+        module="knn",
+    )
+
+
+def _ratio(queries: int, rows: int, rounds: int) -> Figure:
     generator = np.random.default_rng(0)
     asked = generator.standard_normal((queries, DIM), dtype=np.float32)
     faiss.normalize_L2(asked)
@@ -54,18 +89,19 @@ def measure(queries: int = 10_000, rows: int = 1_000_000, rounds: int = 1) -> li
             found = nearest_neighbours(asked, blocks(reference), K)
             ratios.append((time.perf_counter() - started) / bare)
             np.testing.assert_allclose(found.cosines, cosines, atol=1e-5)
-    return [
-        figure_of(
-            f"k-NN from a mapped file / bare FAISS in memory, {queries} queries of {rows} × {DIM}",
-            ratios,
-            unit="ratio of time",
-            goal=1.15,
-            direction="max",
-            module="knn",
-        )
-    ]
+    return figure_of(
+        f"k-NN from a mapped file / bare FAISS in memory, {queries} queries of {rows} × {DIM}",
+        ratios,
+        unit="ratio of time",
+        goal=1.15,
+        direction="max",
+        module="knn",
+    )
 
 
 if __name__ == "__main__":
-    for figure in measure(50_000 if "--full" in sys.argv else 10_000):
-        print(json.dumps(figure.as_dict()) if "--json" in sys.argv else figure)
+    if "--search" in sys.argv:
+        search(Path(sys.argv[-2]), int(sys.argv[-1]))
+    else:
+        for figure in measure(50_000 if "--full" in sys.argv else 10_000):
+            print(json.dumps(figure.as_dict()) if "--json" in sys.argv else figure)

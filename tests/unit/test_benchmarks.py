@@ -62,7 +62,7 @@ def test_formats_benchmark_measures_bytes_of_other_processes(tmp_path: Path) -> 
 
 
 def test_training_benchmarks_measure_shares_and_ratios() -> None:
-    (ratio,) = epoch.measure(rows=8192, batch=64, rounds=1)
+    (ratio,) = epoch.measure(batches=[2048], rounds=1)
     assert ratio.value > 0
     (share,) = step.measure(rows=16_384, batch=64, steps=4, scale=16)
     assert 0 <= share.value <= 1
@@ -157,9 +157,10 @@ def test_alignment_benchmark_measures_seconds_and_bytes_of_another_process() -> 
     assert 0.05 < peak.value < 4
 
 
-def test_knn_benchmark_measures_a_ratio() -> None:
-    (ratio,) = knn.measure(queries=20, rows=100)
+def test_knn_benchmark_measures_a_ratio_and_bytes_of_another_process() -> None:
+    ratio, peak = knn.measure(queries=20, rows=100)
     assert ratio.value > 0
+    assert 0.05 < peak.value < 4
 
 
 def test_the_search_benchmark_measures_milliseconds_and_recall(
