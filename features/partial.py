@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from features.errors import StoreError
-
 NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{12})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 SECONDS_UNTIL_OLD = 24 * 3600
 """Nothing is written for as long as this; then its writer is gone, wherever it was."""
@@ -45,28 +43,6 @@ def appearing(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
         os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same with a longer trace
     except BaseException:  # a full disk, above all: what is half-written would keep it full
         partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def appearing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder; it becomes `path` if that succeeds, and goes if not.
-
-    Raises:
-        StoreError: There is something at `path`.
-    """
-    if path.exists():
-        raise StoreError(
-            f"There is something at {path}. A new folder was expected. Give another --out, or "
-            f"delete it."
-        )
-    partial = partial_path(path)
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

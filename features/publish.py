@@ -17,10 +17,7 @@ METADATA = "zarr.json"
 
 @contextmanager
 def new_group(place: Place, *, store: Place) -> Iterator[Path]:
-    """Yield a local path to make a group at; then it appears at its place as a whole.
-
-    Where another writer was faster, theirs stays. Under a URL the `zarr.json` of the group is
-    written last: without it there is no group.
+    """Yield a local path to make a group at; then it appears at its place as a whole (`publish`).
 
     Args:
         place: Where the group is to be.
@@ -34,8 +31,7 @@ def new_group(place: Place, *, store: Place) -> Iterator[Path]:
         partial = partial_path(folder / place.relative_to(folder).as_posix().replace("/", "-"))
         try:
             yield partial
-            place.parent.mkdir(exist_ok=True)
-            _rename_if_first(partial, place)
+            publish(partial, place)
         except BaseException:  # a full disk, above all: what is half-written would keep it full
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -43,7 +39,20 @@ def new_group(place: Place, *, store: Place) -> Iterator[Path]:
         check_writable(place)
         with tempfile.TemporaryDirectory(prefix="sail-") as temporary:
             yield Path(temporary) / place.name
-            _upload(Path(temporary) / place.name, place)
+            publish(Path(temporary) / place.name, place)
+
+
+def publish(folder: Path, place: Place) -> None:
+    """Let a group that is whole on local disk appear at its place.
+
+    Where another writer was faster, theirs stays. Under a URL the `zarr.json` of the group is
+    written last: without it there is no group.
+    """
+    if isinstance(place, Path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _rename_if_first(folder, place)
+    else:
+        _upload(folder, place)
 
 
 def _rename_if_first(partial: Path, path: Path) -> None:

@@ -10,8 +10,7 @@ import click
 
 from pipeline.options import store_argument, until_stopped
 
-NOTHING = "nothing was written."
-TARGETS = {"hdf5": ".h5", "parquet": ".parquet", "clip-retrieval": "-clip-retrieval"}
+TARGETS = {"hdf5": ".h5", "parquet": "-parquet", "clip-retrieval": "-clip-retrieval"}
 FORMS = ["hdf5", "npy", "npz", "parquet", "safetensors", "clip-retrieval", "sail-pt"]
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -29,12 +28,14 @@ def convert(
 
     With --dtype int8 it has half the size and is read in half the time; printed is how far the
     features are from the old ones, and the path of the new store: STORE-int8.zarr beside the old
-    one unless --out is given. A call that was stopped is continued by the same call. Train on it
-    with `align.store`.
+    one unless --out is given. Train on it with `align.store`.
 
-    With --to it is one HDF5 file, one parquet file with vectors, or a folder as clip-retrieval has
-    them (npy and parquet): STORE.h5, STORE.parquet or STORE-clip-retrieval in the current folder
-    unless --out is given. `sail import-store` reads all of them back. docs/formats.md.
+    With --to it is one HDF5 file, a folder of parquet files with vectors, or a folder as
+    clip-retrieval has them (npy and parquet): STORE.h5, STORE-parquet or STORE-clip-retrieval in
+    the current folder unless --out is given. `sail import-store` reads all of them back.
+    docs/formats.md.
+
+    A call that was stopped or killed is continued by the same call.
 
     \b
     Examples:
@@ -53,7 +54,7 @@ def convert(
         from pipeline.formats.exporting import export_store
 
         file = Path(out or f"{source.stem}{TARGETS[form]}")
-        until_stopped(lambda stop: export_store(source, form, file, stop), kept=NOTHING)
+        until_stopped(lambda stop: export_store(source, form, file, stop))
         _print_store(str(file), as_json=as_json)
         return
     from pipeline.rewrite.dtype import convert_store
@@ -95,7 +96,8 @@ def import_store(
     clip-retrieval, or the .pt folders of the released SAIL code. --take says which array becomes
     what: key, label, group, caption/FIELD, image/ENCODER, text/ENCODER/FIELD. Without it the call
     lists the arrays. Columns of --table (.csv, .jsonl, .parquet) are arrays table/COLUMN.
-    Nothing is unpickled. Prints the path of the store. docs/formats.md.
+    Nothing is unpickled. A call that was stopped or killed is continued by the same call. Prints
+    the path of the store. docs/formats.md.
 
     \b
     Examples:
@@ -116,7 +118,7 @@ def import_store(
         facts.setdefault(encoder, {})[fact] = text
     wanted = Wanted(form, _pairs("--take", take), table, facts, rows_per_chunk)
     target = as_place(out)
-    until_stopped(lambda stop: import_store(path, target, wanted, stop), kept=NOTHING)
+    until_stopped(lambda stop: import_store(path, target, wanted, stop))
     _print_store(str(target), as_json=as_json)
 
 

@@ -122,5 +122,5 @@ def _write(out: str, as_json: bool, work: Callable[[Any, Any], object]) -> None:
 
     start_log(verbose=False)
     place = as_place(out)
-    until_stopped(lambda stop: work(place, stop), kept="nothing was written.")
+    until_stopped(lambda stop: work(place, stop))
     click.echo(json.dumps({"store": str(place)}) if as_json else str(place))

@@ -45,7 +45,7 @@ class WrittenRows:
     """The rows of a store that `sail convert` wrote in another form."""
 
     def __init__(self, path: Path, arrays: Arrays, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self.stamp = layout, stamp_of(arrays)
         self._path, self._arrays = path, arrays
 
     def block(self, start: int, stop: int) -> Block:
@@ -95,6 +95,12 @@ class Stream:
             self._part = next(self._parts)
             self._first = end
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def stamp_of(arrays: Arrays) -> str:
+    """Return name, size and time of the files of arrays."""
+    each = [(str(file), file.stat()) for file in arrays.files]
+    return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in each)
 
 
 def unreadable(path: Path, why: object, expected: str) -> SourceError:

@@ -5,7 +5,6 @@ rows, a million of them each. Of a store, the first image column and the first t
 further columns to `columns/<name>`, and everything else into the metadata.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -17,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
-from features.partial import appearing_folder
 from features.store import NUMBERS
 from pipeline.formats.arrays import Stream, unreadable
 from pipeline.formats.npy import NpyArray, opener
 from pipeline.formats.parquet import LAYOUT_KEY, ParquetArrays, as_batch
-from pipeline.formats.rows import Block, Layout, Rows, blocks_of
+from pipeline.formats.rows import Block, Layout, Rows, chunks_of
+from pipeline.formats.unfinished import check_free, unfinished
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 
@@ -33,7 +32,7 @@ EXPECTED = "A folder as `clip-retrieval inference` writes it"
 def write_clip_retrieval(
     rows: Rows, out: Path, stop: StopRequest, *, rows_per_file: int = ROWS_PER_FILE
 ) -> Path:
-    """Write rows as such a folder: all of it, or nothing.
+    """Write rows as such a folder: it appears when all of it is there, and goes on where stopped.
 
     Args:
         rows: Of a store.
@@ -42,24 +41,29 @@ def write_clip_retrieval(
         rows_per_file: How many rows a file has; rounded down to whole chunks.
 
     Raises:
-        StoreError: There is something at `out`.
-        Stopped: A signal came; nothing was written.
+        StoreError: There is something at `out`, or another process is at it.
+        Stopped: A signal came.
     """
+    check_free(out)
     layout, size = rows.layout, rows.layout.rows_per_chunk
-    chunks = max(1, rows_per_file // size)  # of a file
-    starts = range(0, layout.rows, chunks * size)
-    blocks = blocks_of(rows, stop)
+    chunks = range(-(-layout.rows // size))
+    per_file = max(1, rows_per_file // size)
+    files = chunks[::per_file]
     with (
-        appearing_folder(out) as folder,
-        ProgressLine(out.name, -(-layout.rows // size), "chunks") as line,
+        unfinished(out, "clip-retrieval", per_file, layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
     ):
-        for number, start in enumerate(starts):
-            name = str(number).zfill(len(str(len(starts) - 1)))
-            count = min(chunks * size, layout.rows - start)
-            with _Part(folder, name, count, layout) as part:
-                for block in itertools.islice(blocks, chunks):
+        work.made.mkdir(exist_ok=True)
+        line.set(work.done * per_file, len(chunks))
+        for first in files[work.done :]:
+            name = str(first // per_file).zfill(len(str(len(files) - 1)))
+            count = min(per_file * size, layout.rows - first * size)
+            with _Part(work.made, name, count, layout) as part:
+                for block in chunks_of(rows, size, stop, chunks[first : first + per_file]):
                     part.write(block)
                     line.advance(1)
+            work.advance()
+        work.made.rename(out)
     return out
 
 

@@ -6,7 +6,7 @@ name.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -15,21 +15,26 @@ from typing import Any
 import h5py
 import numpy as np
 
-from features.errors import SourceError
-from features.partial import appearing
+from features.errors import SourceError, StoreError
 from features.status import Status
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS
 from pipeline.formats.arrays import unreadable
-from pipeline.formats.rows import STRINGS, Layout, Rows, blocks_of, encoder_of, num_rows
-from pipeline.interrupt import StopRequest
+from pipeline.formats.rows import STRINGS, Layout, encoder_of
+from pipeline.formats.store import StoreRows
+from pipeline.formats.unfinished import unfinished
+from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 
 TEXT = h5py.string_dtype("utf-8")
 EXPECTED = "An HDF5 file"
 
 
-def write_hdf5(rows: Rows, out: Path, stop: StopRequest) -> Path:
-    """Write rows as an HDF5 file: all of it, or nothing.
+def write_hdf5(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
+    """Write a store as an HDF5 file: it appears when all of it is there, and goes on where stopped.
+
+    A process that is killed while it changes the tree of an HDF5 file leaves nothing readable. So
+    the tree is made in one go: all texts and numbers, and room for every chunk of the columns. What
+    follows, which is nearly all of the file, only fills that room.
 
     Args:
         rows: Of a store.
@@ -37,23 +42,32 @@ def write_hdf5(rows: Rows, out: Path, stop: StopRequest) -> Path:
         stop: Asked before every chunk.
 
     Raises:
-        Stopped: A signal came; nothing was written.
+        StoreError: There is a folder at `out`, or another process is at it.
+        Stopped: A signal came.
     """
-    layout = rows.layout
+    if out.is_dir():
+        raise StoreError(f"{out} is a folder. A file was expected. Give another --out.")
+    layout, size = rows.layout, rows.layout.rows_per_chunk
+    starts = range(0, layout.rows, size)
+    ours = [name for name in layout.array_names if name not in layout.names]
     with (
-        appearing(out) as partial,
-        h5py.File(partial, "w") as file,
-        ProgressLine(out.name, -(-layout.rows // layout.rows_per_chunk), "chunks") as line,
+        unfinished(out, "hdf5", layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
     ):
-        _create(file, layout)
-        start = 0
-        for block in blocks_of(rows, stop):
-            part = slice(start, start + num_rows(block))
-            for name, values in block.items():
-                is_text = values.dtype == STRINGS
-                file[name][part] = values.astype(object) if is_text else values
-            start = part.stop
-            line.advance(1)
+        if not work.done:
+            with h5py.File(work.made, "w") as file:
+                _create(file, layout)
+                for start in starts:
+                    _write(file, layout.names, rows, start, stop)
+            work.advance()
+        line.set(work.done - 1, len(starts))
+        with h5py.File(work.made, "r+") as file:
+            for start in starts[work.done - 1 :]:
+                _write(file, ours, rows, start, stop)
+                file.flush()
+                work.advance()
+                line.advance(1)
+        work.made.replace(out)
     return out
 
 
@@ -128,9 +142,26 @@ def _create(file: h5py.File, layout: Layout) -> None:
         _write_attributes(file.require_group(encoder), fingerprint)
     for name, dim in layout.columns.items():
         column = file.require_group(name)
-        column.create_dataset("features", (layout.rows, dim), np.float16, chunks=(chunk, dim))
-        status = column.create_dataset("status", (layout.rows,), np.uint8, chunks=(chunk,))
+        with_room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        with_room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        column.create_dataset(
+            "features", (layout.rows, dim), np.float16, chunks=(chunk, dim), dcpl=with_room
+        )
+        status = column.create_dataset(
+            "status", (layout.rows,), np.uint8, chunks=(chunk,), dcpl=with_room
+        )
         _write_attributes(status, {"codes": {code.label: int(code) for code in Status}})
+
+
+def _write(
+    file: h5py.File, names: Sequence[str], rows: StoreRows, start: int, stop: StopRequest
+) -> None:
+    """Write a chunk of some arrays."""
+    if stop():
+        raise Stopped
+    part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
+    for name, values in rows.some(names, part.start, part.stop).items():
+        file[name][part] = values.astype(object) if values.dtype == STRINGS else values
 
 
 def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> Layout:

@@ -15,11 +15,12 @@ from pipeline.formats.hdf5 import Hdf5Arrays
 from pipeline.formats.npy import NpyArrays
 from pipeline.formats.parquet import ParquetArrays
 from pipeline.formats.released_sail import ReleasedArrays
-from pipeline.formats.rows import Layout, Rows, blocks_of
-from pipeline.formats.store import check_free, write_store
+from pipeline.formats.rows import Layout, Rows
+from pipeline.formats.store import write_store
 from pipeline.formats.table import WithTable
 from pipeline.formats.taken import COLUMN, PLAIN, TakenRows
 from pipeline.formats.tensors import SafetensorsArrays
+from pipeline.formats.unfinished import check_free
 from pipeline.interrupt import Stopped, StopRequest
 
 FORMS: Mapping[str, Callable[[Path], Any]] = {
@@ -59,20 +60,20 @@ class Wanted:
 
 
 def import_store(path: Path, out: Place, wanted: Wanted, stop: StopRequest) -> Place:
-    """Make a store of files: all of it, or nothing.
+    """Make a store of files; it goes on where it was stopped.
 
     Args:
         path: A file or folder.
         out: Where the store goes, also under a URL; there must be none.
         wanted: What to take, if `sail convert` did not write the files.
-        stop: Asked before every chunk.
+        stop: Asked before every read.
 
     Raises:
         ConfigError: What is to be taken is not there, or files of `sail convert` are not taken
             whole.
         SourceError: The files are not of the form, or their rows do not belong together.
         StoreError: There is something at `out`.
-        Stopped: A signal came; nothing was written.
+        Stopped: A signal came.
     """
     check_free(out)
     if not path.exists():
@@ -85,11 +86,7 @@ def import_store(path: Path, out: Place, wanted: Wanted, stop: StopRequest) -> P
     with opened:
         arrays: Any = opened
         rows = _rows(path, form, arrays, wanted, stop)
-        layout = rows.layout
-        if wanted.rows_per_chunk:
-            layout = layout.with_rows_per_chunk(wanted.rows_per_chunk)
-        blocks = blocks_of(rows, stop, layout.rows_per_chunk)
-        return write_store(out, layout, blocks, origin=path)
+        return write_store(out, rows, stop, origin=path, rows_per_chunk=wanted.rows_per_chunk)
 
 
 def form_of(path: Path) -> str:

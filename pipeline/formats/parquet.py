@@ -1,6 +1,6 @@
 """Parquet with vectors: lists of one length, in one file or in the files of a folder.
 
-A file that `sail convert` wrote has a column for every array of the store, under its name there.
+What `sail convert` wrote has a column for every array of the store, under its name there.
 Features are float32, which every reader knows: of float16 values they are exact, and packed they
 take little more.
 """
@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.partial import appearing
 from features.store import NUMBERS
 from pipeline.formats.arrays import Stream, unreadable
-from pipeline.formats.rows import STRINGS, Block, Layout, Rows, blocks_of
+from pipeline.formats.rows import STRINGS, Block, Layout, Rows, chunks_of
+from pipeline.formats.unfinished import check_free, unfinished
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 
@@ -26,38 +26,59 @@ LAYOUT_KEY = b"sail"
 EXPECTED = "Parquet with vectors of one length"
 ROWS_AT_ONCE = 4096
 BUFFER_BYTES = 1 << 20
+FILE_BYTES = 1 << 28
+"""Of vectors, before they are packed: what a killed export has to do again at most."""
 
 
-def write_parquet(rows: Rows, out: Path, stop: StopRequest) -> Path:
-    """Write rows as one parquet file: all of it, or nothing.
+def write_parquet(
+    rows: Rows, out: Path, stop: StopRequest, *, file_bytes: int = FILE_BYTES
+) -> Path:
+    """Write rows as a folder of parquet files, which readers take for one table.
+
+    It appears when all of it is there, and goes on where it was stopped.
 
     Args:
         rows: Of a store.
-        out: The file; an older one is replaced.
+        out: The folder; there must be none.
         stop: Asked before every chunk.
+        file_bytes: How much a file holds, before it is packed; of whole chunks, and at least one.
 
     Raises:
-        Stopped: A signal came; nothing was written.
+        StoreError: There is something at `out`, or another process is at it.
+        Stopped: A signal came.
     """
-    layout = rows.layout
+    check_free(out)
+    layout, size = rows.layout, rows.layout.rows_per_chunk
     fields = [pa.field(name, _type(name, layout)) for name in layout.array_names]
     schema = pa.schema(fields, metadata={LAYOUT_KEY: layout.to_json()})
-    vectors = [f"{name}/features.list.element" for name in layout.columns]
+    chunks = range(-(-layout.rows // size))
+    row_bytes = sum(4 * dim for dim in layout.columns.values())
+    per_file = max(1, file_bytes // (size * row_bytes))
     with (
-        appearing(out) as partial,
-        pq.ParquetWriter(
-            partial,
-            schema,
-            compression="zstd",
-            use_byte_stream_split=vectors,
-            use_dictionary=[name for name in layout.array_names if not name.endswith("/features")],
-        ) as writer,
-        ProgressLine(out.name, -(-layout.rows // layout.rows_per_chunk), "chunks") as line,
+        unfinished(out, "parquet", per_file, layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
     ):
-        for block in blocks_of(rows, stop):
-            writer.write_batch(as_batch(block, schema))
-            line.advance(1)
+        work.made.mkdir(exist_ok=True)
+        line.set(work.done * per_file, len(chunks))
+        for first in chunks[::per_file][work.done :]:
+            with _writer(work.made / f"part-{first // per_file:05d}.parquet", schema) as writer:
+                for block in chunks_of(rows, size, stop, chunks[first : first + per_file]):
+                    writer.write_batch(as_batch(block, schema))
+                    line.advance(1)
+            work.advance()
+        work.made.rename(out)
     return out
+
+
+def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    vectors = [field.name for field in schema if _is_vector(field.type)]
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_byte_stream_split=[f"{name}.list.element" for name in vectors],
+        use_dictionary=[name for name in schema.names if name not in vectors],
+    )
 
 
 def as_batch(block: Block, schema: pa.Schema) -> pa.RecordBatch:

@@ -1,7 +1,7 @@
 """What goes from one form to another: a layout, and the rows, a block at a time."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -71,6 +71,10 @@ class Rows(Protocol):
     def layout(self) -> Layout:
         """What the store will say of itself."""
 
+    @property
+    def stamp(self) -> str:
+        """What changes when the rows do."""
+
     def block(self, start: int, stop: int) -> Block:
         """Return rows `start` to `stop`. Blocks are asked for in order."""
 
@@ -80,35 +84,29 @@ def encoder_of(column: str) -> str:
     return "/".join(column.split("/")[:2])
 
 
-def blocks_of(rows: Rows, stop: StopRequest, size: int | None = None) -> Iterator[Block]:
-    """Yield all rows in blocks of one size, the last smaller.
+def chunks_of(rows: Rows, size: int, stop: StopRequest, chunks: range) -> Iterator[Block]:
+    """Yield rows as chunks of a store to be, the last smaller.
+
+    Where the chunks that are read are larger, several are made of one read: to read a chunk for
+    each would be to read it many times.
 
     Args:
         rows: Whose.
-        stop: Asked before every block.
-        size: Rows of a block; those of a chunk if not given.
+        size: Rows of a chunk that is made.
+        stop: Asked before every read.
+        chunks: Which, in order.
 
     Raises:
         Stopped: A signal came.
     """
-    size = size or rows.layout.rows_per_chunk
-    for start in range(0, rows.layout.rows, size):
+    at_once = -(-rows.layout.rows_per_chunk // size)
+    for first in chunks[::at_once]:
         if stop():
             raise Stopped
-        yield rows.block(start, min(start + size, rows.layout.rows))
-
-
-def in_chunks(blocks: Iterable[Block], size: int) -> Iterator[Block]:
-    """Yield the rows of blocks of any sizes in blocks of one size, the last smaller."""
-    waiting: Block = {}
-    for block in blocks:
-        block = _joined(waiting, block) if waiting else block
-        while num_rows(block) >= size:
-            yield {name: values[:size] for name, values in block.items()}
-            block = {name: values[size:] for name, values in block.items()}
-        waiting = block if num_rows(block) else {}
-    if waiting:
-        yield waiting
+        last = min(first + at_once, chunks.stop)
+        block = rows.block(first * size, min(last * size, rows.layout.rows))
+        for start in range(0, num_rows(block), size):
+            yield selected(block, slice(start, start + size))
 
 
 def num_rows(block: Block) -> int:
@@ -121,5 +119,8 @@ def selected(block: Block, rows: Any) -> Block:
     return {name: values[rows] for name, values in block.items()}
 
 
-def _joined(first: Block, second: Block) -> Block:
-    return {name: np.concatenate([first[name], second[name]]) for name in second}
+def joined(blocks: Sequence[Block]) -> Block:
+    """Return the rows of blocks of the same arrays behind each other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

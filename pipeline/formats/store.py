@@ -1,6 +1,7 @@
 """A feature store as rows, and the one writer that makes a store of any rows."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,13 +11,19 @@ from jaxtyping import UInt64
 
 from features.column import Column, create_column
 from features.errors import SourceError, StoreCorruptError, StoreError
-from features.publish import new_group
+from features.publish import publish
 from features.quantisation import dequantise
+from features.status import Status
 from features.storage.files import zarr_store
-from features.storage.place import Place
+from features.storage.place import Place, RemotePath
+from features.storage.remote import check_writable
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS, FeatureStore
-from pipeline.formats.rows import STRINGS, Block, Layout, encoder_of, in_chunks, num_rows
+from pipeline.formats.rows import STRINGS, Block, Layout, Rows, chunks_of, encoder_of
+from pipeline.formats.unfinished import check_free, unfinished
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
+
+logger = logging.getLogger(__name__)
 
 
 class StoreRows:
@@ -53,16 +60,31 @@ class StoreRows:
         )
         self._group = zarr.open_group(zarr_store(store.path), mode="r", zarr_format=3)
 
+    @property
+    def stamp(self) -> str:
+        """The keys and a checksum of every column: 4 bytes of each chunk are read."""
+        checksums = [self.store.column(name).checksum() for name in self.layout.columns]
+        return " ".join([str(self.store.path), self.store.keys_sha256, *checksums])
+
     def block(self, start: int, stop: int) -> Block:
         """Return rows `start` to `stop`.
 
         Raises:
             StoreCorruptError: A chunk of theirs is damaged or missing.
         """
-        block = {name: self._read(name, start, stop) for name in self.layout.array_names}
+        return self.some(self.layout.array_names, start, stop)
+
+    def some(self, names: Iterable[str], start: int, stop: int) -> Block:
+        """Return rows `start` to `stop` of some arrays.
+
+        Raises:
+            StoreCorruptError: A chunk of theirs is damaged or missing.
+        """
+        block = {name: self._read(name, start, stop) for name in names}
         for column in self._restored:
-            scale = self._read(f"{column}/scale", start, stop)
-            block[f"{column}/features"] = dequantise(block[f"{column}/features"], scale)
+            if (name := f"{column}/features") in block:
+                scale = self._read(f"{column}/scale", start, stop)
+                block[name] = dequantise(block[name], scale)
         return block
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -89,69 +111,93 @@ def complete_columns(store: FeatureStore) -> list[Column]:
     return columns
 
 
-def check_free(out: Place) -> None:
-    """Refuse a place for a new store at which there is something.
-
-    Raises:
-        StoreError: There is.
-    """
-    if FeatureStore.is_at(out):
-        raise StoreError(
-            f"There is something at {out}. A place without a store was expected. Give another "
-            f"--out, or delete it."
-        )
-
-
-def write_store(out: Place, layout: Layout, blocks: Iterable[Block], *, origin: object) -> Place:
-    """Make a store: all of it, or nothing.
+def write_store(
+    out: Place, rows: Rows, stop: StopRequest, *, origin: object, rows_per_chunk: int | None = None
+) -> Place:
+    """Make a store: it appears when all of it is there, and goes on where it was stopped.
 
     Args:
         out: Where it goes, also under a URL; there must be none.
-        layout: What it says of itself.
-        blocks: All its rows, in order, in blocks of any sizes.
+        rows: All that it will hold.
+        stop: Asked before every read.
         origin: What they come from, for messages.
+        rows_per_chunk: Of the store; as the layout of the rows says if not given.
 
     Raises:
-        StoreError: There is something at `out`.
+        StoreError: There is something at `out`, or another process is at it.
         SourceError: Two rows have one key, or the keys are not those that the layout tells.
+        Stopped: A signal came.
     """
     check_free(out)
-    size = layout.rows_per_chunk
+    if isinstance(out, RemotePath):
+        check_writable(out)
+    layout = rows.layout.with_rows_per_chunk(rows_per_chunk or rows.layout.rows_per_chunk)
+    chunks = range(-(-layout.rows // layout.rows_per_chunk))
     with (
-        new_group(out, store=out) as folder,
-        ProgressLine(out.name, -(-layout.rows // size), "chunks") as line,
+        unfinished(out, FORMAT_VERSION, layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
     ):
-        group = _create(folder, layout)
-        columns = [Column(folder, name) for name in layout.columns]
-        keys, rows = _Keys(layout.rows), 0
-        for chunk, block in enumerate(in_chunks(blocks, size)):
-            keys.add(block["key"])
-            part = slice(rows, rows + num_rows(block))
-            for name in layout.names:
-                group[name][part] = block[name]  # type: ignore[index]
-            for column in columns:
-                features, status = (
-                    block[f"{column.name}/{each}"] for each in ("features", "status")
-                )
-                column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
-            rows = part.stop
+        writer = _Writer(work.made, layout, done=work.done)
+        line.set(work.done, len(chunks))
+        left = chunks[work.done :]
+        blocks = chunks_of(rows, layout.rows_per_chunk, stop, left)
+        for chunk, block in zip(left, blocks, strict=True):
+            writer.write(chunk, block)
+            work.advance()
             line.advance(1)
-        if rows != layout.rows:
-            raise ValueError(f"{rows} rows came for {out}, which was to have {layout.rows}")
-        if same := keys.first_same():
-            key = str(group["key"][same[0]])  # type: ignore[index]
+        writer.finish(origin)
+        publish(work.made, out)
+    return out
+
+
+class _Writer:
+    """A store on local disk that is written chunk by chunk."""
+
+    def __init__(self, folder: Path, layout: Layout, *, done: int) -> None:
+        """Make its empty arrays, or read the keys of the chunks that are done."""
+        self._layout = layout
+        self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
+        self._columns = [Column(folder, name) for name in layout.columns]
+        self._keys = _Keys(layout.rows)
+        for chunk in range(done):
+            self._keys.add(np.asarray(self._group["key"][self._rows(chunk)]))  # type: ignore[index]
+
+    def write(self, chunk: int, block: Block) -> None:
+        """Write the rows of a chunk, which must come in order."""
+        self._keys.add(block["key"])
+        for name in self._layout.names:
+            self._group[name][self._rows(chunk)] = block[name]  # type: ignore[index]
+        for column in self._columns:
+            features, status = (block[f"{column.name}/{each}"] for each in ("features", "status"))
+            column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
+
+    def finish(self, origin: object) -> None:
+        """Check and tell what is known when all rows are there.
+
+        Raises:
+            SourceError: Two rows have one key, or the keys are not those that the layout tells.
+        """
+        if same := self._keys.first_same():
+            key = str(self._group["key"][same[0]])  # type: ignore[index]
             raise SourceError(
                 f"Of {origin} rows {same[0]} and {same[1]} both have the key {key!r}. Unique keys "
                 f"were expected. Take them from elsewhere (`--take key=…`), or let stores that are "
                 f"merged have `--prefix`."
             )
-        if layout.keys_sha256 not in (None, keys.sha256):
+        if self._layout.keys_sha256 not in (None, self._keys.sha256):
             raise SourceError(
-                f"{origin} has keys of sha256 {keys.sha256}, but says {layout.keys_sha256}. The "
-                f"keys that were written were expected. Write it again."
+                f"{origin} has keys of sha256 {self._keys.sha256}, but says "
+                f"{self._layout.keys_sha256}. The keys that were written were expected. Write it "
+                f"again."
             )
-        group.attrs["keys_sha256"] = keys.sha256
-    return out
+        self._group.attrs["keys_sha256"] = self._keys.sha256
+        for column in self._columns:
+            if unusable := int((column.status() != Status.OK).sum()):
+                logger.warning("%s: %d rows quarantined", column.name, unusable)
+
+    def _rows(self, chunk: int) -> slice:
+        size = self._layout.rows_per_chunk
+        return slice(chunk * size, min((chunk + 1) * size, self._layout.rows))
 
 
 def _create(folder: Path, layout: Layout) -> zarr.Group:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from features.errors import ConfigError, SourceError
 from features.status import Status
 from features.store import NUMBERS
-from pipeline.formats.arrays import Arrays
+from pipeline.formats.arrays import Arrays, stamp_of
 from pipeline.formats.rows import STRINGS, Block, Layout, encoder_of
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class TakenRows:
         _check_names(arrays, taken)
         rows = _check_shapes(arrays, taken)
         self._arrays, self._taken, self._stem = arrays, dict(taken), stem
-        self._unusable = Counter[str]()
+        self.stamp = stamp_of(arrays)
         self._columns = [name for name in taken if COLUMN.fullmatch(name)]
         fields = {f"caption/{name.split('/')[2]}" for name in self._columns if name[0] == "t"}
         captions = fields | {name for name in taken if name.startswith("caption/")}
@@ -91,9 +90,6 @@ class TakenRows:
             block[f"{name}/features"], block[f"{name}/status"] = features, status
             if values.dtype != np.float16 and start == 0:
                 logger.info("%s: %s is rounded to float16", name, values.dtype)
-            self._unusable[name] += int((status != Status.OK).sum())
-            if self._unusable[name] and stop == self.layout.rows:
-                logger.warning("%s: %d rows quarantined", name, self._unusable[name])
         return block
 
     def _plain(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -1,40 +1,42 @@
 """`sail merge` and `sail rechunk`: the rows of stores, written again in one."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 from features.errors import StoreError
 from features.storage.place import Place
 from features.store import NOT_COMPARED, NUMBERS, FeatureStore
-from pipeline.formats.rows import STRINGS, Block, Layout, blocks_of, num_rows
-from pipeline.formats.store import StoreRows, check_free, write_store
+from pipeline.formats.rows import STRINGS, Block, Layout, joined, num_rows
+from pipeline.formats.store import StoreRows, write_store
+from pipeline.formats.unfinished import check_free
 from pipeline.interrupt import StopRequest
 
 
 def rechunk_store(path: Place, out: Place, rows_per_chunk: int, stop: StopRequest) -> Place:
-    """Write a store with chunks of another size: all of it, or nothing.
+    """Write a store with chunks of another size; it goes on where it was stopped.
 
     Args:
         path: The store; every chunk of its columns must be done.
         out: Where the new one goes; there must be none.
         rows_per_chunk: Of the new one.
-        stop: Asked before every chunk of the old one.
+        stop: Asked before every read.
 
     Raises:
         StoreError: The store is not whole, or there is something at `out`.
-        Stopped: A signal came; nothing was written.
+        Stopped: A signal came.
     """
     check_free(out)
     rows = StoreRows(FeatureStore.open(path), restored=False)
-    layout = rows.layout.with_rows_per_chunk(rows_per_chunk)
-    return write_store(out, layout, blocks_of(rows, stop), origin=path)
+    return write_store(out, rows, stop, origin=path, rows_per_chunk=rows_per_chunk)
 
 
 def merge_stores(
     paths: Sequence[Place], out: Place, stop: StopRequest, *, prefix: bool = False
 ) -> Place:
-    """Write the rows of stores behind each other in one: all of it, or nothing.
+    """Write the rows of stores behind each other in one; it goes on where it was stopped.
 
     Numbers of compositional examples go on from store to store; where a store has no labels or
     groups and others have, they are -1.
@@ -42,14 +44,14 @@ def merge_stores(
     Args:
         paths: The stores, of the same encoders and caption fields.
         out: Where the new one goes; there must be none. Its chunks are as large as the first's.
-        stop: Asked before every chunk.
+        stop: Asked before every read.
         prefix: Whether keys get the name of their store put before.
 
     Raises:
         SourceError: A key comes twice.
         StoreError: Two stores differ in an encoder, in captions or in class names, one is not
             whole, or there is something at `out`.
-        Stopped: A signal came; nothing was written.
+        Stopped: A signal came.
     """
     check_free(out)
     stores = [FeatureStore.open(path) for path in paths]
@@ -57,27 +59,9 @@ def merge_stores(
     every = [StoreRows(store, restored=len(are_scaled) > 1) for store in stores]
     for rows in every[1:]:
         _check_alike(every[0], rows)
-    names = (
-        *(name for name in every[0].layout.names if name not in NUMBERS),
-        *(name for name in NUMBERS if any(name in rows.layout.names for rows in every)),
+    return write_store(
+        out, _Merged(every, prefix=prefix), stop, origin=" and ".join(map(str, paths))
     )
-    first = every[0].layout
-    layout = Layout(
-        rows=sum(store.rows for store in stores),
-        names=names,
-        columns=first.columns,
-        fingerprints=first.fingerprints,
-        source={
-            "kind": "merge",
-            "path": [str(path) for path in paths],
-            "stores": [origin_of(store) for store in stores],
-        },
-        rows_per_chunk=first.rows_per_chunk,
-        class_names=next((each.layout.class_names for each in every if _labelled(each)), None),
-        scaled=first.scaled,
-    )
-    blocks = _behind_each_other(every, names, stop, prefix=prefix)
-    return write_store(out, layout, blocks, origin=" and ".join(map(str, paths)))
 
 
 def origin_of(store: FeatureStore) -> dict[str, object]:
@@ -90,24 +74,71 @@ def origin_of(store: FeatureStore) -> dict[str, object]:
     }
 
 
-def _behind_each_other(
-    every: Sequence[StoreRows], names: Sequence[str], stop: StopRequest, *, prefix: bool
-) -> Iterator[Block]:
-    groups = 0
-    for rows in every:
-        highest = groups
-        for block in blocks_of(rows, stop):
-            for name in NUMBERS:
-                if name in names and name not in block:
-                    block[name] = np.full(num_rows(block), -1, dtype=np.int32)
-            if "group" in block:
-                block["group"] = np.where(block["group"] < 0, -1, block["group"] + groups)
-                highest = max(highest, int(block["group"].max()) + 1)
-            if prefix:
-                keys = [f"{rows.store.path.stem}/{key}" for key in block["key"].tolist()]
-                block["key"] = np.array(keys, dtype=STRINGS)
-            yield block
-        groups = highest
+class _Merged:
+    """The rows of stores behind each other."""
+
+    def __init__(self, every: Sequence[StoreRows], *, prefix: bool) -> None:
+        self._every, self._prefix = every, prefix
+        stores = [rows.store for rows in every]
+        self._firsts = _sums([store.rows for store in stores])
+        self._groups = _sums([_highest(store.groups()) + 1 for store in stores])
+        first = every[0].layout
+        self.layout = Layout(
+            rows=sum(store.rows for store in stores),
+            names=(
+                *(name for name in first.names if name not in NUMBERS),
+                *(name for name in NUMBERS if any(name in rows.layout.names for rows in every)),
+            ),
+            columns=first.columns,
+            fingerprints=first.fingerprints,
+            source={
+                "kind": "merge",
+                "path": [str(store.path) for store in stores],
+                "stores": [origin_of(store) for store in stores],
+            },
+            rows_per_chunk=first.rows_per_chunk,
+            class_names=next((each.layout.class_names for each in every if _labelled(each)), None),
+            scaled=first.scaled,
+        )
+
+    @property
+    def stamp(self) -> str:
+        """Of all stores, and whether keys have a prefix."""
+        return " ".join([str(self._prefix), *(rows.stamp for rows in self._every)])
+
+    def block(self, start: int, stop: int) -> Block:
+        """Return rows `start` to `stop`.
+
+        Raises:
+            StoreCorruptError: A chunk of theirs is damaged or missing.
+        """
+        parts = []
+        for rows, first, groups in zip(self._every, self._firsts, self._groups, strict=True):
+            low, high = max(start - first, 0), min(stop - first, rows.layout.rows)
+            if low < high:
+                parts.append(self._adapted(rows, rows.block(low, high), groups))
+        return joined(parts)
+
+    def _adapted(self, rows: StoreRows, block: Block, groups: int) -> Block:
+        """Fill in what other stores have, and make the numbers and keys unique."""
+        for name in NUMBERS:
+            if name in self.layout.names and name not in block:
+                block[name] = np.full(num_rows(block), -1, dtype=np.int32)
+        if "group" in block:
+            block["group"] = np.where(block["group"] < 0, -1, block["group"] + groups)
+        if self._prefix:
+            keys = [f"{rows.store.path.stem}/{key}" for key in block["key"].tolist()]
+            block["key"] = np.array(keys, dtype=STRINGS)
+        return block
+
+
+def _sums(numbers: Sequence[int]) -> list[int]:
+    """Return for each number the sum of those before it."""
+    return [0, *itertools.accumulate(numbers[:-1])]
+
+
+def _highest(groups: Int32[np.ndarray, "rows"] | None) -> int:
+    return -1 if groups is None else int(groups.max())
 
 
 def _check_alike(first: StoreRows, other: StoreRows) -> None:

@@ -1,8 +1,10 @@
 """`sail subset`: some rows of a store, written as a store of their own."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,8 +12,9 @@ from jaxtyping import Bool
 from features.errors import SourceError, StoreError
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.formats.rows import Block, Rows, selected
-from pipeline.formats.store import StoreRows, check_free, write_store
+from pipeline.formats.rows import Block, joined, selected
+from pipeline.formats.store import StoreRows, write_store
+from pipeline.formats.unfinished import check_free
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.rewrite.duplicates import first_of_alike
 from pipeline.rewrite.merge import origin_of
@@ -36,25 +39,25 @@ class Choice:
 
 
 def subset_store(path: Place, out: Place, choice: Choice, stop: StopRequest) -> Place:
-    """Write the rows that are chosen, in their order, as a store: all of it, or nothing.
+    """Write the rows that are chosen, in their order, as a store; it goes on where it was stopped.
 
     Args:
         path: The store; every chunk of its columns must be done.
         out: Where the new one goes; there must be none.
         choice: Which rows.
-        stop: Asked before every chunk.
+        stop: Asked before every read.
 
     Raises:
         SourceError: A key of the file is not in the store.
         ConfigError: A query cannot be understood.
         StoreError: No row is left, the store is not whole, or there is something at `out`.
-        Stopped: A signal came; nothing was written.
+        Stopped: A signal came.
     """
     check_free(out)
     store = FeatureStore.open(path)
     rows = StoreRows(store, restored=False)
     mask = _chosen(store, choice, stop)
-    if not (count := int(mask.sum())):
+    if not mask.any():
         raise StoreError(
             f"None of the {store.rows} rows of {path} is left. At least one was expected. Choose "
             f"otherwise."
@@ -66,8 +69,46 @@ def subset_store(path: Place, out: Place, choice: Choice, stop: StopRequest) -> 
         "chosen": {name: str(value) if name == "keys" else value for name, value in said.items()},
         "of": origin_of(store),
     }
-    layout = replace(rows.layout, rows=count, source=source, keys_sha256=None)
-    return write_store(out, layout, _blocks(rows, mask, stop), origin=path)
+    return write_store(out, _Selected(rows, mask, source, stop), stop, origin=path)
+
+
+class _Selected:
+    """The rows of a mask, in their order; chunks without any are not read."""
+
+    def __init__(
+        self,
+        rows: StoreRows,
+        mask: Bool[np.ndarray, "rows"],
+        source: Mapping[str, Any],
+        stop: StopRequest,
+    ) -> None:
+        self._rows, self._stop = rows, stop
+        self._numbers = np.flatnonzero(mask)
+        count = len(self._numbers)
+        self.layout = replace(rows.layout, rows=count, source=source, keys_sha256=None)
+
+    @property
+    def stamp(self) -> str:
+        """Of the store, and which rows."""
+        return f"{self._rows.stamp} {hashlib.sha256(self._numbers.tobytes()).hexdigest()}"
+
+    def block(self, start: int, stop: int) -> Block:
+        """Return rows `start` to `stop`.
+
+        Raises:
+            StoreCorruptError: A chunk of theirs is damaged or missing.
+            Stopped: A signal came: they may be spread over many chunks.
+        """
+        numbers = self._numbers[start:stop]
+        size = self._rows.layout.rows_per_chunk
+        parts = []
+        for some in np.split(numbers, np.flatnonzero(np.diff(numbers // size)) + 1):
+            if self._stop():
+                raise Stopped
+            first = int(some[0]) // size * size
+            chunk = self._rows.block(first, min(first + size, self._rows.layout.rows))
+            parts.append(selected(chunk, some - first))
+        return joined(parts)
 
 
 def _chosen(store: FeatureStore, choice: Choice, stop: StopRequest) -> Bool[np.ndarray, "rows"]:
@@ -109,14 +150,3 @@ def _with_keys(store: FeatureStore, file: Path) -> Bool[np.ndarray, "rows"]:
             f"{file}. Keys of the store were expected. Correct the file."
         )
     return mask
-
-
-def _blocks(rows: Rows, mask: Bool[np.ndarray, "rows"], stop: StopRequest) -> Iterator[Block]:
-    """Yield the rows of a mask; chunks without any are not read."""
-    size = rows.layout.rows_per_chunk
-    for start in range(0, rows.layout.rows, size):
-        if stop():
-            raise Stopped
-        part = mask[start : start + size]
-        if part.any():
-            yield selected(rows.block(start, start + len(part)), part)

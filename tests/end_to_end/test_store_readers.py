@@ -36,7 +36,7 @@ EXAMPLES = [
         re.MULTILINE | re.DOTALL,
     )
 ]
-FORMS = {"h5py": ("hdf5", "FILE"), "pyarrow": ("parquet", "FILE")}
+FORMS = {"h5py": ("hdf5", "FILE"), "pyarrow": ("parquet", "FOLDER")}
 FORMS["numpy"] = ("clip-retrieval", "FOLDER")
 
 

@@ -20,9 +20,9 @@ from pipeline.formats.importing import FORMS, Wanted, import_store
 from pipeline.formats.parquet import ParquetArrays
 from pipeline.formats.store import StoreRows
 from pipeline.inspection import verify_store
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from tests.commands import sail, the_error_of
-from tests.feature_stores import IMAGE, StopAfter, make_store, on_disk
+from tests.feature_stores import IMAGE, make_store, on_disk
 
 GO_ON = StopRequest()
 ROWS, DIM = 40, 6
@@ -57,17 +57,6 @@ def test_a_store_comes_back_byte_identical(store: FeatureStore, tmp_path: Path, 
     for name in store.columns():
         assert again.column(name).fingerprint == store.column(name).fingerprint
     assert verify_store(copy) == verify_store(store.path)
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_a_stop_leaves_nothing_half_written(store: FeatureStore, tmp_path: Path, form: str) -> None:
-    with pytest.raises(Stopped):
-        export_store(store.path, form, tmp_path / "out", StopAfter(3))
-    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
-    export_store(store.path, form, tmp_path / "out", GO_ON)
-    with pytest.raises(Stopped):
-        import_store(tmp_path / "out", tmp_path / "copy.zarr", Wanted(form), StopAfter(3))
-    assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "out"}
 
 
 def test_damaged_features_are_not_carried_over(store: FeatureStore, tmp_path: Path) -> None:

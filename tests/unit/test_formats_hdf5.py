@@ -12,10 +12,10 @@ from features.store import FeatureStore
 from pipeline.formats.exporting import export_store
 from pipeline.formats.importing import Wanted, import_store
 from pipeline.inspection import verify_store
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.rewrite.dtype import convert_store
 from tests.commands import sail, the_error_of
-from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
+from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
 GO_ON = StopRequest()
 
@@ -70,15 +70,6 @@ def test_eight_bits_are_written_as_the_values_they_stand_for(
     expected = FeatureStore.open(tmp_path / "int8.zarr").column(f"text/{TEXT}/long")
     np.testing.assert_array_equal(column.read(0, 100), expected.read(0, 100))
     assert column.dtype == np.float16
-
-
-def test_a_stop_leaves_nothing_half_written(store: FeatureStore, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        export_store(store.path, "hdf5", tmp_path / "s.h5", StopAfter(3))
-    file = export_store(store.path, "hdf5", tmp_path / "s.h5", GO_ON)
-    with pytest.raises(Stopped):
-        import_store(file, tmp_path / "copy.zarr", Wanted(), StopAfter(3))
-    assert {path.name for path in tmp_path.iterdir()} == {"s.zarr", "s.h5"}
 
 
 def test_a_store_that_is_not_complete_is_not_exported(store: FeatureStore, tmp_path: Path) -> None:

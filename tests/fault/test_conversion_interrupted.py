@@ -1,0 +1,239 @@
+"""A conversion that is stopped or killed goes on where it was, and the result is the same bytes."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from features.errors import SourceError, StoreCorruptError, StoreError
+from features.store import FeatureStore
+from pipeline.formats.clip_retrieval import write_clip_retrieval
+from pipeline.formats.hdf5 import write_hdf5
+from pipeline.formats.importing import Wanted, import_store
+from pipeline.formats.parquet import write_parquet
+from pipeline.formats.store import StoreRows
+from pipeline.formats.unfinished import unfinished
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.rewrite.merge import merge_stores, rechunk_store
+from pipeline.rewrite.subset import Choice, subset_store
+from tests.feature_stores import IMAGE, StopAfter, make_store, on_disk
+
+Work = Callable[[Path, StopRequest], object]
+READS = 7
+"""Chunks of the store that is converted."""
+
+
+class Counting(StopRequest):
+    """No signal; counts how often it is asked for one, which is before every read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return False
+
+
+class KillAfter(StopAfter):
+    """SIGKILL, which no process can answer, after some reads."""
+
+    def __call__(self) -> bool:
+        if super().__call__():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+
+def rows_in(folder: Path) -> StoreRows:
+    return StoreRows(FeatureStore.open(folder / "s.zarr"))
+
+
+def to_hdf5(folder: Path, stop: StopRequest) -> object:
+    return write_hdf5(rows_in(folder), folder / "out", stop)
+
+
+def to_parquet(folder: Path, stop: StopRequest) -> object:
+    return write_parquet(rows_in(folder), folder / "out", stop, file_bytes=1)
+
+
+def to_clip_retrieval(folder: Path, stop: StopRequest) -> object:
+    return write_clip_retrieval(rows_in(folder), folder / "out", stop, rows_per_file=16)
+
+
+def from_hdf5(folder: Path, stop: StopRequest) -> object:
+    return import_store(folder / "in.h5", folder / "out", Wanted(), stop)
+
+
+def from_parquet(folder: Path, stop: StopRequest) -> object:
+    return import_store(folder / "in.parquet", folder / "out", Wanted(), stop)
+
+
+def to_larger_chunks(folder: Path, stop: StopRequest) -> object:
+    return rechunk_store(folder / "s.zarr", folder / "out", 20, stop)
+
+
+def to_smaller_chunks(folder: Path, stop: StopRequest) -> object:
+    return rechunk_store(folder / "s.zarr", folder / "out", 5, stop)
+
+
+def to_merged(folder: Path, stop: StopRequest) -> object:
+    stores = [folder / "s.zarr", folder / "t.zarr"]
+    return merge_stores(stores, folder / "out", stop, prefix=True)
+
+
+def to_subset(folder: Path, stop: StopRequest) -> object:
+    return subset_store(folder / "s.zarr", folder / "out", Choice(random=60), stop)
+
+
+WORKS = [
+    to_hdf5,
+    to_parquet,
+    to_clip_retrieval,
+    from_hdf5,
+    from_parquet,
+    to_larger_chunks,
+    to_smaller_chunks,
+    to_merged,
+    to_subset,
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_store(tmp_path / "s.zarr", rows=100, bad_images=(33,))
+    make_store(tmp_path / "t.zarr", rows=50, seed=1)
+    write_hdf5(rows_in(tmp_path), tmp_path / "in.h5", StopRequest())
+    write_parquet(rows_in(tmp_path), tmp_path / "in.parquet", StopRequest())
+    return tmp_path
+
+
+def digests_of(path: Path) -> dict[str, str]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
+
+
+def finished_at_once(folder: Path, work: Work) -> tuple[dict[str, str], int]:
+    """Return what an undisturbed conversion writes, and how often it asks whether to stop."""
+    counting = Counting()
+    work(folder, counting)
+    expected = digests_of(folder / "out")
+    (folder / "out").rename(folder / "expected")
+    return expected, counting.asked
+
+
+def kill(folder: Path, work: Work, reads: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.formats.importing", "pipeline.rewrite.subset"])
+    process = context.Process(target=work, args=(folder, KillAfter(reads)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_same_call_goes_on_after_a_signal(folder: Path, work: Work) -> None:
+    expected, reads = finished_at_once(folder, work)
+    there = {path.name for path in folder.iterdir()}
+    with pytest.raises(Stopped):
+        work(folder, StopAfter(reads - 2))
+    assert {path.name for path in folder.iterdir()} == there | {".out.unfinished"}
+    counting = Counting()
+    work(folder, counting)
+    assert digests_of(folder / "out") == expected
+    assert counting.asked < reads / 2
+    assert {path.name for path in folder.iterdir()} == there | {"out"}
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_same_call_goes_on_after_a_kill(folder: Path, work: Work) -> None:
+    expected, reads = finished_at_once(folder, work)
+    kill(folder, work, reads - 2)
+    kill(folder, work, 1)
+    assert not (folder / "out").exists()
+    counting = Counting()
+    work(folder, counting)
+    assert digests_of(folder / "out") == expected
+    assert counting.asked < reads / 2
+    assert not (folder / ".out.unfinished").exists()
+
+
+def test_columns_of_hdf5_fill_room_and_change_no_byte_of_the_tree(folder: Path) -> None:
+    with pytest.raises(Stopped):
+        to_hdf5(folder, StopAfter(READS))  # texts and numbers are written
+    before = np.frombuffer((folder / ".out.unfinished" / "made").read_bytes(), dtype=np.uint8)
+    to_hdf5(folder, StopRequest())
+    after = np.frombuffer((folder / "out").read_bytes(), dtype=np.uint8)
+    is_room = np.zeros(len(after), dtype=bool)
+    with h5py.File(folder / "out") as file:
+        for column in rows_in(folder).layout.columns:
+            for array in ("features", "status"):
+                chunks = file[column][array].id
+                for number in range(chunks.get_num_chunks()):
+                    chunk = chunks.get_chunk_info(number)
+                    is_room[chunk.byte_offset : chunk.byte_offset + chunk.size] = True
+    assert len(before) == len(after)
+    assert not before[is_room].any()
+    np.testing.assert_array_equal(before[~is_room], after[~is_room])
+
+
+def test_what_is_of_other_rows_or_of_another_form_begins_anew(folder: Path) -> None:
+    expected, reads = finished_at_once(folder, to_larger_chunks)
+    for other in (to_smaller_chunks, to_subset, to_parquet):
+        with pytest.raises(Stopped):
+            other(folder, StopAfter(4))
+    with pytest.raises(Stopped):
+        to_larger_chunks(folder, StopAfter(3))
+    column = FeatureStore.open(folder / "s.zarr").column(f"image/{IMAGE}")
+    column.write(0, column.read(16, 32), column.status()[16:32])
+    counting = Counting()
+    to_larger_chunks(folder, counting)
+    assert counting.asked == reads
+    found = digests_of(folder / "out")
+    changed = f"image/{IMAGE}/features/c/0/0"
+    assert found.pop(changed) != expected.pop(changed)
+    assert found == expected
+
+
+def test_of_rows_that_make_no_store_nothing_is_kept(folder: Path) -> None:
+    there = {path.name for path in folder.iterdir()}
+    with pytest.raises(SourceError, match="both have the key"):
+        merge_stores([folder / "s.zarr", folder / "t.zarr"], folder / "out", StopRequest())
+    assert {path.name for path in folder.iterdir()} == there
+
+
+@pytest.mark.parametrize("work", [to_hdf5, to_parquet, to_larger_chunks])
+def test_the_same_call_goes_on_when_a_damaged_chunk_is_mended(folder: Path, work: Work) -> None:
+    expected, reads = finished_at_once(folder, work)
+    file = on_disk(rows_in(folder).store.column(f"image/{IMAGE}").features_file(5))
+    whole = file.read_bytes()
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(StoreCorruptError, match="rows 80 to"):
+        work(folder, StopRequest())
+    file.write_bytes(whole)
+    counting = Counting()
+    work(folder, counting)
+    assert digests_of(folder / "out") == expected
+    assert counting.asked < reads / 2
+
+
+def test_a_second_process_is_told_to_wait(folder: Path) -> None:
+    expected, _ = finished_at_once(folder, to_larger_chunks)
+    with pytest.raises(Stopped):
+        to_larger_chunks(folder, StopAfter(3))
+    with unfinished(folder / "out", "held") as held:  # of other rows: what there was is gone
+        assert held.done == 0
+        held.advance()
+        with pytest.raises(StoreError, match="out is being made by another process"):
+            to_larger_chunks(folder, StopRequest())
+    to_larger_chunks(folder, StopRequest())
+    assert digests_of(folder / "out") == expected
