@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from features.errors import SourceError, StoreCorruptError, StoreError
+from features.errors import SourceError, StorageError, StoreCorruptError, StoreError
+from features.storage.place import as_place
 from features.store import FeatureStore
 from pipeline.formats.clip_retrieval import write_clip_retrieval
 from pipeline.formats.hdf5 import write_hdf5
@@ -23,6 +24,7 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.rewrite.merge import merge_stores, rechunk_store
 from pipeline.rewrite.subset import Choice, subset_store
 from tests.feature_stores import IMAGE, StopAfter, make_store, on_disk
+from tests.servers import Bucket
 
 Work = Callable[[Path, StopRequest], object]
 READS = 7
@@ -224,6 +226,38 @@ def test_the_same_call_goes_on_when_a_damaged_chunk_is_mended(folder: Path, work
     work(folder, counting)
     assert digests_of(folder / "out") == expected
     assert counting.asked < reads / 2
+
+
+def test_under_a_url_a_store_is_made_here_and_uploaded_when_it_is_whole(
+    folder: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rechunk_store(folder / "s.zarr", folder / "expected", 20, StopRequest())
+    s3.upload(folder / "s.zarr", "s.zarr")
+    place = as_place(s3.url("s.zarr"))
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    out = as_place(s3.url("out"))
+    with pytest.raises(Stopped):
+        rechunk_store(place, out, 20, StopAfter(3))
+    assert s3.content("out") == {}
+    with monkeypatch.context() as without_network:
+        without_network.setattr("features.publish.write", refuse)
+        with pytest.raises(StorageError, match="no network"):
+            rechunk_store(place, out, 20, StopRequest())
+    assert s3.content("out") == {}
+    counting = Counting()
+    rechunk_store(place, out, 20, counting)
+    assert counting.asked == 0  # all of it was there, but for the upload
+    expected = folder / "expected"
+    files = [file for file in expected.rglob("*") if file.is_file()]
+    assert s3.content("out") == {
+        file.relative_to(expected).as_posix(): file.read_bytes() for file in files
+    }
+    assert list((folder / "here").iterdir()) == []
+
+
+def refuse(place: object, content: bytes) -> None:
+    raise StorageError("no network")
 
 
 def test_a_second_process_is_told_to_wait(folder: Path) -> None:
