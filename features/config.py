@@ -64,11 +64,13 @@ class WebdatasetSource(_Source):
 
 
 class FolderSource(_Source):
-    """A table of captions (`.jsonl`, `.csv`, `.parquet`) that names image files beside it."""
+    """A table of captions (`.jsonl`, `.csv`, `.tsv`, `.parquet`) that names images beside it."""
 
     kind: Literal["folder"]
     path: PlaceSetting
-    """The table. Image paths in it are relative to its folder."""
+    """The table, in UTF-8. Image paths in it are relative to its folder. The first line of a `.csv`
+    or `.tsv` names the columns; they are separated by what comes first there of comma, semicolon
+    and tab (those between quotation marks do not count)."""
     image: str = "image"
     """Column that names the image file."""
 

@@ -4,8 +4,11 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -29,11 +32,13 @@ from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 ROWS_AT_ONCE = 4096
+SEPARATOR = re.compile(r"[,;\t]")
+QUOTED = re.compile(r'"[^"]*("|$)')
 Rows = list[dict[str, Any]]
 
 
 class CaptionTable:
-    """A `.jsonl`, `.csv` or `.parquet` of captions that names image files in its folder.
+    """A `.jsonl`, `.csv`, `.tsv` or `.parquet` of captions that names image files in its folder.
 
     Rules: rows of the same image that follow each other are one sample, their captions the fields
     0, 1, and on (if that happens anywhere in the table); an image that comes again later is a
@@ -68,8 +73,8 @@ class CaptionTable:
         keys = Keys(self.files[file], counts)
         several = self._has_rows_of_one_image(file)
         folder = file.parent.resolve() if isinstance(file, Path) else file.parent
-        groups = itertools.groupby(table_rows(file), self._image_name)
-        images = ((name, list(rows)) for name, rows in groups)
+        groups = itertools.groupby(self._named_rows(file), itemgetter(0))
+        images = ((name, [row for _, row in rows]) for name, rows in groups)
 
         def find(image: tuple[str, Rows]) -> tuple[str, Rows, str, int | None]:
             return *image, *find_image(folder, image[0], table=file)
@@ -86,19 +91,20 @@ class CaptionTable:
             place_image(sample, path, size, counts)
             yield sample
 
-    def _image_name(self, row: dict[str, Any]) -> str:
-        name = row.get(self._source.image)
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise SourceError(
-                f"A row of {self._source.path} has {self._source.image} = {name!r}; its columns "
-                f"are {list(row)[:20]}. The path of an image was expected. Set `image` of the "
-                f"source to the column that names the images."
-            )
-        return name
+    def _named_rows(self, file: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(table_rows(file), 1):
+            name = row.get(self._source.image)
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise SourceError(
+                    f"Row {number} of {file} has {self._source.image} = {name!r}; its columns are "
+                    f"{list(row)[:20]}. The path of an image was expected. Set `image` of the "
+                    f"source to the column that names the images, or correct the row."
+                )
+            yield name, row
 
     def _has_rows_of_one_image(self, file: Place) -> bool:
-        names = (self._image_name(row) for row in table_rows(file))
-        return any(a == b for a, b in itertools.pairwise(names))
+        pairs = itertools.pairwise(name for name, _ in self._named_rows(file))
+        return any(a == b for a, b in pairs)
 
 
 def find_image(folder: Place, name: str, *, table: Place) -> tuple[str, int | None]:
@@ -150,18 +156,18 @@ def table_rows(file: Place) -> Iterator[dict[str, Any]]:
     Raises:
         SourceError: It is of no kind we read, or damaged.
     """
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if file.suffix not in readers:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
         raise SourceError(
-            f"The table {file} ends in {file.suffix!r}. One of {', '.join(readers)} was expected. "
+            f"The table {file} ends in {file.suffix!r}. One of {', '.join(READERS)} was expected. "
             f"Convert it."
         )
     try:
-        yield from readers[file.suffix](file)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        yield from reader(file)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise SourceError(
             f"The table {file} cannot be read: {error}. A whole {file.suffix} file in UTF-8 was "
-            f"expected. Correct it, or fetch it again."
+            f"expected. Save it as UTF-8 (of Excel: CSV UTF-8), or fetch it again."
         ) from error
 
 
@@ -183,12 +189,40 @@ def _jsonl_rows(file: Place) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(file: Place) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a .csv, strictly: a quotation mark left open would swallow those below."""
     with io.TextIOWrapper(open_file(file), encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines):
-            yield {name: value for name, value in row.items() if name is not None}
+        header = lines.readline()
+        all_lines = itertools.chain([header], lines)
+        rows = csv.DictReader(all_lines, delimiter=_separator(header), strict=True)
+        line = 1
+        try:
+            columns = rows.fieldnames
+            line = rows.line_num + 1
+            for row in rows:
+                if any(row.pop(None, ())):
+                    raise csv.Error(f"it has more columns than the first line, {columns}")
+                yield row
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise SourceError(
+                f"Line {line} of {file} cannot be read: {error}. Text with a separator, quotation "
+                f'mark or line break in it was expected between quotation marks, as "a ""cat""". '
+                f"Correct the line, or save the table anew."
+            ) from error
+
+
+def _separator(header: str) -> str:
+    """Return the first comma, semicolon or tab of a line, but for those in quotation marks."""
+    found = SEPARATOR.search(QUOTED.sub("", header))
+    return found[0] if found else ","
 
 
 def _parquet_rows(file: Place) -> Iterator[dict[str, Any]]:
     with open_parquet(file) as parquet:
         for batch in parquet.iter_batches(ROWS_AT_ONCE):
             yield from batch.to_pylist()
+
+
+READERS: Mapping[str, Callable[[Place], Iterator[dict[str, Any]]]] = MappingProxyType(
+    {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+)

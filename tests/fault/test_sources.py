@@ -156,7 +156,7 @@ def test_a_parquet_file_damaged_within_its_images_is_named(
         ("t.jsonl", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
         ("t.csv", b'image\n"' + b"x" * 200_000, "cannot be read: field larger"),
         ("t.parquet", b"PAR1", r"t\.parquet cannot be read"),
-        ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, \.csv, \.parquet"),
+        ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:

@@ -164,10 +164,12 @@ def test_every_form_is_tried_here() -> None:
     assert set(OTHERS) | set(WRITERS) == set(FORMS)
 
 
-def test_captions_keys_and_labels_come_from_a_table_beside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_captions_keys_and_labels_come_from_a_table_beside(tmp_path: Path, separator: str) -> None:
     path = write_npy(tmp_path / "in", {"image": vectors(0)})
     (tmp_path / "t.csv").write_text(
-        "name,words,class\n" + "".join(f"k{i},a {i},{i % 3}\n" for i in range(ROWS))
+        separator.join(("name", "words", "class\n"))
+        + "".join(separator.join((f"k{i}", f"a {i}", f"{i % 3}\n")) for i in range(ROWS))
     )
     sail(
         *("import-store", path, "--out", tmp_path / "s.zarr", "--table", tmp_path / "t.csv"),

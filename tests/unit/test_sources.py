@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,55 @@ class TestFolder:
 
     def test_a_row_without_an_image_lists_its_columns(self, tmp_path: Path) -> None:
         source = self.table(tmp_path, [{"file": "1.jpg", "caption": "a"}], ".csv")
-        with pytest.raises(SourceError, match=r"columns are \['file', 'caption'\]"):
+        with pytest.raises(SourceError, match=r"Row 1 .* columns are \['file', 'caption'\]"):
             listed(**source)
+
+    def text(self, path: Path, text: str, name: str = "table.csv") -> dict[str, Any]:
+        (path / name).write_bytes(text.encode())
+        return {"kind": "folder", "path": str(path / name)}
+
+    @pytest.mark.parametrize("name", ["table.CSV", "table.tsv"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "image;caption\r\n1.jpg;a, b\r\n",
+            "\ufeffimage;caption;notes, mine\r\n1.jpg;a, b;\r\n",
+            "image\tcaption\n1.jpg\ta, b\n",
+            'image,caption,"a;b",c;d\n1.jpg,"a, b"\n',
+            '"image";"caption"\n"1.jpg";"a, b"\n',
+            '"number;of,row",image,caption\n7,1.jpg,"a, b"\n',
+            'image,"line\n;break",caption\n1.jpg,,"a, b"\n',
+            'image,caption\n1.jpg,"a, b",,\n',
+            'image,caption,note\n1.jpg,"a, b",a 12" disc\n',
+        ],
+    )
+    def test_the_first_separator_of_the_first_line_separates_the_columns(
+        self, tmp_path: Path, text: str, name: str
+    ) -> None:
+        (sample,) = listed(**self.text(tmp_path, text, name))
+        assert (sample.key, sample.captions) == ("table/1", {"caption": "a, b"})
+
+    def test_a_header_read_with_another_separator_is_shown(self, tmp_path: Path) -> None:
+        source = self.text(tmp_path, "number,of row;image;caption\n7;1.jpg;a\n")
+        with pytest.raises(SourceError, match=r"columns are \['number', 'of row;image;caption'\]"):
+            listed(**source)
+
+    @pytest.mark.parametrize(
+        ("row", "fault"),
+        [
+            ("1.jpg,a cat, asleep", "more columns than the first line, ['image', 'caption']"),
+            ('1.jpg,"a cat', "unexpected end of data"),
+            ('1.jpg,"a cat\n2.jpg,"a dog"', "',' expected after '\"'"),
+        ],
+    )
+    def test_a_line_of_a_csv_that_would_lose_text_is_refused(
+        self, tmp_path: Path, row: str, fault: str
+    ) -> None:
+        whole = 'image,caption\n0.jpg,"two\nlines"'
+        source = self.text(tmp_path, f"{whole}\n{row}\n3.jpg,a cow\n")
+        with pytest.raises(SourceError, match=re.escape(fault)) as caught:
+            listed(**source)
+        assert str(caught.value).startswith(f"Line 4 of {source['path']} ")
 
 
 class TestParquet:
