@@ -1,8 +1,8 @@
 """The report: one self-contained HTML file, readable by someone who was not there.
 
-What it shows is plain data, made by `pipeline/reporting.py` from a run; nothing here reads a store.
-Words from outside (captions, class names, file names) are escaped, and the page asks the browser to
-load and run nothing.
+What it shows is plain data, made by `pipeline/evaluation/report.py` from a run; nothing here reads
+a store. Words from outside (captions, class names, file names) are escaped, and the page asks the
+browser to load and run nothing.
 """
 
 from collections.abc import Sequence

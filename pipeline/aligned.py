@@ -26,7 +26,7 @@ from features.errors import ConfigError, EncoderError, EvaluationError
 from features.images import ImageFault
 from pipeline.config import EncodersConfig, RunConfig, RunSettings, load_config
 from pipeline.device import prepare_device
-from pipeline.embedding import check_same_encoder
+from pipeline.embedding.rows import check_same_encoder
 from pipeline.handover.layout import read_exported
 from pipeline.processors import usable_processors
 

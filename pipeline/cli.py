@@ -10,16 +10,16 @@ from typing import Any
 import click
 
 from features.errors import SailError
-from pipeline.cli_convert import convert, import_store
-from pipeline.cli_eval import evaluate
-from pipeline.cli_explore import explore
-from pipeline.cli_export import export
-from pipeline.cli_readonly import doctor, inspect, plan, verify
-from pipeline.cli_rewrite import merge, rechunk, subset
-from pipeline.cli_study import compare, pick, study
-from pipeline.cli_use import embed, search
-from pipeline.options import run_stage, stage, trainings
-from pipeline.varied import count_of, seeds_of, settings_of
+from pipeline.commands.convert import convert, import_store
+from pipeline.commands.eval import evaluate
+from pipeline.commands.explore import explore
+from pipeline.commands.export import export
+from pipeline.commands.options import run_stage, stage, trainings
+from pipeline.commands.readonly import doctor, inspect, plan, verify
+from pipeline.commands.rewrite import merge, rechunk, subset
+from pipeline.commands.study import compare, pick, study
+from pipeline.commands.use import embed, search
+from pipeline.commands.values import count_of, seeds_of, settings_of
 
 SECTIONS = {
     "The three stages": ("extract", "align", "eval"),
@@ -164,7 +164,7 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
       sail align my.toml --set align.head.kind=linear --set run.seed=1
       torchrun --nproc-per-node 4 -m pipeline.cli align my.toml
     """
-    from pipeline.training import align_run
+    from pipeline.training.stage import align_run
 
     def work(config: Any, stop: Any) -> list[str] | None:
         best = align_run(config, stop)
@@ -231,7 +231,7 @@ def import_head(
       sail import-head sail_dinov2l_nv2.pt sail-paper --set run.dir=runs/released
       sail eval sail-paper --set run.dir=runs/released
     """
-    from pipeline import heads
+    from pipeline.training import heads
 
     def work(config: Any, _stop: Any) -> list[str]:
         return [str(heads.import_head(file, config))]
@@ -252,7 +252,7 @@ def export_head(checkpoint: Path, file: Path) -> None:
     Example:
       sail export-head runs/sail-paper sail.pt
     """
-    from pipeline import heads
+    from pipeline.training import heads
 
     click.echo(heads.export_head(checkpoint, file))
 
@@ -268,8 +268,8 @@ def _run_sweep(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    from pipeline.sweep import Sweep, sweep_run
-    from pipeline.sweep_output import sweep_table
+    from pipeline.training.sweep import Sweep, sweep_run
+    from pipeline.training.sweep_output import sweep_table
 
     varied = Sweep(name, over, seeds_of(seeds), evaluates)
 

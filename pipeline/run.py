@@ -16,12 +16,12 @@ from features.storage.files import write
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.config import RunConfig, dump_config
-from pipeline.finished import KnownEncoders, is_finished
+from pipeline.extraction.finished import KnownEncoders, is_finished
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine, timed
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster
+    from pipeline.extraction.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def extract(
             if cluster is not None:
                 cluster.fill_encoder(stores, name, stop)
                 continue
-            from pipeline.filling import fill_encoder  # torch: a finished run does without
+            # torch: a finished run does without
+            from pipeline.extraction.filling import fill_encoder
 
             fill_encoder(config, known, splits, name, stop)
     return [store.path for store in stores]
@@ -129,7 +130,7 @@ def _cluster(
 ) -> AbstractContextManager["Cluster | None"]:
     if scheduler is None and workers is None:
         return nullcontext()
-    from pipeline.connection import open_cluster
+    from pipeline.extraction.connection import open_cluster
 
     return open_cluster(config, scheduler=scheduler, workers=workers)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 
 

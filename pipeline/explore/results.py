@@ -12,7 +12,7 @@ from evaluate.items import Items, read_items
 from evaluate.results import Result, read_results
 from evaluate.zero_shot import confusion_matrix
 from features.errors import EvaluationError
-from pipeline.embedding import Embedder
+from pipeline.embedding.rows import Embedder
 from pipeline.explore.rows_behind import rows_behind
 from pipeline.explore.search import show
 from pipeline.explore.session import Session

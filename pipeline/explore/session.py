@@ -15,11 +15,11 @@ from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.aligned import Aligned, load_aligned, open_run
 from pipeline.config import RunConfig
-from pipeline.embedding import Embedder, ok_rows
+from pipeline.embedding.rows import Embedder, ok_rows
+from pipeline.embedding.search import embeddings_file, open_embeddings
 from pipeline.explore.nearest import Search, open_search
 from pipeline.run import RunFolder, run_folder
-from pipeline.search import embeddings_file, open_embeddings
-from pipeline.training_stores import open_evaluated
+from pipeline.stores import open_evaluated
 
 Made = TypeVar("Made")
 

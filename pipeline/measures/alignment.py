@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 
 from evaluate.results import Result
 from features.column import Column
-from pipeline.embedding import complete_column, feature_blocks, ok_rows
+from pipeline.embedding.rows import complete_column, feature_blocks, ok_rows
 from pipeline.measures.alignment_values import alignment_values
 from pipeline.measures.context import Context
 

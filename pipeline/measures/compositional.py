@@ -15,8 +15,8 @@ from evaluate.report import GroupExample
 from evaluate.results import Result
 from features.errors import EvaluationError
 from features.store import FeatureStore
-from pipeline.embedding import Embedded
-from pipeline.examples import Gallery, draw
+from pipeline.embedding.rows import Embedded
+from pipeline.evaluation.examples import Gallery, draw
 from pipeline.measures.context import Context
 
 

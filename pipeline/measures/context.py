@@ -23,7 +23,7 @@ from features.errors import EvaluationError
 from features.store import FeatureStore
 from pipeline.aligned import Aligned
 from pipeline.config import RunConfig
-from pipeline.embedding import ROWS_AT_ONCE, Embedder, ok_rows, prompt_features
+from pipeline.embedding.rows import ROWS_AT_ONCE, Embedder, ok_rows, prompt_features
 from pipeline.run import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from evaluate.ivf_pq import LEAST_ROWS, approximate_neighbours
 from evaluate.knn import Neighbours, nearest_neighbours, vote
 from evaluate.results import Result
 from features.column import Column
-from pipeline.embedding import complete_column, feature_blocks
+from pipeline.embedding.rows import complete_column, feature_blocks
 from pipeline.measures.context import Context
 
 logger = logging.getLogger(__name__)

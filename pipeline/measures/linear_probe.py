@@ -7,7 +7,7 @@ from evaluate.items import Items
 from evaluate.linear_probe import LinearProbe, fit_linear_probe
 from evaluate.results import Result
 from features.column import Column
-from pipeline.embedding import complete_column, feature_blocks
+from pipeline.embedding.rows import complete_column, feature_blocks
 from pipeline.measures.context import Context
 
 HELD_OUT = 0.1

@@ -21,7 +21,7 @@ from evaluate.retrieval import (
     same_words,
 )
 from features.errors import EvaluationError
-from pipeline.examples import Gallery, Search, draw, search_example
+from pipeline.evaluation.examples import Gallery, Search, draw, search_example
 from pipeline.measures.context import TIES, Context
 
 RECALL_AT = (1, 5, 10)

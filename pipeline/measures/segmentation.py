@@ -23,7 +23,7 @@ from evaluate.segmentation_report import LegendEntry, SegmentedPicture
 from evaluate.zero_shot import read_templates
 from features.encoders.patches import PatchEncoder, patch_encoder
 from features.errors import EvaluationError
-from pipeline.embedding import ROWS_AT_ONCE
+from pipeline.embedding.rows import ROWS_AT_ONCE
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.measures.context import Context
 from pipeline.progress import ProgressLine

@@ -19,7 +19,7 @@ from evaluate.zero_shot import (
     read_templates,
 )
 from features.store import FeatureStore
-from pipeline.examples import Gallery, Search, draw, search_example
+from pipeline.evaluation.examples import Gallery, Search, draw, search_example
 from pipeline.measures.context import TIES, Context
 
 TOP = 5

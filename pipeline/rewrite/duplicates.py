@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from features.column import Column
-from pipeline.embedding import feature_blocks, ok_rows
+from pipeline.embedding.rows import feature_blocks, ok_rows
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 

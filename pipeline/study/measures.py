@@ -23,11 +23,11 @@ from features.column import Column
 from features.storage.files import write
 from features.store import NOT_COMPARED
 from pipeline.config import RunConfig
-from pipeline.embedding import complete_column, feature_blocks, ok_rows
+from pipeline.embedding.rows import complete_column, feature_blocks, ok_rows
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import run_folder
+from pipeline.stores import open_evaluated
 from pipeline.study.rows import StudyRows, usable_rows
-from pipeline.training_stores import open_evaluated
 
 logger = logging.getLogger(__name__)
 ROWS = 1000

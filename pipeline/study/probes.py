@@ -22,10 +22,10 @@ from evaluate.retrieval import Relevance, hits_per_image, retrieval_ranks
 from features.storage.files import write
 from pipeline.config import RunConfig, load_config
 from pipeline.device import prepare_device
-from pipeline.embedding import Embedder
+from pipeline.embedding.rows import Embedder
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.study.rows import StudyRows, scored_rows
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 
 logger = logging.getLogger(__name__)
 RECALL_AT = 10

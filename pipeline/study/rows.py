@@ -11,9 +11,9 @@ from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import RunConfig
-from pipeline.embedding import complete_column
+from pipeline.embedding.rows import complete_column
 from pipeline.run import run_folder
-from pipeline.training_stores import open_evaluated
+from pipeline.stores import open_evaluated
 
 LEAST_SCORED = 10
 

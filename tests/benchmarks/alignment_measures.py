@@ -22,7 +22,7 @@ from evaluate.config import EvalConfig
 from features.column import create_column
 from features.status import Status
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
-from pipeline.embedding import feature_blocks, ok_rows
+from pipeline.embedding.rows import feature_blocks, ok_rows
 from pipeline.measures.alignment_values import alignment_values
 from tests.benchmarks.figure import Figure, figure_of
 from tests.peak_memory import peak_bytes_of

@@ -25,7 +25,7 @@ from align.loss import contrastive_loss
 from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
 from pipeline.memory import keep_freed_memory
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 
 SEEDS = (0, 1, 2)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from evaluate.knn import nearest_neighbours
 from features.store import FeatureStore
-from pipeline.embedding import feature_blocks, ok_rows
+from pipeline.embedding.rows import feature_blocks, ok_rows
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import linked_store
 from tests.peak_memory import peak_bytes_of

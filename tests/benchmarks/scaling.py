@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from features.store import FeatureStore
 from pipeline.config import load_config
-from pipeline.connection import open_cluster
+from pipeline.extraction.connection import open_cluster
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
 from tests import tiny

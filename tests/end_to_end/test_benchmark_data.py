@@ -14,10 +14,10 @@ from align.checkpoint import load_aligned
 from features.class_lists import read_class_list
 from features.store import FeatureStore
 from pipeline.config import load_config
-from pipeline.evaluation import evaluate_run
+from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import StopRequest
 from pipeline.run import RunFolder, extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from features.encoders import load_image_encoder
 from features.encoders.image import ImageEncoder
-from pipeline import drift
 from pipeline.config import RunConfig, load_config
-from pipeline.drift import check_run
+from pipeline.evaluation import drift
+from pipeline.evaluation.drift import check_run
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 from tests.commands import sail, the_error_of
 

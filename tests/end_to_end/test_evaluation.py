@@ -18,12 +18,12 @@ from evaluate.results import read_results
 from features.encoders import load_text_encoder
 from features.errors import EvaluationError
 from features.store import FeatureStore
-from pipeline.comparison import compare_runs
 from pipeline.config import RunConfig, load_config
-from pipeline.evaluation import evaluate_run, results_table
+from pipeline.evaluation.comparison import compare_runs
+from pipeline.evaluation.stage import evaluate_run, results_table
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import RunFolder, extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 from tests.end_to_end.test_commands import sail
 

@@ -19,7 +19,7 @@ from pipeline.config import load_config
 from pipeline.handover.exports import export_run
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.fresh_environment import fresh_environment, run_in

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.evaluation import evaluate_run
+from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RUN_FILE = """

@@ -7,11 +7,11 @@ from click.testing import CliRunner
 
 from pipeline.cli import cli
 from pipeline.config import load_config
-from pipeline.evaluation import evaluate_run
+from pipeline.evaluation.stage import evaluate_run
 from pipeline.inspection import describe_row, describe_store
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 from tests.feature_stores import make_store, on_disk
 from tests.servers import Bucket

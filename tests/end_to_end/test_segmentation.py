@@ -16,14 +16,14 @@ from evaluate.items import read_items
 from features.config import PatchAttention
 from features.encoders import load_text_encoder
 from features.errors import EncoderError, EvaluationError
-from pipeline.comparison import compare_runs
 from pipeline.config import RunConfig, load_config
-from pipeline.evaluation import evaluate_run, results_table
+from pipeline.evaluation.comparison import compare_runs
+from pipeline.evaluation.stage import evaluate_run, results_table
 from pipeline.explore.results import results as explored
 from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 
 CLASSES = (("red", "circle"), ("green",), ("blue",), ("star",))

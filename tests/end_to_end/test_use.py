@@ -15,10 +15,10 @@ from features.errors import EncoderError
 from features.store import FeatureStore
 from pipeline.aligned import Aligned, load_aligned
 from pipeline.config import load_config
-from pipeline.embedding import Embedder
+from pipeline.embedding.rows import Embedder
 from pipeline.interrupt import StopRequest
 from pipeline.run import extract
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
 from tests import tiny
 from tests.commands import sail, the_error_of
 

@@ -51,7 +51,7 @@ from pathlib import Path
 from pipeline.cli import cli
 
 if __name__ == "__main__":
-    from pipeline.cluster import Cluster
+    from pipeline.extraction.cluster import Cluster
 
     fill_encoder = Cluster.fill_encoder
 

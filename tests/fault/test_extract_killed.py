@@ -34,7 +34,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
     """Processes that begin to work at once: their server has imported everything already."""
     monkeypatch.chdir(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.filling", "pipeline.run"])
+    context.set_forkserver_preload(["pipeline.extraction.filling", "pipeline.run"])
     return context
 
 

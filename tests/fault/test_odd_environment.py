@@ -58,7 +58,7 @@ def test_files_of_another_century_are_extracted_once_and_no_more(
     set_times(tmp_path, seconds)
     extract_into(run_file, tmp_path / "run")
     set_times(tmp_path / "run", seconds)  # as a clock that was wrong then would have it
-    monkeypatch.setattr("pipeline.filling.load_encoder", None)  # a call is a TypeError
+    monkeypatch.setattr("pipeline.extraction.filling.load_encoder", None)  # a call is a TypeError
     extract_into(run_file, tmp_path / "run")
 
 

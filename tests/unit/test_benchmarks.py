@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from features.encoders.nvembed import NVEmbed
-from pipeline.encoder_sizes import KNOWN_TEXT
 from pipeline.explore import nearest
+from pipeline.planning.encoder_sizes import KNOWN_TEXT
 from tests import tiny
 from tests.benchmarks import (
     alignment_measures,

@@ -6,8 +6,8 @@ from typing import cast
 import pytest
 
 from features.encoders import TextEncoder
-from pipeline import calibration
-from pipeline.calibration import measure_captions
+from pipeline.planning import calibration
+from pipeline.planning.calibration import measure_captions
 
 SECONDS_PER_CALL = 0.1
 SECONDS_PER_CAPTION = 0.001

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from features.errors import ClusterError
 from features.store import FeatureStore
-from pipeline import cluster, connection
 from pipeline.cli import cli
-from pipeline.cluster import LEAST_UNITS, Cluster, cut_into_units
 from pipeline.config import EncodersConfig, RunSettings, load_config
-from pipeline.connection import open_cluster
+from pipeline.extraction import cluster, connection
+from pipeline.extraction.cluster import LEAST_UNITS, Cluster, cut_into_units
+from pipeline.extraction.connection import open_cluster
+from pipeline.extraction.units import Job, device_settings
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
-from pipeline.units import Job, device_settings
 from tests import tiny
 from tests.feature_stores import store_digests
 

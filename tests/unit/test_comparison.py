@@ -10,7 +10,7 @@ from evaluate.bootstrap import paired_interval, ratio_interval
 from evaluate.items import Items, read_items, write_items
 from evaluate.results import Result, write_results
 from features.errors import EvaluationError
-from pipeline.comparison import compare_runs, comparison_plot, comparison_table
+from pipeline.evaluation.comparison import compare_runs, comparison_plot, comparison_table
 
 
 def evaluated(run: Path, hits: list[int], *, items: bool = True, **protocol: Any) -> Path:

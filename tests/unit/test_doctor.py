@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline import doctor, machine
 from pipeline.cli import cli
+from pipeline.planning import doctor, machine
 from tests import tiny
 
 

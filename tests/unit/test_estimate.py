@@ -9,8 +9,8 @@ from align.config import HeadConfig
 from align.head import HEADS
 from features.column import create_column
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from pipeline.encoder_sizes import KNOWN_IMAGE, KNOWN_TEXT, image_size, text_size
-from pipeline.estimate import (
+from pipeline.planning.encoder_sizes import KNOWN_IMAGE, KNOWN_TEXT, image_size, text_size
+from pipeline.planning.estimate import (
     GPUS,
     Phase,
     Transformer,

@@ -44,8 +44,9 @@ def loads_torch(run_file: Path) -> bool:
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.filling.load_image_encoder", None)  # a call is a TypeError
-    monkeypatch.setattr("pipeline.filling.load_text_encoder", None)
+    # a call is a TypeError
+    monkeypatch.setattr("pipeline.extraction.filling.load_image_encoder", None)
+    monkeypatch.setattr("pipeline.extraction.filling.load_text_encoder", None)
 
 
 def test_a_finished_run_does_not_even_import_torch(run_file: Path) -> None:

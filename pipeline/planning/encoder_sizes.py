@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from features.config import ImageColumnConfig, ImageEncoderConfig, TextEncoderConfig
-from pipeline.estimate import ImageTransformer, Transformer
+from pipeline.planning.estimate import ImageTransformer, Transformer
 
 # Facts of the released configurations; the counts of parameters that follow are checked in
 # tests/unit/test_estimate.py against the published ones.

@@ -15,9 +15,9 @@ from features.errors import EvaluationError
 from features.partial import appearing
 from features.store import FeatureStore
 from pipeline.aligned import Aligned
-from pipeline.embedding import Embedder, ok_rows
+from pipeline.embedding.rows import Embedder, ok_rows
 from pipeline.run import run_folder
-from pipeline.training_stores import open_evaluated
+from pipeline.stores import open_evaluated
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1 << 16

@@ -23,10 +23,10 @@ from features.column_group import ColumnGroup
 from features.errors import ClusterError, SailError
 from features.extract import MAX_LOGGED_FAULTS, Phases, Run
 from features.store import FeatureStore
-from pipeline import units
 from pipeline.config import RunConfig
-from pipeline.filling import fill_columns
-from pipeline.finished import columns_of
+from pipeline.extraction import units
+from pipeline.extraction.filling import fill_columns
+from pipeline.extraction.finished import columns_of
 from pipeline.interrupt import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def cut_into_units(
 
 @dataclass(frozen=True)
 class _Task:
-    """A call of a function of `pipeline.units` by a worker."""
+    """A call of a function of `pipeline.extraction.units` by a worker."""
 
     name: str
     words: str

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.options import stage, until_stopped
+from pipeline.commands.options import stage, until_stopped
 
 
 @click.command()
@@ -33,7 +33,7 @@ def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None
     Example:
       sail compare runs/demo runs/linear --plot linear-or-not.png
     """
-    from pipeline.comparison import compare_runs, comparison_plot, comparison_table
+    from pipeline.evaluation.comparison import compare_runs, comparison_plot, comparison_table
 
     document = compare_runs(first, second)
     picture = plot or second / "eval" / "compare.png"

@@ -15,9 +15,9 @@ from align.selection import Columns
 from features.column import Column
 from features.errors import CheckpointError
 from pipeline.config import RunConfig
-from pipeline.export import export_model
 from pipeline.run import start_run
-from pipeline.training_stores import open_stores
+from pipeline.stores import open_stores
+from pipeline.training.export import export_model
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from features.index import Index
 from features.store import FeatureStore
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
-from pipeline.finished import KnownEncoders, check_quarantined, columns_of
+from pipeline.extraction.finished import KnownEncoders, check_quarantined, columns_of
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.processors import usable_processors
 from pipeline.progress import ProgressLine

@@ -9,8 +9,8 @@ import dask
 from distributed import Client, LocalCluster
 
 from features.errors import ClusterError
-from pipeline.cluster import MOST_DEATHS, Cluster
 from pipeline.config import RunConfig
+from pipeline.extraction.cluster import MOST_DEATHS, Cluster
 from pipeline.processors import usable_processors
 
 SECONDS_TO_CONNECT = 30
@@ -49,7 +49,7 @@ def open_cluster(
             threads_per_worker=1,
             memory_limit=None,  # what is ahead is bounded by settings, as it is inline
             dashboard_address="127.0.0.1:0",
-            preload=["pipeline.units"],
+            preload=["pipeline.extraction.units"],
         ) as local,
         Client(local) as client,
         Cluster(client, config, processors=processors).ending() as cluster,

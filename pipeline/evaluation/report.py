@@ -21,8 +21,8 @@ from features.errors import ConfigError
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import RunConfig
+from pipeline.evaluation.plan import Plan
 from pipeline.measures import Context
-from pipeline.plan import Plan
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
 

@@ -24,10 +24,10 @@ from evaluate.results import read_results
 from features.errors import ConfigError, TrainingError
 from features.storage.files import write
 from pipeline.config import RunConfig, load_config
-from pipeline.evaluation import evaluate_run
+from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.sweep_output import sweep_plot
-from pipeline.training import align_run
+from pipeline.training.stage import align_run
+from pipeline.training.sweep_output import sweep_plot
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1

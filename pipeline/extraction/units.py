@@ -25,8 +25,8 @@ from features.index import Index
 from features.store import FeatureStore
 from pipeline.config import RunConfig, RunSettings
 from pipeline.device import prepare_device
-from pipeline.filling import Encoder, add_columns, encode_chunks, folder_of, load_encoder
-from pipeline.finished import KnownEncoders
+from pipeline.extraction.filling import Encoder, add_columns, encode_chunks, folder_of, load_encoder
+from pipeline.extraction.finished import KnownEncoders
 from pipeline.memory import keep_freed_memory
 from pipeline.processors import usable_processors
 from pipeline.run import run_folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.options import until_stopped
+from pipeline.commands.options import until_stopped
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -54,8 +54,8 @@ def search(
     if (query is None) == (image is None):
         raise click.UsageError("Give either a sentence or --image FILE.")
     from pipeline.aligned import load_aligned
+    from pipeline.embedding.search import search_captions, search_images
     from pipeline.progress import start_log
-    from pipeline.search import search_captions, search_images
     from pipeline.tables import hits_table
 
     start_log(verbose=False)
@@ -94,19 +94,25 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
     """
     if (images is None) == (texts is None):
         raise click.UsageError("Give either --images FOLDER or --texts FILE.")
-    from pipeline import embed_files
     from pipeline.aligned import load_aligned
+    from pipeline.embedding.files import (
+        Written,
+        embed_images,
+        embed_sentences,
+        image_files,
+        sentences,
+    )
     from pipeline.progress import start_log
 
     start_log(verbose=False)
     aligned = load_aligned(run)
 
-    def work(stop: Any) -> embed_files.Written:
+    def work(stop: Any) -> Written:
         if images is not None:
-            files = embed_files.image_files(images)
-            return embed_files.embed_images(aligned, files, out, stop)
-        lines = embed_files.sentences(texts or Path())
-        return embed_files.embed_sentences(aligned, lines, out, stop)
+            files = image_files(images)
+            return embed_images(aligned, files, out, stop)
+        lines = sentences(texts or Path())
+        return embed_sentences(aligned, lines, out, stop)
 
     written = until_stopped(work, kept="nothing was written.")
     if as_json:

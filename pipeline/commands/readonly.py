@@ -9,8 +9,8 @@ import sys
 import click
 
 from features.storage.place import as_place
-from pipeline.options import complete_recipe, override, stage, store_argument
-from pipeline.varied import count_of
+from pipeline.commands.options import complete_recipe, override, stage, store_argument
+from pipeline.commands.values import count_of
 
 
 @click.command()
@@ -44,7 +44,8 @@ def plan(
     start_log(verbose=verbose)
     config = load_config(recipe, overrides)
     count = None if rows is None else count_of(rows)
-    from pipeline.budget import plan_run  # torch loads here: a fault in the recipe is told before
+    # torch loads here: a fault in the recipe is told before
+    from pipeline.planning.budget import plan_run
 
     description = plan_run(config, rows=count, seconds=seconds, price=price)
     click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
@@ -70,7 +71,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     if overrides and recipe is None:
         raise click.UsageError("--set changes a recipe: name it.")
     config = load_config(recipe, overrides) if recipe else None
-    from pipeline.doctor import examine
+    from pipeline.planning.doctor import examine
     from pipeline.tables import doctor_table
 
     examination = examine(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.options import until_stopped
+from pipeline.commands.options import until_stopped
 
 
 @click.command()

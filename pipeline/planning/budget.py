@@ -10,7 +10,7 @@ from features.errors import SourceError
 from features.storage.place import Place
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
-from pipeline.estimate import (
+from pipeline.planning.estimate import (
     BYTES_PER_VALUE,
     ENCODER_UTILISATION,
     GPUS,
@@ -22,10 +22,10 @@ from pipeline.estimate import (
     hours,
     training_flops,
 )
-from pipeline.passes import Measuring, Pass, existing_folder, sample_index
+from pipeline.planning.passes import Measuring, Pass, existing_folder, sample_index
+from pipeline.planning.sizing import Rows, rows_of
 from pipeline.processors import usable_processors
 from pipeline.run import RunFolder, run_folder
-from pipeline.sizing import Rows, rows_of
 
 ASSUMED_DECODED_PER_CORE = 150.0
 """Images a second; photographs of about half a megapixel, where none was there to be measured."""

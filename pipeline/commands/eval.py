@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.options import run_stage, stage
+from pipeline.commands.options import run_stage, stage
 
 
 @click.command(name="eval")
@@ -38,7 +38,7 @@ def evaluate(
     if check:
         _check(recipe, overrides, as_json=as_json, verbose=verbose)
         return
-    from pipeline.evaluation import evaluate_run, results_table
+    from pipeline.evaluation.stage import evaluate_run, results_table
 
     def work(config: Any, stop: Any) -> Path:
         return Path(evaluate_run(config, stop))
@@ -52,7 +52,7 @@ def evaluate(
 
 
 def _check(recipe: str, overrides: tuple[str, ...], *, as_json: bool, verbose: bool) -> None:
-    from pipeline.drift import check_run, refuse_drift
+    from pipeline.evaluation.drift import check_run, refuse_drift
     from pipeline.tables import drift_table
 
     kept = "nothing was written."

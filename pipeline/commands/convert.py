@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import store_argument, until_stopped
+from pipeline.commands.options import store_argument, until_stopped
 
 TARGETS = {"hdf5": ".h5", "parquet": "-parquet", "clip-retrieval": "-clip-retrieval"}
 FORMS = ["hdf5", "npy", "npz", "parquet", "safetensors", "clip-retrieval", "sail-pt"]

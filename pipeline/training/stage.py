@@ -9,12 +9,12 @@ import torch
 from align.ring import Ring
 from align.trainer import train
 from pipeline.config import RunConfig
-from pipeline.export import export_model
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.processes import joined_processes
 from pipeline.progress import ProgressLine
 from pipeline.run import RunFolder, run_folder, start_run
-from pipeline.training_stores import check_complete, open_stores
+from pipeline.stores import check_complete, open_stores
+from pipeline.training.export import export_model
+from pipeline.training.processes import joined_processes
 
 
 def align_run(config: RunConfig, stop: StopRequest) -> Path | None:

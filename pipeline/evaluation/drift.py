@@ -19,11 +19,11 @@ from features.store import FeatureStore
 from pipeline.aligned import Aligned
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
-from pipeline.embedding import Embedder, ok_rows
+from pipeline.embedding.rows import Embedder, ok_rows
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import timed
 from pipeline.run import RunFolder, start_run
-from pipeline.training_stores import open_evaluated
+from pipeline.stores import open_evaluated
 
 SCHEMA = 1
 TIE = 1e-6

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.options import complete_folder, store_argument, until_stopped
+from pipeline.commands.options import complete_folder, store_argument, until_stopped
 
 out_option = click.option("--out", required=True, metavar="STORE", help="Where it goes.")
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -19,7 +19,9 @@ from features.storage.files import write
 from features.store import NOT_COMPARED, FeatureStore
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
-from pipeline.embedding import Embedder
+from pipeline.embedding.rows import Embedder
+from pipeline.evaluation.plan import Plan, make_plan
+from pipeline.evaluation.report import make_report
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.measures import (
     Context,
@@ -32,11 +34,9 @@ from pipeline.measures import (
     score_segmentation,
     score_zero_shot,
 )
-from pipeline.plan import Plan, make_plan
 from pipeline.progress import timed
-from pipeline.reporting import make_report
 from pipeline.run import start_run
-from pipeline.training_stores import open_evaluated
+from pipeline.stores import open_evaluated
 
 logger = logging.getLogger(__name__)
 VERSION = 4  # raised when the same inputs give other results or another report

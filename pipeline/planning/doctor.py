@@ -17,13 +17,13 @@ from features.errors import SailError
 from features.sources import open_source
 from features.store import FeatureStore
 from pipeline.config import RunConfig
-from pipeline.encoder_sizes import local_folder
-from pipeline.machine import (
+from pipeline.planning.encoder_sizes import local_folder
+from pipeline.planning.machine import (
     decoded_per_second,
     disk_megabytes_per_second,
     faiss_finds_neighbours,
 )
-from pipeline.passes import existing_folder
+from pipeline.planning.passes import existing_folder
 from pipeline.processors import usable_processors
 from pipeline.run import run_folder
 from pipeline.tables import byte_size

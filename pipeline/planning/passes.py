@@ -11,7 +11,9 @@ from features.config import ImageEncoderConfig, ScenesSource, TextEncoderConfig
 from features.encoders import load_image_encoder, load_text_encoder
 from features.errors import SailError
 from features.index import Index
-from pipeline.calibration import (
+from pipeline.config import RunConfig
+from pipeline.device import prepare_device
+from pipeline.planning.calibration import (
     SAMPLES,
     CaptionRates,
     ImageRates,
@@ -19,10 +21,8 @@ from pipeline.calibration import (
     measure_images,
     measure_writing,
 )
-from pipeline.config import RunConfig
-from pipeline.device import prepare_device
-from pipeline.encoder_sizes import image_size, local_folder, text_size
-from pipeline.estimate import Phase, hours
+from pipeline.planning.encoder_sizes import image_size, local_folder, text_size
+from pipeline.planning.estimate import Phase, hours
 from pipeline.processors import usable_processors
 from pipeline.run import draw_scenes
 

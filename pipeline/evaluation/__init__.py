@@ -1,0 +1,1 @@
+"""Stage three: a trained head is measured, reported, checked and compared."""

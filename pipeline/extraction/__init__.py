@@ -1,0 +1,1 @@
+"""Stage one: encoders fill the columns of the stores, here or on a Dask cluster."""
