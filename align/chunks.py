@@ -11,8 +11,9 @@ from torch import Tensor
 
 from align.cache import ChunkCache
 from align.rows import RowsInMemory
-from align.selection import Columns, key_hashes
+from align.selection import Columns
 from features.column import Column
+from features.keys import key_hashes
 
 READERS = 4  # threads that read chunks: enough to keep a local disk busy
 REMOTE_READERS = 16  # under a URL they mostly wait

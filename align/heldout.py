@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from align.head import AlignmentModel
 from align.pairs import Pairs
-from align.selection import Columns, key_hashes
+from align.selection import Columns
 from features.column import Column
+from features.keys import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024

@@ -7,6 +7,7 @@ from jaxtyping import Int64
 
 from features.column import Column
 from features.errors import TrainingError
+from features.keys import rows_by_key, store_key_hashes
 from features.store import FeatureStore
 
 KEYS_AT_ONCE = 65_536
@@ -62,8 +63,8 @@ def check_same_rows(image: FeatureStore, text: FeatureStore) -> None:
     if image.rows_per_chunk != text.rows_per_chunk:
         raise TrainingError(
             f"{image.path} has {image.rows_per_chunk} rows per chunk, {text.path} has "
-            f"{text.rows_per_chunk}. The same number was expected. Extract one of them again with "
-            f"extract.rows_per_chunk of the other."
+            f"{text.rows_per_chunk}. The same number was expected. Write one of them again by "
+            f"`sail rechunk`."
         )
 
 
@@ -82,19 +83,14 @@ def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingErr
         repr(str(store.keys(row, row + 1)[0])) if row < store.rows else "beyond its end"
         for store in (image, text)
     ]
+    _, is_there = rows_by_key(store_key_hashes(text), store_key_hashes(image))
     how = "They have other keys: extract both from the same sources."
-    if image.rows == text.rows and np.array_equal(_sorted_hashes(image), _sorted_hashes(text)):
-        how = "They have the same keys in another order: list the sources of both in one order."
+    if is_there.all():
+        how = (
+            f"All keys of the one are in the other: `sail reorder {text.path} --like {image.path} "
+            f"--out STORE` writes these rows in that order. Name that store instead."
+        )
     return TrainingError(
         f"{image.path} and {text.path} have not the same rows: row {row} is {keys[0]} in the one "
         f"and {keys[1]} in the other. The same keys in the same order were expected. {how}"
     )
-
-
-def _sorted_hashes(store: FeatureStore) -> Int64[np.ndarray, "rows"]:
-    hashes = np.empty(store.rows, dtype=np.int64)
-    for start in range(0, store.rows, KEYS_AT_ONCE):
-        keys = store.keys(start, start + KEYS_AT_ONCE).tolist()
-        hashes[start : start + len(keys)] = np.fromiter(map(hash, keys), dtype=np.int64)
-    hashes.sort()
-    return hashes

@@ -1,6 +1,5 @@
 """Which rows of a store are trained on, which are held out, and why the others are not used."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -13,12 +12,11 @@ from align.config import AlignConfig
 from align.join import check_same_rows
 from features.column import Column
 from features.errors import TrainingError
+from features.keys import key_hashes, store_key_hashes
 from features.status import Status
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
-HASH_BYTES = 8
-KEY_CHUNKS_AT_ONCE = 16  # under a URL they are fetched side by side
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def select_rows(
     heldout = np.empty(0, dtype=np.int64)
     hashes = np.empty(0, dtype=np.uint64)
     if holdout > 0 or rows is not None:
-        hashes = key_hashes(_all_keys(columns.store), columns.store.rows)
+        hashes = store_key_hashes(columns.store)
     if holdout > 0:
         held = below_fraction(hashes, holdout) & usable
         heldout = np.flatnonzero(held)
@@ -180,22 +178,6 @@ def holdout_mask(keys: Iterable[str], fraction: float) -> Bool[np.ndarray, "rows
     return below_fraction(key_hashes(listed, len(listed)), fraction)
 
 
-def key_hashes(keys: Iterable[str], count: int) -> Shaped[np.ndarray, "rows"]:
-    """Return the first 8 bytes of the blake2b of each string as an unsigned number."""
-    blake2b = hashlib.blake2b
-    joined = b"".join(blake2b(str(key).encode(), digest_size=HASH_BYTES).digest() for key in keys)
-    hashes = np.frombuffer(joined, dtype="<u8")
-    if len(hashes) != count:
-        raise ValueError(f"Got {len(hashes)} keys where {count} were said to come.")
-    return hashes
-
-
 def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:
     """Return which hashes lie in the first fraction of all numbers of their size."""
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-
-
-def _all_keys(store: FeatureStore) -> Iterable[str]:
-    rows = KEY_CHUNKS_AT_ONCE * store.rows_per_chunk
-    for start in range(0, store.rows, rows):
-        yield from store.keys(start, start + rows)

@@ -16,7 +16,7 @@ from pipeline.commands.explore import explore
 from pipeline.commands.export import export
 from pipeline.commands.options import run_stage, stage, trainings
 from pipeline.commands.readonly import doctor, inspect, plan, verify
-from pipeline.commands.rewrite import merge, rechunk, subset
+from pipeline.commands.rewrite import merge, rechunk, reorder, subset
 from pipeline.commands.study import compare, pick, study
 from pipeline.commands.use import embed, search
 from pipeline.commands.values import count_of, seeds_of, settings_of
@@ -27,7 +27,7 @@ SECTIONS = {
     "Before a long run": ("doctor", "plan", "pick", "study"),
     "Try settings": ("sweep", "scaling"),
     "Hand over": ("embed", "export", "export-head", "import-head"),
-    "Stores": ("convert", "import-store", "merge", "subset", "rechunk"),
+    "Stores": ("convert", "import-store", "merge", "subset", "rechunk", "reorder"),
 }
 
 
@@ -94,6 +94,7 @@ for command in (
     merge,
     subset,
     rechunk,
+    reorder,
     compare,
     study,
     pick,

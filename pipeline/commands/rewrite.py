@@ -116,6 +116,47 @@ def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
     )
 
 
+@click.command()
+@store_argument
+@click.option(
+    "--like",
+    required=True,
+    metavar="STORE",
+    help="The other store.",
+    shell_complete=complete_folder,
+)
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="MiB of features that are put in order at once.",
+)
+@out_option
+@as_json_option
+def reorder(store: str, like: str, memory_mb: int, out: str, as_json: bool) -> None:
+    """Write the rows of a store in the order of another one.
+
+    Those that the other has, by their keys, all of which must be there; the chunks get the size of
+    the other's too. So the two can be joined: `align.text_store`. Prints the path of the store.
+
+    \b
+    Example:
+      sail reorder texts.zarr --like images.zarr --out joined.zarr
+    """
+    from features.storage.place import as_place
+    from pipeline.rewrite.reorder import reorder_store
+
+    _write(
+        out,
+        as_json,
+        lambda place, stop: reorder_store(
+            as_place(store), place, as_place(like), stop, memory_mb=memory_mb
+        ),
+    )
+
+
 def _write(out: str, as_json: bool, work: Callable[[Any, Any], object]) -> None:
     from features.storage.place import as_place
     from pipeline.progress import start_log

@@ -84,22 +84,26 @@ def encoder_of(column: str) -> str:
     return "/".join(column.split("/")[:2])
 
 
-def chunks_of(rows: Rows, size: int, stop: StopRequest, chunks: range) -> Iterator[Block]:
+def chunks_of(
+    rows: Rows, size: int, stop: StopRequest, chunks: range, rows_at_once: int = 1
+) -> Iterator[Block]:
     """Yield rows as chunks of a store to be, the last smaller.
 
-    Where the chunks that are read are larger, several are made of one read: to read a chunk for
-    each would be to read it many times.
+    Where more rows are read at once than a chunk has, several chunks are made of one read.
 
     Args:
         rows: Whose.
         size: Rows of a chunk that is made.
         stop: Asked before every read.
         chunks: Which, in order.
+        rows_at_once: How many rows are read at once, rounded up to whole chunks.
 
     Raises:
         Stopped: A signal came.
     """
-    at_once = -(-rows.layout.rows_per_chunk // size)
+    at_once = (
+        max(1, rows_at_once // size) if rows_at_once else -(-rows.layout.rows_per_chunk // size)
+    )
     for first in chunks[::at_once]:
         if stop():
             raise Stopped

@@ -11,6 +11,7 @@ from jaxtyping import UInt64
 
 from features.column import Column, create_column
 from features.errors import SourceError, StoreCorruptError, StoreError
+from features.keys import key_hashes
 from features.publish import publish
 from features.quantisation import dequantise
 from features.status import Status
@@ -112,7 +113,13 @@ def complete_columns(store: FeatureStore) -> list[Column]:
 
 
 def write_store(
-    out: Place, rows: Rows, stop: StopRequest, *, origin: object, rows_per_chunk: int | None = None
+    out: Place,
+    rows: Rows,
+    stop: StopRequest,
+    *,
+    origin: object,
+    rows_per_chunk: int | None = None,
+    rows_at_once: int | None = None,
 ) -> Place:
     """Make a store: it appears when all of it is there, and goes on where it was stopped.
 
@@ -122,6 +129,8 @@ def write_store(
         stop: Asked before every read.
         origin: What they come from, for messages.
         rows_per_chunk: Of the store; as the layout of the rows says if not given.
+        rows_at_once: How many rows are read at once; as many as a chunk that is read has if not
+            given, because to read it for each chunk that is made would be to read it often.
 
     Raises:
         StoreError: There is something at `out`, or another process is at it.
@@ -140,7 +149,8 @@ def write_store(
         writer = _Writer(work.made, layout, done=work.done)
         line.set(work.done, len(chunks))
         left = chunks[work.done :]
-        blocks = chunks_of(rows, layout.rows_per_chunk, stop, left)
+        at_once = rows_at_once or rows.layout.rows_per_chunk
+        blocks = chunks_of(rows, layout.rows_per_chunk, stop, left, at_once)
         for chunk, block in zip(left, blocks, strict=True):
             writer.write(chunk, block)
             work.advance()
@@ -246,8 +256,7 @@ class _Keys:
         """Take the keys of the next rows."""
         every = keys.tolist()
         self._digest.update("".join(f"{key}\n" for key in every).encode())
-        hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in every)
-        self._short[self._rows : self._rows + len(every)] = np.frombuffer(hashes, dtype=np.uint64)
+        self._short[self._rows : self._rows + len(every)] = key_hashes(every, len(every))
         self._rows += len(every)
 
     @property

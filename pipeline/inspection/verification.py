@@ -7,6 +7,7 @@ import numpy as np
 
 from features.column import Column
 from features.errors import StoreCorruptError
+from features.keys import key_hashes
 from features.status import Status
 from features.storage.place import Place
 from features.store import FeatureStore
@@ -35,8 +36,7 @@ def _key_faults(store: FeatureStore) -> Iterator[str]:
     for start in range(0, store.rows, KEYS_AT_ONCE):
         keys = store.keys(start, start + KEYS_AT_ONCE).tolist()
         digest.update(("\n".join(keys) + "\n").encode())
-        hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-        short[start : start + len(keys)] = np.frombuffer(hashes, dtype=np.uint64)
+        short[start : start + len(keys)] = key_hashes(keys, len(keys))
     order = np.argsort(short, kind="stable")
     for row in np.sort(order[1:][short[order[1:]] == short[order[:-1]]]).tolist():
         key = str(store.keys(row, row + 1)[0])

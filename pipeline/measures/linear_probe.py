@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from align.selection import key_hashes
 from evaluate.items import Items
 from evaluate.linear_probe import LinearProbe, fit_linear_probe
 from evaluate.results import Result
 from features.column import Column
+from features.keys import key_hashes
 from pipeline.embedding.rows import complete_column, feature_blocks
 from pipeline.measures.context import Context
 

@@ -1,10 +1,7 @@
 """`sail subset`: some rows of a store, written as a store of their own."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,10 +9,10 @@ from jaxtyping import Bool
 from features.errors import SourceError, StoreError
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.formats.rows import Block, joined, selected
 from pipeline.formats.store import StoreRows, write_store
 from pipeline.formats.unfinished import check_free
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
+from pipeline.rewrite.chosen import ChosenRows
 from pipeline.rewrite.duplicates import first_of_alike
 from pipeline.rewrite.merge import origin_of
 from pipeline.rewrite.query import matches
@@ -69,46 +66,9 @@ def subset_store(path: Place, out: Place, choice: Choice, stop: StopRequest) -> 
         "chosen": {name: str(value) if name == "keys" else value for name, value in said.items()},
         "of": origin_of(store),
     }
-    return write_store(out, _Selected(rows, mask, source, stop), stop, origin=path)
-
-
-class _Selected:
-    """The rows of a mask, in their order; chunks without any are not read."""
-
-    def __init__(
-        self,
-        rows: StoreRows,
-        mask: Bool[np.ndarray, "rows"],
-        source: Mapping[str, Any],
-        stop: StopRequest,
-    ) -> None:
-        self._rows, self._stop = rows, stop
-        self._numbers = np.flatnonzero(mask)
-        count = len(self._numbers)
-        self.layout = replace(rows.layout, rows=count, source=source, keys_sha256=None)
-
-    @property
-    def stamp(self) -> str:
-        """Of the store, and which rows."""
-        return f"{self._rows.stamp} {hashlib.sha256(self._numbers.tobytes()).hexdigest()}"
-
-    def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            StoreCorruptError: A chunk of theirs is damaged or missing.
-            Stopped: A signal came: they may be spread over many chunks.
-        """
-        numbers = self._numbers[start:stop]
-        size = self._rows.layout.rows_per_chunk
-        parts = []
-        for some in np.split(numbers, np.flatnonzero(np.diff(numbers // size)) + 1):
-            if self._stop():
-                raise Stopped
-            first = int(some[0]) // size * size
-            chunk = self._rows.block(first, min(first + size, self._rows.layout.rows))
-            parts.append(selected(chunk, some - first))
-        return joined(parts)
+    numbers = np.flatnonzero(mask)
+    layout = replace(rows.layout, rows=len(numbers), source=source, keys_sha256=None)
+    return write_store(out, ChosenRows(rows, numbers, layout, stop), stop, origin=path)
 
 
 def _chosen(store: FeatureStore, choice: Choice, stop: StopRequest) -> Bool[np.ndarray, "rows"]:

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from features.store import FeatureStore
 from pipeline.cli import cli
+from tests.commands import sail
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
 RECIPE = f"""
@@ -90,8 +91,10 @@ def test_a_flipped_bit_is_not_looked_for_if_the_settings_say_so(tmp_path: Path) 
     assert align(tmp_path, "verify=false", "holdout=0").exit_code == 0
 
 
-def test_stores_whose_keys_disagree_are_refused_by_the_first_key(tmp_path: Path) -> None:
-    store_of(tmp_path, "train")
+def test_stores_in_another_order_are_refused_by_the_first_key_and_joined_when_reordered(
+    tmp_path: Path,
+) -> None:
+    images = store_of(tmp_path, "train")
     texts = make_store(tmp_path / "texts.zarr")
     group = zarr.open_group(tmp_path / "texts.zarr", mode="r+")
     keys = texts.keys()
@@ -102,8 +105,12 @@ def test_stores_whose_keys_disagree_are_refused_by_the_first_key(tmp_path: Path)
         align(tmp_path, f"text_store={tmp_path / 'texts.zarr'}"),
         "have not the same rows: row 3 is 'shard/000003' in the one",
         "'shard/000004' in the other",
-        "the same keys in another order",
+        (advised := f"sail reorder {tmp_path / 'texts.zarr'} --like {images.path} --out "),
     )
+    sail(*advised.split()[1:], tmp_path / "joined.zarr")
+    assert align(tmp_path, f"text_store={tmp_path / 'joined.zarr'}").exit_code == 0
+    joined = FeatureStore.open(tmp_path / "joined.zarr")
+    assert joined.captions("bare", 3, 5).tolist() == ["bare of 4", "bare of 3"]
 
 
 def test_a_column_of_another_width_is_refused(tmp_path: Path) -> None:

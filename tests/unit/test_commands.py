@@ -18,7 +18,7 @@ COLOURS = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"}
 FOR_PEOPLE = {"explore"}  # it serves a page until it is stopped
 PRINTS_A_PATH = {
     *("embed", "export", "export-head", "convert", "import-store"),
-    *("merge", "subset", "rechunk"),
+    *("merge", "subset", "rechunk", "reorder"),
 }
 """These print one line, which a script takes as it is."""
 

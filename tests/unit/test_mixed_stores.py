@@ -135,7 +135,7 @@ def other_keys(store: FeatureStore, keys: list[str]) -> FeatureStore:
             lambda keys: [*keys[:7], "x", *keys[8:]],
             r"row 7 is 'shard/000007' .* and 'x' .* other k",
         ),
-        (lambda keys: [*keys[1:], keys[0]], r"row 0 is .* and 'shard/000001' .* in another order"),
+        (lambda keys: [*keys[1:], keys[0]], r"row 0 is .* and 'shard/000001' .* `sail reorder"),
     ],
 )
 def test_stores_of_other_keys_are_refused_by_the_first_that_differs(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
+from align.join import check_same_rows
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.place import Place
@@ -16,6 +17,7 @@ from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
 from pipeline.rewrite.dtype import convert_store
 from pipeline.rewrite.merge import merge_stores, rechunk_store
+from pipeline.rewrite.reorder import reorder_store
 from pipeline.rewrite.subset import Choice, subset_store
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
@@ -289,3 +291,41 @@ def test_a_store_that_is_not_done_is_refused(store: FeatureStore, tmp_path: Path
     on_disk(store.column(f"text/{TEXT}/long").status_file(3)).unlink()
     with pytest.raises(StoreError, match=r"text/reader/long has 1 chunks that are not done"):
         rechunk_store(store.path, tmp_path / "out.zarr", 7, GO_ON)
+
+
+def shuffled(path: Path, rows: int) -> FeatureStore:
+    """Make a store of the rows of `s.zarr`, and more, whose keys stand in a random order."""
+    store = make_store(path, rows=rows, bad_images=(0, 17), bad_captions=((3, 0),))
+    order = np.random.default_rng(1).permutation(rows)
+    keys = np.array([f"shard/{row:06d}" for row in order], dtype=np.dtypes.StringDType())
+    zarr.open_group(path, mode="r+")["key"][:] = keys  # type: ignore[index]
+    return store
+
+
+@pytest.mark.parametrize("memory_mb", [1, 1000])
+@pytest.mark.parametrize("rows_per_chunk", [7, 16, 50])
+def test_rows_are_put_in_the_order_of_another_store_by_their_keys(
+    tmp_path: Path, rows_per_chunk: int, memory_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if memory_mb == 1:
+        monkeypatch.setattr("features.column.Column.row_bytes", 1 << 20)  # a row at once
+    like = make_store(tmp_path / "like.zarr", rows=100, rows_per_chunk=rows_per_chunk)
+    texts = shuffled(tmp_path / "texts.zarr", rows=120)
+    out = reorder_store(texts.path, tmp_path / "out.zarr", like.path, GO_ON, memory_mb=memory_mb)
+    assert verify_store(out) == []
+    made = FeatureStore.open(out)
+    check_same_rows(like, made)
+    before, after = everything(texts.path), everything(out)
+    place = {key: row for row, key in enumerate(before["key"])}
+    for name, values in after.items():
+        assert values == [before[name][place[key]] for key in like.keys().tolist()], name
+    assert made.source["of"]["keys_sha256"] == texts.keys_sha256
+
+
+def test_a_key_that_is_not_there_is_named(tmp_path: Path) -> None:
+    like, texts = make_store(tmp_path / "like.zarr"), make_store(tmp_path / "texts.zarr", rows=150)
+    arguments = ("reorder", texts.path, "--like", like.path, "--out", tmp_path / "out.zarr")
+    message = the_error_of(sail(*arguments, expect=1))
+    assert "has no row with the key 'shard/000150' of row 150" in message
+    assert "and lacks 49 more" in message
+    assert not (tmp_path / "out.zarr").exists()
