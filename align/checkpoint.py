@@ -113,10 +113,8 @@ class Checkpoint:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_aligned(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[AlignmentModel, Checkpoint]:
-    """Load a trained model, ready to embed (no dropout, no gradients).
+def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[AlignmentModel, Checkpoint]:
+    """Load a trained head, ready to embed (no dropout, no gradients).
 
     Args:
         path: Folder of a checkpoint, such as `runs/demo/align/best`.

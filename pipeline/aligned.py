@@ -15,8 +15,7 @@ from jaxtyping import Float32, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.checkpoint import Checkpoint
-from align.checkpoint import load_aligned as load_head
+from align.checkpoint import Checkpoint, load_head
 from align.head import AlignmentModel
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import load_image_encoder, load_text_encoder

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from features.errors import EncoderError, EvaluationError
 from features.fast_images import check_can_be_fast
 from features.index import Index, SampleReader
@@ -63,7 +63,7 @@ def check_run(config: RunConfig, stop: StopRequest) -> Path:
     """
     folder = start_run(config)
     device = prepare_device(config.run)
-    model, checkpoint = load_aligned(folder.align / config.eval.checkpoint, device)
+    model, checkpoint = load_head(folder.align / config.eval.checkpoint, device)
     aligned = Aligned.of_run(config, checkpoint, model, device)
     sample = _draw(aligned, folder)
     with timed(f"check of {len(sample.rows)} rows of {sample.split}"):

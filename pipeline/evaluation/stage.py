@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from align.checkpoint import Checkpoint, load_aligned
+from align.checkpoint import Checkpoint, load_head
 from evaluate.items import write_items
 from evaluate.masks import MaskedPictures, open_masked
 from evaluate.report import render
@@ -71,7 +71,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         return results
     folder.eval.mkdir(parents=True, exist_ok=True)
     device = prepare_device(config.run)
-    model, checkpoint = load_aligned(checkpoint_path, device)
+    model, checkpoint = load_head(checkpoint_path, device)
     embedder = Embedder(model, checkpoint, device)
     context = Context(config, folder, stores, embedder, Findings())
     _measure(context, plan, masked, stop)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from evaluate.items import Items, read_items, write_items
 from evaluate.retrieval import Relevance, hits_per_image, retrieval_ranks
 from features.storage.files import write
@@ -100,7 +100,7 @@ def _probe(config: RunConfig, rows: StudyRows, stop: StopRequest) -> Probe:
         raise Stopped
     seconds = time.perf_counter() - begun
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    model, checkpoint = load_aligned(best, prepare_device(config.run))
+    model, checkpoint = load_head(best, prepare_device(config.run))
     note, kept = config.run.dir / "probe.json", config.run.dir / "items.npz"
     known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     of = {"checkpoint_sha256": checkpoint.sha256, "rows_sha256": rows.sha256}

@@ -16,7 +16,7 @@ CARD = "README.md"
 def export_model(checkpoint_path: Path, target: Path) -> Path:
     """Copy a checkpoint, with a card that says what it is: all of the folder, or nothing.
 
-    The copy has no optimizer's state, and `align.checkpoint.load_aligned` opens it. When it is
+    The copy has no optimizer's state, and `align.checkpoint.load_head` opens it. When it is
     there already, nothing is done.
 
     Args:
@@ -65,9 +65,9 @@ space of {head.dim} numbers, where the cosine says how well an image and a text 
 The weights of the head are bound to these encoders, and to what their licences allow.
 
 ```python
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 
-model, about = load_aligned("model")
+model, about = load_head("model")
 image = model.embed_image(image_features)  # float tensors (rows, feature length)
 text = model.embed_text(text_features)     # not normalised; compare by cosine
 ```

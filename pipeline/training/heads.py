@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from align.checkpoint import CheckpointFolder, Snapshot, load_aligned
+from align.checkpoint import CheckpointFolder, Snapshot, load_head
 from align.data import describe
 from align.head import AlignmentModel
 from align.released import load_released, save_released
@@ -70,7 +70,7 @@ def export_head(checkpoint: Path, file: Path) -> Path:
         CheckpointError: There is no whole checkpoint, or the released code has no such head.
     """
     best = checkpoint / "align" / "best"
-    model, found = load_aligned(best if best.exists() else checkpoint)
+    model, found = load_head(best if best.exists() else checkpoint)
     save_released(model, found.head.kind, file, epoch=int(found.metadata["epoch"]))
     return file
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from features.class_lists import read_class_list
 from features.store import FeatureStore
 from pipeline.config import load_config
@@ -165,7 +165,7 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
 
 def share_of_right_choices(run: Path) -> float:
     """The definition, row by row, with the tie of row 3 wrong."""
-    model, _ = load_aligned(run / "align" / "best")
+    model, _ = load_head(run / "align" / "best")
     store = FeatureStore.open(RunFolder(run).store("crepe"))
 
     def column(name: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from evaluate.cka import LinearCka
 from evaluate.items import read_items
 from evaluate.rbf_cka import RbfCka
@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, run_file: Path, folder: Path) -> None:
         self.run_file, self.folder = run_file, folder
-        self.model, _ = load_aligned(folder / "align" / "best")
+        self.model, _ = load_head(folder / "align" / "best")
 
     def config(self, *overrides: str) -> RunConfig:
         places = [f"run.dir='{self.folder}'", f"run.features='{self.run_file.parent / 'run'}'"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from align.config import HeadConfig, LossConfig
 from align.head import build_model
 from align.released import save_released
@@ -44,7 +44,7 @@ def test_an_imported_head_is_evaluated_and_exported_as_it_came(
     places += ["--set", f"run.features='{run_file.parent / 'run'}'"]
     imported = sail("import-head", file, run_file, *places)
     assert imported.exit_code == 0, imported.output
-    model, checkpoint = load_aligned(tmp_path / "align" / "best")
+    model, checkpoint = load_head(tmp_path / "align" / "best")
     assert checkpoint.run["imported"]["file"] == "released.pt"
     assert sail("eval", run_file, *places).exit_code == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
@@ -80,8 +80,8 @@ def test_a_trained_stack_of_gated_layers_is_exported_but_not_in_the_released_lay
     places = ["--set", f"run.dir='{tmp_path}'"]
     places += ["--set", f"run.features='{run_file.parent / 'run'}'"]
     assert sail("align", run_file, *places).exit_code == 0
-    exported, about = load_aligned(tmp_path / "model")
-    best, checkpoint = load_aligned(tmp_path / "align" / "best")
+    exported, about = load_head(tmp_path / "model")
+    best, checkpoint = load_head(tmp_path / "align" / "best")
     assert about.sha256 == checkpoint.sha256
     assert all(map(torch.equal, exported.state_dict().values(), best.state_dict().values()))
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import ViTModel
 
-from align.checkpoint import load_aligned
+from align.checkpoint import load_head
 from evaluate.items import read_items
 from features.config import PatchAttention
 from features.encoders import load_text_encoder
@@ -86,7 +86,7 @@ def results(config: RunConfig) -> Rows:
 
 def by_hand(run_file: Path) -> tuple[np.ndarray, np.ndarray]:
     """The masks and predictions of all pictures, from the definition."""
-    model, _ = load_aligned(run_file.parent / "run" / "align" / "best")
+    model, _ = load_head(run_file.parent / "run" / "align" / "best")
     vit = ViTModel.from_pretrained(run_file.parent / "vit", add_pooling_layer=False).eval()
     settings = load_config(str(run_file)).encoders.text["bert"]
     encoder = load_text_encoder("bert", settings, torch.device("cpu"))

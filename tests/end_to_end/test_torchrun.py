@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align.checkpoint import Checkpoint, load_aligned
+from align.checkpoint import Checkpoint, load_head
 from tests.feature_stores import make_run
 
 pytestmark = pytest.mark.slow
@@ -68,5 +68,5 @@ def test_a_signal_to_one_process_saves_and_ends_all_and_the_command_goes_on_from
     printed, told = launched.communicate(timeout=240)
     assert launched.returncode == 0, told
     assert printed.strip() == str(align / "best")  # once, though there are two processes
-    load_aligned(align / "best")
+    load_head(align / "best")
     assert Checkpoint.open(align / "last").step == 300

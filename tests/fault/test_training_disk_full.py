@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.checkpoint import Checkpoint, load_aligned
+from align.checkpoint import Checkpoint, load_head
 from align.config import AlignConfig, HeadConfig
 from features.errors import CheckpointError
 from tests.fault.test_training_killed import run, weights
@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_what_to_do(
     assert "No space left on device" in told
     assert "step-00000003, is whole" in told
     assert Checkpoint.open(run_dir / "last").step == 3
-    load_aligned(run_dir / "last")
+    load_head(run_dir / "last")
     filler.unlink()
     run(store, run_dir, CONFIG)
     run(store, tmp_path / "whole", CONFIG)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import align.checkpoint
-from align.checkpoint import Checkpoint, load_aligned
+from align.checkpoint import Checkpoint, load_head
 from align.config import AlignConfig, HeadConfig
 from align.loop import OnStep
 from align.selection import PairedStore
@@ -111,7 +111,7 @@ def test_a_kill_between_any_two_writes_leaves_whole_checkpoints_and_the_same_end
         moment += 7  # a save has about twenty calls: over six saves, all kinds are met
         for name in ("last", "best"):
             if (run_dir / name).exists():
-                load_aligned(run_dir / name)  # raises if it is not whole
+                load_head(run_dir / name)  # raises if it is not whole
         assert run(store, run_dir) is not None
         for name in ("last", "best"):
             assert weights(run_dir, name) == weights(tmp_path / "whole", name)
@@ -167,7 +167,7 @@ def test_a_process_killed_by_sigkill_goes_on_to_the_same_weights(
         child.wait()
     reached = Checkpoint.open(run_dir / "last")
     assert 20 <= reached.step < LONG_STEPS
-    load_aligned(run_dir / "best")
+    load_head(run_dir / "best")
     run(store, run_dir, LONG)
     run(store, tmp_path / "whole", LONG)
     for name in ("last", "best"):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from align.checkpoint import CheckpointFolder, Snapshot, differences, load_aligned
+from align.checkpoint import CheckpointFolder, Snapshot, differences, load_head
 from align.config import AlignConfig, HeadConfig, LossConfig
 from align.head import AlignmentModel, build_model
 from align.released import load_released
@@ -34,7 +34,7 @@ def write(path: Path, step: int = 10, best_step: int = 10) -> AlignmentModel:
 
 def test_a_loaded_model_embeds_as_the_saved_one_without_dropout(tmp_path: Path) -> None:
     model = write(tmp_path).eval()
-    loaded, checkpoint = load_aligned(tmp_path / "best")
+    loaded, checkpoint = load_head(tmp_path / "best")
     image, text = torch.randn(6, 3), torch.randn(6, 5)
     assert torch.equal(loaded.embed_image(image), model.embed_image(image))
     assert torch.equal(loaded.embed_text(text), model.embed_text(text))
@@ -48,7 +48,7 @@ def test_a_path_without_a_checkpoint_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"There is no checkpoint at .*Train one with `sail al"
     ):
-        load_aligned(tmp_path / "best")
+        load_head(tmp_path / "best")
 
 
 def test_a_checkpoint_cut_off_is_said_so(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_checkpoint_cut_off_is_said_so(tmp_path: Path) -> None:
     file = tmp_path / "best" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
-        load_aligned(tmp_path / "best")
+        load_head(tmp_path / "best")
 
 
 def test_weights_of_another_head_are_refused_by_name_and_shape(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_weights_of_another_head_are_refused_by_name_and_shape(tmp_path: Path) -
     weights["text_head.layers.0.gated.bias"] = torch.zeros(7)
     save_file(weights, file)
     with pytest.raises(CheckpointError, match=r"gated\.bias of shape \(7,\), but .* has \(8,\)"):
-        load_aligned(tmp_path / "best")
+        load_head(tmp_path / "best")
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "best" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 9}))
     with pytest.raises(CheckpointError, match="version 9"):
-        load_aligned(tmp_path / "best")
+        load_head(tmp_path / "best")
 
 
 def test_only_the_last_and_the_best_are_kept_and_only_the_last_can_be_gone_on_from(
@@ -89,8 +89,8 @@ def test_only_the_last_and_the_best_are_kept_and_only_the_last_can_be_gone_on_fr
         "step-00000001": {"model.safetensors", "config.json"},
         "step-00000003": {"model.safetensors", "config.json", "state.safetensors"},
     }
-    assert load_aligned(tmp_path / "best")[1].step == 1
-    assert load_aligned(tmp_path / "last")[1].step == 3
+    assert load_head(tmp_path / "best")[1].step == 1
+    assert load_head(tmp_path / "last")[1].step == 3
 
 
 def test_other_library_versions_are_no_reason_to_refuse(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.checkpoint import Checkpoint, load_aligned
+from align.checkpoint import Checkpoint, load_head
 from align.config import AlignConfig
 from align.selection import PairedStore
 from align.trainer import train
@@ -59,7 +59,7 @@ def test_every_head_learns_with_every_loss(
     )
     best = run(store, tmp_path / "a", config)
     assert best is not None
-    _, checkpoint = load_aligned(best)
+    _, checkpoint = load_head(best)
     assert checkpoint.heldout["recall@10"] > 0.6  # chance is 10 of about 40
 
 
@@ -72,7 +72,7 @@ def test_lion_learns(store: FeatureStore, tmp_path: Path, positives: str) -> Non
     )
     best = run(store, tmp_path / "a", config)
     assert best is not None
-    assert load_aligned(best)[1].heldout["recall@10"] > 0.6
+    assert load_head(best)[1].heldout["recall@10"] > 0.6
 
 
 def test_the_best_checkpoint_is_the_earliest_of_the_highest_recall(
@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     monkeypatch.setattr(Training, "update", update)
     with pytest.raises(TrainingError, match=r"update is not finite at step 4.*step-00000003"):
         run(store, tmp_path / "a", settings(checkpoint_every=1, holdout=0.0))
-    load_aligned(tmp_path / "a" / "last")
+    load_head(tmp_path / "a" / "last")
 
 
 def test_patience_ends_a_training_whose_scores_rise_no_more(
@@ -283,7 +283,7 @@ def test_the_average_of_the_weights_is_what_is_scored_and_saved(
 
     monkeypatch.setattr(Training, "update", update)
     run(store, tmp_path / "a", settings(ema=0.75, steps=3))
-    model, _ = load_aligned(tmp_path / "a" / "last")
+    model, _ = load_head(tmp_path / "a" / "last")
     for name, found in model.state_dict().items():
         first, second, third = (weights[name] for weights in seen)
         expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
@@ -306,7 +306,7 @@ def test_a_resumed_run_with_an_option_ends_as_an_uninterrupted_one(
 def test_bfloat16_products_leave_float32_weights(store: FeatureStore, tmp_path: Path) -> None:
     best = run(store, tmp_path / "a", settings(precision="bfloat16"))
     assert best is not None
-    model, _ = load_aligned(best)
+    model, _ = load_head(best)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
