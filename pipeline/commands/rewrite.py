@@ -131,7 +131,7 @@ def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
     default=1024,
     show_default=True,
     metavar="N",
-    help="MiB of features that are put in order at once.",
+    help="MiB of features that are held.",
 )
 @out_option
 @as_json_option

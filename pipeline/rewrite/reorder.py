@@ -18,16 +18,16 @@ def reorder_store(
 ) -> Place:
     """Write the rows of a store that another one has too, by their keys, in its order.
 
-    It goes on where it was stopped. As many rows are made at once as fit in memory, of every chunk
-    that has some of them: a store whose shards stand in another order is read about once, one
-    whose rows stand in any order once for each time that the memory is filled.
+    It goes on where it was stopped. As many rows are made at once as fit in half of the memory, of
+    every chunk that has some of them: a store whose shards stand in another order is read about
+    once, one whose rows stand in any order once for each time that the memory is filled.
 
     Args:
         path: The store; every chunk of its columns must be done.
         out: Where the new one goes; there must be none. Its chunks are as large as those of `like`.
         like: The other store, whose columns need not be done.
         stop: Asked before every read.
-        memory_mb: How many MiB of features are made at once.
+        memory_mb: How many MiB of features are held.
 
     Raises:
         SourceError: A key of `like` is not in the store.
@@ -66,5 +66,5 @@ def reorder_store(
         ChosenRows(rows, numbers, layout, stop),
         stop,
         origin=path,
-        rows_at_once=(memory_mb << 20) // row_bytes,
+        rows_at_once=(memory_mb << 20) // (2 * row_bytes),  # those before are held until then
     )
