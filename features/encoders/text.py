@@ -174,7 +174,7 @@ def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device
     """Load a frozen text encoder, ready to encode.
 
     Raises:
-        EncoderError: It cannot be found or loaded, or has no such pooling.
+        EncoderError: It cannot be found or loaded, has no such pooling, or reads fewer tokens.
     """
     files = find_encoder(config.model, config.revision)
     is_nvembed = read_settings(files.folder).get("model_type") == "nvembed"
@@ -259,6 +259,7 @@ def _pooled(
         dtype=dtype,
         **({"attn_implementation": PACKED_ATTENTION} if is_packed else {}),
     ).to(device)
+    _check_positions(model, config)
     model.config.use_cache = False  # or a decoder keeps all keys and values for nothing
     tokenizer = read_tokenizer(files.folder)
     end = end_token(tokenizer) if config.pooling == "last" else None
@@ -278,6 +279,20 @@ def _pooled(
         fingerprint=_fingerprint(files, config, dtype, dim)
         | ({} if end is None else {"end_token": end}),
     )
+
+
+def _check_positions(model: nn.Module, config: TextEncoderConfig) -> None:
+    """Refuse to keep more tokens than a model has learned positions for."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            # Where padding has a position, the first token has the one behind it.
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            if config.max_length > table.num_embeddings - first:
+                raise EncoderError(
+                    f"max_length is {config.max_length}, but {config.model} has positions for "
+                    f"{table.num_embeddings - first} tokens. At most so many were expected. Lower "
+                    f"max_length of the text encoder."
+                )
 
 
 def _fingerprint(

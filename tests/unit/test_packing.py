@@ -16,6 +16,7 @@ from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.packing import TokenBatch, batch_stop
 from features.encoders.text import PACKED_TYPES
+from features.errors import EncoderError
 from tests import text_models
 
 POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -80,6 +81,16 @@ def test_the_models_own_pooler_sees_each_caption(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = [model(input_ids=torch.tensor([t])).pooler_output[0] for t in ids]
     np.testing.assert_allclose(features, torch.stack(expected), atol=2e-6)
+
+
+@pytest.mark.parametrize(("model_type", "room"), [("bert", 200), ("roberta", 198), ("mpnet", 198)])
+def test_more_tokens_than_a_model_has_positions_for_are_refused(
+    tmp_path: Path, model_type: str, room: int
+) -> None:
+    folder = text_models.transformers_model(tmp_path, model_type)
+    with pytest.raises(EncoderError, match=f"max_length is {room + 1}, .* for {room} tokens"):
+        loaded(folder, max_length=room + 1)
+    assert loaded(folder, max_length=room, tokens_per_batch=1000).encode(["a " * 300]).shape
 
 
 def test_captions_longer_than_a_sliding_window_are_not_packed(tmp_path: Path) -> None:
