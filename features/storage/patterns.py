@@ -34,8 +34,7 @@ def matching_places(pattern: str) -> list[Place]:
         elif isinstance(place, RemotePath):
             matches = _remote_matches(place)
         else:
-            names = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - takes absolute ones
-            matches = [path for path in map(Path, names) if path.is_file()]
+            matches = _local_matches(place)
         if not matches:
             raise FileNotFoundError(item)
         found += matches
@@ -61,6 +60,16 @@ def expanded(pattern: str) -> Iterator[str]:
 def _is_glob(pattern: str) -> bool:
     signs = "*[" if pattern.startswith(("http://", "https://")) else "*?["
     return any(sign in pattern for sign in signs)
+
+
+def _local_matches(pattern: Path) -> list[Place]:
+    """Return the files that fit; what is there as it is written is no pattern, as `2019 [1]`."""
+    if pattern.is_file():
+        return [pattern]
+    folder = next(parent for parent in pattern.parents if parent.is_dir())
+    rest = str(pattern.relative_to(folder))
+    names = glob.glob(rest, root_dir=folder, recursive=True)  # noqa: PTH207 - leaves out `.hidden`
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def _remote_matches(pattern: RemotePath) -> list[Place]:

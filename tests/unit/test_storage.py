@@ -75,6 +75,16 @@ def test_a_name_that_braces_stand_for_must_be_there(tmp_path: Path) -> None:
         matching_places(f"{tmp_path}/x-{{0..2}}.tar")
 
 
+def test_folders_and_files_that_are_there_are_no_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "2019 [1]*"
+    folder.mkdir()
+    for name in ("a[1].tar", "b1.tar", ".c1.tar"):
+        (folder / name).touch()
+    assert matching_places(f"{folder}/a[1].tar") == [folder / "a[1].tar"]
+    assert matching_places(f"{folder}/b[1].tar") == [folder / "b1.tar"]
+    assert matching_places(f"{tmp_path}/**/*1*.tar") == [folder / "a[1].tar", folder / "b1.tar"]
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
