@@ -76,7 +76,8 @@ def build_index(
     try:
         _write(listing, path, None, progress)
     except _MoreFields:
-        _write(listing, path, _all_fields(listing), progress)
+        every = listing.groups(listing.open(), Counts())
+        _write(listing, path, _fields_of(source, every), progress)
 
 
 def settings_of(source: Source) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _write(
             f"were expected. Correct `path` of the source."
         )
     if fields is None:
-        fields = _sorted_fields({field for sample in first for field in sample.captions})
+        fields = _fields_of(source, [first])
     columns = COLUMNS | BOX if any(sample.box for sample in first) else COLUMNS
     with _RowWriter(path, columns, fields) as writer:
         for samples in itertools.chain([first], groups):
@@ -223,13 +224,14 @@ class _RowWriter:
         self._partial.replace(self._path)
 
 
-def _all_fields(listing: _Listing) -> list[str]:
+def _fields_of(source: Source, groups: Iterable[Sequence[Sample]]) -> list[str]:
+    """Return the caption fields that the samples have, in order."""
     fields: set[str] = set()
-    for samples in listing.groups(listing.open(), Counts()):
+    for samples in groups:
         fields.update(*(sample.captions for sample in samples))
         if len(fields) > MAX_FIELDS:
             raise SourceError(
-                f"{_place(listing.source)} has more than {MAX_FIELDS} caption fields. A few "
+                f"{_place(source)} has more than {MAX_FIELDS} caption fields. A few "
                 f"captions for each image were expected. Name the ones you want in `captions` of "
                 f"the source."
             )
