@@ -112,14 +112,17 @@ class ImageParquet:
     def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
         source = self._source
         keys = Keys(self.files[file], counts)
-        light = [name for name in parquet.schema_arrow.names if name != source.image]
+        names = [name for name in parquet.schema_arrow.names if name != source.image]
+        self.picker.see(names)
+        of_use = {*self.picker.names, source.key, source.label, source.group}
+        light = [name for name in names if name in of_use]
         number = 0
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=light):
             for row in batch.to_pylist() if light else [{}] * batch.num_rows:
                 name = str(row[source.key]) if source.key else f"{number:09d}"
                 key, problem = keys.of(name)
                 sample = Sample(key, str(file), offset=number, problem=problem)
-                sample.captions = self.picker.pick(row)
+                sample.captions = self.picker.pick(row, counts)
                 sample.label = whole_number(row.get(source.label or ""), counts)
                 sample.group = whole_number(row.get(source.group or ""), counts)
                 yield sample

@@ -18,6 +18,7 @@ Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 NO_PLACE = -1
+NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
 
@@ -68,7 +69,8 @@ class CaptionPicker:
     """Takes the captions out of a record (a JSON object, a row of a table)."""
 
     def __init__(self, names: Sequence[str], place: str) -> None:
-        self._names = tuple(names) or AUTOMATIC
+        self.names = tuple(names) or AUTOMATIC
+        """What is looked for."""
         self._explicit = bool(names)
         self._place = place
         self._found: set[str] = set()
@@ -77,18 +79,26 @@ class CaptionPicker:
         for name in names:
             _check_field_name(name)
 
-    def pick(self, record: Mapping[str, Any]) -> dict[str, str]:
+    def see(self, names: Iterable[str]) -> None:
+        """Note what records have, also where it is not handed over."""
+        self._seen |= dict.fromkeys(names)
+
+    def pick(self, record: Mapping[str, Any], counts: Counts) -> dict[str, str]:
         """Return the captions of a record by field; a list gives the fields 0, 1, and on.
+
+        Args:
+            record: May hold anything under any name.
+            counts: Where captions are counted that are no text.
 
         Raises:
             SourceError: Two of the names hold lists, so that both would be field 0.
         """
         if self._records < RECORDS_LOOKED_AT:
             self._records += 1
-            self._seen |= dict.fromkeys(str(name) for name in record)
+            self.see(map(str, record))
         captions: dict[str, str] = {}
         list_name = None
-        for name in self._names:
+        for name in self.names:
             value = record.get(name)
             if value is None:
                 continue
@@ -99,8 +109,9 @@ class CaptionPicker:
                 if list_name is not None:
                     raise self._two_lists(list_name, name)
                 list_name = name
-                texts = enumerate(value)
-                captions |= {str(i): as_text(text) for i, text in texts if isinstance(text, str)}
+                captions |= _texts(value, counts)
+            else:
+                counts[NO_TEXT] += 1
         return captions
 
     def check(self) -> None:
@@ -109,7 +120,7 @@ class CaptionPicker:
         Raises:
             SourceError: With what the records have instead.
         """
-        missing = [name for name in self._names if name not in self._found]
+        missing = [name for name in self.names if name not in self._found]
         if self._explicit and missing:
             close = difflib.get_close_matches(missing[0], self._seen, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -229,7 +240,7 @@ def read_class_names(path: str | Place | None) -> tuple[str, ...] | None:
     if isinstance(path, str):
         return read_class_list(path).classes
     try:
-        lines = files.read(path).decode().splitlines()
+        lines = files.read(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"The class names {path} cannot be read ({error}). A text file with one name a line "
@@ -243,6 +254,13 @@ def as_text(value: str) -> str:
     if value.isascii():
         return value
     return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _texts(values: Sequence[Any], counts: Counts) -> dict[str, str]:
+    """Return the texts of a list by their number."""
+    if others := sum(not isinstance(value, str | None) for value in values):
+        counts[NO_TEXT] += others
+    return {str(i): as_text(text) for i, text in enumerate(values) if isinstance(text, str)}
 
 
 def _check_field_name(name: str) -> None:

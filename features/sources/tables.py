@@ -80,7 +80,7 @@ class CaptionTable:
             return *image, *find_image(folder, image[0], table=file)
 
         for name, rows, path, size in in_order(find, images, remote=not isinstance(file, Path)):
-            captions = [self.picker.pick(row) for row in rows]
+            captions = [self.picker.pick(row, counts) for row in rows]
             key, problem = keys.of(*split_image_suffix(name))
             sample = Sample(key, problem=problem, captions=captions[0])
             if several:
@@ -126,8 +126,8 @@ def find_image(folder: Place, name: str, *, table: Place) -> tuple[str, int | No
         return str(place), remote_size(place)
     file = folder / name
     try:
-        if not file.resolve().is_relative_to(folder):
-            raise _outside(folder, name, table)
+        if not (target := file.resolve()).is_relative_to(folder):
+            raise _outside(folder, name, table, f", but leads to {target}")
         return str(file), file.stat().st_size if file.is_file() else None
     except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
         return str(file), None
@@ -143,10 +143,11 @@ def place_image(sample: Sample, path: str, size: int | None, counts: Counts) -> 
         sample.problem = sample.problem or int(Status.MISSING_IMAGE)
 
 
-def _outside(folder: Place, name: str, table: Place) -> SourceError:
+def _outside(folder: Place, name: str, table: Place, target: str = "") -> SourceError:
     return SourceError(
-        f"{table} names the image {name!r}, which is not inside {folder}. Paths within that "
-        f"folder were expected. Correct the table."
+        f"{table} names the image {name!r}, which is not inside {folder}{target}. Paths within "
+        f"that folder, also after links, were expected. Correct the table, or put it into the "
+        f"folder that the links lead to."
     )
 
 

@@ -130,7 +130,7 @@ class TarShards:
             counts["texts over 1 MiB (cut there)"] += 1
         content = tar.read(member.offset, min(member.size, MAX_TEXT_BYTES))
         record = _record(suffix, content, counts)
-        if captions := self.picker.pick(record):
+        if captions := self.picker.pick(record, counts):
             sample.captions |= captions
         source = self._source
         if source.label and source.label in record:

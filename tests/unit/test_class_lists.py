@@ -127,7 +127,7 @@ def test_names_in_another_order_than_the_files_own_are_refused(tmp_path: Path) -
     with pytest.raises(SourceError, match="names the classes in another order"):
         class_names(**source, class_names="cifar-10")
     own = tmp_path / "names.txt"
-    own.write_text("\n".join(swapped))
+    own.write_text("\n".join(swapped), encoding="utf-8-sig")
     assert class_names(**source, class_names=str(own)) == swapped
 
 

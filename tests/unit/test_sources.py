@@ -69,6 +69,14 @@ class TestWebdataset:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
         assert listed(**source)[0].captions == {"0": "one", "2": "three"}
 
+    @pytest.mark.parametrize("value", [3, {"raw": "a"}, [["a", "b"]], [{"raw": "a"}, None]])
+    def test_captions_that_are_no_text_are_counted(self, tmp_path: Path, value: object) -> None:
+        counts = Counter[str]()
+        record = json.dumps({"captions": value})
+        (sample,) = listed(counts, **tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record)))
+        assert sample.captions == {}
+        assert counts == {"captions that are no text, nor a list of texts (ignored)": 1}
+
     def test_two_lists_of_captions_are_refused(self, tmp_path: Path) -> None:
         record = json.dumps({"caption": ["a"], "captions": ["b"]})
         with pytest.raises(SourceError, match="lists of captions under 'caption' and 'captions'"):
@@ -216,7 +224,8 @@ class TestFolder:
         folder_of_images(tmp_path, "1.jpg", "data/a/2.jpg")
         (tmp_path / "data/out").symlink_to(tmp_path)
         source = self.table(tmp_path / "data", [{"image": name, "caption": "a"}], ".jsonl")
-        with pytest.raises(SourceError, match="which is not inside"):
+        target = (tmp_path / "data" / name).resolve()
+        with pytest.raises(SourceError, match=f"which is not inside .*, but leads to {target}"):
             listed(**source)
 
     def test_a_row_without_an_image_lists_its_columns(self, tmp_path: Path) -> None:
@@ -289,6 +298,13 @@ class TestParquet:
     def test_a_column_may_give_the_keys(self, tmp_path: Path) -> None:
         samples = listed(**self.files(tmp_path, [IMAGE] * 2, id=[7, 7]), key="id")
         assert [sample.key for sample in samples] == ["p/7", "p/7#2"]
+
+    def test_columns_of_no_use_are_not_read(self, tmp_path: Path) -> None:
+        beyond = pa.array([2**40], pa.timestamp("s"))  # no date of Python's
+        source = self.files(tmp_path, [IMAGE], caption=["a"], taken=beyond)
+        assert listed(**source)[0].captions == {"caption": "a"}
+        with pytest.raises(SourceError, match=r"'take'\. Did you mean 'taken'"):
+            listed(**source, captions=["take"])
 
     def test_a_file_of_images_alone_has_rows(self, tmp_path: Path) -> None:
         assert len(listed(**self.files(tmp_path, [IMAGE] * 5))) == 5
