@@ -1,12 +1,20 @@
 """Held-out recall, worked out by hand on embeddings that are put in."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.heldout import _ranks
+from align.config import AlignConfig
+from align.head import AlignmentModel
+from align.heldout import HeldOut, HeldOutRows, _ranks
 from align.pairs import Pairs
+from align.selection import Columns
+from tests.feature_stores import IMAGE, TEXT, make_store
 
 
 def ranks(image: Tensor, text: Tensor, pairs: Pairs) -> tuple[list[int], list[int]]:
@@ -52,6 +60,19 @@ def test_a_caption_that_cannot_be_used_competes_with_none() -> None:
     text = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     pairs = Pairs(2, torch.tensor([1.0, 1.0, 1.0, 0.0]), None)
     assert ranks(image, text, pairs)[0] == [0, 0]
+
+
+def test_scores_do_not_depend_on_the_type_of_the_matrix_products(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", rows=2000)
+    columns = Columns.open(store, AlignConfig(fields=("bare",)), IMAGE, TEXT)
+    columns = replace(columns, text=(columns.image,))  # each image is its own caption
+    rows = HeldOutRows(columns, np.arange(2000), np.ones((2000, 1), dtype=bool))
+    heldout = HeldOut([rows], identical=False, device=torch.device("cpu"))
+    model = AlignmentModel(nn.Identity(), nn.Identity(), log_scale=0.0, bias=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = heldout.score(model)
+    assert scores["recall@1"] > 0.99
+    assert scores == heldout.score(model)
 
 
 @pytest.mark.parametrize("block", [1, 2, 100])
