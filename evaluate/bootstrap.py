@@ -81,6 +81,13 @@ def paired_interval(first: Items, second: Items, *, resamples: int, seed: int) -
     return _interval(np.stack(columns, axis=1), difference, resamples=resamples, seed=seed)
 
 
+def percentile_interval(values: Float[np.ndarray, "resamples"]) -> Interval:
+    """Return the 2.5th and 97.5th percentile of what a number was in each resample."""
+    tail = (1 - COVERED) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def _counts(items: Items) -> Int[np.ndarray, "items"]:
     return np.ones_like(items.hits) if items.counts is None else items.counts
 
@@ -131,6 +138,4 @@ def _interval(
         )
         for start in range(0, resamples, step)
     ]
-    tail = (1 - COVERED) / 2
-    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
-    return float(low), float(high)
+    return percentile_interval(np.concatenate(values))

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float
 
-from evaluate.bootstrap import COVERED, Interval
+from evaluate.bootstrap import COVERED, Interval, percentile_interval
 
 LEAST_POINTS = 4
 """Fisher's interval divides by √(points − 3)."""
@@ -81,9 +81,7 @@ def _spearman_interval(
     for _ in range(resamples):
         drawn = generator.integers(0, len(first), len(first))
         values.append(_pearson(_ranks(first[drawn]), _ranks(second[drawn])))
-    tail = (1 - COVERED) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return percentile_interval(np.array(values))
 
 
 def _pearson(first: Float[np.ndarray, "points"], second: Float[np.ndarray, "points"]) -> float:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int64
 
-from evaluate.bootstrap import Interval
+from evaluate.bootstrap import Interval, percentile_interval
 from features.errors import EvaluationError
 
 IGNORED = -1
 RESAMPLES_AT_ONCE = 50
-TAIL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,4 @@ def _iou(right: np.ndarray, true: np.ndarray, taken: np.ndarray) -> np.ndarray:
 def _interval(values: Float[np.ndarray, "resamples"]) -> Interval | None:
     """Return the percentiles of the resamples in which the class occurs."""
     there = values[np.isfinite(values)]
-    if not len(there):
-        return None
-    low, high = np.quantile(there, TAIL)
-    return float(low), float(high)
+    return percentile_interval(there) if len(there) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -99,12 +100,14 @@ def half_sample_interval(
     replacement repeat no row, and vary about their mean as much as the value does about its own
     (the variance of a mean of m of n rows is σ²/m − σ²/n, which is σ²/n at m = n/2). Their mean
     itself may lie elsewhere, since neighbours are sparser; only the deviations from it are used.
+    Of so few values percentiles would be too narrow (those of 20 cover 87 %), so that it is their
+    standard deviation times Student's t.
 
     Args:
         prepare: The measure.
         features: Both sets, row by row.
         value: Of all rows; the interval lies about it.
-        subsamples: How many halves; 0 for no interval.
+        subsamples: How many halves; of fewer than two there is no interval.
         seed: Of the drawing.
 
     Reference:
@@ -112,13 +115,22 @@ def half_sample_interval(
         Variance Estimation (deleting d of n).
     """
     rows = len(features[0])
-    if not subsamples:
+    if subsamples < 2:
         return None
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(subsamples):
         half = np.sort(generator.choice(rows, rows // 2, replace=False))
         values.append(prepare(features[0][half], features[1][half])())
-    tail = (1 - COVERED) / 2
-    low, high = np.quantile(np.array(values) - np.mean(values), [tail, 1 - tail])
-    return float(value + low), float(value + high)
+    error = float(np.std(values, ddof=1)) * _student_t(subsamples - 1)
+    return value - error, value + error
+
+
+def _student_t(freedom: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t, within 3 % from 4 degrees of freedom on.
+
+    Reference:
+        Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 26.7.5, two terms.
+    """
+    z = NormalDist().inv_cdf(0.5 + COVERED / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -12,6 +12,15 @@ def mutual(first: np.ndarray, second: np.ndarray) -> Measure:
     return MutualKnn(nearest_others(first, 5), nearest_others(second, 5))
 
 
+class Mean:
+    def __init__(self, first: np.ndarray, second: np.ndarray) -> None:
+        self._first, self._second = first, second
+
+    def __call__(self, order: np.ndarray | None = None) -> float:
+        second = self._second if order is None else self._second[order]
+        return float((self._first + second).mean()) / 2
+
+
 def drawn(rows: int, dim: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     first = generator.standard_normal((rows, dim))
@@ -59,6 +68,26 @@ def test_the_same_seed_gives_the_same_null_and_interval() -> None:
         half_sample_interval(LinearCka, features, 0.5, subsamples=9, seed=s) for s in (1, 1)
     ]
     assert intervals[0] == intervals[1]
+
+
+def test_the_interval_of_twenty_halves_holds_the_true_value_in_95_of_100_cases() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for seed in range(1000):
+        rows = generator.standard_normal((60, 1))  # whose mean is 0
+        interval = half_sample_interval(
+            Mean, (rows, rows), float(rows.mean()), subsamples=20, seed=seed
+        )
+        assert interval is not None
+        held += interval[0] < 0 < interval[1]
+    assert 0.93 < held / 1000 < 0.97
+
+
+@pytest.mark.parametrize("halves", [0, 1])
+def test_fewer_than_two_halves_give_no_interval(halves: int) -> None:
+    assert (
+        half_sample_interval(LinearCka, drawn(40, 6, 1, 0), 0.5, subsamples=halves, seed=0) is None
+    )
 
 
 @pytest.mark.parametrize("prepare", [LinearCka, mutual])

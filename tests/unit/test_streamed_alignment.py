@@ -133,4 +133,4 @@ def test_pairs_that_are_all_held_are_measured_as_ever() -> None:
     for each in values_of(features, alignment_held=60):
         assert each.n == 60
         assert "null" not in each.protocol
-        assert each.protocol["interval"] == "20 halves of the rows"
+        assert each.protocol["interval"] == "Student's t, 20 halves of the rows"
