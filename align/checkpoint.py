@@ -53,7 +53,7 @@ class Checkpoint:
         """Read the description of a checkpoint.
 
         Raises:
-            CheckpointError: There is none, or it is of another format.
+            CheckpointError: There is none, or it is damaged or of another format.
         """
         try:
             metadata = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -62,8 +62,9 @@ class Checkpoint:
                 f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
                 f"Train one with `sail align`."
             ) from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise CheckpointError(f"{path / CONFIG} is not JSON: {error}. {REMEDY}") from error
+        metadata = metadata if isinstance(metadata, dict) else {}
         found = (metadata.get("format"), metadata.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(

@@ -77,6 +77,14 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         load_head(tmp_path / "best")
 
 
+@pytest.mark.parametrize("text", [b"[]", b"\xff{}", b'{"format": '])
+def test_a_description_that_is_none_is_said_so(tmp_path: Path, text: bytes) -> None:
+    write(tmp_path)
+    (tmp_path / "best" / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"is not JSON|has format None"):
+        load_head(tmp_path / "best")
+
+
 def test_only_the_last_and_the_best_are_kept_and_only_the_last_can_be_gone_on_from(
     tmp_path: Path,
 ) -> None:
