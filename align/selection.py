@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64, Shaped, UInt8
 
 from align.config import AlignConfig
 from align.join import check_same_rows
@@ -54,33 +54,21 @@ class Columns:
 
         Raises:
             StoreError: A column is not there.
-            TrainingError: The store has not the caption fields that the settings name, or two
-                stores have not the same rows.
+            TrainingError: The store has not the caption fields that the settings name, none of them
+                has a weight, or two stores have not the same rows.
         """
         if isinstance(stores, FeatureStore):
             stores = PairedStore.of(stores)
         store = stores.text
         if stores.image is not store:
             check_same_rows(stores.image, store)
-        fields = config.fields or store.fields
-        named = {"align.fields": fields, "align.loss.field_weights": config.loss.field_weights}
-        for setting, names in named.items():
-            if unknown := sorted(set(names) - set(store.fields)):
-                raise TrainingError(
-                    f"{setting} names {unknown}, but {store.path} has the caption fields "
-                    f"{list(store.fields)}. Names among these were expected. Correct {setting}."
-                )
-        if not fields:
-            raise TrainingError(
-                f"{store.path} has no captions. At least one caption field was expected. Name "
-                f"those of the source in its `captions`, or in align.split a split that has some."
-            )
+        fields = _fields(store, config)
         columns = cls(
             store=stores.image,
             text_store=store,
             image=stores.image.column(f"image/{image}"),
             text=tuple(store.column(f"text/{text}/{field}") for field in fields),
-            fields=tuple(fields),
+            fields=fields,
         )
         columns._check_texts()
         return columns
@@ -136,10 +124,7 @@ def select_rows(
     status = columns.image.status()
     text_ok = np.stack([column.status() == Status.OK for column in columns.text], axis=1)
     usable = (status == Status.OK) & text_ok.any(axis=1)
-    counts = Counter(status[status != Status.OK].tolist())
-    skipped = {f"image: {Status(code).label}": count for code, count in sorted(counts.items())}
-    if without := int(((status == Status.OK) & ~usable).sum()):
-        skipped["no caption that can be used"] = without
+    skipped = _skipped(status, usable)
     for reason, count in skipped.items():
         logger.info("%d rows of %s are not used: %s", count, columns.store.path, reason)
     held = np.zeros_like(usable)
@@ -149,15 +134,16 @@ def select_rows(
         hashes = store_key_hashes(columns.store)
     if holdout > 0:
         held = below_fraction(hashes, holdout) & usable
-        heldout = np.flatnonzero(held)
-        heldout = np.sort(heldout[np.argsort(hashes[heldout], kind="stable")[:holdout_rows]])
+        heldout = np.sort(_by_hash(held, hashes)[:holdout_rows])
+        if not len(heldout):
+            what = "align.holdout = %g keeps no row of %s: nothing is scored during training"
+            logger.warning(what, holdout, columns.store.path)
     train = usable & ~held
     if rows is not None:
-        trained = np.flatnonzero(train)
-        train[trained[np.argsort(hashes[trained], kind="stable")[rows:]]] = False
-        if rows > len(trained):
+        if rows > (there := int(train.sum())):
             what = "align.rows asks for %d rows of %s, which has %d to train on: all are used"
-            logger.warning(what, rows, columns.store.path, len(trained))
+            logger.warning(what, rows, columns.store.path, there)
+        train[_by_hash(train, hashes)[rows:]] = False
     if not train.any():
         raise TrainingError(
             f"No row of {columns.store.path} is left to train on: {int(held.sum())} are held out, "
@@ -181,3 +167,43 @@ def holdout_mask(keys: Iterable[str], fraction: float) -> Bool[np.ndarray, "rows
 def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:
     """Return which hashes lie in the first fraction of all numbers of their size."""
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+
+
+def _skipped(status: UInt8[np.ndarray, "rows"], usable: Bool[np.ndarray, "rows"]) -> dict[str, int]:
+    """Count the rows that cannot be used, by reason."""
+    counts = Counter(status[status != Status.OK].tolist())
+    skipped = {f"image: {Status(code).label}": count for code, count in sorted(counts.items())}
+    if without := int(((status == Status.OK) & ~usable).sum()):
+        skipped["no caption that can be used"] = without
+    return skipped
+
+
+def _by_hash(
+    chosen: Bool[np.ndarray, "rows"], hashes: Shaped[np.ndarray, "rows"]
+) -> Int64[np.ndarray, "chosen"]:
+    """Return the chosen rows, that of the smallest hash first."""
+    rows = np.flatnonzero(chosen)
+    return rows[np.argsort(hashes[rows], kind="stable")]
+
+
+def _fields(store: FeatureStore, config: AlignConfig) -> tuple[str, ...]:
+    """Return the caption fields that are trained on."""
+    fields, weights = config.fields or store.fields, config.loss.field_weights
+    named = {"align.fields": fields, "align.loss.field_weights": weights}
+    for setting, names in named.items():
+        if unknown := sorted(set(names) - set(store.fields)):
+            raise TrainingError(
+                f"{setting} names {unknown}, but {store.path} has the caption fields "
+                f"{list(store.fields)}. Names among these were expected. Correct {setting}."
+            )
+    if not fields:
+        raise TrainingError(
+            f"{store.path} has no captions. At least one caption field was expected. Name "
+            f"those of the source in its `captions`, or in align.split a split that has some."
+        )
+    if not any(weights.get(name, 1.0) for name in fields):
+        raise TrainingError(
+            f"align.loss.field_weights gives all caption fields, {list(fields)}, the weight 0. A "
+            f"weight above 0 was expected for one of them. Correct align.loss.field_weights."
+        )
+    return fields

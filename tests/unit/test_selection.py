@@ -98,6 +98,20 @@ def test_caption_fields_that_are_not_there_are_refused_by_name(tmp_path: Path) -
         Columns.open(store, weights, IMAGE, TEXT)
 
 
+def test_caption_fields_that_all_weigh_nothing_are_refused(tmp_path: Path) -> None:
+    weights = LossConfig(field_weights={"bare": 0, "long": 0})
+    with pytest.raises(TrainingError, match=r"gives all caption fields.* the weight 0"):
+        Columns.open(make_store(tmp_path / "s.zarr"), AlignConfig(loss=weights), IMAGE, TEXT)
+
+
+def test_a_fraction_that_holds_no_row_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = Columns.open(make_store(tmp_path / "s.zarr"), AlignConfig(), IMAGE, TEXT)
+    assert not len(select_rows(columns, holdout=1e-9, holdout_rows=5).heldout)
+    assert "align.holdout = 1e-09 keeps no row of" in caplog.text
+
+
 def test_an_encoder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", rows=4)
     with pytest.raises(StoreError, match="no column 'image/ear'"):
