@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
+from evaluate.cka import ratio
 from evaluate.knn import Neighbours, nearest_neighbours
 
 QUERIES_AT_ONCE = 4096
@@ -77,8 +78,7 @@ class Cknna:
             np.where(shared, self._first.cosines, 0),
             np.where(shared, np.take_along_axis(cosines, place, axis=1), 0),
         )
-        product = self._own[0] * self._own[1]
-        return both / float(np.sqrt(product)) if product > 0 else 0.0
+        return ratio(both, *self._own)
 
 
 def nearest_others(features: Float[np.ndarray, "rows dim"], k: int) -> Neighbours:
