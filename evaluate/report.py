@@ -303,7 +303,7 @@ def knn_tables(results: Sequence[Result]) -> list[KnnTable]:
 
 def percent(value: float) -> str:
     """Return a fraction in per cent with one digit."""
-    return f"{100 * value:.1f}"
+    return f"{100 * value:z.1f}"
 
 
 def ordinal(number: int) -> str:
