@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -13,9 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from features.config import SETTINGS, EachOnce
 from features.storage.settings import PlaceSetting
-
-SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class HeadConfig(BaseModel):
@@ -50,8 +48,8 @@ class LossConfig(BaseModel):
     """`own`: an image's captions. `identical`: also equal captions of other images in the batch."""
     normalise: Literal["image", "pair"] = "image"
     """Divide the sum by the number of images, or by the number of pairs (the released code)."""
-    initial_scale: PositiveFloat = 10.0
-    """Inverse temperature t at the start; it is learned."""
+    initial_scale: float = Field(default=10.0, gt=0, le=100)
+    """Inverse temperature t at the start; it is learned, and kept at 100 at most."""
     initial_bias: float = -10.0
     """Offset b at the start; it is learned."""
     field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
@@ -107,7 +105,7 @@ class AlignConfig(BaseModel):
     """Name of the image encoder; the only one of the recipe if not given."""
     text: str | None = None
     """Name of the text encoder; the only one of the recipe if not given."""
-    fields: tuple[str, ...] = ()
+    fields: Annotated[tuple[str, ...], EachOnce] = ()
     """Caption fields used as positives; all if empty."""
     rows: PositiveInt | None = None
     """Train on at most this many rows, those with the smallest hashes of their keys, so that a

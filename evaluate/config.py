@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -14,13 +13,11 @@ from pydantic import (
 )
 
 from evaluate.segmentation_sets import SEGMENTATION_SETS
-from features.config import Name, PatchAttention
+from features.config import SETTINGS, EachOnce, Name, PatchAttention
 from features.storage.place import Place
 from features.storage.settings import PlaceSetting, as_place_setting
 
-SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
+Names = Annotated[tuple[str, ...], EachOnce]
 AlignmentMeasure = Literal["cka", "cka_debiased", "cka_rbf", "mutual_knn", "cknna", "svcca"]
 
 
@@ -84,7 +81,7 @@ class SceneMasks(_Segmentation):
     kind: Literal["scenes"]
     split: Literal["train", "test"]
     """Which part of the world."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
     pictures: PositiveInt = 100
     """How many pictures to draw."""
@@ -111,16 +108,16 @@ class EvalConfig(BaseModel):
 
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of `sail align` to evaluate."""
-    retrieval: tuple[str, ...] = ()
+    retrieval: Names = ()
     """Splits for image–text retrieval; every split but the training split, those with labels only
     and those with groups, if empty."""
-    retrieval_fields: tuple[str, ...] = ()
+    retrieval_fields: Names = ()
     """Caption fields that are searched; all if empty. Fields that have names rather than numbers
     are also scored one by one."""
     retrieval_positives: Literal["own", "identical"] = "own"
     """`own`: only an image's own captions are right (the usual protocol). `identical`: also those
     of other images with the same words, for captions that repeat."""
-    zero_shot: tuple[str, ...] = ()
+    zero_shot: Names = ()
     """Splits for zero-shot classification; every labelled split but the training split and those
     with groups, if empty."""
     templates: tuple[str, ...] | str = ("a photo of a {}.",)
@@ -129,12 +126,12 @@ class EvalConfig(BaseModel):
     JSON file `{"templates": […]}`."""
     split_templates: dict[str, tuple[str, ...] | str] = {}
     """Prompts for splits that have their own, in the same three forms."""
-    knn: tuple[str, ...] = ()
+    knn: Names = ()
     """Splits for k-NN classification (queries); every labelled split with the classes of the
     reference but the training split, the reference and those with groups, if empty."""
     knn_reference: str | None = None
     """Labelled split whose rows vote; the training split if not given."""
-    knn_k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
+    knn_k: Annotated[tuple[PositiveInt, ...], EachOnce] = (10, 20, 100, 200)
     """Numbers of neighbours that are tried."""
     knn_temperature: PositiveFloat = 0.07
     """T of the votes exp(cosine / T) (DINO)."""
@@ -145,10 +142,10 @@ class EvalConfig(BaseModel):
     linear_probe_rows: int = Field(default=0, ge=0)
     """Rows of `knn_reference` to which linear probes of the image features are fitted, at most; the
     splits of `knn` test them. 0 leaves them out: to converge takes minutes on a CPU."""
-    alignment: tuple[str, ...] = ()
+    alignment: Names = ()
     """Splits on whose pairs the alignment of image with text features is measured; every split with
     captions but the training split and those with groups, if empty."""
-    alignment_measures: tuple[AlignmentMeasure, ...] = (
+    alignment_measures: Annotated[tuple[AlignmentMeasure, ...], EachOnce] = (
         "cka",
         "cka_debiased",
         "mutual_knn",
@@ -168,10 +165,10 @@ class EvalConfig(BaseModel):
     alignment_permutations: int = Field(default=20, ge=0)
     """How often pairs are shuffled for the null of an alignment measure; 0 leaves it out."""
     alignment_subsamples: int = Field(default=20, ge=0)
-    """Halves of the rows for its 95 % interval; 0 leaves it out."""
-    compositional: tuple[str, ...] = ()
+    """Halves of the rows for its 95 % interval; fewer than two leave it out."""
+    compositional: Names = ()
     """Splits with groups; every such split if empty."""
-    compositional_fields: tuple[str, ...] = ()
+    compositional_fields: Names = ()
     """Caption fields that are compared; all in which the captions of a group differ if empty."""
     segmentation: dict[Name, SegmentationConfig] = {}
     """Data sets for open-vocabulary segmentation by name, each a section of its own."""
@@ -182,5 +179,5 @@ class EvalConfig(BaseModel):
     examples: PositiveInt = 6
     """Right and wrong retrieval examples shown in the report, each; segmented pictures, of each
     data set."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the resampling and of the choice of examples."""

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,8 +17,21 @@ from features.class_lists import CLASS_LISTS
 from features.storage.place import Place
 from features.storage.settings import Pattern, PlaceSetting, as_place_setting
 
-SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+SETTINGS = ConfigDict(
+    extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice; name each once")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
+"""What is named twice would be counted twice."""
 
 
 def _names(value: Any) -> str | Place:

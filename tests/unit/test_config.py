@@ -121,6 +121,35 @@ def test_every_setting_is_documented() -> None:
     assert [row for row in undocumented if not row.startswith("| `kind`")] == []
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "align.optimizer.learning_rate=inf",
+        "align.loss.initial_bias=nan",
+        "align.loss.field_weights.a=inf",
+        "align.mix.train=inf",
+        "align.epochs=inf",
+        "eval.knn_temperature=inf",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Input should be a finite number, got"):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+@pytest.mark.parametrize(
+    "override", ["align.fields=['a','a']", "eval.knn=['a','a']", "eval.knn_k=[1,1]"]
+)
+def test_what_is_named_twice_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stands twice; name each once"):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_a_scale_above_its_limit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="initial_scale: Input should be less than or equal to"):
+        load_config(write(tmp_path, MINIMAL), ["align.loss.initial_scale=101"])
+
+
 def test_patience_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     overrides = ["align.patience=3", "align.holdout=0"]
     with pytest.raises(ConfigError, match="patience needs held-out rows"):
