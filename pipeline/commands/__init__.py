@@ -1,1 +1,1 @@
-"""The commands of `sail`: their options, checked and handed to where the work is done."""
+"""Commands of `sail`, by what they are for: their options alone. `pipeline.cli` has the rest."""

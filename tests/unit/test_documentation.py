@@ -97,7 +97,7 @@ def test_targets_of_make_exist() -> None:
 def test_settings_that_the_pages_name_exist() -> None:
     prose = " ".join(page.read_text("utf-8") for page in PAGES)
     sections = "run|extract|align|eval|report"
-    named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?: = [^`]*)?`", prose)
+    named = re.findall(rf"`((?:{sections})(?:\.(?!py`)[a-z_0-9]+)+)(?: = [^`]*)?`", prose)
     known = {
         f"{title.strip('[]')}.{key}" for title, model in SECTIONS for key in model.model_fields
     }

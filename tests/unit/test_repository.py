@@ -41,6 +41,14 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_readme_says_where_each_package_is() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    packages = [path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")]
+    assert len(packages) > 10
+    for name in [*LAYERS, *packages]:
+        assert f"`{name}/`" in readme, f"README.md does not say what {name}/ is for"
+
+
 def test_the_tests_that_the_table_of_faults_names_exist() -> None:
     page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
