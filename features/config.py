@@ -98,7 +98,7 @@ class ParquetSource(_Source):
     image: str = "image"
     """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
     key: str | None = None
-    """Column with a unique name of the row; its number in the file if not given."""
+    """Column with a unique name of the row; its number in the file if not given, or null."""
 
 
 class ClassFolderSource(_Source):

@@ -165,7 +165,7 @@ def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: 
     loaded = _Loaded(part)
     begun = time.perf_counter()
     samples = reader.read(part.start, part.stop)
-    table = reader.index.rows_between(part.start, part.stop, ("problem", "key"))
+    table = reader.index.rows_between(part.start, part.stop, ("problem", "key", "path"))
     problems, keys = table.column("problem").to_numpy(), table.column("key")
     loaded.read_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
@@ -176,7 +176,7 @@ def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: 
         status[i] = Status.OK
         if problems[i] or data is None:
             status[i] = problems[i] or Status.MISSING_IMAGE
-            reason = Status(int(status[i])).label
+            reason = f"{Status(int(status[i])).label}, {table.column('path')[i]}"
             loaded.faults.append(f"row {part.start + i} ({keys[i]}): {reason}")
             continue
         try:

@@ -119,8 +119,8 @@ class ImageParquet:
         number = 0
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=light):
             for row in batch.to_pylist() if light else [{}] * batch.num_rows:
-                name = str(row[source.key]) if source.key else f"{number:09d}"
-                key, problem = keys.of(name)
+                own = row[source.key] if source.key else None
+                key, problem = keys.of(f"{number:09d}" if own is None else str(own))
                 sample = Sample(key, str(file), offset=number, problem=problem)
                 sample.captions = self.picker.pick(row, counts)
                 sample.label = whole_number(row.get(source.label or ""), counts)

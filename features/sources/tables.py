@@ -197,7 +197,9 @@ def _csv_rows(file: Place) -> Iterator[dict[str, Any]]:
         rows = csv.DictReader(all_lines, delimiter=_separator(header), strict=True)
         line = 1
         try:
-            columns = rows.fieldnames
+            columns = rows.fieldnames or []
+            if twice := [name for name in columns if name and columns.count(name) > 1]:
+                raise csv.Error(f"it names {twice[0]!r} twice, so that one would be lost")
             line = rows.line_num + 1
             for row in rows:
                 if any(row.pop(None, ())):
@@ -206,9 +208,9 @@ def _csv_rows(file: Place) -> Iterator[dict[str, Any]]:
                 line = rows.line_num + 1
         except csv.Error as error:
             raise SourceError(
-                f"Line {line} of {file} cannot be read: {error}. Text with a separator, quotation "
-                f'mark or line break in it was expected between quotation marks, as "a ""cat""". '
-                f"Correct the line, or save the table anew."
+                f"Line {line} of {file} cannot be read: {error}. A name of its own for each column "
+                f"was expected, and quotation marks around text with a separator, quotation mark "
+                f'or line break in it, as "a ""cat""". Correct the line, or save the table anew.'
             ) from error
 
 

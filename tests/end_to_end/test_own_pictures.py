@@ -43,11 +43,13 @@ SMALLER = ("--set", "align.batch_size=16", "--set", "align.steps=3")
 
 
 def test_own_pictures_are_searched_after_two_commands_and_measured_on_others(
-    run_file: Path,
+    run_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (run_file.parent / "photos" / "more" / "3.jpg").write_bytes(b"eaten by the disk")
-    (run_file.parent / "photos" / "more" / "4.jpg").unlink()
+    gone = run_file.parent / "photos" / "more" / "4.jpg"
+    gone.unlink()
     sail("extract", "mine.toml", *SMALLER)
+    assert f"(captions/more/4): missing image, {gone}\n" in caplog.text
     sail("align", "mine.toml", *SMALLER)
     found = json.loads(sail("search", "runs/mine", "a red circle", "--top", 99, "--json").stdout)
     keys = {hit["key"] for hit in found}

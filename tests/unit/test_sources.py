@@ -263,6 +263,11 @@ class TestFolder:
         with pytest.raises(SourceError, match=r"columns are \['number', 'of row;image;caption'\]"):
             listed(**source)
 
+    def test_two_columns_of_one_name_are_refused(self, tmp_path: Path) -> None:
+        source = self.text(tmp_path, "image,caption,caption,,\n1.jpg,a,b,,\n")
+        with pytest.raises(SourceError, match=r"Line 1 .* names 'caption' twice"):
+            listed(**source)
+
     @pytest.mark.parametrize(
         ("row", "fault"),
         [
@@ -296,8 +301,10 @@ class TestParquet:
         assert samples[1].captions == {"caption": "b"}
 
     def test_a_column_may_give_the_keys(self, tmp_path: Path) -> None:
-        samples = listed(**self.files(tmp_path, [IMAGE] * 2, id=[7, 7]), key="id")
-        assert [sample.key for sample in samples] == ["p/7", "p/7#2"]
+        samples = listed(**self.files(tmp_path, [IMAGE] * 4, id=[7, 7, None, None]), key="id")
+        keys = [sample.key for sample in samples]
+        assert keys == ["p/7", "p/7#2", "p/000000002", "p/000000003"]
+        assert [sample.problem for sample in samples] == [0, Status.DUPLICATE_KEY, 0, 0]
 
     def test_columns_of_no_use_are_not_read(self, tmp_path: Path) -> None:
         beyond = pa.array([2**40], pa.timestamp("s"))  # no date of Python's
