@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from align.checkpoint import Checkpoint, load_head
 from evaluate.items import write_items
 from evaluate.masks import MaskedPictures, open_masked
 from evaluate.report import render
-from evaluate.results import read_results, write_results
+from evaluate.results import Result, read_results, write_results
 from features.storage.files import write
 from features.store import NOT_COMPARED, FeatureStore
 from pipeline.config import RunConfig
@@ -37,10 +37,10 @@ from pipeline.measures import (
 from pipeline.progress import timed
 from pipeline.run import start_run
 from pipeline.stores import open_evaluated
+from pipeline.tables import rendered
 
 logger = logging.getLogger(__name__)
 VERSION = 4  # raised when the same inputs give other results or another report
-WIDTH_OF_A_PIPE = 120
 
 
 def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
@@ -90,35 +90,37 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
 
 
 def results_table(path: Path) -> str:
-    """Return what `sail eval` prints: the numbers of a results.json."""
-    table = Table(title=str(path), title_justify="left")
-    for heading in ("task", "dataset", "metric"):
-        table.add_column(heading, overflow="fold")
+    """Return what `sail eval` prints: the numbers of a results.json, task by task."""
+    tasks: dict[str, list[Result]] = {}
+    for result in read_results(path):
+        if not result.is_detail:
+            tasks.setdefault(result.task, []).append(result)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(overflow="fold")
     for heading in ("%", "95 %", "chance", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for result in read_results(path):
-        metric = result.metric
-        if result.is_detail:
-            continue
-        if metric == "knn_top1":
-            metric = f"{metric}, k = {result.protocol['k']}, {result.encoders['image']}"
-        interval = "" if result.ci95 is None else "{:.1f}–{:.1f}".format(*_percent(result.ci95))
-        chance = "" if result.chance is None else f"{100 * result.chance:.1f}"
-        table.add_row(
-            result.task,
-            result.dataset,
-            metric,
-            f"{100 * result.value:.1f}",
-            interval,
-            chance,
-            f"{result.n:,}",
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_A_PIPE)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip("\n")
+    for task, results in tasks.items():
+        table.add_row(Text(task, "bold"))
+        width = max(len(result.dataset) for result in results)
+        for result in results:
+            name = f"  {result.dataset:<{width}}  {_metric(result)}"
+            table.add_row(Text(name), *_numbers(result))
+    return rendered(table)
+
+
+def _metric(result: Result) -> str:
+    if result.metric == "knn_top1":
+        return f"{result.metric}, k = {result.protocol['k']}, {result.encoders['image']}"
+    return result.metric
+
+
+def _numbers(result: Result) -> tuple[str, str, str, str]:
+    return (
+        f"{100 * result.value:z.1f}",
+        "–".join(f"{100 * end:z.1f}" for end in result.ci95 or ()),
+        "" if result.chance is None else f"{100 * result.chance:z.1f}",
+        f"{result.n:,}",
+    )
 
 
 def _measure(
@@ -179,10 +181,6 @@ def _describe(store: FeatureStore) -> dict[str, Any]:
         fingerprint = {k: v for k, v in column.fingerprint.items() if k not in NOT_COMPARED}
         columns[name] = [fingerprint, _sha256(column.status().tobytes())]
     return {"keys": store.keys_sha256, "classes": store.class_names, "columns": columns}
-
-
-def _percent(interval: tuple[float, float]) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
 
 
 def _sha256(data: bytes) -> str:
