@@ -7,7 +7,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -22,6 +22,16 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>SAIL explore</title>
+<h1>{}</h1>
+<p>{}</p>
+"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,9 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """Return the answer to a request that may not pass, None where it may."""
         if not self._is_known_host(headers.get("host", "")):
-            return _refuse(
-                421, "The page is not served under this name. Open the address that sail printed."
-            )
+            return _refuse(scope, 421, "The page is not served under this name.")
         if _is_from_elsewhere(scope, headers):
-            return _refuse(403, "Another page may not ask. Open the address that sail printed.")
+            return _refuse(scope, 403, "Another page may not ask.")
         return self._entry(scope, headers)
 
     def _entry(self, scope: Scope, headers: Headers) -> Response | None:
@@ -86,7 +94,7 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("ascii", "replace")).get("token", [""])[0]
         if scope["path"] == "/" and _equal(given, token):
             return _enter(token, cookie)
-        return _refuse(401, "The token is missing or wrong. Open the address that sail printed.")
+        return _refuse(scope, 401, "The token is missing or wrong.")
 
     def _is_known_host(self, value: str) -> bool:
         host = value.rpartition(":")[0] if not value.endswith("]") and ":" in value else value
@@ -138,5 +146,9 @@ def _enter(token: str, cookie: str) -> Response:
     return answer
 
 
-def _refuse(status: int, words: str) -> Response:
-    return JSONResponse({"error": words}, status_code=status)
+def _refuse(scope: Scope, status: int, words: str) -> Response:
+    """Say so as the page's scripts read it, or for who opened the page, as a page."""
+    remedy = "Open the address that `sail explore` printed."
+    if scope["path"] != "/":
+        return JSONResponse({"error": f"{words} {remedy}"}, status_code=status)
+    return HTMLResponse(PAGE.format(words, remedy.replace("`", "")), status_code=status)
