@@ -1,6 +1,7 @@
 """What is served: the page, and what it asks for, as JSON."""
 
 import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +82,7 @@ def icon() -> FileResponse:
 
 @router.get("/api/run")
 def run(session: InSession) -> dict[str, Any]:
-    """What the page shows on every view: name, encoders, splits, the head."""
+    """What the page shows on every view: name, splits, how far the run is."""
     found = session.checkpoint()
     splits = {}
     for name in session.splits:
@@ -89,6 +90,8 @@ def run(session: InSession) -> dict[str, Any]:
         splits[name] = {"rows": store.rows, "fields": list(store.fields)}
     return {
         "name": session.config.run.name,
+        "run_file": shlex.quote(str(session.run_file)),
+        "is_evaluated": session.results.is_file(),
         "splits": splits,
         "head": None
         if found is None

@@ -46,7 +46,7 @@ def results(session: Session) -> dict[str, Any]:
         EvaluationError: The run was not evaluated.
     """
     found, items = _read(session), read_items(session.folder.eval / "items.npz")
-    document = json.loads((session.folder.eval / "results.json").read_text(encoding="utf-8"))
+    document = json.loads(session.results.read_text(encoding="utf-8"))
     head = session.checkpoint()
     return {
         "is_current": head is not None and head.sha256 == document["checkpoint_sha256"],
@@ -120,7 +120,7 @@ def classes(session: Session, split: str) -> dict[str, Any]:
 
 
 def _read(session: Session) -> list[Result]:
-    path = session.folder.eval / "results.json"
+    path = session.results
     if not path.is_file():
         raise EvaluationError(
             f"There is no {path}. The results of an evaluation were expected. Run `sail eval`."

@@ -77,6 +77,16 @@ class Session:
         self._labels: dict[tuple[str, str], np.ndarray | None] = {}
 
     @property
+    def run_file(self) -> Path:
+        """The run file that a command in a terminal is given to go on with this run."""
+        return self._run / "config.toml"
+
+    @property
+    def results(self) -> Path:
+        """Where the numbers of an evaluation are, once there was one."""
+        return self.folder.eval / "results.json"
+
+    @property
     def splits(self) -> list[str]:
         """Splits that have a store, those that are not trained on first."""
         there = [name for name in self.config.data if FeatureStore.is_at(self.folder.store(name))]

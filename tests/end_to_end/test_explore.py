@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from features.errors import ConfigError
 from features.store import FeatureStore
+from pipeline.config import load_config
 from pipeline.explore.app import create_app
 from pipeline.explore.search import MAX_UPLOAD_BYTES
 from pipeline.explore.security import Access
@@ -357,7 +358,10 @@ def test_a_run_without_a_head_is_shown_as_far_as_it_is(run: Path, tmp_path: Path
         (folder / name).symlink_to(run / name)
     app = create_app(Session(folder, device="cpu"), Access("127.0.0.1"))
     page = TestClient(app, base_url="http://127.0.0.1")
-    assert given(page, "/api/run")["head"] is None
+    facts = given(page, "/api/run")
+    assert facts["head"] is None
+    assert not facts["is_evaluated"]
+    assert load_config(facts["run_file"], []).run.name == "tiny"
     assert len(given(page, "/api/rows", split="test", count=5)["rows"]) == 5
     assert given(page, "/api/training")["curves"] == {}
     assert given(page, "/api/store", split="test")["rows"] == 16

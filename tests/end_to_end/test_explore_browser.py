@@ -295,6 +295,42 @@ def test_quarantined_rows_are_listed_with_reason_and_key(page: Page, address: st
     expect(page.get_by_role("main")).to_contain_text("48 rows")
 
 
+@pytest.mark.parametrize(
+    ("made", "view", "heading", "command"),
+    [
+        ([], "search", "Nothing is encoded yet", "extract"),
+        ([], "map", "Nothing is encoded yet", "extract"),
+        ([], "store", "Nothing is encoded yet", "extract"),
+        (["features"], "search", "There is no trained head yet", "align"),
+        (["features"], "search?text=a+star", "There is no trained head yet", "align"),
+        (["features"], "map", "There is no trained head yet", "align"),
+        (["features"], "training", "Training has made no step yet", "align"),
+        (["features", "align"], "results", "This run is not evaluated yet", "eval"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "nothing",
+)
+def test_a_stage_that_was_not_run_is_no_error_and_its_command_is_there(
+    browser: Browser,
+    run: Path,
+    tmp_path: Path,
+    made: list[str],
+    view: str,
+    heading: str,
+    command: str,
+) -> None:
+    for name in ("config.toml", "index", *made):
+        (tmp_path / name).symlink_to(run / name)
+    with served(tmp_path) as address:
+        page = browser.new_context().new_page()
+        page.goto(f"{address}#/{view}")
+        note = page.locator(".note")
+        expect(note.get_by_role("heading")).to_have_text(heading)
+        expect(note.locator("code")).to_have_text(f"sail {command} {tmp_path / 'config.toml'}")
+        expect(page.get_by_role("heading", level=1)).to_have_count(1)
+        expect(page.get_by_role("alert")).to_have_count(0)
+        page.context.close()
+
+
 def test_the_theme_is_the_systems_until_another_is_chosen(page: Page) -> None:
     shade = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(shade)

@@ -42,8 +42,10 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
         svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
       ])
       .flat(),
+    svg("text", { x: LEFT - 8, y: HEIGHT - 8, "text-anchor": "end" }, "step"),
     x
       .ticks(5)
+      .filter((value) => x(value) > LEFT + 20) // beside the word
       .map((value) =>
         svg("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, short(value)),
       ),

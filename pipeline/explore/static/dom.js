@@ -61,6 +61,45 @@ export function choice(label, options, chosen, onchange) {
   return el("label", { class: "choice" }, el("span", {}, label), list);
 }
 
+/** The top of a view: its name, what is shown, and what can be chosen. */
+export function heading(title, words, ...choices) {
+  return el(
+    "div",
+    { class: "head" },
+    el("div", {}, el("h1", {}, title), words ? el("p", {}, words) : null),
+    ...choices,
+  );
+}
+
+/** What is not there yet, which is no error, and the command that makes it. */
+export function notYet(title, words, command) {
+  return el(
+    "div",
+    { class: "note" },
+    el("h2", {}, title),
+    el("p", {}, words),
+    el("p", {}, "Type in a terminal: ", el("code", {}, command)),
+  );
+}
+
+/** The same where there is no store yet, so that no view has anything to show. */
+export function noStore(run) {
+  return notYet(
+    "Nothing is encoded yet",
+    "The run has no store of images and captions.",
+    `sail extract ${run.run_file}`,
+  );
+}
+
+/** The same where there is no trained head yet, so that images and words share no space. */
+export function noHead(run) {
+  return notYet(
+    "There is no trained head yet",
+    "It brings images and words into one space, which search and map need. Follow it under Training.",
+    `sail align ${run.run_file}`,
+  );
+}
+
 /** A message of the server as nodes: what stands in backticks is code. */
 export function prose(text) {
   return text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));

@@ -67,7 +67,7 @@ function card(split, row, place, caption) {
         photo(split, row.row, ""),
         score ? el("span", { class: "rank", "aria-hidden": "true" }, String(place + 1)) : null,
       ),
-      el("span", { class: "words" }, words),
+      el("span", { class: "words", dir: "auto" }, words),
       el(
         "span",
         { class: "foot" },

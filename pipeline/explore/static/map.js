@@ -1,17 +1,19 @@
 // The map of the shared space, and what is said beside it.
 
 import { ask, askBytes } from "./api.js";
-import { choice, count, el, percent } from "./dom.js";
+import { choice, count, el, heading, noHead, noStore, percent } from "./dom.js";
 import { MapView } from "./mapview.js";
+
+const TITLE = "Map of the shared space";
 
 /** Show the view; return what ends it. */
 export async function showMap(main, parameters, run) {
   const splits = Object.keys(run.splits);
   const split = splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0];
-  if (!run.head)
-    throw new Error(
-      "There is no trained head yet, so there is no shared space. Follow it under Training.",
-    );
+  if (!split || !run.head) {
+    main.replaceChildren(heading(TITLE), split ? noHead(run) : noStore(run));
+    return;
+  }
   main.replaceChildren(
     el("p", { class: "waiting" }, "Drawing … the first time the split is embedded."),
   );
@@ -19,10 +21,9 @@ export async function showMap(main, parameters, run) {
   const points = read(await askBytes("/api/map/points", { split }), facts.images + facts.texts);
   const view = new MapView(split, facts, points);
   main.replaceChildren(
-    el(
-      "div",
-      { class: "head" },
-      el("div", {}, el("h1", {}, "Map of the shared space"), el("p", {}, told(facts))),
+    heading(
+      TITLE,
+      told(facts),
       choice(
         "split",
         splits,

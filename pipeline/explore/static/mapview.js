@@ -212,9 +212,12 @@ export class MapView {
         "div",
         {},
         el("b", {}, isImage ? "image" : "caption"),
-        el("span", { class: "soft" }, ` row ${row.toLocaleString("en")}`),
-        el("br"),
-        (isImage ? null : facts.captions[this.facts.field]) || bestCaption(facts),
+        el("span", { class: "soft" }, ` row ${row.toLocaleString("en")} `),
+        el(
+          "span",
+          { class: "tip-words", dir: "auto" },
+          (isImage ? null : facts.captions[this.facts.field]) || bestCaption(facts),
+        ),
       ),
     );
     this.tip.hidden = false;

@@ -1,7 +1,7 @@
 // The numbers of the evaluation, and the rows that went wrong behind each.
 
 import { ask } from "./api.js";
-import { el, percent } from "./dom.js";
+import { el, heading, notYet, percent } from "./dom.js";
 import { classes, failures } from "./failures.js";
 
 const TITLES = [
@@ -12,18 +12,28 @@ const TITLES = [
     "Composition",
     "Two images and two captions of the same words: which belongs to which.",
   ],
-  ["knn/", "k-NN", "The class by the nearest frozen features: no text, no training."],
+  [
+    "knn/",
+    "k-NN",
+    "The class that the nearest rows vote for: by frozen features, or by embeddings of the head.",
+  ],
   ["linear_probe", "Linear probe", "A linear classifier on frozen features."],
   ["segmentation", "Segmentation", "The class of every patch."],
   [
     "alignment/",
-    "Alignment of the encoders",
-    "How alike image and text features are; no head is used.",
+    "Alignment",
+    "Whether images that are near each other have captions that are so, too.",
   ],
 ];
 
 /** Show the view. */
-export async function showResults(main) {
+export async function showResults(main, parameters, run) {
+  if (!run.is_evaluated) {
+    const words = "Scores, and the rows that went wrong behind each, are shown once it is.";
+    const note = notYet("This run is not evaluated yet", words, `sail eval ${run.run_file}`);
+    main.replaceChildren(heading("Results"), note);
+    return;
+  }
   const found = await ask("/api/results");
   const rows = el("section", {
     class: "failures",
@@ -33,26 +43,16 @@ export async function showResults(main) {
   });
   const open = (query, title) => failures(rows, query, title);
   main.replaceChildren(
-    el(
-      "div",
-      { class: "head" },
-      el(
-        "div",
-        {},
-        el("h1", {}, "Results"),
-        el(
-          "p",
-          {},
-          "Bars are the score, whiskers its 95 % interval, the red line what guessing gives.",
-        ),
-      ),
+    heading(
+      "Results",
+      "Bars are the score, whiskers its 95 % interval, the red line what guessing gives.",
     ),
     found.is_current
       ? ""
-      : el(
-          "p",
-          { class: "problem" },
-          "These are of an earlier head than there is now. Run `sail eval` for new ones.",
+      : notYet(
+          "The head has changed since",
+          "These are the scores of an earlier one than there is now.",
+          `sail eval ${run.run_file}`,
         ),
     el(
       "div",
@@ -101,7 +101,6 @@ function table({ title, words, results }, open) {
 
 function scores(words, results, open) {
   const heading = (attributes, ...content) => el("th", { scope: "col", ...attributes }, ...content);
-  const unseen = (text) => el("span", { class: "hidden" }, text);
   return el(
     "div",
     { class: "scroll" },
@@ -133,7 +132,6 @@ function scores(words, results, open) {
 
 function line(each, open) {
   const name = named(each);
-  const interval = each.ci95 ? `${percent(each.ci95[0])} to ${percent(each.ci95[1])}` : "";
   const go =
     each.has_rows && each.value < 1
       ? el(
@@ -147,25 +145,36 @@ function line(each, open) {
           "failures",
         )
       : null;
-  const dataset = each.dataset.replaceAll("/", "/\u200b"); // a long one may break there
+  const format = each.task.startsWith("alignment/") ? (value) => value.toFixed(3) : percent;
   return el(
     "tr",
     {},
-    el("th", { scope: "row" }, name, el("span", { class: "soft" }, ` ${dataset}`)),
-    el(
-      "td",
-      { class: "number" },
-      el("b", {}, each.value < 0 ? each.value.toFixed(3) : percent(each.value)),
-    ),
+    el("th", { scope: "row" }, breakable(name), " ", el("span", {}, breakable(each.dataset))),
+    el("td", { class: "number" }, el("b", {}, format(each.value)), interval(each.ci95, format)),
     el(
       "td",
       { class: "drawn" },
       meter(each),
-      el("span", { class: "hidden" }, interval ? `95 % interval ${interval}` : ""),
+      each.chance === null ? null : unseen(`guessing gives ${format(each.chance)}`),
     ),
     el("td", { class: "number soft" }, each.n.toLocaleString("en")),
     el("td", { class: "number" }, go),
   );
+}
+
+function unseen(words) {
+  return el("span", { class: "hidden" }, words);
+}
+
+/** A name that may break at its slashes, where it is long. */
+function breakable(name) {
+  return name.replaceAll("/", "/\u200b").replaceAll("|", " | ");
+}
+
+function interval(ends, format) {
+  if (!ends) return null;
+  const [low, high] = ends.map((end) => format(end).replace("\u00a0%", ""));
+  return el("span", { class: "interval" }, unseen("95 % interval "), `${low}–${high}`);
 }
 
 /** What was measured, in few words; the heading says the rest. */
@@ -174,7 +183,7 @@ function named(each) {
   const metric = each.metric.replaceAll("_", " ");
   const detail = each.task.slice(task.length + 1).replaceAll("_", " ");
   if (task === "knn")
-    return `${detail}, k = ${each.protocol.k}${each.encoders.text === null ? `, ${each.encoders.image}` : ""}`;
+    return `${detail}, k\u00a0=\u00a0${each.protocol.k}${each.encoders.text === null ? `, ${each.encoders.image}` : ""}`;
   if (task === "retrieval")
     return `${part === "image_to_text" ? "image → text" : "text → image"}, ${metric}`;
   return detail && task !== "zero_shot" ? `${metric}, ${detail}` : metric;

@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { announce, count, el, prose } from "./dom.js";
 import { grid, photo } from "./grid.js";
 
+const LONG = 160; // characters of a caption, from which on it is no heading to look at
 const dialog = document.getElementById("row");
 const inside = document.getElementById("row-content"); // the button beside it keeps the focus
 document.getElementById("row-close").addEventListener("click", () => dialog.close());
@@ -47,14 +48,18 @@ function content(split, facts) {
           { class: "eyebrow" },
           `${split} · row ${facts.row.toLocaleString("en")} of ${facts.rows.toLocaleString("en")}`,
         ),
-        el("h2", { id: "row-title" }, longest || facts.key),
+        el(
+          "h2",
+          { id: "row-title", dir: "auto", class: longest.length > LONG ? "long" : null },
+          longest || facts.key,
+        ),
         el(
           "dl",
           {},
           facts.label === null ? null : [el("dt", {}, "class"), el("dd", {}, facts.label)],
           captions
             .filter(([, words]) => words !== longest)
-            .map(([field, words]) => [el("dt", {}, field), el("dd", {}, words || "–")]),
+            .map(([field, words]) => [el("dt", {}, field), el("dd", { dir: "auto" }, words || "–")]),
           el("dt", {}, "key"),
           el("dd", {}, el("code", {}, facts.key)),
           Object.entries(facts.columns).map(([name, column]) => [

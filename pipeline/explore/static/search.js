@@ -1,7 +1,7 @@
 // Search by words, by an image that is sent, or by a row.
 
 import { ask, picture } from "./api.js";
-import { announce, choice, count, el, prose, segments } from "./dom.js";
+import { announce, choice, count, el, heading, noHead, noStore, prose, segments } from "./dom.js";
 import { grid } from "./grid.js";
 
 const TOP = 24;
@@ -17,7 +17,10 @@ export async function showSearch(main, parameters, run) {
     row: parameters.get("row"),
     sent: parameters.has("sent"),
   };
-  if (!splits.length) throw new Error("The run has no store yet. Make one with `sail extract`.");
+  if (!splits.length) {
+    main.replaceChildren(heading("Search"), noStore(run));
+    return;
+  }
   const results = el("section", { class: "results", "aria-label": "Results" });
   main.replaceChildren(form(state, splits), results);
   const controller = new AbortController();
@@ -35,6 +38,7 @@ function form(state, splits) {
     name: "words",
     placeholder: "Describe a picture …",
     autocomplete: "off",
+    dir: "auto",
     maxlength: 2000,
     value: state.text ?? "",
   });
@@ -98,7 +102,7 @@ function form(state, splits) {
 async function show(results, state, run, signal) {
   const { split, among } = state;
   const question = asked(state);
-  if (!question) return look(results, split, run, signal);
+  if (!question || !run.head) return look(results, split, run, signal);
   results.replaceChildren(
     query(state),
     el("p", { class: "waiting" }, "Searching … the first search of a split embeds it, once."),
@@ -128,7 +132,7 @@ function asked(state) {
 
 /** What was asked with, as words or a picture. */
 function query(state) {
-  if (state.text) return el("h2", { class: "query" }, `“${state.text}”`);
+  if (state.text) return el("h2", { class: "query", dir: "auto" }, `“${state.text}”`);
   const source = state.sent ? sent.url : picture(state.split, state.row);
   const words = state.sent
     ? `Like ${sent.file.name || "your image"}`
@@ -162,11 +166,7 @@ async function look(results, split, run, signal) {
               el("a", { class: "chip", href: address({ split, among: "images", text }) }, text),
             ),
         )
-      : el(
-          "p",
-          { class: "problem" },
-          "There is no trained head yet, so there is nothing to search by. Follow it under Training.",
-        ),
+      : noHead(run),
     el("h2", {}, `A look into ${split}`),
     el(
       "p",

@@ -2,14 +2,17 @@
 
 import { ask } from "./api.js";
 import { histogram } from "./chart.js";
-import { choice, count, el, prose } from "./dom.js";
+import { choice, count, el, heading, noStore, prose } from "./dom.js";
 import { photo } from "./grid.js";
 import { openRow } from "./row.js";
 
 /** Show the view. */
 export async function showStore(main, parameters, run) {
   const splits = Object.keys(run.splits);
-  if (!splits.length) throw new Error("The run has no store yet. Make one with `sail extract`.");
+  if (!splits.length) {
+    main.replaceChildren(heading("Store"), noStore(run));
+    return;
+  }
   const split = splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0];
   const facts = await ask("/api/store", { split });
   const pick = choice(
@@ -20,12 +23,7 @@ export async function showStore(main, parameters, run) {
   );
   const images = facts.columns.filter((column) => column.name.startsWith("image/"));
   main.replaceChildren(
-    el(
-      "div",
-      { class: "head" },
-      el("div", {}, el("h1", {}, "Store"), el("p", {}, summary(facts))),
-      pick,
-    ),
+    heading("Store", summary(facts), pick),
     el(
       "div",
       { class: "columns" },

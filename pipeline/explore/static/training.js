@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { lineChart, short } from "./chart.js";
-import { announce, el, percent, prose } from "./dom.js";
+import { announce, el, heading, notYet, percent, prose } from "./dom.js";
 
 const MILLISECONDS = 2000;
 const PANELS = [
@@ -30,13 +30,12 @@ const PANELS = [
 ];
 
 /** Show the view; return what ends it. */
-export async function showTraining(main) {
+export async function showTraining(main, parameters, run) {
   const charts = el("div", { class: "charts" });
   const state = el("p", { class: "state" });
-  main.replaceChildren(
-    el("div", { class: "head" }, el("div", {}, el("h1", {}, "Training"), state)),
-    charts,
-  );
+  const top = heading("Training");
+  top.firstChild.append(state);
+  main.replaceChildren(top, charts);
   let seen = 0;
   let wasLive = null;
   let timer = null;
@@ -46,7 +45,9 @@ export async function showTraining(main) {
       const facts = await ask("/api/training", { seen });
       if (ended) return;
       if (facts.curves) {
-        charts.replaceChildren(...drawn(facts));
+        const isBegun = facts.step !== null && facts.step !== undefined;
+        if (isBegun) charts.replaceChildren(...drawn(facts));
+        else if (!charts.firstChild) charts.append(notBegun(run)); // once: its command is copied
         state.replaceChildren(...said(facts));
         seen = facts.bytes;
       }
@@ -57,6 +58,9 @@ export async function showTraining(main) {
       }
     } catch (error) {
       state.replaceChildren(...prose(error.message));
+      state.classList.remove("live");
+      wasLive = null;
+      seen = 0; // so that all is drawn again when the server is back
     }
     if (!ended) timer = setTimeout(look, MILLISECONDS);
   }
@@ -67,9 +71,16 @@ export async function showTraining(main) {
   };
 }
 
+function notBegun(run) {
+  return notYet(
+    "Training has made no step yet",
+    "The curves appear here as soon as it does.",
+    `sail align ${run.run_file}`,
+  );
+}
+
 function said(facts) {
-  if (facts.step === null || facts.step === undefined)
-    return ["No step has been made yet. The curves appear as soon as `sail align` writes them."];
+  if (facts.step === null || facts.step === undefined) return [];
   const parts = [`step ${facts.step.toLocaleString("en")}`];
   if (facts.epoch)
     parts.push(`epoch ${facts.epoch.toFixed(1)}${facts.epochs ? ` of ${facts.epochs}` : ""}`);
