@@ -66,9 +66,15 @@ class Svcca:
 def _directions(
     features: Float[np.ndarray, "rows dim"], dims: int
 ) -> Float64[np.ndarray, "rows kept"]:
-    """Return the first singular directions, orthonormal over the rows."""
+    """Return the first singular directions, orthonormal over the rows.
+
+    Of fewer rows than dimensions from the products of rows with rows, which are then the fewer.
+    """
     rows = features.astype(np.float64)
     rows -= rows.mean(axis=0)
+    if len(rows) < rows.shape[1]:
+        rows /= _scale(np.square(rows).sum(axis=0))
+        return _leading(rows @ rows.T, dims)[1]
     directions: np.ndarray = rows @ _whitening(CrossMoments.of(rows, rows), dims)
     return directions
 
@@ -76,14 +82,28 @@ def _directions(
 def _whitening(moments: CrossMoments, dims: int) -> Float64[np.ndarray, "dim kept"]:
     """Return the matrix that makes centred rows into their first singular directions."""
     product = moments.centred_product
-    scale = np.sqrt(np.maximum(np.diag(product), 0))
+    scale = _scale(np.diag(product))
+    values, vectors = _leading(product / np.outer(scale, scale), dims)
+    whitening: np.ndarray = vectors / scale[:, None] / np.sqrt(values)
+    return whitening
+
+
+def _scale(squares: Float64[np.ndarray, "dim"]) -> Float64[np.ndarray, "dim"]:
+    """Return what standardises features, given the sums of their squares about the mean."""
+    scale = np.sqrt(np.maximum(squares, 0))
     varies = scale > 1e-12 * scale.max(initial=0.0)
-    scale = np.where(varies, scale, np.inf)  # a feature that does not vary says nothing
-    values, vectors = np.linalg.eigh(product / np.outer(scale, scale))
+    standard: np.ndarray = np.where(varies, scale, np.inf)  # one that does not vary says nothing
+    return standard
+
+
+def _leading(
+    product: Float64[np.ndarray, "side side"], dims: int
+) -> tuple[Float64[np.ndarray, "kept"], Float64[np.ndarray, "side kept"]]:
+    """Return the greatest eigenvalues that are not 0, and their vectors."""
+    values, vectors = np.linalg.eigh(product)
     values, vectors = values[::-1][:dims], vectors[:, ::-1][:, :dims]
     kept = values > 1e-10 * max(values.max(initial=0.0), 1e-300)
-    whitening: np.ndarray = vectors[:, kept] / scale[:, None] / np.sqrt(values[kept])
-    return whitening
+    return values[kept], vectors[:, kept]
 
 
 def _mean_correlation(between: Float64[np.ndarray, "first second"]) -> float:

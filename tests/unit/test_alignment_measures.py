@@ -76,6 +76,13 @@ def test_linear_cka_in_one_pass_over_blocks_is_that_of_whole_kernels(
 
 
 @pytest.mark.parametrize("debiased", [False, True])
+def test_linear_cka_of_wide_features_is_that_of_whole_kernels_in_any_order(debiased: bool) -> None:
+    (first, second), order = unrelated(20, 50), np.random.default_rng(1).permutation(20)
+    expected = cka_of_kernels(gram(first), gram(second[order]), debiased=debiased)
+    assert LinearCka(first, second, debiased=debiased)(order) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("side", [13, 2048])
 def test_rbf_cka_in_blocks_is_that_of_whole_kernels(
     side: int, debiased: bool, monkeypatch: pytest.MonkeyPatch
@@ -209,3 +216,10 @@ def test_svcca_over_blocks_is_that_of_the_whole_and_that_of_a_singular_value_dec
     expected = np.linalg.svd(sides[0].T @ sides[1], compute_uv=False).mean()
     assert svcca(blocks(pair, 20), dims=3) == pytest.approx(expected, abs=1e-9)
     assert Svcca(*pair, dims=3)() == pytest.approx(expected, abs=1e-9)
+
+
+def test_svcca_of_wide_features_is_the_same_from_products_of_rows() -> None:
+    pair = unrelated(20, 50)
+    constant = np.full((20, 1), 0.1)
+    wide = np.hstack([pair[0], constant]), np.hstack([constant, pair[1]])
+    assert Svcca(*wide, dims=3)() == pytest.approx(svcca([pair], dims=3), abs=1e-9)
