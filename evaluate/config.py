@@ -181,3 +181,12 @@ class EvalConfig(BaseModel):
     data set."""
     seed: int = Field(default=0, ge=0)
     """Seed of the resampling and of the choice of examples."""
+
+    @model_validator(mode="after")
+    def _cknna_has_neighbours(self) -> "EvalConfig":
+        if self.alignment_k < 2 and "cknna" in self.alignment_measures:
+            raise ValueError(
+                "alignment_k = 1, but cknna needs two neighbours at least. Raise it, or leave "
+                "cknna out of alignment_measures"
+            )
+        return self

@@ -145,6 +145,11 @@ def test_what_is_named_twice_is_refused(override: str, tmp_path: Path) -> None:
         load_config(write(tmp_path, MINIMAL), [override])
 
 
+def test_cknna_of_one_neighbour_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cknna needs two neighbours at least"):
+        load_config(write(tmp_path, MINIMAL), ["eval.alignment_k=1"])
+
+
 def test_a_scale_above_its_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="initial_scale: Input should be less than or equal to"):
         load_config(write(tmp_path, MINIMAL), ["align.loss.initial_scale=101"])
