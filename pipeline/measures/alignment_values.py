@@ -73,7 +73,8 @@ def alignment_values(
         taken = number if is_streamed else len(sample)
         protocol = about | {
             "rows": f"{taken} of {len(both)}, drawn with seed {settings.seed}",
-            "interval": f"Student's t, {settings.alignment_subsamples} halves of the rows",
+            "interval": found.interval
+            and f"Student's t, {settings.alignment_subsamples} halves of the rows",
             "permutations": settings.alignment_permutations,
             "chance": found.null_mean,
             "calibrated": found.calibrated,

@@ -75,7 +75,7 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
         )
     if not ks:
         return
-    neighbours, about = _neighbours(
+    neighbours, about = find_neighbours(
         settings,
         np.concatenate(list(search.vectors(search.query, rows))),
         lambda: (block for column, chosen, _ in voters for block in search.vectors(column, chosen)),
@@ -118,14 +118,22 @@ def _score(context: Context, split: str, reference: str, search: _Search) -> Non
         )
 
 
-def _neighbours(
+def find_neighbours(
     settings: EvalConfig,
     queries: Float[np.ndarray, "queries dim"],
     reference: Callable[[], Iterator[Float[np.ndarray, "_ dim"]]],
     rows: int,
     k: int,
 ) -> tuple[Neighbours, dict[str, object]]:
-    """Search as the settings say, and return what is told of it in the protocol."""
+    """Search as the settings say, and return what is told of it in the protocol.
+
+    Args:
+        settings: Exactly, or with an index.
+        queries: Vectors of any length.
+        reference: Reads the blocks of rows anew, in order.
+        rows: Of the reference.
+        k: Neighbours of each query.
+    """
     if settings.knn_search == "exact" or rows < LEAST_ROWS:
         if settings.knn_search != "exact":
             logger.info("%d rows are searched exactly: IVF-PQ takes %d", rows, LEAST_ROWS)

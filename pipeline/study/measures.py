@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 
+from evaluate.bootstrap import ratio_interval
 from evaluate.cka import LinearCka
-from evaluate.knn import nearest_neighbours, vote
+from evaluate.knn import vote
 from evaluate.linear_probe import fit_linear_probe
 from evaluate.mutual_knn import Cknna, MutualKnn, nearest_others
-from evaluate.permutation import Measure, calibrate
+from evaluate.permutation import Prepare, calibrate, half_sample_interval
 from evaluate.svcca import Svcca
 from features.column import Column
 from features.storage.files import write
@@ -25,6 +26,7 @@ from features.store import NOT_COMPARED
 from pipeline.config import RunConfig
 from pipeline.embedding.rows import complete_column, feature_blocks, ok_rows
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.measures.knn import find_neighbours
 from pipeline.run import run_folder
 from pipeline.stores import open_evaluated
 from pipeline.study.rows import StudyRows, usable_rows
@@ -33,11 +35,11 @@ logger = logging.getLogger(__name__)
 ROWS = 1000
 """Pairs on which encoders are compared: spread evenly over the training split."""
 K = 10
-PERMUTATIONS, SEED = 20, 0
+PERMUTATIONS, HALVES, SEED = 20, 20, 0
 HELD_OUT = 5
 """Every so many rows of the reference choose the regularisation of the linear probe."""
 Features = Float[np.ndarray, "rows dim"]
-PAIR_MEASURES: dict[str, Callable[[Features, Features], Measure]] = {
+PAIR_MEASURES: dict[str, Prepare] = {
     "cka": lambda first, second: LinearCka(first, second, debiased=True),
     "mutual_knn": lambda first, second: MutualKnn(
         nearest_others(first, K), nearest_others(second, K)
@@ -87,15 +89,21 @@ def measure_images(
     for name in config.encoders.image_columns:
         query, reference = (_labelled(config, split, name) for split in splits)
         rows = [_described(query), _described(reference)]
-        votes = [config.eval.knn_temperature, config.eval.knn_k]
+        votes = config.eval.model_dump(
+            mode="json", include={"knn_temperature", "knn_k", "knn_search", "bootstrap", "seed"}
+        )
         found[name] = {}
         for measure, settings, take in (
-            ("knn_top1", votes, partial(_knn, config)),
-            ("linear_probe_top1", [HELD_OUT, SEED], _linear_probe),
+            ("knn_top1", [votes], _knn),
+            (
+                "linear_probe_top1",
+                [HELD_OUT, SEED, votes["bootstrap"], votes["seed"]],
+                _linear_probe,
+            ),
         ):
             _go_on(stop, f"{measure} of {name}")
             found[name][measure] = kept.get(
-                [measure, *rows, *settings], partial(take, query, reference)
+                [measure, *rows, *settings], partial(take, config, query, reference)
             )
     return found
 
@@ -103,7 +111,7 @@ def measure_images(
 def measure_pairs(
     config: RunConfig, kept: Kept, stop: StopRequest
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the measures of every pair: its value, the null, and the value calibrated by it."""
+    """Yield the measures of every pair: value, interval, null, and the value calibrated by it."""
     rows = _spread(usable_rows(config, config.align.split))
     for image in config.encoders.image_columns:
         column = rows.store.column(f"image/{image}")
@@ -113,28 +121,37 @@ def measure_pairs(
             measures = {}
             for name, prepare in PAIR_MEASURES.items():
                 _go_on(stop, f"{name} of {image} and {text}")
-                measures[name] = kept.get(
-                    [name, *inputs],
-                    partial(_calibrated, prepare, column, texts, rows.rows),
+                read = partial(_read_both, column, texts, rows.rows)
+                found = kept.get([name, *inputs], partial(_calibrated, prepare, read))
+                # Apart, so that the seconds are those of the measure.
+                doubt = kept.get(
+                    [f"interval of {name}", *inputs, HALVES],
+                    partial(_interval, prepare, read, found["value"]),
                 )
+                measures[name] = found | {"ci95": doubt["ci95"]}
             yield image, text, measures
 
 
-def _calibrated(
-    prepare: Callable[[Features, Features], Measure],
-    image: Column,
-    text: Column,
-    rows: Int64[np.ndarray, "rows"],
-) -> dict[str, Any]:
-    first, second = _read(image, rows), _read(text, rows)
-    found = calibrate(prepare, (first, second), permutations=PERMUTATIONS, subsamples=0, seed=SEED)
+def _calibrated(prepare: Prepare, read: Callable[[], tuple[Features, Features]]) -> dict[str, Any]:
+    features = read()
+    found = calibrate(prepare, features, permutations=PERMUTATIONS, subsamples=0, seed=SEED)
     return {
         "value": found.value,
         "null_mean": found.null_mean,
         "calibrated": found.calibrated,
         "p_value": found.p_value,
-        "n": len(first),
+        "n": len(features[0]),
     }
+
+
+def _interval(
+    prepare: Prepare, read: Callable[[], tuple[Features, Features]], value: float
+) -> dict[str, Any]:
+    """Return the interval of a value, None where halves of the rows have no k neighbours."""
+    features = read()
+    halves = HALVES if len(features[0]) // 2 > K else 0
+    interval = half_sample_interval(prepare, features, value, subsamples=halves, seed=SEED)
+    return {"ci95": interval}
 
 
 @dataclass(frozen=True)
@@ -158,45 +175,45 @@ def _labelled(config: RunConfig, split: str, name: str) -> _Labelled:
 
 def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
     """Return the best accuracy over the k of the settings, as DINO reports it."""
-    ks = [k for k in config.eval.knn_k if k <= len(reference.rows)] or [len(reference.rows)]
-    neighbours = nearest_neighbours(
+    settings = config.eval
+    ks = [k for k in settings.knn_k if k <= len(reference.rows)] or [len(reference.rows)]
+    neighbours, about = find_neighbours(
+        settings,
         _read(query.column, query.rows),
-        feature_blocks(reference.column, reference.rows),
+        lambda: feature_blocks(reference.column, reference.rows),
+        len(reference.rows),
         max(ks),
     )
     num_classes = int(max(query.labels.max(), reference.labels.max())) + 1
-    accuracies = {
-        k: float(
-            np.mean(
-                query.labels
-                == vote(
-                    neighbours,
-                    reference.labels,
-                    k=k,
-                    temperature=config.eval.knn_temperature,
-                    num_classes=num_classes,
-                )
-            )
+    right = {
+        k: query.labels
+        == vote(
+            neighbours,
+            reference.labels,
+            k=k,
+            temperature=settings.knn_temperature,
+            num_classes=num_classes,
         )
         for k in ks
     }
-    best = max(accuracies, key=lambda k: accuracies[k])
-    return {"value": accuracies[best], "k": best, "n": len(query.rows)}
+    best = max(right, key=lambda k: float(right[k].mean()))
+    return _accuracy(config, right[best]) | {"k": best} | about
 
 
-def _linear_probe(query: _Labelled, reference: _Labelled) -> dict[str, Any]:
+def _linear_probe(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
     order = np.random.default_rng(SEED).permutation(len(reference.rows))
     probe = fit_linear_probe(
         _read(reference.column, reference.rows), reference.labels, order % HELD_OUT == 0
     )
-    predicted = probe.predict(_read(query.column, query.rows))
-    accuracy = float(np.mean(predicted == query.labels))
-    return {
-        "value": accuracy,
-        "regularisation": probe.regularisation,
-        "converged": probe.converged,
-        "n": len(query.rows),
-    }
+    right = probe.predict(_read(query.column, query.rows)) == query.labels
+    chosen = {"regularisation": probe.regularisation, "converged": probe.converged}
+    return _accuracy(config, right) | chosen
+
+
+def _accuracy(config: RunConfig, right: Bool[np.ndarray, "queries"]) -> dict[str, Any]:
+    resamples, seed = config.eval.bootstrap, config.eval.seed
+    interval = ratio_interval(right.astype(np.int64), resamples=resamples, seed=seed)
+    return {"value": float(right.mean()), "ci95": interval, "n": len(right)}
 
 
 def _spread(rows: StudyRows) -> StudyRows:
@@ -204,6 +221,12 @@ def _spread(rows: StudyRows) -> StudyRows:
     usable = np.flatnonzero(rows.text_ok[:, 0])
     chosen = usable[np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(np.int64)]
     return StudyRows(rows.store, rows.fields, rows.rows[chosen], rows.text_ok[chosen])
+
+
+def _read_both(
+    image: Column, text: Column, rows: Int64[np.ndarray, "rows"]
+) -> tuple[Features, Features]:
+    return _read(image, rows), _read(text, rows)
 
 
 def _read(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float[np.ndarray, "rows dim"]:

@@ -44,7 +44,7 @@ def study_page(document: dict[str, Any]) -> str:
         rows = [
             [
                 encoder,
-                *(f"{100 * found[n]['value']:.1f} ({found[n]['seconds']:.1f} s)" for n in names),
+                *(_measured(found[n], "{:.1f}", 100) for n in names),
             ]
             for encoder, found in document["encoders"].items()
         ]
@@ -57,10 +57,7 @@ def study_page(document: dict[str, Any]) -> str:
             f"{100 * pair['recall@10']:.1f} ({_per_cent(pair['ci95'])})",
             f"{pair['probability_best']:.2f}",
             f"{pair['seconds']:.1f}",
-            *(
-                f"{pair['measures'][n]['value']:.3f} ({pair['measures'][n]['seconds']:.1f} s)"
-                for n in names
-            ),
+            *(_measured(pair["measures"][n], "{:.3f}") for n in names),
         ]
         for pair in document["pairs"]
     ]
@@ -95,6 +92,13 @@ def _correlation(row: dict[str, Any]) -> list[str]:
         f"{min(row['without_one']):.2f} … {max(row['without_one']):.2f}",
         spearman,
     ]
+
+
+def _measured(found: dict[str, Any], form: str, scale: float = 1) -> str:
+    """Return a value with its interval and its seconds."""
+    doubt = "–".join(form.format(scale * edge) for edge in found["ci95"] or ())
+    inside = [*filter(None, [doubt]), f"{found['seconds']:.1f} s"]
+    return f"{form.format(scale * found['value'])} ({', '.join(inside)})"
 
 
 def _per_cent(interval: list[float]) -> str:

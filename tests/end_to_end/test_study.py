@@ -55,8 +55,14 @@ def test_a_study_measures_every_pair_and_a_second_one_computes_nothing(
     for pair in document["pairs"]:
         assert set(pair["measures"]) == {"cka", "mutual_knn", "cknna", "svcca"}
         assert all(found["seconds"] >= 0 for found in pair["measures"].values())
+        for found in pair["measures"].values():
+            assert found["ci95"][0] < found["value"] < found["ci95"][1]
         assert pair["seconds"] > 0
     assert set(document["encoders"]) == set(IMAGES)
+    for measured in document["encoders"].values():
+        for found in measured.values():
+            assert found["ci95"][0] <= found["value"] <= found["ci95"][1]
+        assert measured["knn_top1"]["search"] == "exact"
     over = {row["measure"]: (row["over"], row["n"]) for row in document["correlations"]}
     assert over["cka"] == ("pairs", 4)
     assert over["parameters"] == ("image encoders", 4)

@@ -79,10 +79,10 @@ def test_the_setting_decides_the_search_and_the_protocol_tells_it(
     queries, reference = data
     settings = EvalConfig(knn_search="ivf-pq")
     with caplog.at_level("INFO"):
-        found, about = knn_measure._neighbours(
+        found, about = knn_measure.find_neighbours(
             settings, queries, partial(blocks, reference), ROWS, K
         )
-        few, exact = knn_measure._neighbours(
+        few, exact = knn_measure.find_neighbours(
             settings, queries, partial(blocks, reference[:500]), 500, K
         )
     assert found.rows.shape == few.rows.shape == (300, K)
