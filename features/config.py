@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -46,10 +47,15 @@ PatchAttention = Literal["plain", "maskclip", "qq", "kk", "vv", "sclip", "clearc
 """What the last block of an image encoder attends to when patches are wanted."""
 
 
+def _as_tuple(value: Any) -> Any:
+    """Take one name for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 class _Source(BaseModel):
     model_config = SETTINGS
 
-    captions: tuple[str, ...] = ()
+    captions: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Names that hold captions (JSON keys, columns; `txt` for `.txt` members). A name that holds a
     list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`, `long`, `txt`
     that are there."""

@@ -19,8 +19,14 @@ from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 MAY_DIFFER = {"captions", "path", "rows"}
+PLACES = {"path", "images", "names", "class_names"}
 SHOWN = 80
 START_AGAIN = "Give this run another `run.dir`, or delete the index and the store to start again."
+
+ONLY_MOVED = (
+    "If the same files lie elsewhere now, or only their times changed, delete the index alone: it "
+    "is written again, and the features stay."
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ def _changed_settings(index: Index, source: Source) -> frozenset[str]:
             f"{index.path} was made from another source: its {name} was "
             f"{index.source.get(name)!r} and is {settings.get(name)!r} now. The settings when it "
             f"was made were expected, but for further captions or files. {START_AGAIN}"
+            + (f" {ONLY_MOVED}" if name in PLACES else "")
         )
     return frozenset(differing)
 
@@ -121,7 +128,8 @@ def _changed_tables(index: Index, source: Source) -> tuple[Place, ...]:
             what = "has changed" if found else "is gone"
             raise SourceError(
                 f"{path} {what} since it was indexed in {index.path}. The same file was "
-                f"expected. Restore it, or delete the index and the store to start again."
+                f"expected. Restore it, or delete the index and the store to start again. "
+                f"{ONLY_MOVED}"
             )
         changed.append(path)
     return tuple(changed)
@@ -133,7 +141,7 @@ def _added_files(index: Index, source: Source) -> tuple[Place, ...]:
         raise SourceError(
             f"{left_out[0]} was indexed in {index.path}, but the source's path, "
             f"{settings_of(source)['path']}, does not match it any more. All files that have rows "
-            f"were expected. {START_AGAIN}"
+            f"were expected. {START_AGAIN} {ONLY_MOVED}"
         )
     return tuple(file for file in found if file not in index.shards)
 

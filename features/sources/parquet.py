@@ -227,8 +227,8 @@ def _whole(file: Place) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
-            f"{file} cannot be read as parquet: {error}. A whole parquet file was expected. "
-            f"Fetch it again, or take it out of `path`."
+            f"{file} cannot be read as parquet: {str(error).rstrip('.')}. A whole parquet file was "
+            f"expected. Fetch it again, or take it out of `path`."
         ) from error
 
 

@@ -197,7 +197,7 @@ def matching_files(patterns: str | Sequence[str]) -> list[Place]:
         except FileNotFoundError as error:
             raise SourceError(
                 f"No file matches {error}. At least one was expected. Correct `path` of the "
-                f"source; it is relative to the run file."
+                f"source; it is relative to the run file, and names files (`folder/*`), no folder."
             ) from error
     return list(found)
 

@@ -49,8 +49,9 @@ class CaptionTable:
     def __init__(self, source: FolderSource) -> None:
         if not is_file(source.path):
             raise SourceError(
-                f"There is no table {source.path}. A .jsonl, .csv or .parquet file with a column "
-                f"{source.image!r} was expected. Correct `path` of the source."
+                f"There is no table {source.path}. A file ({', '.join(READERS)}) with a column "
+                f"{source.image!r} that names images was expected, not their folder. Correct "
+                f"`path` of the source."
             )
         self.files = {source.path: source.path.stem}
         self.picker = CaptionPicker(source.captions, str(source.path))

@@ -64,6 +64,11 @@ class TestWebdataset:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.txt", "\ufeffa cat\n"))
         assert listed(**source)[0].captions == {"txt": "a cat"}
 
+    @pytest.mark.parametrize("names", ["txt", ["txt"]])
+    def test_one_name_of_captions_needs_no_list(self, tmp_path: Path, names: object) -> None:
+        source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.txt", "a cat"))
+        assert listed(**source, captions=names)[0].captions == {"txt": "a cat"}
+
     def test_a_list_of_captions_becomes_numbered_fields(self, tmp_path: Path) -> None:
         record = json.dumps({"captions": ["one", None, "three"]})
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
