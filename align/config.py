@@ -1,6 +1,5 @@
 """Settings of stage two: the head, the loss, the optimiser, and how long they run."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -13,7 +12,7 @@ from pydantic import (
 )
 
 from features.config import SETTINGS, EachOnce
-from features.storage.settings import PlaceSetting
+from features.storage.settings import FolderSetting, PlaceSetting
 
 
 class HeadConfig(BaseModel):
@@ -138,7 +137,7 @@ class AlignConfig(BaseModel):
     host_memory_mb: NonNegativeInt = 8192
     """Pinned memory of the host, in MiB, for stores that do not fit in `memory_mb` of a GPU: those
     that fit here are read once. 0 to read windows of them from the disk again and again."""
-    cache: Path | None = None
+    cache: FolderSetting | None = None
     """Folder on local disk for chunks of stores under a URL; none are kept if not given."""
     cache_mb: PositiveInt = 10_240
     """The most that is kept in `cache`, in MiB. When it is full, the other chunks are read from the

@@ -16,10 +16,17 @@ from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS
 from features.config import ExtractConfig, ImageEncoderConfig, Name, Source, TextEncoderConfig
 from features.errors import ConfigError
-from features.storage.place import without_secrets
+from features.storage.place import local_path, without_secrets
+from features.storage.settings import FolderSetting
 
 RECIPES = Path(__file__).parent / "recipes"
 SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+EXPECTED = {
+    "tuple_type": 'an array was expected, as ["a", "b"]',
+    "string_type": 'text in quotes was expected, as "a"',
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section was expected"),
+}
+"""What pydantic calls otherwise than TOML does, by the kind of its fault."""
 
 
 class RunSettings(BaseModel):
@@ -29,13 +36,13 @@ class RunSettings(BaseModel):
 
     name: Name = "run"
     """Name of the run; the name of the run file if not given."""
-    dir: Path = Path("runs")
+    dir: FolderSetting = Path("runs")
     """Folder of everything the run writes, relative to where the command is called; `runs/<name>`
     if not given."""
-    features: Path | None = None
+    features: FolderSetting | None = None
     """Run folder whose index and features are used instead of this run's own, so that several heads
     share one extraction; `sail extract` is then not run."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the initial head, the shuffle and the resampling."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: the first GPU if there is one."""
@@ -151,7 +158,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = _find_recipe(recipe)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is not valid TOML: {error}. Correct the line; docs/recipes.md has examples."
@@ -207,7 +214,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word, such as a path
+        value = text.strip()  # a bare word, such as a path
     *sections, key = name.strip().split(".")
     table = document
     for section in sections:
@@ -266,7 +273,7 @@ def _as_list(value: Any) -> list[Any]:
 def _absolute(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or "://" in value or value in CLASS_LISTS:
         return value
-    return str(folder / Path(value).expanduser())
+    return str(folder / local_path(value))
 
 
 def _describe(fault: ErrorDetails) -> str:
@@ -278,7 +285,10 @@ def _describe(fault: ErrorDetails) -> str:
         return f"{where}: there is no such setting.{hint}"
     if fault["type"] == "value_error":  # a validator of ours: its message is complete
         return f"{where or 'run file'}: {fault['ctx']['error']}"
-    return f"{where}: {fault['msg']}, got {fault['input']!r}"
+    if fault["type"] == "missing":
+        return f"{where}: this setting is needed."
+    expected = EXPECTED.get(fault["type"], fault["msg"])
+    return f"{where}: {expected}, got {fault['input']!r}"
 
 
 def _as_written(location: list[str]) -> list[str]:

@@ -116,7 +116,7 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
 def _bounds(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     found = [
-        f"{sign} {getattr(rule, name):g}"
+        f"{sign} {getattr(rule, name):.10g}"
         for rule in field.metadata
         for name, sign in signs.items()
         if getattr(rule, name, None) is not None

@@ -1,5 +1,6 @@
 """What a path setting names: a file or folder on local disk, or one under a URL."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -85,7 +86,7 @@ def as_place(text: str | Place) -> Place:
         return text
     scheme, separator, path = text.partition("://")
     if not separator:
-        return Path(text)
+        return local_path(text)
     if scheme not in SCHEMES or "" in path.rstrip("/").split("/"):
         raise PlaceError(
             f"{without_secrets(text)} is no place that can be read. A local path, or a URL that "
@@ -99,6 +100,12 @@ def as_place(text: str | Place) -> Place:
             f"and give credentials in the environment (AWS_*, GOOGLE_*, HF_TOKEN)."
         )
     return RemotePath(scheme, path.rstrip("/"))
+
+
+def local_path(text: str) -> Path:
+    """Return the path that a text is, with the home folder for a leading `~`."""
+    # That of pathlib fails where there is no such user.
+    return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
 def without_secrets(text: str) -> str:

@@ -1,5 +1,6 @@
 """The run file: what is accepted, what is refused, and in which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_all_faults_are_listed_at_once_with_place_and_suggestion(tmp_path: Path)
         "encoders.image.tiny.poolling: there is no such setting. Did you mean 'pooling'?" in message
     )
     assert "align.batch_size: Input should be greater than 0, got 0" in message
-    assert "data.test.path: Field required" in message
+    assert "data.test.path: this setting is needed" in message
 
 
 def test_a_single_fault_is_told_in_one_line(tmp_path: Path) -> None:
@@ -57,12 +58,14 @@ def test_an_override_is_read_as_toml_and_a_bare_word_as_text(tmp_path: Path) -> 
     overrides = [
         "align.batch_size=32",
         "encoders.image.tiny.pooling=mean",
+        " align.head.kind = linear ",
         "align.fields=['a','b']",
     ]
     config = load_config(write(tmp_path, MINIMAL), overrides)
     assert config.align.batch_size == 32
     assert config.encoders.image["tiny"].pooling == "mean"
     assert config.align.fields == ("a", "b")
+    assert config.align.head.kind == "linear"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,44 @@ def test_paths_are_relative_to_the_run_file_and_the_run_is_named_after_it(tmp_pa
     assert getattr(config.data["train"], "path", None) == str(tmp_path / "shards/*.tar")
     assert config.encoders.image["tiny"].model == str(tmp_path / "weights")
     assert config.run.dir == Path("runs/my-run")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["run.dir=~/runs", "extract.store=~/stores", "data.train.path=~/*.tar"]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert (config.run.dir, config.extract.store) == (tmp_path / "runs", tmp_path / "stores")
+    assert getattr(config.data["train"], "path", None) == str(tmp_path / "*.tar")
+
+
+@pytest.mark.parametrize("place", ["", " ", "s3://bucket/run", "5"])
+def test_a_run_folder_that_is_none_is_refused_rather_than_made_here(
+    place: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir: a folder of this machine was expected, got"):
+        load_config(write(tmp_path, MINIMAL), [f"run.dir={place}"])
+
+
+def test_a_run_file_of_an_editor_that_marks_utf8_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(str(path)).run.name == "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("eval.retrieval=train", 'an array was expected, as ["a", "b"], got \'train\''),
+        ("align.head=glu", "align.head: a section was expected, got 'glu'"),
+        ("run.name=5", 'text in quotes was expected, as "a", got 5'),
+        ("data.train.kind=cifar", "data.train.split: this setting is needed"),
+    ],
+)
+def test_a_wrong_type_is_told_in_the_words_of_toml(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(write(tmp_path, MINIMAL), [override])
 
 
 def test_a_hub_id_is_left_alone_when_no_such_folder_exists(tmp_path: Path) -> None:
