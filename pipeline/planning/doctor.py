@@ -146,9 +146,11 @@ def _devices(config: RunConfig | None) -> Iterator[Check]:
         yield Check(f"cuda:{number}", "ok", words)
     if not torch.cuda.is_available():
         yield Check("GPU", "note", "none that torch can use: encoders run on the processor")
-    wanted = torch.device(config.run.device) if config and config.run.device != "auto" else None
-    if wanted and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        advice = "set run.device to auto, or install the driver and a CUDA build of torch"
+    from pipeline.device import usable_devices
+
+    here, wanted = usable_devices(), config.run.device if config else "auto"
+    if wanted not in ("auto", *here):
+        advice = "set run.device to auto, or install a driver and a build of torch that has it"
         yield Check("run.device", "broken", f"{wanted}, which is not here", advice)
 
 
