@@ -158,6 +158,8 @@ def _machine_table(plan: dict[str, Any]) -> str:
             each["bottleneck"] or "-",
         )
     lines = [rendered(table)]
+    if machine["stage_one_hours"] is not None:
+        lines.append(f"all of stage one on this machine: {_duration(machine['stage_one_hours'])}")
     if machine["bottleneck"]:
         lines.append(f"bottleneck on this machine: {machine['bottleneck']}")
     return "\n".join(lines)

@@ -16,8 +16,16 @@ from pipeline.commands.values import count_of
 @click.command()
 @stage
 @click.option("--rows", metavar="COUNT", help="Rows of the training split, such as 23M.")
-@click.option("--seconds", default=20.0, show_default=True, help="What measuring may take.")
-@click.option("--price", type=float, metavar="EUROS", help="Of one hour of a GPU.")
+@click.option(
+    "--seconds",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="What measuring may take.",
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), metavar="EUROS", help="Of one hour of a GPU."
+)
 def plan(
     recipe: str,
     overrides: tuple[str, ...],

@@ -71,6 +71,7 @@ def measure_images(
         if len(pixels) < encoder.batch_size:
             pixels.append(picture)
 
+    decode_one(images[0])  # the warm-up: libraries load with the first
     decoded = _per_second(decode_one, itertools.cycle(images), part)
     if not pixels:
         return None

@@ -100,7 +100,14 @@ def test_what_is_here_is_measured_on_this_machine(tmp_path: Path) -> None:
         assert set(text["rows_per_second"]) == {"tokenise", "encode", "write"}
         assert "captions" in text["tokens_from"]
     assert document["this_machine"]["stage_one_hours"] > 0
-    assert "image/vit" in plan(str(run_file), "--seconds", "1")
+    text = plan(str(run_file), "--seconds", "1")
+    assert "image/vit" in text
+    assert "all of stage one on this machine: " in text
+
+
+@pytest.mark.parametrize("option", ["--seconds=0", "--price=-1"])
+def test_a_number_that_makes_no_sense_is_refused(option: str) -> None:
+    assert option.split("=")[0] in plan("demo", option, code=2)
 
 
 def test_a_convolutional_encoder_has_its_work_counted(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
-"""What is measured of an encoder is its rate in batches, and not that of what time is left for."""
+"""What is measured of an encoder is its rate in batches, once it is warm and there is time."""
 
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pytest
+import torch
 
-from features.encoders import TextEncoder
+from features.encoders import ImageEncoder, TextEncoder
+from features.index import Index
 from pipeline.planning import calibration
-from pipeline.planning.calibration import measure_captions
+from pipeline.planning.calibration import measure_captions, measure_images
 
 SECONDS_PER_CALL = 0.1
 SECONDS_PER_CAPTION = 0.001
@@ -52,3 +55,38 @@ def test_the_rate_of_captions_is_that_of_the_largest_batch(
     largest = max(encoder.sizes)
     expected = largest / (SECONDS_PER_CALL + SECONDS_PER_CAPTION * largest)
     assert rates.encode == pytest.approx(expected)
+
+
+class Images:
+    """The first image takes longer to decode, as where a library loads with it."""
+
+    batch_size = 1
+    device = torch.device("cpu")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.is_warm = False
+
+    def prepare(self, _data: bytes, *, max_pixels: int) -> np.ndarray:
+        assert max_pixels
+        self.clock.now += 0.01 if self.is_warm else 5
+        self.is_warm = True
+        return np.zeros((3, 2, 2), dtype=np.uint8)
+
+    def encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        self.clock.now += 0.1
+        return [pixels]
+
+
+def test_the_rate_of_decoding_is_not_that_of_the_first_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(calibration, "time", clock)
+    monkeypatch.setattr(calibration, "SampleReader", lambda *_, **__: None)
+    monkeypatch.setattr(calibration, "_first_images", lambda *_: ([b"image"], [5], 1.0))
+    rates = measure_images(
+        cast(ImageEncoder, Images(clock)), cast(Index, None), max_pixels=1, seconds=3
+    )
+    assert rates is not None
+    assert rates.decode == pytest.approx(100)
