@@ -17,8 +17,8 @@ from types import MappingProxyType
 
 from features.config import AnnotationSource
 from features.errors import SourceError
+from features.sources.image_files import ImageFolder, place_image
 from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, as_text
-from features.sources.tables import find_image, place_image
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order
@@ -81,10 +81,10 @@ class Annotations:
         """
         keys = Keys(self.files[file], counts)
         folder = self._source.images or file.parent
-        folder = folder if isinstance(folder, RemotePath) else folder.resolve()
+        images = ImageFolder(folder, file)
 
         def find(record: Record) -> tuple[Record, str, int | None]:
-            return record, *find_image(folder, record.image, table=file)
+            return record, *images.find(record.image)
 
         remote = isinstance(folder, RemotePath)
         for record, path, size in in_order(find, self._records(file), remote=remote):

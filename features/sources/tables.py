@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 
 from features.config import FolderSource
 from features.errors import SourceError
+from features.sources.image_files import ImageFolder, place_image
 from features.sources.parquet import open_parquet
 from features.sources.sample import (
     CaptionPicker,
@@ -26,10 +26,9 @@ from features.sources.sample import (
     split_image_suffix,
     whole_number,
 )
-from features.status import Status
-from features.storage.files import is_file, open_file, remote_size
+from features.storage.files import is_file, open_file
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath
+from features.storage.place import Place
 
 ROWS_AT_ONCE = 4096
 SEPARATOR = re.compile(r"[,;\t]")
@@ -73,14 +72,14 @@ class CaptionTable:
         """
         keys = Keys(self.files[file], counts)
         several = self._has_rows_of_one_image(file)
-        folder = file.parent.resolve() if isinstance(file, Path) else file.parent
+        images = ImageFolder(file.parent, file)
         groups = itertools.groupby(self._named_rows(file), itemgetter(0))
-        images = ((name, [row for _, row in rows]) for name, rows in groups)
+        named = ((name, [row for _, row in rows]) for name, rows in groups)
 
         def find(image: tuple[str, Rows]) -> tuple[str, Rows, str, int | None]:
-            return *image, *find_image(folder, image[0], table=file)
+            return *image, *images.find(image[0])
 
-        for name, rows, path, size in in_order(find, images, remote=not isinstance(file, Path)):
+        for name, rows, path, size in in_order(find, named, remote=not isinstance(file, Path)):
             captions = [self.picker.pick(row, counts) for row in rows]
             key, problem = keys.of(*split_image_suffix(name))
             sample = Sample(key, problem=problem, captions=captions[0])
@@ -106,50 +105,6 @@ class CaptionTable:
     def _has_rows_of_one_image(self, file: Place) -> bool:
         pairs = itertools.pairwise(name for name, _ in self._named_rows(file))
         return any(a == b for a, b in pairs)
-
-
-def find_image(folder: Place, name: str, *, table: Place) -> tuple[str, int | None]:
-    """Return the path of an image, and its size or None where there is no such file.
-
-    Args:
-        folder: What the name is relative to.
-        name: From a table or an annotation file.
-        table: That file, for the message.
-
-    Raises:
-        SourceError: The name leads out of the folder, also by a link.
-    """
-    if isinstance(folder, RemotePath):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise _outside(folder, name, table)
-        place = folder / (quote(str(path)) if folder.has_escapes else str(path))
-        return str(place), remote_size(place)
-    file = folder / name
-    try:
-        if not (target := file.resolve()).is_relative_to(folder):
-            raise _outside(folder, name, table, f", but leads to {target}")
-        return str(file), file.stat().st_size if file.is_file() else None
-    except (OSError, RuntimeError):  # a name too long, a folder not readable, a loop of links
-        return str(file), None
-
-
-def place_image(sample: Sample, path: str, size: int | None, counts: Counts) -> None:
-    """Say where the image of a sample is; one that is not there is quarantined, and counted."""
-    sample.path = path
-    if size is not None:
-        sample.offset, sample.size = 0, size
-    else:
-        counts["image files that are not there (quarantined)"] += 1
-        sample.problem = sample.problem or int(Status.MISSING_IMAGE)
-
-
-def _outside(folder: Place, name: str, table: Place, target: str = "") -> SourceError:
-    return SourceError(
-        f"{table} names the image {name!r}, which is not inside {folder}{target}. Paths within "
-        f"that folder, also after links, were expected. Correct the table, or put it into the "
-        f"folder that the links lead to."
-    )
 
 
 def table_rows(file: Place) -> Iterator[dict[str, Any]]:

@@ -246,6 +246,14 @@ def test_an_image_outside_its_folder_is_refused(tmp_path: Path) -> None:
         listed(path=path, format="sugarcrepe")
 
 
+def test_a_name_that_no_file_can_have_is_of_a_missing_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    example = {"filename": "1\0.jpg", "caption": "a", "negative_caption": "b"}
+    path.write_text(json.dumps({"0": example}))
+    (sample,) = listed(path=path, format="sugarcrepe")
+    assert sample.problem == Status.MISSING_IMAGE
+
+
 def test_annotations_that_are_not_there_say_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="The annotations of coco were expected"):
         listed(path=tmp_path / "no.json", format="coco")

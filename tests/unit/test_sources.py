@@ -217,14 +217,24 @@ class TestFolder:
         assert [sample.key for sample in samples] == ["table/1", "table/1.png", "table/1.v2"]
         assert not any(sample.problem for sample in samples)
 
-    @pytest.mark.parametrize("name", ["gone.jpg", "x" * 5000])
+    def test_links_within_the_folder_are_followed(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "real/1.jpg")
+        (tmp_path / "linked").symlink_to("real")
+        (tmp_path / "2.jpg").symlink_to("linked/1.jpg")
+        (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+        names = ("linked/1.jpg", "2.jpg", "real/../2.jpg", "loop.jpg", "real")
+        rows = [{"image": name, "caption": "a"} for name in names]
+        samples = listed(**self.table(tmp_path, rows, ".jsonl"))
+        assert [sample.size for sample in samples] == [*3 * [len(IMAGE)], -1, -1]
+
+    @pytest.mark.parametrize("name", ["gone.jpg", "x" * 5000, "\ud800.jpg"])
     def test_a_file_that_is_not_there_keeps_a_quarantined_row(
         self, tmp_path: Path, name: str
     ) -> None:
         (sample,) = listed(**self.table(tmp_path, [{"image": name, "caption": "a"}], ".jsonl"))
         assert (sample.problem, sample.size) == (Status.MISSING_IMAGE, -1)
 
-    @pytest.mark.parametrize("name", ["../1.jpg", "/etc/hostname", "out/1.jpg", "a/../../1.jpg"])
+    @pytest.mark.parametrize("name", ["../1.jpg", "..", "../gone", "/etc/hostname", "out/1.jpg"])
     def test_a_path_that_leaves_the_folder_is_refused(self, tmp_path: Path, name: str) -> None:
         folder_of_images(tmp_path, "1.jpg", "data/a/2.jpg")
         (tmp_path / "data/out").symlink_to(tmp_path)
