@@ -17,6 +17,8 @@ from features.keys import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024
+TIE = 1e-6
+"""Cosines that differ by less are the same: products of equal vectors differ so much."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class HeldOut:
 
         An image is right if one of its captions is among the k nearest of all captions; a caption
         is right if its image is among the k nearest of all images. A wrong one that is equally
-        near counts as nearer.
+        near (to within 1e-6 of cosine) counts as nearer.
         """
         was_training = model.training
         model.eval()
@@ -122,12 +124,12 @@ def _ranks(
         right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
         cosine = (image[start : start + BLOCK_ROWS] @ text.T).masked_fill_(unused, -torch.inf)
         own = cosine.masked_fill(~right, -torch.inf)
-        by_image.append((~(cosine < own.amax(dim=1, keepdim=True)) & ~right).sum(dim=1))
+        by_image.append((~(cosine < own.amax(dim=1, keepdim=True) - TIE) & ~right).sum(dim=1))
         nearest = torch.maximum(nearest, own.amax(dim=0))
     for start in range(0, len(image), BLOCK_ROWS):
         right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
         cosine = image[start : start + BLOCK_ROWS] @ text.T
-        by_text += (~(cosine < nearest) & ~right).sum(dim=0)
+        by_text += (~(cosine < nearest - TIE) & ~right).sum(dim=0)
     return torch.cat(by_image), by_text
 
 

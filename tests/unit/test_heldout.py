@@ -42,6 +42,13 @@ def test_a_wrong_one_that_is_equally_near_counts_as_nearer() -> None:
     assert ranks(same, same, own(1, 3)) == ([2, 2, 2], [2, 2, 2])
 
 
+def test_equal_captions_tie_however_their_products_are_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, caption = torch.randn(7, 5, generator=generator), torch.randn(1, 5, generator=generator)
+    assert ranks(image, caption.expand(7, 5), own(1, 7))[0] == [6] * 7
+    assert ranks(caption.expand(7, 5), image, own(1, 7))[1] == [6] * 7
+
+
 def test_embeddings_that_are_not_numbers_are_never_right() -> None:
     broken = torch.full((3, 2), torch.nan)
     assert ranks(broken, broken, own(1, 3)) == ([2, 2, 2], [2, 2, 2])
