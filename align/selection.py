@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from align.config import AlignConfig
 from align.join import check_same_rows
 from features.column import Column
 from features.errors import TrainingError
-from features.keys import key_hashes, store_key_hashes
+from features.keys import store_key_hashes
 from features.status import Status
 from features.store import FeatureStore
 
@@ -153,19 +152,12 @@ def select_rows(
     return Selection(train, heldout, text_ok, skipped)
 
 
-def holdout_mask(keys: Iterable[str], fraction: float) -> Bool[np.ndarray, "rows"]:
-    """Return which keys are held out: the same ones in every run, machine and order of the rows.
-
-    Args:
-        keys: Keys of the rows.
-        fraction: Fraction that is held out, on average; a larger one keeps those of a smaller one.
-    """
-    listed = list(keys)
-    return below_fraction(key_hashes(listed, len(listed)), fraction)
-
-
 def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:
-    """Return which hashes lie in the first fraction of all numbers of their size."""
+    """Return which hashes lie in the first fraction of all numbers of their size.
+
+    Rows are held out by the hashes of their keys: the same ones in every run, on every machine and
+    in any order, and a larger fraction keeps those of a smaller one.
+    """
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 

@@ -6,32 +6,35 @@ import numpy as np
 import pytest
 
 from align.config import AlignConfig, LossConfig
-from align.selection import Columns, holdout_mask, select_rows
+from align.selection import Columns, below_fraction, select_rows
 from features.errors import StoreError, TrainingError
+from features.keys import key_hashes
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 KEYS = [f"shard/{number}" for number in range(4000)]
 HELD_OF_SIXTY = ["shard/21", "shard/38"]
 
 
+def held_out(keys: list[str], fraction: float) -> np.ndarray:
+    return below_fraction(key_hashes(keys, len(keys)), fraction)
+
+
 def test_the_held_out_keys_are_the_same_in_any_order() -> None:
-    mask = holdout_mask(KEYS, 0.1)
+    mask = held_out(KEYS, 0.1)
     shuffled = np.random.default_rng(0).permutation(len(KEYS))
-    again = holdout_mask([KEYS[number] for number in shuffled], 0.1)
+    again = held_out([KEYS[number] for number in shuffled], 0.1)
     np.testing.assert_array_equal(again, mask[shuffled])
 
 
 def test_the_held_out_keys_do_not_change_with_the_version_of_the_program() -> None:
     held = [
-        key
-        for key, is_held in zip(KEYS[:60], holdout_mask(KEYS[:60], 0.05), strict=True)
-        if is_held
+        key for key, is_held in zip(KEYS[:60], held_out(KEYS[:60], 0.05), strict=True) if is_held
     ]
     assert held == HELD_OF_SIXTY
 
 
 def test_a_larger_fraction_keeps_what_a_smaller_one_held_out() -> None:
-    small, large = holdout_mask(KEYS, 0.05), holdout_mask(KEYS, 0.2)
+    small, large = held_out(KEYS, 0.05), held_out(KEYS, 0.2)
     assert large[small].all()
     assert abs(small.mean() - 0.05) < 0.015
     assert abs(large.mean() - 0.2) < 0.03
