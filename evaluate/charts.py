@@ -79,7 +79,8 @@ def line_chart(
     if mark is not None and x.low <= mark <= x.high:
         parts.append(
             f'<line class="mark" x1="{x(mark)}" x2="{x(mark)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text class="tick" x="{x(mark) - 5}" y="{TOP + 10}" text-anchor="end">best</text>'
+            f'<text class="tick" x="{x(mark) - 5}" y="{HEIGHT - BOTTOM - 6}" '
+            f'text-anchor="end">best</text>'
         )
     for number, curve in enumerate(drawn):
         points = " ".join(f"{x(a)},{y(b)}" for a, b in zip(curve.x, curve.y, strict=True))

@@ -26,7 +26,7 @@ class Result:
     n: int
     """Test items it was measured on."""
     ci95: tuple[float, float] | None
-    """Bootstrap interval over these items."""
+    """95 % interval: by bootstrap over these items, but of alignment by halves of them."""
     encoders: dict[str, str | None]
     """Names of the `image` and `text` encoder."""
     protocol: dict[str, Any] = field(default_factory=dict)
