@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
 from evaluate.config import EvalConfig
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS
-from features.config import ExtractConfig, ImageEncoderConfig, Name, Source, TextEncoderConfig
+from features.config import (
+    SETTINGS,
+    ExtractConfig,
+    ImageEncoderConfig,
+    Name,
+    Source,
+    TextEncoderConfig,
+)
 from features.errors import ConfigError
 from features.storage.place import local_path, without_secrets
 from features.storage.settings import FolderSetting
 
 RECIPES = Path(__file__).parent / "recipes"
-SETTINGS = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 EXPECTED = {
     "tuple_type": 'an array was expected, as ["a", "b"]',
     "string_type": 'text in quotes was expected, as "a"',

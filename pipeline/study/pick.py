@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from evaluate.bootstrap import COVERED
+from evaluate.bootstrap import percentile_interval
 from features.storage.files import write
 from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
@@ -56,18 +56,16 @@ def ranking(probes: Sequence[Probe]) -> list[dict[str, Any]]:
     recalls = np.stack([probe.recall(drawn) for probe in probes])  # (pairs, resamples)
     is_best = recalls == recalls.max(axis=0)
     shares = (is_best / is_best.sum(axis=0)).mean(axis=1)
-    tail = (1 - COVERED) / 2
-    bounds = np.quantile(recalls, [tail, 1 - tail], axis=1).T
     rows = [
         {
             "image": probe.image,
             "text": probe.text,
             "recall@10": float(probe.recall()[0]),
-            "ci95": bound.tolist(),
+            "ci95": list(percentile_interval(of_probe)),
             "probability_best": float(share),
             "seconds": probe.seconds,
         }
-        for probe, bound, share in zip(probes, bounds, shares, strict=True)
+        for probe, of_probe, share in zip(probes, recalls, shares, strict=True)
     ]
     return sorted(rows, key=lambda row: -row["recall@10"])
 
