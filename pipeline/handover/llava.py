@@ -16,29 +16,10 @@ from features.partial import replacing_folder
 from pipeline.handover.card import model_card
 from pipeline.handover.layout import CARD
 from pipeline.handover.parts import Parts
+from pipeline.handover.snippet import TEMPLATES
 
 logger = logging.getLogger(__name__)
 PROCESSOR = "preprocessor_config.json"
-USE = """# A vision tower for LLaVA
-
-```python
-from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig
-from transformers import LlavaForConditionalGeneration
-
-from pipeline.handover.llava import llava_config  # tells transformers of the class, too
-
-folder = "path/of/this/folder"
-config = llava_config(AutoConfig.from_pretrained(folder), LlamaConfig(), image_token=32000)
-model = LlavaForConditionalGeneration(config)  # or from_pretrained of a language model
-model.model.vision_tower = AutoModel.from_pretrained(folder)
-```
-
-What follows is the card of the whole model that the tower is the image side of. The files beside
-this card are those of the tower alone.
-
----
-
-"""
 
 
 def export_llava(parts: Parts, out: Path) -> Path:
@@ -54,12 +35,13 @@ def export_llava(parts: Parts, out: Path) -> Path:
     encoder, head = parts.aligned.image_encoder, parts.aligned.model.image_head
     tower.encoder.load_state_dict(encoder.model.state_dict())
     tower.head.load_state_dict(head.state_dict())
-    card = model_card(parts).partition("## Use")[0].rstrip() + "\n"
+    use = TEMPLATES.get_template("llava.md.j2").render(
+        upright=parts.image.settings.upright, dim=parts.aligned.dim
+    )
     with replacing_folder(out) as folder:
         tower.save_pretrained(folder)
         shutil.copyfile(parts.image.files.folder / PROCESSOR, folder / PROCESSOR)
-        front, _, rest = card.removeprefix("---\n").partition("---\n\n")
-        (folder / CARD).write_text(f"---\n{front}---\n\n{USE}{rest}", encoding="utf-8")
+        (folder / CARD).write_text(model_card(parts, use=use), encoding="utf-8")
     logger.info("exported a vision tower of %s to %s", parts.image.name, out)
     return out
 

@@ -4,16 +4,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaForConditionalGeneration
 
 from features.errors import EncoderError
 from pipeline.aligned import load_aligned
 from pipeline.handover.exports import export_run
 from pipeline.handover.llava import llava_config
+from tests import tiny
 from tests.benchmarks import llava as benchmark
 from tests.commands import sail, the_error_of
+from tests.photographs import sideways
 from tests.trained import trained
 
 IMAGE_TOKEN = 31
@@ -118,6 +122,26 @@ def test_the_encoder_of_the_demo_has_no_class_token_and_gives_all_its_patches(
     assert model.config.vision_feature_select_strategy == "full"
     projected = model.get_image_features(torch.zeros(1, 3, 64, 64), return_dict=True).pooler_output
     assert projected[0].shape == (16, 20)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_the_card_gives_a_turned_photograph_the_embedding_that_the_run_gives_it(
+    upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path / "world", f"encoders.image.vit.upright={str(upright).lower()}")
+    folder = export_run(run, "llava", tmp_path / "out", with_encoders=True)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code = blocks[-1].replace("path/of/this/folder", str(folder))
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for turn in (1, 6):  # as it is, and a phone that was held upright
+        Path("photo.jpg").write_bytes(sideways(tiny.picture(0), turn))
+        names: dict[str, Any] = {}
+        exec(code, names)
+        found[turn] = F.normalize(names["tokens"][0, 0], dim=0).detach().numpy()
+        expected = load_aligned(run, device="cpu").encode_image(["photo.jpg"])[0]
+        np.testing.assert_allclose(found[turn], expected, atol=2e-3)  # features are not rounded
+    assert (np.abs(found[6] - found[1]).max() > 1e-2) == upright
 
 
 def test_a_small_language_model_learns_from_the_tower_with_its_head_and_without(
