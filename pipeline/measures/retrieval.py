@@ -124,8 +124,8 @@ def _add_results(
         owner = np.arange(images) if task.endswith("to_text") else pool.owner
         # Results are fractions, and a protocol holds what is set: a rank is neither.
         context.findings.note(
-            f"The median rank of {task.removeprefix('retrieval/')} in {dataset} is "
-            f"{median_rank(by_query):g} of {gallery:,}."
+            f"The median rank of {task.removeprefix('retrieval/').replace('_', ' ')} in "
+            f"{dataset} is {median_rank(by_query):g} of {gallery:,}."
         )
         for k in RECALL_AT:
             hits, counts = hits_per_image(by_query, owner, images=images, k=k)

@@ -138,7 +138,7 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert {row["metric"] for row in retrieval} == {"recall@1", "recall@5", "recall@10"}
     assert {row["protocol"]["queries"] for row in retrieval} == {12, 60}
     report = (tmp_path / "run" / "eval" / "report.html").read_text(encoding="utf-8")
-    assert "The median rank of image_to_text in coco is" in report
+    assert "The median rank of image to text in coco is" in report
 
     (choice,) = (row for row in results if row["dataset"] == "crepe")
     assert (choice["task"], choice["metric"], choice["n"]) == ("compositional", "text_score", 12)

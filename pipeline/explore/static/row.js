@@ -1,6 +1,6 @@
 // One row in a dialog: its picture, its words, what became of it, and what is near it.
 
-import { ask } from "./api.js";
+import { ask, askBytes } from "./api.js";
 import { announce, count, el, prose } from "./dom.js";
 import { grid, photo } from "./grid.js";
 
@@ -21,13 +21,17 @@ export async function openRow(split, row) {
     inside.replaceChildren(...content(split, facts));
     dialog.scrollTop = 0;
     announce(`Row ${row} of ${split} is open.`);
-    const hasImage = Object.entries(facts.columns).some(
-      ([name, column]) => name.startsWith("image/") && column.status === "ok",
-    );
-    if (hasImage) await near(split, row);
+    if (isEncoded(facts)) await near(split, row);
   } catch (error) {
     inside.append(el("p", { class: "problem", role: "alert" }, prose(error.message)));
   }
+}
+
+/** Whether the image of a row has features, by which it can be searched for. */
+function isEncoded(facts) {
+  return Object.entries(facts.columns).some(
+    ([name, column]) => name.startsWith("image/") && column.status === "ok",
+  );
 }
 
 function content(split, facts) {
@@ -39,7 +43,7 @@ function content(split, facts) {
     el(
       "div",
       { class: "row-top" },
-      el("div", { class: "row-picture" }, photo(split, facts.row, longest || facts.key, 768)),
+      el("div", { class: "row-picture" }, whole(split, facts.row, longest || facts.key)),
       el(
         "div",
         { class: "row-facts" },
@@ -50,7 +54,11 @@ function content(split, facts) {
         ),
         el(
           "h2",
-          { id: "row-title", dir: "auto", class: longest.length > LONG ? "long" : null },
+          {
+            id: "row-title",
+            dir: "auto",
+            ...(longest.length > LONG ? { class: "long", tabindex: "0" } : {}), // it may scroll
+          },
           longest || facts.key,
         ),
         el(
@@ -76,16 +84,29 @@ function content(split, facts) {
             ),
           ]),
         ),
-        el(
-          "p",
-          { class: "actions" },
-          link(split, facts.row, "images", "Search by this image"),
-          link(split, facts.row, "captions", "Find its captions"),
-        ),
+        isEncoded(facts)
+          ? el(
+              "p",
+              { class: "actions" },
+              link(split, facts.row, "images", "Search by this image"),
+              link(split, facts.row, "captions", "Find its captions"),
+            )
+          : null,
       ),
     ),
     el("section", { class: "near", "aria-live": "polite" }),
   ];
+}
+
+/** The picture, or in its place what the server says of why there is none. */
+function whole(split, row, words) {
+  const image = photo(split, row, words, 768);
+  image.addEventListener("error", async () => {
+    const place = dialog.querySelector(".row-picture .no-picture");
+    const address = `/image/${encodeURIComponent(split)}/${row}`;
+    await askBytes(address).catch((error) => place?.replaceChildren(error.message));
+  });
+  return image;
 }
 
 function link(split, row, among, words) {

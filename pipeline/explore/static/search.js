@@ -132,7 +132,7 @@ function asked(state) {
 
 /** What was asked with, as words or a picture. */
 function query(state) {
-  if (state.text) return el("h2", { class: "query", dir: "auto" }, `“${state.text}”`);
+  if (state.text) return el("h2", { class: "asked", dir: "auto" }, `“${state.text}”`);
   const source = state.sent ? sent.url : picture(state.split, state.row);
   const words = state.sent
     ? `Like ${sent.file.name || "your image"}`

@@ -87,7 +87,7 @@ function panel(split, rows, column) {
         .flat(),
     ),
     column.lengths
-      ? histogram(`length of ${column.looked_at.toLocaleString("en")} vectors`, column.lengths)
+      ? histogram(`length of ${count(column.looked_at, "vector")}`, column.lengths)
       : null,
     quarantined ? quarantine(split, column.name, quarantined) : null,
   );

@@ -57,7 +57,7 @@ export async function showTraining(main, parameters, run) {
         wasLive = facts.live;
       }
     } catch (error) {
-      state.replaceChildren(...prose(error.message));
+      state.replaceChildren(el("span", {}, prose(error.message)));
       state.classList.remove("live");
       wasLive = null;
       seen = 0; // so that all is drawn again when the server is back
