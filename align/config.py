@@ -21,7 +21,7 @@ class HeadConfig(BaseModel):
     model_config = SETTINGS
 
     kind: Literal["glu", "star", "mlp", "linear"] = "glu"
-    """`glu`: the brief's stack of gated layers. `star`: the released one-block head. `mlp`: one
+    """`glu`: a stack of gated layers. `star`: the released one-block head. `mlp`: one
     hidden layer with GELU, as in SigLIP. `linear`: LayerNorm and one matrix (alignment probing)."""
     dim: PositiveInt = 768
     """Length of an embedding in the shared space."""

@@ -112,7 +112,7 @@ def meter(
         width = f"{high - low:.2f}"
         parts.append(f'<rect class="whisker" x="{low:.2f}" y="3" width="{width}" height="2"/>')
     if chance is not None:
-        parts.append(f'<rect class="chance" x="{100 * chance:.2f}" y="0" width=".8" height="8"/>')
+        parts.append(f'<rect class="chance" x="{100 * chance:.2f}" y="0" width="1.6" height="8"/>')
     return Markup(
         '<svg class="meter" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
         + "".join(parts)
