@@ -132,6 +132,11 @@ class RunConfig(BaseModel):
                 raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")
         return self
 
+    @property
+    def trained_splits(self) -> tuple[str, ...]:
+        """The splits that the head is trained on: those that are mixed, or the one."""
+        return tuple(self.align.mix) or (self.align.split,)
+
     def aligned_encoder(self, kind: Literal["image", "text"]) -> str:
         """Return the name of the encoder of one kind that `align` uses.
 

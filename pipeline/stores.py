@@ -68,7 +68,7 @@ def _named(config: RunConfig, setting: Literal["store", "text_store"], split: st
     path: Place | None = getattr(config.align, setting)
     if path is None:
         return None
-    is_trained = split in (config.align.mix or (config.align.split,))
+    is_trained = split in config.trained_splits
     if not is_file(path / "zarr.json"):
         place = path / "features" / f"{split}.zarr"
         return place if is_trained or FeatureStore.is_at(place) else None

@@ -174,3 +174,15 @@ knn_k = [3]
         + "\n".join(extra)
     )
     return run_file
+
+
+def mixed_world(folder: Path) -> Path:
+    """A run file like that of `world`, which mixes two splits, none of them named `train`."""
+    run_file = world(folder, rows=24)
+    text = run_file.read_text().replace("[data.train]", "[data.one]").replace("train-*", "train-0")
+    run_file.write_text(
+        text.replace("[align]", "[align]\nmix = { one = 1.0, two = 1.0 }")
+        + '[data.two]\nkind = "webdataset"\npath = "shards/train-1.tar"\n'
+        + 'class_names = "shards/classes.txt"\n'
+    )
+    return run_file

@@ -15,7 +15,7 @@ from pipeline.commands.values import count_of
 
 @click.command()
 @stage
-@click.option("--rows", metavar="COUNT", help="Rows of the training split, such as 23M.")
+@click.option("--rows", metavar="COUNT", help="Rows of each training split, such as 23M.")
 @click.option(
     "--seconds",
     default=20.0,

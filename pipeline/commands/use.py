@@ -61,7 +61,7 @@ def search(
     start_log(verbose=False)
     aligned = load_aligned(run)
     splits = list(aligned.config.data)
-    others = [name for name in splits if name != aligned.config.align.split]
+    others = [name for name in splits if name not in aligned.config.trained_splits]
     where = split or (others or splits)[0]
     vector = aligned.encode_text([query]) if query else aligned.encode_image([str(image)])
     find = search_images if among == "images" else search_captions

@@ -226,12 +226,12 @@ def _drifts(aligned: Aligned, sample: _Sample, stop: StopRequest) -> Iterator[Dr
 
 def _split(config: RunConfig, folder: RunFolder) -> tuple[str, FeatureStore]:
     """Return the first split with captions that is not trained on, else the one that is."""
-    training = config.align.split
-    for split in [name for name in config.data if name != training]:
+    trained = config.trained_splits
+    for split in [name for name in config.data if name not in trained]:
         store = open_evaluated(config, folder, split)
         if store.fields:
             return split, store
-    return training, open_evaluated(config, folder, training)
+    return trained[0], open_evaluated(config, folder, trained[0])
 
 
 def _check_same_rows(index: Index, store: FeatureStore, rows: Int64[np.ndarray, "rows"]) -> None:

@@ -1,6 +1,6 @@
 """Which measures are taken on which splits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,20 +36,23 @@ class Plan:
         return tuple(use for use, splits in uses.items() if split in splits)
 
 
-def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureStore]) -> Plan:
+def make_plan(
+    config: EvalConfig, trained: Sequence[str], stores: Mapping[str, FeatureStore]
+) -> Plan:
     """Take the splits that the settings name, or else all that have what a measure needs.
 
     Args:
         config: Settings.
-        training: The split that the head was trained on; measured only if it is named.
+        trained: The splits that the head was trained on; measured only if they are named. The first
+            is the reference of k-NN if none is named.
         stores: All splits.
 
     Raises:
         EvaluationError: A split that is named lacks what the measure needs, or none has anything.
     """
-    choice = _Choice(stores, [split for split in stores if split != training])
+    choice = _Choice(stores, [split for split in stores if split not in trained])
     plain = choice.without_groups()
-    reference = config.knn_reference or training
+    reference = config.knn_reference or trained[0]
     plan = Plan(
         retrieval=plain.of(config.retrieval, "retrieval", "captions", _has_captions),
         zero_shot=plain.of(
@@ -67,17 +70,17 @@ def make_plan(config: EvalConfig, training: str, stores: Mapping[str, FeatureSto
     if not any(measured):
         others = f"only {', '.join(choice.others)}" if choice.others else "no split"
         raise EvaluationError(
-            f"There is nothing to measure: beside {training!r}, which the head was trained on, "
-            f"[data] has {others}. A split with captions, labels or groups was expected. Add one "
-            f"of pictures kept from training, such as [data.test], or name {training!r} in "
-            f"eval.retrieval."
+            f"There is nothing to measure: beside {', '.join(map(repr, trained))}, on which the "
+            f"head was trained, [data] has {others}. A split with captions, labels or groups was "
+            f"expected. Add one of pictures kept from training, such as [data.test], or name "
+            f"{trained[0]!r} in eval.retrieval."
         )
     return plan
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Takes the splits that a setting names, or all but the training split that pass a test."""
+    """Takes the splits that a setting names, or all that were not trained on and pass a test."""
 
     stores: Mapping[str, FeatureStore]
     others: list[str]

@@ -142,7 +142,7 @@ def _full(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(name: str, store: FeatureStore, plan: Plan, config: RunConfig) -> SplitFacts:
-    training = ("training",) if name == config.align.split else ()
+    training = ("training",) if name in config.trained_splits else ()
     source = store.source
     path = source.get("path", "")
     place = ", ".join(map(str, path)) if isinstance(path, list) else str(path)

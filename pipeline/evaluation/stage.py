@@ -62,7 +62,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         for name, settings in config.eval.segmentation.items()
     }
     results, report = folder.eval / "results.json", folder.eval / "report.html"
-    plan = make_plan(config.eval, config.align.split, stores)
+    plan = make_plan(config.eval, config.trained_splits, stores)
     inputs = folder.eval / "inputs.sha256"
     digest = _digest(config, plan, checkpoint, stores, masked)
     written = results.is_file() and report.is_file() and inputs.is_file()

@@ -90,7 +90,7 @@ class Session:
     def splits(self) -> list[str]:
         """Splits that have a store, those that are not trained on first."""
         there = [name for name in self.config.data if FeatureStore.is_at(self.folder.store(name))]
-        trained = self.config.align.mix or (self.config.align.split,)
+        trained = self.config.trained_splits
         return sorted(there, key=lambda name: name in trained)
 
     def store(self, split: str) -> FeatureStore:

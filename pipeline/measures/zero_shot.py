@@ -104,12 +104,13 @@ def _add_results(
 
 
 def _seen_classes(context: Context, store: FeatureStore) -> Bool[np.ndarray, "classes"] | None:
-    """Return which classes the training split has rows of, by name; None if it has no labels."""
-    training = context.stores[context.config.align.split]
-    labels, names = training.labels(), training.class_names
-    if labels is None or names is None:
-        return None
-    seen = {names[label] for label in np.unique(labels[labels >= 0])}
+    """Return which classes were trained on, by name; None if a training split has no labels."""
+    seen = set[str]()
+    for split in context.config.trained_splits:
+        labels, names = context.stores[split].labels(), context.stores[split].class_names
+        if labels is None or names is None:
+            return None
+        seen |= {names[label] for label in np.unique(labels[labels >= 0])}
     return np.array([name in seen for name in store.class_names or ()])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from features.errors import SourceError
+from features.errors import SailError, SourceError
 from features.storage.place import Place
 from pipeline.config import RunConfig
 from pipeline.device import prepare_device
@@ -38,7 +38,7 @@ def plan_run(
 
     Args:
         config: The recipe; nothing is downloaded for it, and nothing written but a temporary file.
-        rows: Rows of the training split, where they are not to be taken from its source.
+        rows: Rows of each training split, where they are not to be taken from its source.
         seconds: What measuring may take on this machine, apart from loading encoders.
         price: Euros an hour of a GPU.
 
@@ -49,7 +49,7 @@ def plan_run(
     parts = 2 + len(config.encoders.image) + len(config.encoders.text)
     splits, missing = _rows_of_splits(config, folder, rows, seconds / parts)
     every = sum(found.count for found in splits.values())
-    with sample_index(config, folder.index(config.align.split)) as index:
+    with sample_index(config, folder) as index:
         measuring = Measuring(config, index, seconds / parts)
         passes = [
             *(measuring.image(name, every) for name in config.encoders.image),
@@ -65,7 +65,7 @@ def plan_run(
         "splits_left_out": missing,
         "columns": size,
         "bytes": sum(column["bytes"] or 0 for column in size),
-        "free_bytes": _free_bytes(folder.store(config.align.split)),
+        "free_bytes": _free_bytes(folder.store(config.trained_splits[0])),
         "passes": [_described(each) for each in passes],
         "this_machine": _this_machine(config, passes, seconds),
         "stage_two": _stage_two(config, passes, splits),
@@ -87,17 +87,20 @@ def _rows_of_splits(
     """Return the rows of each split, and why those of others are not known."""
     found, missing = {}, {}
     for split, source in config.data.items():
-        is_training = split == config.align.split
+        is_trained = split in config.trained_splits
         try:
             found[split] = rows_of(
                 folder.index(split),
                 source,
-                given=rows if is_training else None,
+                given=rows if is_trained else None,
                 seconds=seconds / len(config.data),
             )
-        except SourceError as error:
-            if is_training:
-                raise
+        except SailError as error:
+            if is_trained:
+                raise SourceError(
+                    f"{error} The rows of {split!r} cannot be counted without it; give them with "
+                    f"--rows, such as 23M."
+                ) from error
             missing[split] = str(error)
     return found, missing
 
@@ -168,8 +171,8 @@ def _stage_two(
     text_dim = dims[f"text/{text}/{fields[0]}"] if fields else None
     if image_dim is None or text_dim is None:
         return None
-    names = [name for name in align.mix or (align.split,) if name in splits]
-    rows = round(sum(splits[name].count for name in names) * (1 - align.holdout))
+    rows = sum(splits[name].count for name in config.trained_splits)
+    rows = round(rows * (1 - align.holdout))
     rows = min(rows, align.rows or rows)
     samples = align.batch_size * align.steps if align.steps else rows * align.epochs
     flops = training_flops(

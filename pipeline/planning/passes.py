@@ -24,7 +24,7 @@ from pipeline.planning.calibration import (
 from pipeline.planning.encoder_sizes import image_size, local_folder, text_size
 from pipeline.planning.estimate import Phase, hours
 from pipeline.processors import usable_processors
-from pipeline.run import draw_scenes
+from pipeline.run import RunFolder, draw_scenes
 
 logger = logging.getLogger(__name__)
 SCENES = 64
@@ -52,10 +52,13 @@ class Pass:
 
 
 @contextmanager
-def sample_index(config: RunConfig, path: Path) -> Iterator[Index | None]:
-    """Yield an index of real rows of the training split, None where its source is not there."""
-    split = config.align.split
-    source = config.data[split]
+def sample_index(config: RunConfig, folder: RunFolder) -> Iterator[Index | None]:
+    """Yield an index of real rows of the training split, None where its source is not there.
+
+    Of several that are mixed it is the first.
+    """
+    split = config.trained_splits[0]
+    source, path = config.data[split], folder.index(split)
     if path.is_file():
         yield Index.open(path)
         return
@@ -149,7 +152,7 @@ class Measuring:
     def _captions(self) -> dict[str, list[str]]:
         """Return some captions of each field; none where there is no data."""
         if self._index is None:
-            source = self._config.data[self._config.align.split]
+            source = self._config.data[self._config.trained_splits[0]]
             names = source.captions if not isinstance(source, ScenesSource) else ("short", "long")
             return {name: [] for name in names or ("caption",)}
         stop = min(SAMPLES, self._index.rows)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features.config import ScenesSource, Source
-from features.errors import SailError, SourceError
 from features.index import Index
 from features.sources import Counts, Shards, open_source
 from features.sources.parquet import ImageParquet
@@ -37,7 +36,7 @@ def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -
         seconds: What listing may take.
 
     Raises:
-        SourceError: Neither a number nor an index nor the source is there.
+        SailError: Neither a number nor an index nor the source is there.
     """
     if given is not None:
         return Rows(given, "as given", is_exact=True)
@@ -45,12 +44,7 @@ def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -
         return Rows(Index.open(index).rows, "its index", is_exact=True)
     if isinstance(source, ScenesSource):
         return Rows(source.rows, "the recipe", is_exact=True)
-    try:
-        found = _listed(open_source(source), seconds)
-    except SailError as error:
-        raise SourceError(
-            f"{error} Its rows cannot be counted without it; give them with --rows, such as 23M."
-        ) from error
+    found = _listed(open_source(source), seconds)
     if source.rows is not None and source.rows < found.count:
         found = Rows(source.rows, "`rows` of the source", found.is_exact)
     return found

@@ -38,7 +38,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
     """
     model, head = load_released(file)
     folder = start_run(config)
-    stores = open_stores(config, folder, config.align.split, 1.0)
+    stores = open_stores(config, folder, config.trained_splits[0], 1.0)
     settings = config.align.model_copy(update={"head": head})
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     columns = Columns.open(stores, settings, image, text)

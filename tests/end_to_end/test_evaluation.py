@@ -242,6 +242,15 @@ def test_the_report_shows_pictures_and_the_numbers_do_without_the_shards(
     assert "data:image/jpeg;base64," not in run.report
 
 
+def test_a_head_of_mixed_splits_is_measured_on_what_it_was_not_trained_on(tmp_path: Path) -> None:
+    config = load_config(str(tiny.mixed_world(tmp_path)))
+    extract(config, StopRequest())
+    align_run(config, StopRequest())
+    results = read_results(evaluate_run(config, StopRequest()))
+    assert any(result.task.startswith("compositional") for result in results)
+    assert {result.dataset.partition("/")[0] for result in results} == {"test"}
+
+
 def test_a_k_beyond_the_reference_is_left_out_and_said(run: Run) -> None:
     results = run.results('eval.knn=["test"]', "eval.knn_k=[3, 5000]")
     assert {row["protocol"]["k"] for row in results if row["task"].startswith("knn/")} == {3}
