@@ -213,6 +213,7 @@ def render(report: Report) -> str:
         probes=[each for each in report.results if each.metric == "linear_probe_top1"],
         alignment=by_dataset(report.results, "alignment/"),
         compositional=by_dataset(report.results, "compositional"),
+        has_choices=any("one image" in str(r.protocol.get("form")) for r in report.results),
         segmentation=segmentation_views(report.results, report.segmented),
         listed=[each for each in report.results if not each.is_detail],
         confusions=[_confusion_view(each) for each in report.confusions],

@@ -163,6 +163,21 @@ def test_sections_without_numbers_are_left_out() -> None:
     assert 'id="reference"' not in page
 
 
+def test_groups_of_one_picture_are_explained_where_there_are_some() -> None:
+    choice = result("compositional", "text_score", form="one image, 3 captions, the first right")
+    assert "one picture with several captions" in render(report(results=(choice,)))
+    assert "one picture with several captions" not in render(report())
+
+
+def test_numbers_and_intervals_below_zero_are_shown_in_one_unit_and_without_a_negative_zero() -> (
+    None
+):
+    facts = {"calibrated": -0.0004, "p_value": 0.5, "chance": -0.0001}
+    page = render(report(results=(result("alignment/embeddings", "cka_debiased", 0.05, **facts),)))
+    assert "0.0500</td><td>-0.0500 – 0.1500" in page
+    assert "-0.000<" not in page
+
+
 def test_a_run_without_metrics_still_has_a_report() -> None:
     nothing = TrainingFacts((), Curve("loss", [], []), (), 0)
     assert "No rows were held out" in render(report(training=nothing))
