@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from align.checkpoint import Checkpoint, load_head
+from align.checkpoint import Checkpoint, differences, load_head
 from evaluate.items import write_items
 from evaluate.masks import MaskedPictures, open_masked
 from evaluate.report import render
@@ -56,6 +56,8 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     folder = start_run(config)
     checkpoint_path = folder.align / config.eval.checkpoint
     checkpoint = Checkpoint.open(checkpoint_path)
+    if "imported" not in checkpoint.run:
+        _say_other_head(checkpoint, config)
     stores = {split: open_evaluated(config, folder, split) for split in config.data}
     masked = {
         name: open_masked(settings, max_pixels=config.extract.max_pixels)
@@ -121,6 +123,19 @@ def _numbers(result: Result) -> tuple[str, str, str, str]:
         "" if result.chance is None else f"{100 * result.chance:z.1f}",
         f"{result.n:,}",
     )
+
+
+def _say_other_head(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Say in the log where a trained head is not the one that the settings describe."""
+    settings = config.align.head.model_dump(mode="json")
+    for name, found, expected in differences(checkpoint.run["align"]["head"], settings):
+        logger.warning(
+            "align.head.%s is %r, but %s was trained with %r, and is measured as it was trained",
+            name,
+            expected,
+            checkpoint.path,
+            found,
+        )
 
 
 def _measure(

@@ -266,6 +266,15 @@ def test_a_head_of_another_encoder_is_refused_by_the_field(run: Run) -> None:
         run.results()
 
 
+def test_a_head_that_the_settings_do_not_describe_is_said_and_measured(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run.results("eval.alignment_measures=[]")
+    assert "align.head" not in caplog.text
+    assert run.results("eval.alignment_measures=[]", "align.head.dim=9") == expected
+    assert "align.head.dim is 9, but" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
