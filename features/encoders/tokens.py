@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from features.encoders.packing import Tokens
+from features.errors import EncoderError
 
 CHARACTERS_PER_TOKEN = 16  # more than tokens mostly have
 
@@ -60,10 +61,13 @@ def read_tokenizer(folder: Path) -> Any:
 
     AutoTokenizer builds a Llama tokenizer anew and drops the normaliser in that file, which gives
     other numbers for texts with leading or double spaces (transformers 5.23).
+
+    Raises:
+        EncoderError: It has no tokenizer, as an encoder of images.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _other_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
     named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     special = {
@@ -85,6 +89,18 @@ def end_token(tokenizer: Any) -> int | None:
         return None
     end: int | None = tokenizer.eos_token_id
     return end
+
+
+def _other_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise EncoderError(
+            f"{folder} has no tokenizer.json, and no other tokenizer can be made of it ({reason}). "
+            f"A text encoder with its tokenizer was expected. Fetch the file from where the "
+            f"weights came from, or choose another model."
+        ) from error
 
 
 def _content(token: str | dict[str, Any]) -> str:

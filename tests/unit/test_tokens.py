@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, processors
 from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.tokens import CaptionTokenizer, end_token, read_tokenizer
-from tests import text_models
+from features.errors import EncoderError
+from tests import text_models, tiny
 
 BOS, EOS, SPACE = 1, 2, 3
 A = text_models.LETTERS.index("a")
@@ -27,6 +28,12 @@ def test_the_tokenizer_file_is_followed_to_the_last_space(tmp_path: Path) -> Non
     expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("a", "  a  a ", " ", "a</s> a", ""):
         assert tokenizer(text)["input_ids"] == expected.encode(text).ids
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    config = TextEncoderConfig(model=str(tiny.image_encoder(tmp_path)))
+    with pytest.raises(EncoderError, match=r"has no tokenizer\.json, and no other"):
+        load_text_encoder("tiny", config, torch.device("cpu"))
 
 
 def test_a_last_token_embedder_reads_the_end_token_even_of_a_caption_that_is_cut(
