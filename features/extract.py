@@ -219,7 +219,9 @@ def without_infinities(
 def log_faults(faults: Sequence[str], phases: Phases) -> None:
     """Name the first faults of a column in the log; `sail inspect` counts them all."""
     for line in faults[: max(0, MAX_LOGGED_FAULTS - phases.faults)]:
-        logger.warning("quarantined %s", line)
+        # What data name must not steer the terminal.
+        shown = (each if each.isprintable() else ascii(each)[1:-1] for each in line)
+        logger.warning("quarantined %s", "".join(shown))
 
 
 def _scaled(on_rows: Callable[[int], None], rows: int, texts: int) -> Callable[[int], None]:

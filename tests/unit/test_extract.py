@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessorP
 from features.config import TextEncoderConfig
 from features.encoders import load_text_encoder
 from features.errors import SourceError, StoreMismatchError
+from features.extract import Phases, log_faults
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.config import load_config
@@ -200,6 +201,11 @@ def test_too_many_bad_rows_stop_the_run_when_asked_to(tmp_path: Path) -> None:
     tiny.write_tar(tmp_path / "shards" / "train-0.tar", [("x.jpg", b""), ("x.txt", b"a")])
     with pytest.raises(SourceError, match="1 of 21 rows"):
         extracted(run_file, "extract.max_bad_fraction=0.01", "data.train.captions=['long']")
+
+
+def test_keys_cannot_steer_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    log_faults(["row 1 (Ü/\x1b[31m\n\u202e): missing image"], Phases())
+    assert caplog.messages == [r"quarantined row 1 (Ü/\x1b[31m\n\u202e): missing image"]
 
 
 def test_a_stop_request_ends_after_the_chunk_at_hand_and_the_next_run_goes_on(
