@@ -156,7 +156,7 @@ def test_a_hostile_caption_is_only_text(page: Page, address: str, expected: list
     page.locator(".card").first.click()
     expect(page.get_by_role("dialog").get_by_role("heading", name="bold")).to_have_text(HOSTILE)
     assert page.locator("main b, .row-dialog h2 > *").count() == 0
-    assert page.title() == "tiny · SAIL explore"
+    assert page.title() == "Search · tiny · SAIL explore"
     expected.append("Content Security Policy")
     page.evaluate(
         "document.body.append(Object.assign(document.createElement('script'), {text: 'x = 1'}))"

@@ -1,7 +1,7 @@
 // Chooses the view by the address behind `#`, and keeps what all views share.
 
 import { ask } from "./api.js";
-import { el, prose } from "./dom.js";
+import { announce, el, prose } from "./dom.js";
 import { showMap } from "./map.js";
 import { showResults } from "./results.js";
 import { showSearch } from "./search.js";
@@ -44,13 +44,16 @@ async function route() {
   leave();
   leave = () => {};
   document.getElementById("row").close();
-  if (view !== shown) main.replaceChildren(place);
+  if (view !== shown) {
+    main.replaceChildren(place);
+    announce(VIEWS[view][0]);
+  }
   shown = view;
   try {
     const run = await ask("/api/run");
     if (turn !== turns) return;
     document.getElementById("run").textContent = run.name;
-    document.title = `${run.name} · SAIL explore`;
+    document.title = `${VIEWS[view][0]} · ${run.name} · SAIL explore`;
     const end = await VIEWS[view][1](place, new URLSearchParams(query), run);
     if (turn !== turns) return end?.();
     leave = end ?? leave;

@@ -37,7 +37,6 @@ export async function showResults(main, parameters, run) {
   const found = await ask("/api/results");
   const rows = el("section", {
     class: "failures",
-    "aria-live": "polite",
     tabindex: "-1",
     "aria-label": "Rows that went wrong",
   });

@@ -94,7 +94,7 @@ function content(split, facts) {
           : null,
       ),
     ),
-    el("section", { class: "near", "aria-live": "polite" }),
+    el("section", { class: "near" }),
   ];
 }
 
