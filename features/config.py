@@ -156,7 +156,7 @@ class ScenesSource(_Source):
     """Which part of the world: `train` never shows the held-out combinations."""
     rows: PositiveInt
     """How many pictures to draw."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
 
 

@@ -186,6 +186,14 @@ def test_what_is_named_twice_is_refused(override: str, tmp_path: Path) -> None:
         load_config(write(tmp_path, MINIMAL), [override])
 
 
+@pytest.mark.parametrize("section", ["run", "eval", "data.drawn", "eval.segmentation.drawn"])
+def test_a_seed_below_zero_is_refused(section: str, tmp_path: Path) -> None:
+    scenes = '[data.drawn]\nkind = "scenes"\nsplit = "test"\nrows = 5\n'
+    masks = '[eval.segmentation.drawn]\nkind = "scenes"\nsplit = "test"\n'
+    with pytest.raises(ConfigError, match="seed: Input should be greater than or equal to 0"):
+        load_config(write(tmp_path, MINIMAL + scenes + masks), [f"{section}.seed=-1"])
+
+
 def test_cknna_of_one_neighbour_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cknna needs two neighbours at least"):
         load_config(write(tmp_path, MINIMAL), ["eval.alignment_k=1"])
