@@ -7,6 +7,7 @@ run_dir/study/probes/          see `probes`
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.correlation import correlate
+from evaluate.correlation import LEAST_POINTS, correlate
 from features.errors import ConfigError
 from features.storage.files import write
 from pipeline.config import RunConfig, load_config
@@ -25,6 +26,7 @@ from pipeline.study.output import study_page, study_plot
 from pipeline.study.pick import ranking
 from pipeline.study.probes import probe_folder, probe_pairs
 
+logger = logging.getLogger(__name__)
 SCHEMA = 1
 RESAMPLES, SEED = 2000, 0
 Scores = dict[str, dict[str, float]]
@@ -125,7 +127,10 @@ def correlations(
     ).items():
         first, second = np.array(points).T
         found = correlate(first, second, resamples=RESAMPLES, seed=SEED)
-        if found is not None:
+        if found is None:
+            what = "%s is not correlated: it has %d %s, and %d that are not all alike are needed"
+            logger.warning(what, measure, len(points), over, LEAST_POINTS)
+        else:
             rows.append({"measure": measure, "over": over, "points": points} | asdict(found))
     return sorted(rows, key=lambda row: -abs(float(row["pearson"])))
 

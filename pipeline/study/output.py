@@ -48,7 +48,10 @@ def study_page(document: dict[str, Any]) -> str:
             ]
             for encoder, found in document["encoders"].items()
         ]
-        lines += ["", *_markdown(("image encoder", *(f"{name}, %" for name in names)), rows)]
+        lines += [
+            "",
+            *_markdown(("image encoder", *(f"{name}, % (95 %, time)" for name in names)), rows),
+        ]
     names = list(document["pairs"][0]["measures"])
     rows = [
         [
@@ -61,7 +64,8 @@ def study_page(document: dict[str, Any]) -> str:
         ]
         for pair in document["pairs"]
     ]
-    headings = ("image", "text", "recall@10, % (95 %)", "P(best)", "training, s", *names)
+    measures = [f"{name} (95 %, time)" for name in names]
+    headings = ("image", "text", "recall@10, % (95 %)", "P(best)", "training, s", *measures)
     return "\n".join([*lines, "", *_markdown(headings, rows), ""])
 
 

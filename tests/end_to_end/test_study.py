@@ -14,6 +14,7 @@ from pipeline.config import load_config
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from pipeline.study import pick_run, study_run
+from pipeline.study.outcome import correlations
 from pipeline.study.output import study_table
 from pipeline.study.pick import ranking
 from pipeline.study.probes import Probe
@@ -113,6 +114,18 @@ def test_scores_of_an_encoder_that_the_recipe_has_not_are_refused(
     scores.write_text("encoder,mteb\nother,61.4\n")
     with pytest.raises(ConfigError, match="line 2, has encoder = 'other'"):
         study_run(recipe, [STEPS], StopRequest(), scores=scores)
+
+
+def test_a_measure_of_too_few_encoders_is_said_not_to_be_correlated(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pairs = [
+        {"image": name, "text": "t", "recall@10": number / 10, "measures": {}}
+        for number, name in enumerate("abc")
+    ]
+    images = {name: {"knn_top1": {"value": number}} for number, name in enumerate("abc")}
+    assert correlations(pairs, images, {}) == []
+    assert "knn_top1 is not correlated: it has 3 image encoders, and 4 that" in caplog.text
 
 
 def test_the_probability_of_being_best_is_that_of_winning_a_draw_of_the_images() -> None:
