@@ -103,7 +103,9 @@ def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
         if _begins_as_image(data):
             reason = f"it begins as an image, but cannot be read ({_reason(error)})"
             raise ImageFault(Status.TRUNCATED_IMAGE, reason) from error
-        raise ImageFault(Status.NOT_AN_IMAGE, "it is no image that can be read") from error
+        heic = "it is HEIC, which is not read: convert it to JPEG"
+        reason = heic if _is_heic(data) else "it is no image that can be read"
+        raise ImageFault(Status.NOT_AN_IMAGE, reason) from error
     pixels = image.width * image.height
     if pixels == 0:
         raise ImageFault(Status.NOT_AN_IMAGE, "it has no pixels")
@@ -280,6 +282,10 @@ def _formats() -> tuple[str, ...]:
 
 def _begins_as_image(data: bytes) -> bool:
     return data.startswith(SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def _is_heic(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1")
 
 
 def _fit(size: tuple[int, int], shortest_edge: int) -> tuple[int, int]:

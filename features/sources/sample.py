@@ -16,7 +16,10 @@ from features.storage.place import Place, posix
 
 Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "png", "webp", "avif", "jp2", "bmp", "gif", "tif", "tiff", "heic", "heif"}
+)
+"""Of HEIC, which cannot be decoded, too: such an image keeps its row."""
 NO_PLACE = -1
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000

@@ -88,7 +88,9 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     extracted(run_file)
 
 
-def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
+def test_bad_images_keep_their_row_and_say_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_file = tiny.world(tmp_path)
     jpeg = tiny.encoded(tiny.picture(3, 64, 64))
     huge = tiny.encoded(Image.new("L", (400, 300)), "PNG")
@@ -99,6 +101,7 @@ def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
             ("cut.json", b'{"short": "a", "long": "b"}'),
             ("text.jpg", b"this is no picture"),
             ("text.json", b'{"short": "a", "long": "b"}'),
+            ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
             ("empty.jpg", b""),
             ("empty.json", b'{"short": "a", "long": "b"}'),
             ("mute.jpg", jpeg),
@@ -116,6 +119,7 @@ def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
     expected = {
         "cut": Status.TRUNCATED_IMAGE,
         "text": Status.NOT_AN_IMAGE,
+        "phone": Status.NOT_AN_IMAGE,
         "empty": Status.EMPTY_IMAGE,
         "mute": Status.OK,
         "huge": Status.IMAGE_TOO_LARGE,
@@ -125,11 +129,12 @@ def test_bad_images_keep_their_row_and_say_why(tmp_path: Path) -> None:
     }
     assert {name: status[f"train-1/{name}"] for name in expected} == expected
     texts = dict(zip(store.keys().tolist(), store.column("text/bert/long").status(), strict=True))
+    assert "(train-1/phone): not an image, it is HEIC" in caplog.text
     assert texts["train-1/mute"] == Status.MISSING_CAPTION
     assert texts["train-1/twin#2"] == Status.DUPLICATE_KEY
     assert texts["train-1/blind"] == Status.OK
     counts = describe_store(store.path)["columns"]["image/vit"]["status"]
-    assert sum(counts.values()) == store.rows == 28
+    assert sum(counts.values()) == store.rows == 29
     assert counts["truncated image"] == 1
     assert verify_store(store.path) == []
     bad = store.keys().tolist().index("train-1/empty")
