@@ -1,1 +1,1 @@
-"""Commands of `sail`, by what they are for: their options alone. `pipeline.cli` has the rest."""
+"""Commands of `sail`, by what they are for: their options alone. The work is done elsewhere."""
