@@ -40,7 +40,7 @@ from pipeline.stores import open_evaluated
 from pipeline.tables import rendered
 
 logger = logging.getLogger(__name__)
-VERSION = 5  # raised when the same inputs give other results or another report
+VERSION = 6  # raised when the same inputs give other results or another report
 
 
 def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
