@@ -18,7 +18,7 @@ from types import MappingProxyType
 from features.config import AnnotationSource
 from features.errors import SourceError
 from features.sources.image_files import ImageFolder, place_image
-from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, as_text
+from features.sources.sample import Counts, Keys, Sample, as_text, split_image_suffix
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order
@@ -149,7 +149,7 @@ def _winoground(text: str, _: AnnotationSource) -> Iterator[Record]:
     for number, example in enumerate(examples):  # an `id` may come again in files made like it
         for i in range(2):
             name = example[f"image_{i}"]
-            if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
+            if not split_image_suffix(name)[1]:
                 name += ".png"
             caption = (example[f"caption_{i}"],)
             yield Record(f"{number}/{i}", name, caption, number)

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
 
 from features.class_lists import read_class_list
 from features.config import ClassFolderSource
 from features.errors import SourceError
-from features.sources.sample import IMAGE_SUFFIXES, Counts, Keys, Sample, split_image_suffix
+from features.sources.sample import Counts, Keys, Sample, split_image_suffix
 from features.storage import files
 from features.storage.place import Place
 
@@ -64,8 +63,9 @@ class ClassFolders:
         keys = Keys(self.files[file], counts)
         label = self._labels[file]
         for name, size in files.children(file):
-            if size is None or PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
+            stem, suffix = split_image_suffix(name)
+            if size is None or not suffix:
                 counts["files that are no images (ignored)"] += 1
                 continue
-            key, problem = keys.of(*split_image_suffix(name))
+            key, problem = keys.of(stem, suffix)
             yield Sample(key, str(file / name), offset=0, size=size, problem=problem, label=label)

@@ -36,7 +36,7 @@ BATCHES_KEPT = 16
 class ImageParquet:
     """Parquet files with a column of encoded images, plain or as Hugging Face datasets save them.
 
-    Only the other columns are read here; an image is found again by its file and number.
+    Of the others only the columns of use are read; an image is found again by its file and number.
     """
 
     def __init__(self, source: ParquetSource, known: Mapping[Place, str]) -> None:

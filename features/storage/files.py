@@ -60,8 +60,12 @@ def names(folder: Place) -> list[str]:
 def children(folder: Place) -> list[tuple[str, int | None]]:
     """Return what is in a folder, sorted: names, and the size of what is a file."""
     if isinstance(folder, Path):
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [(path.name, path.stat().st_size if path.is_file() else None) for path in paths]
+        if not folder.is_dir():
+            return []
+        with os.scandir(folder) as there:
+            return sorted(
+                (each.name, each.stat().st_size if each.is_file() else None) for each in there
+            )
     what = "A folder that can be listed"
     return tried(folder, what, lambda server: sorted(server.children(folder)))
 
