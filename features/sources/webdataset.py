@@ -25,6 +25,7 @@ from features.storage.place import Place
 
 OWN_NAMES = "classnames.txt"
 MAX_TEXT_BYTES = 1 << 20
+REPEATED = "captions that are in .txt and in .json (name one in `captions` to encode them once)"
 MAX_SUFFIXES_COUNTED = 32
 _parse_json = json.JSONDecoder().decode
 
@@ -176,6 +177,9 @@ def _finished(sample: Sample, counts: Counts) -> Sample:
     if sample.size < 0:
         counts["samples without an image (quarantined)"] += 1
         sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+    text = sample.captions.get("txt")
+    if text and text in (each.strip() for name, each in sample.captions.items() if name != "txt"):
+        counts[REPEATED] += 1
     return sample
 
 

@@ -17,6 +17,7 @@ from features.config import ScenesSource, Source
 from features.errors import SourceError
 from features.sources import Sample, open_source
 from features.sources.parquet import ParquetImages
+from features.sources.webdataset import REPEATED
 from features.status import Status
 from tests import tiny
 
@@ -68,6 +69,16 @@ class TestWebdataset:
     def test_one_name_of_captions_needs_no_list(self, tmp_path: Path, names: object) -> None:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.txt", "a cat"))
         assert listed(**source, captions=names)[0].captions == {"txt": "a cat"}
+
+    def test_a_caption_that_is_there_twice_is_counted_unless_one_is_named(
+        self, tmp_path: Path
+    ) -> None:
+        members = ("1.jpg", IMAGE), ("1.json", '{"caption": "a cat "}'), ("1.txt", "a cat")
+        source, counts = tar(tmp_path / "s.tar", *members), Counter[str]()
+        assert listed(counts, **source)[0].captions == {"caption": "a cat ", "txt": "a cat"}
+        assert counts[REPEATED] == counts.total() == 1
+        assert listed(counts, **source, captions="txt")[0].captions == {"txt": "a cat"}
+        assert counts.total() == 1
 
     def test_a_list_of_captions_becomes_numbered_fields(self, tmp_path: Path) -> None:
         record = json.dumps({"captions": ["one", None, "three"]})
