@@ -54,7 +54,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     last one wins.
     """
     partial = partial_path(path)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
         _replace_folder(partial, path)

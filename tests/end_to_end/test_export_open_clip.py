@@ -58,8 +58,8 @@ def test_the_card_puts_every_kind_of_head_into_a_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained(tmp_path / "world", f"align.head.kind={kind}", "align.epochs=1")
-    out = tmp_path / "out"
-    sail("export", run, "--to", "open_clip", "--out", out)
+    sail("export", run, "--to", "open_clip")
+    out = run / "export" / "open_clip"
     check_heads(with_heads(Towers(), out, monkeypatch), load_aligned(run, device="cpu"))
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from features.partial import SECONDS_UNTIL_OLD, partial_path, remove_leftovers
+from features.partial import SECONDS_UNTIL_OLD, partial_path, remove_leftovers, replacing_folder
 
 
 def left_by_a_dead_process(path: Path) -> Path:
@@ -23,6 +23,14 @@ def of_another_machine(partial: Path) -> Path:
     """Rename a partial file as if another machine had made it."""
     name = re.sub(r"[0-9a-f]{12}-(?=\d+-)", "0" * 12 + "-", partial.name)
     return partial.rename(partial.with_name(name))
+
+
+def test_a_folder_appears_whole_also_where_there_is_none_above_it(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with replacing_folder(tmp_path / "export" / "hf") as folder:
+            (folder / "card").write_text(text)
+        assert (tmp_path / "export" / "hf" / "card").read_text() == text
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["hf"]
 
 
 def test_no_two_names_are_the_same(tmp_path: Path) -> None:
