@@ -67,9 +67,11 @@ def run_folder(config: RunConfig) -> RunFolder:
 
 
 def start_run(config: RunConfig) -> RunFolder:
-    """Make the run folder, and write the resolved settings there."""
+    """Make the run folder, and write the resolved settings there.
+
+    Commands that may refuse the settings call this once they have not.
+    """
     folder = run_folder(config)
-    folder.path.mkdir(parents=True, exist_ok=True)
     write(folder.path / "config.toml", dump_config(config).encode())
     return folder
 

@@ -22,7 +22,7 @@ from pipeline.device import prepare_device
 from pipeline.embedding.rows import Embedder, ok_rows
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import timed
-from pipeline.run import RunFolder, start_run
+from pipeline.run import RunFolder, run_folder
 from pipeline.stores import open_evaluated
 
 SCHEMA = 1
@@ -61,7 +61,7 @@ def check_run(config: RunConfig, stop: StopRequest) -> Path:
         EvaluationError: No row can be used, or the index is of other rows than the store.
         Stopped: A signal came; nothing was written.
     """
-    folder = start_run(config)
+    folder = run_folder(config)
     device = prepare_device(config.run)
     model, checkpoint = load_head(folder.align / config.eval.checkpoint, device)
     aligned = Aligned.of_run(config, checkpoint, model, device)

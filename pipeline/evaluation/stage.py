@@ -35,7 +35,7 @@ from pipeline.measures import (
     score_zero_shot,
 )
 from pipeline.progress import timed
-from pipeline.run import start_run
+from pipeline.run import run_folder, start_run
 from pipeline.stores import open_evaluated
 from pipeline.tables import rendered
 
@@ -53,7 +53,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         EvaluationError: A measure that is asked for cannot be taken.
         Stopped: A signal came; what an earlier evaluation wrote is as it was.
     """
-    folder = start_run(config)
+    folder = run_folder(config)
     checkpoint_path = folder.align / config.eval.checkpoint
     checkpoint = Checkpoint.open(checkpoint_path)
     if "imported" not in checkpoint.run:
@@ -65,6 +65,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     }
     results, report = folder.eval / "results.json", folder.eval / "report.html"
     plan = make_plan(config.eval, config.trained_splits, stores)
+    start_run(config)
     inputs = folder.eval / "inputs.sha256"
     digest = _digest(config, plan, checkpoint, stores, masked)
     written = results.is_file() and report.is_file() and inputs.is_file()

@@ -20,7 +20,6 @@ from features.errors import ConfigError
 from features.storage.files import write
 from pipeline.config import RunConfig, load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import start_run
 from pipeline.study.measures import Kept, measure_images, measure_pairs
 from pipeline.study.output import study_page, study_plot
 from pipeline.study.pick import ranking
@@ -58,7 +57,6 @@ def study_run(
     """
     config = load_config(recipe, overrides)
     outside = {} if scores is None else read_scores(scores, config)
-    start_run(config)
     folder = probe_folder(config)
     kept = Kept.read(folder / "measures.json")
     splits = _labelled_splits(config)

@@ -15,7 +15,7 @@ from align.selection import Columns
 from features.column import Column
 from features.errors import CheckpointError
 from pipeline.config import RunConfig
-from pipeline.run import start_run
+from pipeline.run import run_folder, start_run
 from pipeline.stores import open_stores
 from pipeline.training.export import export_model
 
@@ -37,7 +37,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
             columns, or the run has a head already.
     """
     model, head = load_released(file)
-    folder = start_run(config)
+    folder = run_folder(config)
     stores = open_stores(config, folder, config.trained_splits[0], 1.0)
     settings = config.align.model_copy(update={"head": head})
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
@@ -49,6 +49,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
             f"{folder.align} has a head already. A run without one was expected. Give this run "
             f"another `run.dir`, or delete {folder.align}."
         )
+    start_run(config)
     described = describe([columns], [1.0], settings, config.run.seed)
     described["imported"] = {"file": file.name, "sha256": _sha256(file)}
     checkpoints = CheckpointFolder(folder.align)

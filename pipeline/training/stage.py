@@ -29,7 +29,7 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
         Stopped: A signal came, here or to another process; the last checkpoint is on disk.
     """
     with joined_processes(config.run) as (ring, device):
-        folder = start_run(config) if ring.leads else run_folder(config)
+        folder = run_folder(config)
         best = _train(config, folder, ring, device, stop)
     if best is None:
         if not stop():
@@ -54,10 +54,13 @@ def _train(
     with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:
 
         def on_step(step: int, total: int, note: str) -> None:
-            if line is not None:
-                line.set(step, total, note)
+            if line is None:
+                return
+            if line.total is None:  # the first step: settings that were refused replace no others
+                start_run(config)
+            line.set(step, total, note)
 
-        return train(
+        best = train(
             stores,
             config.align,
             image=image,
@@ -68,3 +71,6 @@ def _train(
             should_stop=stop,
             on_step=on_step,
         )
+    if best is not None and ring.leads:
+        start_run(config)
+    return best

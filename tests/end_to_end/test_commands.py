@@ -82,7 +82,11 @@ def test_a_second_align_and_eval_do_no_work(run_file: Path) -> None:
             ["align.batch_size=4096", "run.dir='RUN/big'", "run.features='RUN/run'"],
             "align.batch_size = 4096 is more than the",
         ),
-        ("align", ["run.dir='/proc/nowhere/run'"], "The operating system refused"),
+        (
+            "align",
+            ["run.dir='/proc/nowhere/run'", "run.features='RUN/run'"],
+            "The operating system refused",
+        ),
         ("align", ["run.dir='RUN/other'"], "There is no feature store"),
         ("extract", ["run.dir='RUN/x'", "data.train.path='RUN/none-*.tar'"], "No file matches"),
         (
@@ -103,6 +107,23 @@ def test_bad_input_is_one_line_and_exit_1(
     assert words in errors[0]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "words"),
+    [
+        ("align", ["run.seed=7"], "was trained with seed = 0"),
+        ("eval", ["eval.knn=['test']", "eval.knn_reference=test"], "eval.knn names 'test'"),
+    ],
+)
+def test_settings_that_are_refused_do_not_replace_those_of_the_run(
+    command: str, overrides: list[str], words: str, run_file: Path
+) -> None:
+    record = run_file.parent / "run" / "config.toml"
+    before = record.read_bytes()
+    done = sail(command, str(run_file), *(f"--set={each}" for each in overrides), expect=1)
+    assert words in done.stderr
+    assert record.read_bytes() == before
 
 
 def test_a_missing_recipe_and_a_wrong_option_have_their_own_exit_codes() -> None:
