@@ -1,6 +1,7 @@
 """What every source gives: samples with a key, a place, captions, and what was wrong with them."""
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class Keys:
             name, suffix = name + suffix, ""
             earlier = self._suffixes.get(name)
         if earlier is None:
-            self._suffixes[name] = suffix
+            self._suffixes[name] = sys.intern(suffix)  # the same few, of many millions of names
             return f"{self._shard}/{name}", 0
         self._counts["duplicate keys (quarantined)"] += 1
         return f"{self._shard}/{self._numbered(name)}", int(Status.DUPLICATE_KEY)
