@@ -56,9 +56,9 @@ class _Source(BaseModel):
     model_config = SETTINGS
 
     captions: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Names that hold captions (JSON keys, columns; `txt` for `.txt` members). A name that holds a
-    list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`, `long`, `txt`
-    that are there."""
+    """Name or names that hold captions (JSON keys, columns; `txt` for `.txt` members). One that
+    holds a list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`,
+    `long`, `txt` that are there."""
 
     label: str | None = "label"
     """Name that holds the class as an integer, where there is one."""
