@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from evaluate.correlation import LEAST_POINTS
 from features.partial import appearing
 from pipeline.tables import rendered
 
@@ -14,6 +15,11 @@ COLUMNS = 4
 
 def study_table(document: dict[str, Any]) -> str:
     """Return what `sail study` prints: what predicts alignment, the strongest first."""
+    if not document["correlations"]:
+        return (
+            f"Nothing can be correlated: that needs {LEAST_POINTS} encoders, or pairs of them, "
+            f"that differ; there are {len(document['pairs'])} pairs. The page ranks them."
+        )
     table = Table()
     for heading in ("measure", "over"):
         table.add_column(heading, overflow="fold")

@@ -79,6 +79,7 @@ def test_a_study_measures_every_pair_and_a_second_one_computes_nothing(
     assert {each["knn_top1"]["k"] for each in document["encoders"].values()} == {3}
     assert {each["knn_top1"]["k"] for each in other["encoders"].values()} == {1}
     assert "parameters" in study_table(document)
+    assert "there are 4 pairs" in study_table(document | {"correlations": []})
     assert "Best: " in sail("pick", recipe, "--set", STEPS).stdout
 
 
