@@ -14,6 +14,13 @@ from pipeline.extraction.cluster import MOST_DEATHS, Cluster
 from pipeline.processors import usable_processors
 
 SECONDS_TO_CONNECT = 30
+PRELOADED = "pipeline.extraction.units"
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
+    # Else a worker that was lost is given up while it is still being started again.
+    "distributed.deploy.lost-worker-timeout": "1 hour",
+}
+"""Of Dask, for workers of this machine."""
 
 
 @contextmanager
@@ -28,7 +35,7 @@ def open_cluster(
         workers: Processes to start, if no scheduler is given.
 
     Raises:
-        ClusterError: The scheduler does not answer.
+        ClusterError: The scheduler does not answer, or the processes do not start.
     """
     logging.getLogger("distributed").setLevel(logging.WARNING)
     if scheduler is not None:
@@ -37,20 +44,9 @@ def open_cluster(
         return
     count = workers or 1
     processors = max(1, usable_processors() // count)
-    settings = {
-        "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
-        # Else a worker that was lost is given up while it is still being started again.
-        "distributed.deploy.lost-worker-timeout": "1 hour",
-    }
     with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            memory_limit=None,  # what is ahead is bounded by settings, as it is inline
-            dashboard_address="127.0.0.1:0",
-            preload=["pipeline.extraction.units"],
-        ) as local,
+        dask.config.set(SETTINGS),
+        _started(count) as local,
         Client(local) as client,
         Cluster(client, config, processors=processors).ending() as cluster,
     ):
@@ -58,6 +54,23 @@ def open_cluster(
             yield cluster
         finally:  # to end, an idle process may need more than the seconds after which it warns
             logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
+
+
+def _started(count: int) -> LocalCluster:
+    """Start worker processes on this machine."""
+    try:
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            memory_limit=None,  # what is ahead is bounded by settings, as it is inline
+            dashboard_address="127.0.0.1:0",
+            preload=[PRELOADED],
+        )
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise ClusterError(
+            f"The worker processes did not start ({error}). {count} of them, with room in memory "
+            f"to load an encoder each, were expected. Lower --workers, or leave it out."
+        ) from error
 
 
 @contextmanager

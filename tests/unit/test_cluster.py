@@ -162,6 +162,16 @@ def test_a_scheduler_that_does_not_answer_is_named(
         pass
 
 
+def test_processes_that_do_not_start_are_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PRELOADED", "no.such.module")  # a worker dies at its start
+    config = load_config(str(tiny.world(tmp_path, rows=2)))
+    expected = "The worker processes did not start .* Lower --workers"
+    with pytest.raises(ClusterError, match=expected), open_cluster(config, workers=1):
+        pass
+
+
 def test_workers_of_this_machine_and_of_a_scheduler_do_not_go_together() -> None:
     done = CliRunner().invoke(
         cli, ["extract", "demo", "--scheduler", "tcp://a:1", "--workers", "2"]
