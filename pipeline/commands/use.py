@@ -51,7 +51,7 @@ def search(
       sail search runs/demo "a red circle"
       sail search runs/demo --image photo.jpg --among captions --top 3
     """
-    if (query is None) == (image is None):
+    if (not query) == (image is None):
         raise click.UsageError("Give either a sentence or --image FILE.")
     from pipeline.aligned import load_aligned
     from pipeline.embedding.search import search_captions, search_images

@@ -40,7 +40,13 @@ class _Evaluated:
                 f"{run} has no eval/results.json. The folder of an evaluated run (its `run.dir`) "
                 f"was expected. Run `sail eval` on its recipe."
             )
-        found = [result for result in read_results(path) if not result.is_detail]
+        try:
+            found = [result for result in read_results(path) if not result.is_detail]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path} is damaged: {error!r}. What `sail eval` writes was expected. Delete it, "
+                f"and run `sail eval` again."
+            ) from error
         results = {result.name: result for result in found}
         return cls(run, results, read_items(path.with_name("items.npz")))
 

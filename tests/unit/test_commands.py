@@ -88,3 +88,10 @@ def test_a_pipe_gets_no_escape_codes(arguments: list[str], code: int) -> None:
     assert ended.returncode == code, ended.stderr
     assert ended.stdout or ended.stderr
     assert ESCAPE not in ended.stdout + ended.stderr
+
+
+def test_a_search_for_nothing_is_refused() -> None:
+    for arguments in ([""], [], ["a circle", "--image", "photo.jpg"]):
+        result = CliRunner().invoke(cli, ["search", "runs/none", *arguments])
+        assert result.exit_code == 2
+        assert "Give either a sentence or --image FILE" in result.output

@@ -118,3 +118,11 @@ def test_what_follows_from_the_encoder_is_no_other_protocol(tmp_path: Path) -> N
 def test_a_run_that_is_not_evaluated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no eval/results\.json.*sail eval"):
         compare_runs(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": [{"task": "zero_shot"}]}'])
+def test_results_that_are_damaged_are_told_in_words(content: str, tmp_path: Path) -> None:
+    run = evaluated(tmp_path, [1, 0])
+    (run / "eval" / "results.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"results\.json is damaged: .* `sail eval` again"):
+        compare_runs(run, run)
