@@ -81,8 +81,8 @@ def update_index(
     """
     if changes.files and not append:
         raise SourceError(
-            f"{len(changes.files)} files match {settings_of(source)['path']} that were not there "
-            f"when it was indexed in {index.path}: {changes.files[0]} is the first. "
+            f"Files match {settings_of(source)['path']} that were not there when it was indexed in "
+            f"{index.path}: {len(changes.files)}, of which {changes.files[0]} is the first. "
             f"{_NOT_WITHOUT_APPEND}"
         )
     candidate = partial_path(index.path)

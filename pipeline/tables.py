@@ -3,7 +3,6 @@
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 WIDTH_OF_A_PIPE = 160
@@ -75,8 +74,8 @@ def _samples_table(description: dict[str, Any]) -> str:
         table.add_column(heading, overflow="fold")
     for row in description["samples"]:
         captions = "\n".join(f"{field}: {text}" for field, text in row["captions"].items())
-        name = row["class"] or ("-" if row["label"] is None else str(row["label"]))
-        table.add_row(str(row["row"]), escape(row["key"]), escape(captions), escape(name))
+        name = row["class"] or ("-" if row["label"] in (None, -1) else str(row["label"]))
+        table.add_row(str(row["row"]), row["key"], captions, name)
     return rendered(table)
 
 
@@ -89,7 +88,7 @@ def hits_table(hits: list[dict[str, Any]]) -> str:
         table.add_column(heading, overflow="fold")
     for hit in hits:
         captions = "\n".join(f"{field}: {text}" for field, text in hit["captions"].items())
-        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], escape(captions))
+        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], captions)
     return rendered(table)
 
 
@@ -258,7 +257,7 @@ def drift_table(document: dict[str, Any]) -> str:
                 f"{drift['changed_neighbours']} of {protocol['rows']}",
             ]
         words = (drift[what] for what in ("modality", "over", "usual", "other"))
-        table.add_row(*map(escape, words), *numbers)
+        table.add_row(*words, *numbers)
     return f"{rendered(table)}\ntolerance: 1 − cosine of {protocol['tolerance']:g} at most"
 
 
@@ -268,7 +267,7 @@ def doctor_table(examination: dict[str, Any]) -> str:
     for heading in ("", "looked at", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for check in examination["checks"]:
-        table.add_row(*(escape(check[what]) for what in ("status", "name", "found", "advice")))
+        table.add_row(*(check[what] for what in ("status", "name", "found", "advice")))
     broken = sum(check["status"] == "broken" for check in examination["checks"])
     end = "Nothing that is needed is broken." if not broken else f"{broken} broken, see above."
     return f"{rendered(table)}\n{end}"
@@ -285,10 +284,12 @@ def byte_size(count: int) -> str:
 
 
 def rendered(table: RenderableType) -> str:
-    """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_A_PIPE)
+    """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns.
+
+    Brackets and colons in it are no markup: they may be of captions and keys.
+    """
+    width = None if Console().is_terminal else WIDTH_OF_A_PIPE
+    console = Console(width=width, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")

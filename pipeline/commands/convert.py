@@ -95,7 +95,7 @@ def import_store(
     PATH is what `sail convert --to` wrote; or HDF5, .npy, .npz, parquet, safetensors, a folder of
     clip-retrieval, or the .pt folders of the released SAIL code. --take says which array becomes
     what: key, label, group, caption/FIELD, image/ENCODER, text/ENCODER/FIELD. Without it the call
-    lists the arrays. Columns of --table (.csv, .jsonl, .parquet) are arrays table/COLUMN.
+    lists the arrays. Columns of --table (.csv, .tsv, .jsonl, .parquet) are arrays table/COLUMN.
     Nothing is unpickled. A call that was stopped or killed is continued by the same call. Prints
     the path of the store. docs/formats.md.
 

@@ -58,7 +58,7 @@ def sentences(file: Path) -> list[str]:
         SourceError: It cannot be read, is not UTF-8, or has none.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{file} cannot be read: {error}. A text file in UTF-8 with one sentence a line was "

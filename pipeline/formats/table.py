@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 4096
 
 
 class WithTable:
-    """Arrays, and the columns of a `.csv`, `.jsonl` or `.parquet` as `table/<column>`."""
+    """Arrays, and the columns of a `.csv`, `.tsv`, `.jsonl` or `.parquet` as `table/<column>`."""
 
     layout: Layout | None = None
 
@@ -28,7 +28,7 @@ class WithTable:
         """
         if not table.is_file():
             raise SourceError(
-                f"There is no table {table}. A .csv, .jsonl or .parquet file was expected. "
+                f"There is no table {table}. A .csv, .tsv, .jsonl or .parquet file was expected. "
                 f"Correct --table."
             )
         self._arrays, self._table = arrays, table

@@ -92,7 +92,7 @@ def _chosen(store: FeatureStore, choice: Choice, stop: StopRequest) -> Bool[np.n
 def _with_keys(store: FeatureStore, file: Path) -> Bool[np.ndarray, "rows"]:
     """Find the rows of keys, all of which must be there."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{file} cannot be read: {error}. A text file in UTF-8 with one key a line was "

@@ -150,3 +150,12 @@ def test_the_table_and_json_say_what_the_store_holds(store: FeatureStore) -> Non
     assert found == describe_store(store.path)
     few = json.loads(sail("inspect", store.path, "--rows", "16", "--json").stdout)
     assert few["columns"][f"text/{TEXT}/long"]["statistics"]["rows"] == 16
+
+
+def test_words_in_brackets_and_between_colons_are_shown_as_they_are(tmp_path: Path) -> None:
+    words = "a [/b] sign :heart: [red]"
+    captions = {"bare": [words] * 20, "long": [words] * 20}
+    store = make_store(tmp_path / "s [/x].zarr", rows=20, captions=captions)
+    for arguments in ((), ("--row", 3)):
+        shown = sail("inspect", store.path, *arguments).stdout
+        assert words in shown
