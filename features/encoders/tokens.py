@@ -63,13 +63,14 @@ def read_tokenizer(folder: Path) -> Any:
     other numbers for texts with leading or double spaces (transformers 5.23).
 
     Raises:
-        EncoderError: It has no tokenizer, as an encoder of images.
+        EncoderError: It has no tokenizer, as an encoder of images, or a damaged one.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return _other_tokenizer(folder)
+    _read_json(path)  # of a damaged one the library would tell by a plain Exception
     settings = folder / "tokenizer_config.json"
-    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    named = _read_json(settings) if settings.is_file() else {}
     special = {
         name: _content(named[name])
         for name in ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token")
@@ -100,6 +101,16 @@ def _other_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer.json, and no other tokenizer can be made of it ({reason}). "
             f"A text encoder with its tokenizer was expected. Fetch the file from where the "
             f"weights came from, or choose another model."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise EncoderError(
+            f"{path} cannot be read: {error}. A whole JSON file was expected. Fetch it again from "
+            f"where the weights came from."
         ) from error
 
 

@@ -36,6 +36,15 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None
         load_text_encoder("tiny", config, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = text_models.llama_tokenizer(tmp_path)
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EncoderError, match=rf"{name} cannot be read: .* Fetch it again"):
+        read_tokenizer(folder)
+
+
 def test_a_last_token_embedder_reads_the_end_token_even_of_a_caption_that_is_cut(
     tmp_path: Path,
 ) -> None:
