@@ -264,9 +264,12 @@ class CheckpointFolder:
             _sync(path)
 
     def _point(self, link: Path, step: int) -> None:
+        target = self._folder(step).relative_to(self.run_dir)
+        if link.is_symlink() and link.readlink() == target:
+            return
         partial = link.with_name(f".{link.name}.partial")
         partial.unlink(missing_ok=True)
-        partial.symlink_to(self._folder(step).relative_to(self.run_dir), target_is_directory=True)
+        partial.symlink_to(target, target_is_directory=True)
         partial.replace(link)
         _sync(self.run_dir)
 
@@ -276,8 +279,8 @@ class CheckpointFolder:
         for path in self._steps.iterdir():
             if os.path.realpath(path) not in (last, best):
                 shutil.rmtree(path)
-        if best != last:
-            (self.best / STATE).unlink(missing_ok=True)
+        if best != last and (self.best / STATE).exists():
+            (self.best / STATE).unlink()
 
     def _folder(self, step: int) -> Path:
         return self._steps / f"step-{step:08d}"

@@ -72,7 +72,9 @@ def start_run(config: RunConfig) -> RunFolder:
     Commands that may refuse the settings call this once they have not.
     """
     folder = run_folder(config)
-    write(folder.path / "config.toml", dump_config(config).encode())
+    path, content = folder.path / "config.toml", dump_config(config).encode()
+    if not (path.is_file() and path.read_bytes() == content):  # a finished run may be read-only
+        write(path, content)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def search_images(
 ) -> list[Hit]:
     """Return the images of a split that are nearest to a vector, nearest first.
 
-    The first search of a split embeds it; the embeddings stay in `run.dir/search`.
+    The first search of a split embeds it; the embeddings stay in `run.dir/search`, or in
+    `~/.cache/sail` where that cannot be written.
 
     Args:
         aligned: The run.
@@ -93,7 +95,7 @@ def embeddings_file(aligned: Aligned, column: Column, rows: Int64[np.ndarray, "o
     """Return where the embeddings of rows of a column are kept; the name stands for all of it."""
     parts = [aligned.checkpoint.sha256, str(column.path), column.name]
     digest = hashlib.sha256("\n".join(parts).encode() + rows.tobytes()).hexdigest()[:16]
-    return aligned.config.run.dir / "search" / f"{column.name.replace('/', '-')}-{digest}.npy"
+    return _kept_in(aligned.config.run.dir) / f"{column.name.replace('/', '-')}-{digest}.npy"
 
 
 def open_embeddings(
@@ -113,6 +115,15 @@ def open_embeddings(
             written.flush()
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
+
+
+def _kept_in(run: Path) -> Path:
+    """Return `run.dir/search`; of a run that others own, or keep safe, a folder of the user's."""
+    folder = run / "search"
+    if os.access(folder if folder.is_dir() else run, os.W_OK):
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sail" / hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
 
 
 def _open(aligned: Aligned, split: str) -> tuple[FeatureStore, Embedder]:

@@ -1,7 +1,9 @@
 """What was trained, used: embeddings of new images and sentences, and search among the old ones."""
 
 import json
+import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,18 @@ def test_a_second_search_embeds_nothing(run: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Embedder, "blocks", refuse)
     assert sail("search", run, "a red circle", "--json").stdout == first
+
+
+def test_a_run_that_cannot_be_written_is_searched_by_what_lies_in_the_cache_of_the_user(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sail("search", run, "a word", "--json").stdout
+    shutil.rmtree(run / "search")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda _path, mode: mode != os.W_OK)
+    assert sail("search", run, "a word", "--json").stdout == expected
+    assert not (run / "search").exists()
+    assert len(list(tmp_path.rglob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("form", ["npy", "parquet", "zarr"])
