@@ -42,7 +42,7 @@ def test_the_budget_halves_until_a_batch_fits_and_the_features_are_the_same(
     model_type: str,
 ) -> None:
     folder = text_models.transformers_model(tmp_path, model_type)
-    settings = TextEncoderConfig(model=str(folder), tokens_per_batch=1000)
+    settings = TextEncoderConfig(model=str(folder), tokens_per_batch=1000, max_length=128)
     encoder = load_text_encoder("tiny", settings, torch.device("cpu"))
     ids = text_models.sequences(60, longest=20)
     expected = encoder.encode_tokens(ids)
@@ -90,7 +90,7 @@ def test_the_batch_that_failed_is_the_one_that_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = text_models.transformers_model(tmp_path, "bert")
-    settings = TextEncoderConfig(model=str(folder), tokens_per_batch=8)
+    settings = TextEncoderConfig(model=str(folder), tokens_per_batch=8, max_length=128)
     encoder = load_text_encoder("tiny", settings, torch.device("cpu"))
     seen: list[TokenBatch] = []
     encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

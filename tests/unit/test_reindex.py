@@ -89,7 +89,9 @@ def test_further_shards_are_not_appended_unless_asked_for(tmp_path: Path) -> Non
     source = shards(tmp_path, "b", "d")
     index = built(source, tmp_path)
     shards(tmp_path, "e")
-    with pytest.raises(SourceError, match=r"1 files match .*e\.tar is the first.* --append"):
+    with pytest.raises(
+        SourceError, match=r"Files match .*: 1, of which .*e\.tar is the first.* --append"
+    ):
         updated(index, source)
     assert Index.open(index.path).rows == 6
 
