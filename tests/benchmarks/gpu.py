@@ -139,7 +139,7 @@ def step_figures(
     All widths are divided by `scale`.
     """
     heads = {
-        "glu of the brief": (HeadConfig(kind="glu", dim=768 // scale, depth=8), 1024 // scale),
+        "glu of sail": (HeadConfig(kind="glu", dim=768 // scale, depth=8), 1024 // scale),
         "star as released": (HeadConfig(kind="star", dim=1024 // scale), 2048 // scale),
     }
     text_dim = 4096 // scale

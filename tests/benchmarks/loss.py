@@ -146,7 +146,7 @@ def memory_figures(batch: int, dim: int, *, small: int, large: int, largest: int
 
 
 def measure(rounds: int = 5) -> list[Figure]:
-    """Return the ratios at the batch of the brief, and memory up to a batch of 131,072."""
+    """Return the ratios at the batch of the recipe `sail`, and memory up to a batch of 131,072."""
     return [
         *time_figures(16_384, 768, rounds),
         *memory_figures(16_384, 768, small=8192, large=65_536, largest=131_072),

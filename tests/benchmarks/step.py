@@ -1,7 +1,7 @@
-"""The share of a training step that waits for data, at the brief's batch and depth of head.
+"""The share of a training step that waits for data, at the batch and depth of `sail`.
 
-All widths are those of the brief (1024 and 4096 in, 768 out) divided by 4, so that it takes a
-minute on two cores. That asks more of the loader than the brief does: a step has 16 times fewer
+All widths are those of `sail` (1024 and 4096 in, 768 out) divided by 4, so that it takes a
+minute on two cores. That asks more of the loader than `sail` does: a step has 16 times fewer
 products, but only 4 times fewer bytes.
 """
 
@@ -64,7 +64,7 @@ def measure(
     share = share_of_waiting(rows=rows, batch=batch, steps=steps, scale=scale)
     return [
         figure_of(
-            f"share of a step that waits for data, batch {batch}, widths of the brief / {scale}",
+            f"share of a step that waits for data, batch {batch}, widths of sail / {scale}",
             [share],
             unit="share of time",
             goal=0.05,
