@@ -263,8 +263,18 @@ def _loaded(job: Job, config: RunConfig, name: str) -> Encoder:
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001 - the name and form that Dask calls
-    """Leave signals to the command that started this worker: it ends it after its chunk."""
+    """Leave signals to the command that started this worker: it ends it after its chunk.
+
+    And the words about a scheduler that is gone: at the end of a command it may be gone before the
+    worker is, and Dask would log a traceback.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.getLogger("distributed.worker").addFilter(is_no_heartbeat)
+
+
+def is_no_heartbeat(record: logging.LogRecord) -> bool:
+    """Return whether a line of Dask is not about a heartbeat that reached no scheduler."""
+    return "scheduler during heartbeat" not in record.getMessage()

@@ -1,12 +1,14 @@
 """How units are cut and handed out; whole commands are in end_to_end and fault."""
 
+import inspect
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import distributed
+import distributed.worker
 import pytest
 from click.testing import CliRunner
 from distributed import Client, Future, LocalCluster, Scheduler
@@ -21,7 +23,7 @@ from pipeline.config import EncodersConfig, RunSettings, load_config
 from pipeline.extraction import cluster, connection
 from pipeline.extraction.cluster import LEAST_UNITS, Cluster, cut_into_units
 from pipeline.extraction.connection import open_cluster
-from pipeline.extraction.units import Job, device_settings
+from pipeline.extraction.units import Job, device_settings, is_no_heartbeat
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import extract
 from tests import tiny
@@ -170,6 +172,13 @@ def test_processes_that_do_not_start_are_told_in_words(
     expected = "The worker processes did not start .* Lower --workers"
     with pytest.raises(ClusterError, match=expected), open_cluster(config, workers=1):
         pass
+
+
+def test_of_dask_a_heartbeat_that_reaches_no_scheduler_alone_is_not_logged() -> None:
+    words = "Failed to communicate with scheduler during heartbeat."
+    assert words in inspect.getsource(distributed.worker)
+    assert not is_no_heartbeat(logging.makeLogRecord({"msg": words}))
+    assert is_no_heartbeat(logging.makeLogRecord({"msg": "Removing worker %s", "args": ("a",)}))
 
 
 def test_workers_of_this_machine_and_of_a_scheduler_do_not_go_together() -> None:
