@@ -53,8 +53,9 @@ class Commands(click.Group):
             raise
         except OSError as error:
             place = f" {error.filename}:" if error.filename else ""
+            reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
             raise click.ClickException(
-                f"The operating system refused:{place} {error.strerror or error}. A place that can "
+                f"The operating system refused:{place} {reason}. A place that can "
                 f"be read and written, with room on the disk, was expected. Check `run.dir` and "
                 f"the paths of the recipe; what was done is kept."
             ) from error

@@ -62,7 +62,7 @@ def write_clip_retrieval(
                 for block in chunks_of(rows, size, stop, chunks[first : first + per_file]):
                     part.write(block)
                     line.advance(1)
-            work.advance()
+            work.advance(*part.files)
         work.made.rename(out)
     return out
 
@@ -156,19 +156,21 @@ class _Part(AbstractContextManager["_Part"]):
         plain = [name for name in self._names if not name.endswith("/features")]
         fields = [(self._names[name], _type(name)) for name in plain]
         schema = pa.schema(fields, metadata={LAYOUT_KEY: layout.to_json()})
+        self.files: list[Path] = []
         with ExitStack() as stack:
             self._vectors = dict[str, IO[bytes]]()
             for column, dim in layout.columns.items():
                 name = self._names[f"{column}/features"]
                 parent = folder if name in ("img_emb", "text_emb") else folder / "columns"
                 (parent / name).mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((parent / name / f"{name}_{number}.npy").open("wb"))
+                self.files.append(parent / name / f"{name}_{number}.npy")
+                file = stack.enter_context(self.files[-1].open("wb"))
                 header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
                 npy.write_array_header_1_0(file, header)
                 self._vectors[f"{column}/features"] = file
             (folder / "metadata").mkdir(exist_ok=True)
-            metadata = folder / "metadata" / f"metadata_{number}.parquet"
-            self._metadata = stack.enter_context(pq.ParquetWriter(metadata, schema))
+            self.files.append(folder / "metadata" / f"metadata_{number}.parquet")
+            self._metadata = stack.enter_context(pq.ParquetWriter(self.files[-1], schema))
             self._stack = stack.pop_all()
 
     def __exit__(

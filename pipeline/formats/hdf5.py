@@ -6,6 +6,8 @@ name.
 """
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,13 +61,14 @@ def write_hdf5(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
                 _create(file, layout)
                 for start in starts:
                     _write(file, layout.names, rows, start, stop)
-            work.advance()
+            _reserve(work.made)
+            work.advance(work.made)
         line.set(work.done - 1, len(starts))
         with h5py.File(work.made, "r+") as file:
             for start in starts[work.done - 1 :]:
                 _write(file, ours, rows, start, stop)
                 file.flush()
-                work.advance()
+                work.advance(work.made)
                 line.advance(1)
         work.made.replace(out)
     return out
@@ -144,6 +147,7 @@ def _create(file: h5py.File, layout: Layout) -> None:
         column = file.require_group(name)
         with_room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         with_room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        with_room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # all of it is written once, not twice
         column.create_dataset(
             "features", (layout.rows, dim), np.float16, chunks=(chunk, dim), dcpl=with_room
         )
@@ -151,6 +155,13 @@ def _create(file: h5py.File, layout: Layout) -> None:
             "status", (layout.rows,), np.uint8, chunks=(chunk,), dcpl=with_room
         )
         _write_attributes(status, {"codes": {code.label: int(code) for code in Status}})
+
+
+def _reserve(path: Path) -> None:
+    """Take the room on the disk now: where it ran out later, h5py would end in tracebacks."""
+    if sys.platform != "darwin":  # which has no such call
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _write(

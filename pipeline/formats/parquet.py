@@ -61,11 +61,12 @@ def write_parquet(
         work.made.mkdir(exist_ok=True)
         line.set(work.done * per_file, len(chunks))
         for first in chunks[::per_file][work.done :]:
-            with _writer(work.made / f"part-{first // per_file:05d}.parquet", schema) as writer:
+            file = work.made / f"part-{first // per_file:05d}.parquet"
+            with _writer(file, schema) as writer:
                 for block in chunks_of(rows, size, stop, chunks[first : first + per_file]):
                     writer.write_batch(as_batch(block, schema))
                     line.advance(1)
-            work.advance()
+            work.advance(file)
         work.made.rename(out)
     return out
 

@@ -51,8 +51,16 @@ class Unfinished:
         else:
             self.made.unlink(missing_ok=True)
 
-    def advance(self) -> None:
-        """Know that one more step is done."""
+    def advance(self, *written: Path) -> None:
+        """Know that one more step is done.
+
+        Args:
+            written: Files that must be on the disk before, because after a power cut nothing would
+                tell that they are not. Chunks of a store need not: they have checksums.
+        """
+        for path in written:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         self.done += 1
         with appearing(self._state) as partial:
             partial.write_text(json.dumps({"made_of": self._made_of, "done": self.done}))

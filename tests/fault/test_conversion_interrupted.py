@@ -3,8 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -186,6 +188,40 @@ def test_columns_of_hdf5_fill_room_and_change_no_byte_of_the_tree(folder: Path) 
     assert len(before) == len(after)
     assert not before[is_room].any()
     np.testing.assert_array_equal(before[~is_room], after[~is_room])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB of its own, with the store `s.zarr` of half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small tmpfs cannot be mounted: that needs root")
+    try:
+        make_store(disk / "s.zarr", rows=100, image_dim=2048)
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("work", [to_hdf5, to_parquet, to_clip_retrieval, to_smaller_chunks])
+def test_the_same_call_goes_on_when_a_full_disk_has_room_again(
+    small_disk: Path, work: Work, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = small_disk / "out"
+    work(small_disk, StopRequest())
+    expected = digests_of(out)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "filler").write_bytes(bytes(room - 200_000))
+    with pytest.raises(OSError, match="No space left"):
+        work(small_disk, StopRequest())
+    assert not out.exists()
+    (small_disk / "filler").unlink()
+    work(small_disk, StopRequest())
+    assert digests_of(out) == expected
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_is_of_other_rows_or_of_another_form_begins_anew(folder: Path) -> None:
