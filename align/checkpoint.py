@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.config import HeadConfig, LossConfig
-from align.head import AlignmentModel, build_model
+from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
 
 FORMAT = "sail-head"

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from features.config import SETTINGS, EachOnce
-from features.storage.settings import FolderSetting, PlaceSetting
+from features.storage.place import FolderSetting, PlaceSetting
 
 
 class HeadConfig(BaseModel):

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Float16, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.head import AlignmentModel
-from align.pairs import Pairs
-from align.selection import Columns
-from features.column import Column
-from features.keys import key_hashes
+from align.columns import Columns
+from align.heads import AlignmentModel
+from align.loss import Pairs
+from features.storage.column import Column
+from features.store import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024

@@ -1,14 +1,20 @@
 """The update rules, what they decay, and the schedule of the learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from align.config import OptimizerConfig
+from align.config import AlignConfig, OptimizerConfig
+from align.heads import AlignmentModel
+from align.loader import Batch
+from align.loss import ALONE, LossOptions, Pairs, contrastive_loss
+from align.processes import Ring
 
 
 class Lion(Optimizer):
@@ -96,3 +102,120 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Use a learning rate from the next update on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+BLOCK_ROWS = {"cuda": 4096}
+BLOCK_ROWS_ELSEWHERE = 1024
+Embeddings = tuple[Float[Tensor, "rows dim"], Float[Tensor, "rows fields dim"]]
+
+
+class Gradients:
+    """Computes the gradients of one batch after the other.
+
+    With `align.micro_batch` the heads run over the batch in parts, twice: first without a graph,
+    for the embeddings that the loss compares with one another; then with one, part by part, to
+    carry the gradients of the embeddings on to the weights. What the heads hold is the size of a
+    part, and the gradients are those of the whole batch.
+
+    Reference:
+        Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
+        arXiv:2101.06983 (GradCache).
+    """
+
+    def __init__(
+        self,
+        model: AlignmentModel,
+        config: AlignConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        ring: Ring = ALONE,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self.device = device
+        self.ring = ring
+        self._micro_batch = config.micro_batch
+        self._has_dropout = config.head.dropout > 0
+        loss = config.loss
+        rows = loss.block_rows or BLOCK_ROWS.get(device.type, BLOCK_ROWS_ELSEWHERE)
+        self._options = LossOptions(loss.kind, loss.normalise, rows)
+        self._autocast_type = autocast_type(config, device)
+
+    def backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
+        """Set the gradients of the weights to those of a batch; return its loss, without a graph.
+
+        Args:
+            batch: This process' share of the rows; loss and gradients are those of all together.
+            step: Number of the update; decides on the dropout.
+        """
+        self.model.zero_grad(set_to_none=True)
+        loss = self._backward(batch, step)
+        gradients = (weight.grad for weight in self.model.parameters())
+        self.ring.sum_in_place(each for each in gradients if each is not None)
+        return loss.detach()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the heads run."""
+        kind = self._autocast_type
+        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+    def _backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
+        rows = len(batch.image)
+        size = self._micro_batch or rows
+        if size >= rows:
+            loss = self._loss(*self._embed(batch, slice(0, rows), step), batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+        with torch.no_grad():
+            parts = [self._embed(batch, part, step) for part in _parts(rows, size)]
+        image = torch.cat([image for image, _ in parts]).requires_grad_()
+        text = torch.cat([text for _, text in parts]).requires_grad_()
+        loss = self._loss(image, text, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for part in _parts(rows, size):
+            gradients = [each.grad[part] for each in (image, text) if each.grad is not None]
+            torch.autograd.backward(self._embed(batch, part, step), gradients)
+        return loss
+
+    def _embed(self, batch: Batch, part: slice, step: int) -> Embeddings:
+        if self._has_dropout:  # the same masks, however often a part is embedded
+            torch.manual_seed(_seed(self.seed, step, self.ring.rank, part.start))
+        features = batch.text[part]
+        with self.autocast():
+            image = self.model.embed_image(batch.image[part])
+            text = self.model.embed_text(features.flatten(0, 1))  # all fields in one product
+        return image, text.view(len(features), -1, text.shape[-1])
+
+    def _loss(
+        self,
+        image: Float[Tensor, "batch dim"],
+        text: Float[Tensor, "batch fields dim"],
+        batch: Batch,
+    ) -> Float[Tensor, ""]:
+        return contrastive_loss(
+            image,
+            text,
+            log_scale=self.model.log_scale,
+            bias=self.model.bias,
+            pairs=Pairs(text.shape[1], batch.weights.flatten(), batch.caption_ids),
+            options=self._options,
+            ring=self.ring,
+        )
+
+
+def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | None:
+    """Return the type of the matrix products, None for that of the weights (float32)."""
+    if config.precision == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_it else None
+    return torch.bfloat16 if config.precision == "bfloat16" else None
+
+
+def _parts(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,10 +1,13 @@
 """Charts of the report as inline SVG, coloured by its style sheet so that they follow the theme."""
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
+from PIL import Image
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
@@ -187,3 +190,16 @@ def _nice_step(raw: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     return power * next((m for m in (1, 2, 2.5, 5) if m * power >= raw), 10)
+
+
+SIDE = 168
+QUALITY = 80
+
+
+def thumbnail(image: Image.Image, *, side: int = SIDE) -> str:
+    """Return an image as a data URI, its longer side at most `side` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -14,8 +14,7 @@ from pydantic import (
 
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.config import SETTINGS, EachOnce, Name, PatchAttention
-from features.storage.place import Place
-from features.storage.settings import PlaceSetting, as_place_setting
+from features.storage.place import Place, PlaceSetting, as_place_setting
 
 Names = Annotated[tuple[str, ...], EachOnce]
 AlignmentMeasure = Literal["cka", "cka_debiased", "cka_rbf", "mutual_knn", "cknna", "svcca"]

@@ -15,8 +15,7 @@ from pydantic import (
 )
 
 from features.class_lists import CLASS_LISTS
-from features.storage.place import Place
-from features.storage.settings import Pattern, PlaceSetting, as_place_setting
+from features.storage.place import Pattern, Place, PlaceSetting, as_place_setting
 
 SETTINGS = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

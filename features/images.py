@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import PIL
+import simplejpeg
 import torch
 from jaxtyping import Float, Num, UInt8
 from PIL import ExifTags, Image
@@ -20,8 +22,171 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from features.errors import EncoderError
-from features.processors import BILINEAR, read_processor
 from features.status import Status
+
+BICUBIC = int(Image.Resampling.BICUBIC)
+BILINEAR = int(Image.Resampling.BILINEAR)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What each processor of transformers does where preprocessor_config.json leaves a key out.
+_SQUARE = {"do_resize": True, "do_center_crop": False, "resample": BILINEAR}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": _SQUARE
+    | {"size": {"height": 224, "width": 224}, "image_mean": HALF, "image_std": HALF},
+    "BitImageProcessor": {
+        "do_resize": True,
+        "do_center_crop": True,
+        "resample": BICUBIC,
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+    "CLIPImageProcessor": {
+        "do_resize": True,
+        "do_center_crop": True,
+        "resample": BICUBIC,
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+    "SiglipImageProcessor": _SQUARE
+    | {
+        "resample": BICUBIC,
+        "size": {"height": 224, "width": 224},
+        "image_mean": HALF,
+        "image_std": HALF,
+    },
+    "MobileNetV2ImageProcessor": {
+        "do_resize": True,
+        "do_center_crop": True,
+        "resample": BILINEAR,
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": HALF,
+        "image_std": HALF,
+    },
+    "DeiTImageProcessor": _SQUARE
+    | {
+        "do_center_crop": True,
+        "resample": BICUBIC,
+        "size": {"height": 256, "width": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": HALF,
+        "image_std": HALF,
+    },
+    "ConvNextImageProcessor": _SQUARE
+    | {
+        "resample": BICUBIC,
+        "size": {"shortest_edge": 384},
+        "crop_pct": 224 / 256,
+        "image_mean": HALF,
+        "image_std": HALF,
+    },
+    "DINOv3ViTImageProcessor": _SQUARE
+    | {
+        "size": {"height": 224, "width": 224},
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    },
+}
+SUFFIXES = ("Fast", "Pil")
+CONVNEXT_STRETCHES_FROM = 384
+
+
+def read_processor(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `features.images.Preprocessing` from a preprocessor_config.json.
+
+    Raises:
+        EncoderError: The processor, its filter or its size is not one we know.
+    """
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name not in DEFAULTS:
+        raise EncoderError(
+            f"The image processor {name!r} is not known here. One of {', '.join(DEFAULTS)} was "
+            f"expected. Choose another encoder, or write its preprocessor_config.json as one "
+            f"of these."
+        )
+    merged = DEFAULTS[name] | {key: value for key, value in config.items() if value is not None}
+    in_float = name.startswith("DINOv3")
+    if in_float:
+        _check_can_resize_in_float(merged)
+    square = "height" in DEFAULTS[name]["size"]
+    resize, shortest_edge, crop = _geometry(merged, square=square)
+    rescales, normalises = merged.get("do_rescale", True), merged.get("do_normalize", True)
+    return {
+        "processor": name,
+        "resize": resize,
+        "shortest_edge": shortest_edge,
+        "crop": crop,
+        "resample": int(merged["resample"]),
+        "rescale": float(merged.get("rescale_factor", 1 / 255)) if rescales else 1.0,
+        "mean": _three(merged["image_mean"]) if normalises else (0.0, 0.0, 0.0),
+        "std": _three(merged["image_std"]) if normalises else (1.0, 1.0, 1.0),
+        "in_float": in_float,
+    }
+
+
+def _geometry(
+    config: dict[str, Any], *, square: bool
+) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
+    """Return what to resize to (height and width, or the shorter side), and what to crop."""
+    crop = _size(config.get("crop_size"), square=True)[0] if config["do_center_crop"] else None
+    if not config["do_resize"]:
+        return None, None, crop
+    resize, shortest_edge = _size(config["size"], square=square)
+    if "crop_pct" not in config or shortest_edge is None:
+        return resize, shortest_edge, crop
+    target = (shortest_edge, shortest_edge)
+    if shortest_edge >= CONVNEXT_STRETCHES_FROM:
+        return target, None, crop
+    return None, int(shortest_edge / config["crop_pct"]), target
+
+
+def _size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
+    """Return (height, width), or the shorter side, from what a config calls a size.
+
+    A number alone is a square for some processors and the shorter side for others.
+    """
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    size = size if isinstance(size, dict) else {}
+    given = {name: value for name, value in size.items() if value is not None}
+    if given.keys() == {"shortest_edge"}:
+        return None, int(given["shortest_edge"])
+    if given.keys() == {"height", "width"}:
+        return (int(given["height"]), int(given["width"])), None
+    raise EncoderError(
+        f"The size {size!r} of an image processor is not known here. `height` and `width`, or "
+        f"`shortest_edge`, was expected. Choose another encoder."
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    """Return one value for each channel from a number or three."""
+    red, green, blue = [values] * 3 if isinstance(values, (int, float)) else values
+    return float(red), float(green), float(blue)
+
+
+def _check_can_resize_in_float(config: dict[str, Any]) -> None:
+    if config["resample"] not in (BILINEAR, BICUBIC):
+        raise EncoderError(
+            f"The filter {config['resample']} of DINOv3ViTImageProcessor is not known here. 2 "
+            f"(bilinear) or 3 (bicubic) was expected. Choose another encoder."
+        )
+    if config["do_center_crop"] or not config["do_resize"]:
+        raise EncoderError(
+            "DINOv3ViTImageProcessor here crops, or does not resize. Resizing to a fixed size and "
+            "no crop was expected, as in Meta's checkpoints. Choose another encoder."
+        )
+
 
 # Our own limit is checked before any pixel is decoded; Pillow's would warn, and is global.
 Image.MAX_IMAGE_PIXELS = None
@@ -311,3 +476,91 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+FILTERS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
+VERTICAL_FIRST_SINCE = 13  # version of Pillow
+
+
+def check_can_be_fast(preprocessing: Preprocessing) -> None:
+    """Refuse a preprocessing whose filter torch does not have for uint8.
+
+    Raises:
+        EncoderError: Naming the filter.
+    """
+    resizes = preprocessing.resize is not None or preprocessing.shortest_edge is not None
+    if resizes and preprocessing.resample not in FILTERS:
+        raise EncoderError(
+            f"mode = 'fast' is not there for {preprocessing.processor} with the filter "
+            f"{preprocessing.resample}. 2 (bilinear) or 3 (bicubic) was expected. Set mode = "
+            f"'exact'."
+        )
+
+
+def prepare_fast(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, upright: bool = False
+) -> UInt8[np.ndarray, "3 height width"]:
+    """Decode, resize and crop an encoded image.
+
+    Args:
+        data: The file's bytes.
+        preprocessing: What the checkpoint asks for; `in_float` is not followed, the result is
+            uint8 always.
+        max_pixels: Width times height that is still decoded.
+        upright: Whether it is turned as its EXIF orientation says.
+
+    Raises:
+        ImageFault: As by `features.images.decode`, and for the same files.
+    """
+    pixels = decode_fast(data, max_pixels=max_pixels, upright=upright)
+    size = preprocessing.resized((pixels.shape[1], pixels.shape[0]))
+    if size is not None:
+        pixels = _resize(pixels, size, FILTERS[preprocessing.resample])
+    return preprocessing.cropped(pixels)
+
+
+def decode_fast(
+    data: bytes, *, max_pixels: int, upright: bool = False
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode an encoded image to the pixels that `features.images.decode` gives.
+
+    Raises:
+        ImageFault: As by that, and for the same files.
+    """
+    image = open_image(data, max_pixels=max_pixels)
+    pixels = _pixels(image, data)
+    turn = turn_of(image) if upright else None
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def _pixels(image: Image.Image, data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        try:
+            if simplejpeg.decode_jpeg_header(data)[:2] == (image.height, image.width):
+                return np.asarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
+        except ValueError:  # damaged, or of a kind it does not know: Pillow says what of it
+            pass
+    return np.asarray(as_rgb(image))
+
+
+def _resize(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], filter_name: str
+) -> UInt8[np.ndarray, "resized_height resized_width 3"]:
+    """Resize in the order of Pillow's two passes, since each rounds to whole grey levels."""
+    width, height = size
+    steps = [(height, width)]
+    if _vertical_first(pixels.shape[:2], (height, width)):
+        steps = [(height, pixels.shape[1]), (height, width)]
+    tensor = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    tensor = tensor.permute(2, 0, 1)[None]
+    for step in steps:
+        if tuple(tensor.shape[2:]) != step:
+            tensor = F.interpolate(tensor, step, mode=filter_name, antialias=True)
+    return tensor[0].permute(1, 2, 0).numpy()
+
+
+def _vertical_first(old: tuple[int, ...], new: tuple[int, int]) -> bool:
+    """Return whether Pillow resizes the height before the width: where it shrinks much more."""
+    shrinks_by = old[0] - new[0], old[1] - new[1]
+    is_new = int(PIL.__version__.split(".")[0]) >= VERTICAL_FIRST_SINCE
+    return is_new and shrinks_by[0] > 0 and shrinks_by[0] > 2 * shrinks_by[1]

@@ -2,7 +2,7 @@
 
 So the number of rows is known, work can be cut into chunk-aligned units, and images are read by
 place. Columns: `key`, `path`, `offset`, `size`, `problem`, `label`, `group`, `caption/<field>`, and
-`box` where samples are parts of images; see `features.sources.sample.Sample`. The metadata of the
+`box` where samples are parts of images; see `features.sources.reader.Sample`. The metadata of the
 file hold the source's settings, its files with size and time, and counts of everything that was
 handled by rule.
 """
@@ -12,32 +12,283 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.config import ExtractConfig, Source
+from features.config import ClassFolderSource, ExtractConfig, FolderSource, ScenesSource, Source
 from features.errors import FileEndsEarlyError, SourceError
-from features.index_builder import (
-    BOX,
-    COLUMNS,
-    METADATA_KEY,
-    ROWS_PER_GROUP,
-    VERSION,
-    build_index,
-    settings_of,
-)
-from features.sources import Sample
+from features.sources import Counts, Sample, Shards, open_source
 from features.sources.cifar import as_image_file
 from features.sources.parquet import ParquetImages
 from features.status import Status
 from features.storage import files
+from features.storage.files import partial_path, remove_leftovers, version
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
 from features.storage.requests import read_ranges
+
+VERSION = 2
+ROWS_PER_GROUP = 4096
+MAX_FIELDS = 256
+MAX_IMAGE_BYTES = 1 << 28  # no photograph is as large; reading it would take as much memory
+METADATA_KEY = b"sail"
+COLUMNS = {
+    "key": pa.string(),
+    "path": pa.string(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "problem": pa.uint8(),
+    "label": pa.int32(),
+    "group": pa.int32(),
+}
+BOX = {"box": pa.list_(pa.int32(), 4)}  # a column only where the samples are parts of images
+
+
+class _MoreFields(Exception):  # noqa: N818 - asks for another pass
+    """A sample has captions under a field that the samples before it did not have."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an index has already, and what the one that follows it begins with."""
+
+    rows: int = 0
+    names: Mapping[Place, str] = field(default_factory=dict)
+    """Files in the order of their rows, with what their keys begin with."""
+    grown_from: tuple[int, ...] = ()
+    """Rows there were before each time that rows were appended."""
+    samples: Callable[[], Iterable[Sample]] | None = None
+    """Gives the rows, so that their files are not read; if not given, they are listed again."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Those of the samples that are given."""
+
+    def grown_to(self, rows: int) -> list[int]:
+        """Return the rows there were before each growth, up to the one to so many rows."""
+        return [*self.grown_from, *([self.rows] if 0 < self.rows < rows else [])]
+
+
+def build_index(
+    source: Source, path: Path, on_progress: Callable[[int], None], earlier: Earlier | None = None
+) -> None:
+    """List the samples of a source and write them to `path`: all of them, or nothing.
+
+    The fields of the first samples are mostly those of all. If not, everything is listed for its
+    fields, and then once more to be written.
+
+    Raises:
+        SourceError: The source cannot be read, or holds no samples.
+    """
+    listing = _Listing(source, earlier or Earlier())
+    progress = _Progress(on_progress)
+    try:
+        _write(listing, path, None, progress)
+    except _MoreFields:
+        every = listing.groups(listing.open(), Counts())
+        _write(listing, path, _fields_of(source, every), progress)
+
+
+def settings_of(source: Source) -> dict[str, Any]:
+    """Return the settings of a source as the index records them."""
+    return source.model_dump(mode="json")
+
+
+class _Progress:
+    """Passes on each sample once, though it may be listed again."""
+
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self._on_progress = on_progress
+        self._reported = 0
+
+    def reach(self, samples: int) -> None:
+        if samples > self._reported:
+            self._on_progress(samples - self._reported)
+            self._reported = samples
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Gives all samples of a source, as often as asked."""
+
+    source: Source
+    earlier: Earlier
+
+    def open(self) -> Shards:
+        return open_source(self.source, self.earlier.names)
+
+    def groups(self, shards: Shards, counts: Counts) -> Iterator[list[Sample]]:
+        """Yield the samples as row groups."""
+        files: Iterable[Place] = shards.files
+        known: Iterable[Sample] = ()
+        if self.earlier.samples is not None:
+            files = [file for file in files if file not in self.earlier.names]
+            known = self.earlier.samples()
+            counts.update(self.earlier.counts)
+        listed = itertools.chain.from_iterable(shards.samples(file, counts) for file in files)
+        samples = itertools.islice(itertools.chain(known, listed), self.source.rows)
+        while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
+            _quarantine_giants(group, counts)
+            yield group
+
+    def check(self, shards: Shards) -> None:
+        """Refuse settings that no sample fitted, where all of them were listed."""
+        if self.earlier.samples is None:
+            shards.check()
+
+
+def _write(
+    listing: _Listing, path: Path, fields: Sequence[str] | None, progress: _Progress
+) -> None:
+    source, shards = listing.source, listing.open()
+    class_names = shards.class_names()
+    counts = Counts()
+    groups = listing.groups(shards, counts)
+    first = next(groups, None)
+    if first is None:
+        raise SourceError(
+            f"{_place(source)} holds no samples{_in_words(counts)}. Images with captions or labels "
+            f"were expected. Correct `path` of the source."
+        )
+    if fields is None:
+        fields = _fields_of(source, [first])
+    columns = COLUMNS | BOX if any(sample.box for sample in first) else COLUMNS
+    with _RowWriter(path, columns, fields) as writer:
+        for samples in itertools.chain([first], groups):
+            writer.add(samples)
+            progress.reach(writer.rows)
+        listing.check(shards)
+        _check_labels(source, writer.greatest_label, class_names)
+        for field in fields:
+            counts[f"rows without caption {field!r}"] = writer.missing[field]
+        about = {
+            "version": VERSION,
+            "source": settings_of(source),
+            "shards": _described(source, shards.files),
+            "grown_from": listing.earlier.grown_to(writer.rows),
+            "fields": list(fields),
+            "class_names": class_names,
+            "has_labels": writer.greatest_label >= 0,
+            "has_groups": writer.greatest_group >= 0,
+            "counts": dict(counts),
+        }
+        writer.finish(about)
+
+
+class _RowWriter:
+    """Writes samples as row groups of equal size, under another name until all are written."""
+
+    def __init__(
+        self, path: Path, columns: Mapping[str, pa.DataType], fields: Sequence[str]
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        remove_leftovers(path.parent)
+        self._partial = partial_path(path)
+        self._fields = fields
+        self._known = frozenset(fields)
+        self._columns = columns
+        captions = {f"caption/{field}": pa.string() for field in fields}
+        self._schema = pa.schema([*columns.items(), *captions.items()])
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        self.rows = 0
+        self.greatest_label = self.greatest_group = -1
+        self.missing = dict.fromkeys(fields, 0)
+
+    def __enter__(self) -> "_RowWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._writer.close()
+        finally:
+            if kind is not None:
+                self._partial.unlink(missing_ok=True)
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Write one row group."""
+        if not all(self._known.issuperset(sample.captions) for sample in samples):
+            raise _MoreFields
+        table = {name: list(map(attrgetter(name), samples)) for name in self._columns}
+        for name in self._fields:
+            captions = [sample.captions.get(name, "") for sample in samples]
+            self.missing[name] += sum(not caption or caption.isspace() for caption in captions)
+            table[f"caption/{name}"] = captions
+        try:
+            rows = pa.table(table, schema=self._schema)
+        except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
+            raise SourceError(
+                f"A key or path cannot be written as text: {error.object!r}. Names in UTF-8 were "
+                f"expected. Rename the file."
+            ) from error
+        self._writer.write_table(rows)
+        self.rows += len(samples)
+        self.greatest_label = max(self.greatest_label, *table["label"])
+        self.greatest_group = max(self.greatest_group, *table["group"])
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Add the metadata and give the file its name."""
+        self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
+        self._writer.close()
+        self._partial.replace(self._path)
+
+
+def _fields_of(source: Source, groups: Iterable[Sequence[Sample]]) -> list[str]:
+    """Return the caption fields that the samples have, in order."""
+    fields: set[str] = set()
+    for samples in groups:
+        fields.update(*(sample.captions for sample in samples))
+        if len(fields) > MAX_FIELDS:
+            raise SourceError(
+                f"{_place(source)} has more than {MAX_FIELDS} caption fields. A few "
+                f"captions for each image were expected. Name the ones you want in `captions` of "
+                f"the source."
+            )
+    return _sorted_fields(fields)
+
+
+def _quarantine_giants(samples: Sequence[Sample], counts: Counts) -> None:
+    for sample in samples:
+        if sample.size > MAX_IMAGE_BYTES and not sample.problem:
+            counts["images over 256 MiB (quarantined)"] += 1
+            sample.problem = int(Status.IMAGE_TOO_LARGE)
+
+
+def _sorted_fields(fields: set[str]) -> list[str]:
+    return sorted(fields, key=lambda name: (not name.isdigit(), len(name), name))
+
+
+def _check_labels(source: Source, greatest: int, class_names: tuple[str, ...] | None) -> None:
+    if class_names is not None and greatest >= len(class_names):
+        raise SourceError(
+            f"A sample has label {greatest}, but {source.class_names or 'the source'} names only "
+            f"{len(class_names)} classes, from 0. A name for every label was expected. Correct "
+            f"`class_names` of the source."
+        )
+
+
+def _place(source: Source) -> str:
+    return source.kind if isinstance(source, ScenesSource) else str(source.path)
+
+
+def _described(source: Source, files: Mapping[Place, str]) -> list[dict[str, Any]]:
+    """Describe files by name and version; of a folder, the time says nothing of what is in it."""
+    described = [{"path": str(file), "name": name} for file, name in files.items()]
+    if isinstance(source, ClassFolderSource):
+        return described
+    remote = any(isinstance(file, RemotePath) for file in files)
+    versions = in_order(version, files, remote=remote)
+    return [about | found for about, found in zip(described, versions, strict=True)]
+
+
+def _in_words(counts: Counts) -> str:
+    listed = "; ".join(f"{what}: {count}" for what, count in counts.most_common(4))
+    return f" ({listed})" if listed else ""
+
 
 GROUPS_KEPT = 4
 MAX_PIXELS = ExtractConfig().max_pixels
@@ -284,3 +535,188 @@ class SampleReader:
             f"{path} {what}. The file as it was when {self.index.path} was written was expected. "
             f"Restore it, or delete the index and the store to start again."
         )
+
+
+MAY_DIFFER = {"captions", "path", "rows"}
+PLACES = {"path", "images", "names", "class_names"}
+SHOWN = 80
+START_AGAIN = "Give this run another `run.dir`, or delete the index and the store to start again."
+
+ONLY_MOVED = (
+    "If the same files lie elsewhere now, or only their times changed, delete the index alone: it "
+    "is written again, and the features stay."
+)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """In what a source is no longer as it was when it was indexed."""
+
+    settings: frozenset[str]
+    """Settings that differ: which captions are picked, where the files are, how many rows."""
+    tables: tuple[Place, ...]
+    """Tables of captions that were written anew."""
+    files: tuple[Place, ...]
+    """Shards, or folders of a class, that were not there."""
+
+    def __bool__(self) -> bool:
+        return bool(self.settings or self.tables or self.files)
+
+
+def find_changes(index: Index, source: Source) -> Changes:
+    """Compare a source with what was indexed, without reading its samples.
+
+    Raises:
+        SourceError: A file changed or is gone, or the settings are those of other rows.
+    """
+    return Changes(
+        settings=_changed_settings(index, source),
+        tables=_changed_tables(index, source),
+        files=_added_files(index, source),
+    )
+
+
+def update_index(
+    index: Index,
+    source: Source,
+    changes: Changes,
+    *,
+    append: bool,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Index:
+    """Replace an index by the one that follows it; killed at any moment, one of both is there.
+
+    Shards whose rows are there are only read again where other captions are wanted of them.
+
+    Args:
+        index: What was indexed earlier.
+        source: Settings as they are now.
+        changes: What `find_changes` found between these two.
+        append: Whether there may be more rows: those of further shards, or at the end of a table.
+        on_progress: Called now and then with the number of samples since the last call.
+
+    Raises:
+        SourceError: Rows would change or go, or there are more and `append` is not set.
+    """
+    if changes.files and not append:
+        raise SourceError(
+            f"Files match {settings_of(source)['path']} that were not there when it was indexed in "
+            f"{index.path}: {len(changes.files)}, of which {changes.files[0]} is the first. "
+            f"{_NOT_WITHOUT_APPEND}"
+        )
+    candidate = partial_path(index.path)
+    earlier = Earlier(index.rows, index.names, index.grown_from)
+    if not (changes.tables or changes.settings - {"path"} or source.rows):
+        earlier = replace(earlier, samples=index.samples, counts=index.counts)
+    try:
+        build_index(source, candidate, on_progress, earlier)
+        _check_rows(index, Index.open(candidate), append=append)
+        candidate.replace(index.path)
+    finally:
+        candidate.unlink(missing_ok=True)
+    return Index.open(index.path)
+
+
+def _changed_settings(index: Index, source: Source) -> frozenset[str]:
+    settings = settings_of(source)
+    names = index.source.keys() | settings.keys()
+    differing = {name for name in names if index.source.get(name) != settings.get(name)}
+    is_one_place = isinstance(source, FolderSource | ClassFolderSource)
+    if others := differing - (MAY_DIFFER - {"path"} if is_one_place else MAY_DIFFER):
+        name = min(others)
+        raise SourceError(
+            f"{index.path} was made from another source: its {name} was "
+            f"{index.source.get(name)!r} and is {settings.get(name)!r} now. The settings when it "
+            f"was made were expected, but for further captions or files. {START_AGAIN}"
+            + (f" {ONLY_MOVED}" if name in PLACES else "")
+        )
+    return frozenset(differing)
+
+
+def _changed_tables(index: Index, source: Source) -> tuple[Place, ...]:
+    """Return the tables that changed, which hold no images; refuse any other file that did."""
+    if isinstance(source, ClassFolderSource):
+        return ()  # the files are the images; they are checked when they are read
+    changed = []
+    remote = any(isinstance(path, RemotePath) for path in index.shards)
+    versions = in_order(files.version_or_none, index.shards, remote=remote)
+    for (path, shard), found in zip(index.shards.items(), versions, strict=True):
+        if found is not None and shard == {"path": str(path), "name": shard["name"], **found}:
+            continue
+        if found is None or not isinstance(source, FolderSource):
+            what = "has changed" if found else "is gone"
+            raise SourceError(
+                f"{path} {what} since it was indexed in {index.path}. The same file was "
+                f"expected. Restore it, or delete the index and the store to start again. "
+                f"{ONLY_MOVED}"
+            )
+        changed.append(path)
+    return tuple(changed)
+
+
+def _added_files(index: Index, source: Source) -> tuple[Place, ...]:
+    found = open_source(source, index.names).files
+    if left_out := [path for path in index.shards if path not in found]:
+        raise SourceError(
+            f"{left_out[0]} was indexed in {index.path}, but the source's path, "
+            f"{settings_of(source)['path']}, does not match it any more. All files that have rows "
+            f"were expected. {START_AGAIN} {ONLY_MOVED}"
+        )
+    return tuple(file for file in found if file not in index.shards)
+
+
+def _check_rows(old: Index, new: Index, *, append: bool) -> None:
+    """Refuse an index that does not begin with the rows of the one before it, as they were."""
+    if left_out := [field for field in old.fields if field not in new.fields]:
+        raise SourceError(
+            f"{old.path} has captions under {left_out[0]!r}, which the source no longer gives. "
+            f"Further ones beside {list(old.fields)} were expected. Add it to `captions` of the "
+            f"source again."
+        )
+    if new.rows < old.rows:
+        raise SourceError(
+            f"The source has {new.rows} rows now, {old.path} has {old.rows}. At least as many were "
+            f"expected. Restore it; or: {START_AGAIN}"
+        )
+    if old.class_names and (new.class_names or ())[: len(old.class_names)] != old.class_names:
+        raise SourceError(
+            f"The class names of the source do not begin with the {len(old.class_names)} in "
+            f"{old.path}. Further ones behind these were expected. {START_AGAIN}"
+        )
+    names = _names_compared(old)
+    for start in range(0, old.rows, ROWS_PER_GROUP):
+        stop = min(start + ROWS_PER_GROUP, old.rows)
+        was, now = old.rows_between(start, stop, names), new.rows_between(start, stop, names)
+        if not was.equals(now):
+            raise _changed_row(old, start, was.to_pylist(), now.to_pylist())
+    if new.rows > old.rows and not append:
+        raise SourceError(
+            f"The source has {new.rows - old.rows} more rows than {old.path}. {_NOT_WITHOUT_APPEND}"
+        )
+
+
+def _names_compared(old: Index) -> tuple[str, ...]:
+    """Return the columns in which rows must be equal: labels and groups may come later."""
+    not_there = {"label": not old.has_labels, "group": not old.has_groups}
+    names = [name for name in old.columns if not not_there.get(name)]
+    return (*names, *(f"caption/{field}" for field in old.fields))
+
+
+def _changed_row(
+    old: Index, start: int, was: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> SourceError:
+    row = next(i for i in range(len(was)) if was[i] != now[i])
+    name = next(name for name in was[row] if was[row][name] != now[row][name])
+    return SourceError(
+        f"Row {start + row} of {old.path}, {was[row]['key']!r}, has {name} = "
+        f"{was[row][name]!r:.{SHOWN}}, but the source gives {now[row][name]!r:.{SHOWN}} now. The "
+        f"same rows in the same order were expected, since their features are computed. Restore "
+        f"the source; or: {START_AGAIN}"
+    )
+
+
+_NOT_WITHOUT_APPEND = (
+    "No more rows than there are were expected. If they are wanted, run `sail extract` with "
+    "--append: they come behind the others, which stay as they are. If not, narrow `path` or "
+    "`rows` of the source."
+)

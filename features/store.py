@@ -10,24 +10,35 @@ The layout is documented in docs/store.md. Two ideas carry it:
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64, UInt64
 
-from features.column import Column, create_column
-from features.errors import (
-    StoreError,
-    StoreMismatchError,
-    StoreNotFoundError,
-)
+from features.errors import SourceError, StoreError, StoreMismatchError, StoreNotFoundError
 from features.index import Index
-from features.publish import new_group
-from features.storage.files import children, files_below, is_file, read, zarr_store
+from features.storage.column import Column, create_column
+from features.storage.files import (
+    children,
+    delete,
+    files_below,
+    is_file,
+    partial_path,
+    read,
+    remove_leftovers,
+    write,
+    zarr_store,
+)
+from features.storage.groups import new_group
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, posix
 
 FORMAT = "sail-features"
@@ -366,3 +377,206 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{name!r} of {group.store_path} is a group, not an array. Extract again.")
     return array
+
+
+HASH_BYTES = 8
+CHUNKS_AT_ONCE = 16  # under a URL they are fetched side by side
+
+
+def key_hashes(keys: Iterable[str], count: int) -> UInt64[np.ndarray, "rows"]:
+    """Return the first 8 bytes of the blake2b of each string as an unsigned number."""
+    blake2b = hashlib.blake2b
+    joined = b"".join(blake2b(str(key).encode(), digest_size=HASH_BYTES).digest() for key in keys)
+    hashes = np.frombuffer(joined, dtype="<u8")
+    if len(hashes) != count:
+        raise ValueError(f"Got {len(hashes)} keys where {count} were said to come.")
+    return hashes
+
+
+def store_key_hashes(store: FeatureStore) -> UInt64[np.ndarray, "rows"]:
+    """Return `key_hashes` of all rows of a store."""
+    size = CHUNKS_AT_ONCE * store.rows_per_chunk
+    hashes = np.empty(store.rows, dtype=np.uint64)
+    for start in range(0, store.rows, size):
+        keys = store.keys(start, start + size).tolist()
+        hashes[start : start + len(keys)] = key_hashes(keys, len(keys))
+    return hashes
+
+
+def rows_by_key(
+    hashes: UInt64[np.ndarray, "rows"], wanted: UInt64[np.ndarray, "others"]
+) -> tuple[Int64[np.ndarray, "others"], Bool[np.ndarray, "others"]]:
+    """Find rows by their keys.
+
+    Args:
+        hashes: Of the keys of all rows.
+        wanted: Of keys.
+
+    Returns:
+        The row of each wanted key, and whether there is one; if not, the row is any.
+    """
+    if not len(hashes):
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    order = np.argsort(hashes, kind="stable")
+    places = np.searchsorted(hashes, wanted, sorter=order)
+    rows = order[np.minimum(places, len(order) - 1)]
+    return rows, hashes[rows] == wanted
+
+
+logger = logging.getLogger(__name__)
+METADATA = "zarr.json"
+
+
+def follow_index(store: FeatureStore, index: Index, *, append: bool) -> FeatureStore:
+    """Return the store with all rows and caption fields of an index, whose first rows it has.
+
+    Args:
+        store: Its features stay as they are; further rows and fields are pending.
+        index: The index of the same split.
+        append: Whether rows may be added that were not appended to the index.
+
+    Raises:
+        SourceError: The store does not have the first rows of the index, or rows are to be added
+            without having been asked for.
+    """
+    _check_first_rows(store, index, append=append)
+    if isinstance(store.path, Path):
+        remove_leftovers(store.path)
+    added = [name for name in row_array_names(index) if not is_file(store.path / name / METADATA)]
+    if not added and index.rows == store.rows and index.source == store.source:
+        return store
+    with _folder_beside(store.path) as folder:
+        _write(folder, store, index, added)
+        _move(folder, store, grows=index.rows > store.rows)
+    logger.info("%s: %d rows, %d of them new", store.path, index.rows, index.rows - store.rows)
+    return FeatureStore.open(store.path)
+
+
+def _check_first_rows(store: FeatureStore, index: Index, *, append: bool) -> None:
+    has_them = store.rows <= index.rows
+    if not has_them or store.keys_sha256 != keys_digest(index, store.rows):
+        raise SourceError(
+            f"The store {store.path} has {store.rows} rows with keys {store.keys_sha256[:12]}…, "
+            f"the index {index.path} has {index.rows} others. The same rows were expected. Give "
+            f"this run another `run.dir`, or delete {store.path} to extract again."
+        )
+    if store.rows < index.rows and not (append or store.rows in index.grown_from):
+        raise SourceError(
+            f"The store {store.path} has {store.rows} rows, the index {index.path} has "
+            f"{index.rows - store.rows} more. The same rows were expected. If they are wanted, run "
+            f"`sail extract` with --append; if not, narrow `path` or `rows` of the source, and "
+            f"delete the index."
+        )
+
+
+def _write(folder: Path, store: FeatureStore, index: Index, added: list[str]) -> None:
+    """Write beside the store what it will have, except chunks that it has already."""
+    attributes = store.attributes | {
+        "rows": index.rows,
+        "keys_sha256": keys_digest(index),
+        "source": index.source,
+    }
+    group = zarr.create_group(folder, attributes=attributes)
+    grows = index.rows > store.rows
+    there = [name for name in row_array_names(index) if name not in added]
+    for name in [*added, *(there if grows else [])]:
+        create_row_array(group, name, index, store.rows_per_chunk)
+    if added:
+        write_rows(group, added, index, store.rows_per_chunk)
+    if grows:
+        write_rows(group, there, index, store.rows_per_chunk, store.full_chunks)
+        for name in store.columns():
+            column, longer = store.column(name), group.create_group(name)
+            size = store.rows_per_chunk
+            create_column(longer, index.rows, column.dim, size, dtype=column.dtype.name)
+
+
+def _move(folder: Path, store: FeatureStore, *, grows: bool) -> None:
+    """Move the files written beside a store into it, in the order that is safe."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    chunks = [name for name in names if name.name != METADATA]
+    metadata = [name for name in names if name.name == METADATA and name.parent.name]
+
+    def move(name: PurePath) -> None:
+        _publish(folder / name, store.path / name.as_posix())
+
+    for _ in in_order(move, chunks, remote=isinstance(store.path, RemotePath)):
+        pass
+    for name in metadata:
+        if not (_is_group(folder / name) and is_file(store.path / name.as_posix())):
+            move(name)  # a group that is there stays: that of an encoder has its fingerprint
+    if grows and store.full_chunks < store.num_chunks:
+        for column in map(store.column, store.columns()):
+            delete(column.status_file(store.full_chunks))
+    move(PurePath(METADATA))
+
+
+@contextmanager
+def _folder_beside(store: Place) -> Iterator[Path]:
+    """Yield a new local folder, on the same disk as a local store; it is removed at the end."""
+    if isinstance(store, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="sail-") as folder:
+            yield Path(folder)
+        return
+    partial = partial_path(store / "growth")
+    try:
+        partial.mkdir()
+        yield partial
+    finally:  # also after a full disk, above all: what is half-written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(file: Path, place: Place) -> None:
+    """Give a file its place, as a whole."""
+    if isinstance(place, RemotePath):
+        write(place, file.read_bytes())
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file.replace(place)
+
+
+def _is_group(file: Path) -> bool:
+    return bool(json.loads(file.read_text(encoding="utf-8"))["node_type"] == "group")
+
+
+class ColumnGroup:
+    """Some columns of a store, of which a chunk counts as done when it is so in all."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = tuple(columns)
+
+    @classmethod
+    def open(cls, store: FeatureStore, names: Iterable[str]) -> "ColumnGroup":
+        """Open columns by their names.
+
+        Raises:
+            StoreError: One is not there.
+        """
+        return cls([store.column(name) for name in names])
+
+    def __iter__(self) -> Iterator[Column]:
+        return iter(self._columns)
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return ", ".join(column.name for column in self._columns)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows of a chunk, the same in all columns of a store."""
+        return self._columns[0].rows_per_chunk
+
+    def chunk_rows(self, chunk: int) -> int:
+        """Rows of the store in a chunk."""
+        return self._columns[0].chunk_rows(chunk)
+
+    def pending(self, among: Iterable[int] | None = None) -> list[int]:
+        """Return the chunks that are not done in some column, in order; of some alone if given."""
+        chunks = None if among is None else set(among)
+        return sorted(set().union(*(column.pending(chunks) for column in self._columns)))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left half-written; those at work are left alone."""
+        for column in self._columns:
+            column.remove_leftovers()

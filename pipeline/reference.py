@@ -25,7 +25,7 @@ from features.config import (
     TextEncoderConfig,
     WebdatasetSource,
 )
-from pipeline.config import ReportConfig, RunSettings
+from pipeline.run.config import ReportConfig, RunSettings
 
 INTRODUCTION = """\
 # The run file

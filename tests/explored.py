@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.evaluation.stage import evaluate_run
 from pipeline.explore.server import access_for, serve
 from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.evaluate import evaluate_run
+from pipeline.run.extract import extract
 from tests import tiny
 
 BROKEN = 3

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from features.column import create_column
 from features.status import Status
+from features.storage.column import create_column
 from features.storage.place import Place
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
 from pipeline.interrupt import StopRequest

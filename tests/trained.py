@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Num
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+from torch.nn import functional as F
+from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, ViTConfig, ViTModel
 
 from features.config import ImageColumnConfig, ImageEncoderConfig
-from features.encoders.baselines import BASELINES
 from features.encoders.checkpoint import (
     compute_dtype,
     find_encoder,
@@ -21,12 +21,171 @@ from features.encoders.checkpoint import (
     read_config,
     versions,
 )
-from features.encoders.compiled import CompiledForward, Forward, check_compiles
 from features.encoders.pooling import pool_image
-from features.encoders.positions import fix_position_tables
 from features.errors import EncoderError
-from features.fast_images import check_can_be_fast, prepare_fast
-from features.images import Preprocessing, decode
+from features.images import Preprocessing, check_can_be_fast, decode, prepare_fast
+
+PREPROCESSING = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "resample": 2,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+@dataclass(frozen=True)
+class _Output:
+    pooler_output: Tensor
+    last_hidden_state: Tensor
+
+
+class _Pixels(nn.Module):
+    """The image itself, 32 × 32 in three colours, as 3072 features."""
+
+    config = None
+
+    def forward(self, pixels: Tensor) -> _Output:
+        small = F.adaptive_avg_pool2d(pixels, 32)
+        return _Output(pooler_output=small.flatten(1), last_hidden_state=small)
+
+
+def _pixels() -> tuple[nn.Module, dict[str, Any]]:
+    return _Pixels(), PREPROCESSING | {"size": {"height": 32, "width": 32}}
+
+
+def _random_vit() -> tuple[nn.Module, dict[str, Any]]:
+    """Return a vision transformer that was never trained: what architecture alone gives."""
+    config = ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=64,
+        patch_size=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = ViTModel(config, add_pooling_layer=False)
+    processor = PREPROCESSING | {"size": {"height": 64, "width": 64}}
+    return model.eval().requires_grad_(False), processor
+
+
+BASELINES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "baseline:pixels": _pixels,
+    "baseline:random-vit": _random_vit,
+}
+
+
+Forward = Callable[[Tensor, Sequence[ImageColumnConfig]], list[Tensor]]
+
+
+class CompiledForward:
+    """A forward pass that is compiled once for each choice of columns and size of batch."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._compiled: dict[tuple[ImageColumnConfig, ...], Callable[[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, pixels: Tensor, wanted: Sequence[ImageColumnConfig]) -> list[Tensor]:
+        """Return the features of each column."""
+        columns = tuple(wanted)
+        if columns not in self._compiled:
+            self._compiled[columns] = torch.compile(
+                lambda pixels: self._forward(pixels, columns), dynamic=False
+            )
+        return self._compiled[columns](pixels)
+
+
+def check_compiles(name: str, encode: Callable[[], object]) -> None:
+    """Encode once, which compiles.
+
+    Raises:
+        EncoderError: It cannot be compiled; most often there is no compiler.
+    """
+    try:
+        encode()
+    except torch.OutOfMemoryError:
+        return  # not for the compiler to say: the batch is halved when images come
+    except RuntimeError as error:
+        raise EncoderError(
+            f"The image encoder {name!r} cannot be compiled: {str(error).splitlines()[0]} A C++ "
+            f"compiler (on a GPU also triton) was expected. Install one, or leave out "
+            f"`compile = true`."
+        ) from error
+
+
+METHOD = "interpolate_pos_encoding"
+
+
+def fix_position_tables(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Let a model reuse its interpolated position table, since its images have one size.
+
+    Dinov2 and others hold a table for 37 × 37 patches and resize it, in each forward pass, to the
+    patches of the image. A table is kept where one call made it, and where it does not change with
+    the image; the output stays the same to the bit.
+
+    Args:
+        model: A vision model of transformers, which is changed.
+        forward: Runs the model once on an image of the size that all will have.
+
+    Returns:
+        How many tables are kept.
+    """
+    modules = [module for module in model.modules() if callable(getattr(module, METHOD, None))]
+    calls = [_record(module) for module in modules]
+    try:
+        forward()
+    finally:
+        for module in modules:
+            delattr(module, METHOD)  # what `_record` set; the class's own method shows again
+    kept = 0
+    for module, made in zip(modules, calls, strict=True):
+        if len(made) == 1 and _is_constant(module, *made[0]):
+            setattr(module, METHOD, _Constant(made[0][1]))
+            kept += 1
+    return kept
+
+
+def free_position_tables(model: nn.Module) -> None:
+    """Undo `fix_position_tables`, so that images of other sizes get tables of their own."""
+    for module in model.modules():
+        if isinstance(vars(module).get(METHOD), _Constant):
+            delattr(module, METHOD)
+
+
+class _Constant:
+    """Stands in for the method."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def __call__(self, *_: object, **__: object) -> Tensor:
+        return self._table
+
+
+def _record(module: nn.Module) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Note arguments and results of the method from now on."""
+    original = getattr(module, METHOD)
+    calls: list[tuple[tuple[Any, ...], Tensor]] = []
+
+    def recorded(*arguments: Any) -> Tensor:
+        table: Tensor = original(*arguments)
+        calls.append((arguments, table))
+        return table
+
+    setattr(module, METHOD, recorded)
+    return calls
+
+
+def _is_constant(module: nn.Module, arguments: tuple[Any, ...], table: Tensor) -> bool:
+    """Return whether other embeddings give the same table."""
+    others = [torch.ones_like(each) if torch.is_tensor(each) else each for each in arguments]
+    again: Tensor = getattr(module, METHOD)(*others)
+    return torch.equal(table, again)
+
 
 # Two-tower checkpoints: the class that loads the image tower alone.
 IMAGE_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}

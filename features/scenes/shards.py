@@ -15,9 +15,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from features.scenes.captions import long_caption, pair_captions, short_caption
 from features.scenes.draw import draw
-from features.scenes.world import CLASS_NAMES, EVERY, SEEN, Scene, sample_pair, sample_scene
+from features.scenes.world import (
+    CLASS_NAMES,
+    EVERY,
+    SEEN,
+    Scene,
+    long_caption,
+    pair_captions,
+    sample_pair,
+    sample_scene,
+    short_caption,
+)
 from features.storage.files import write
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from features.config import (
 )
 from features.sources.annotations import Annotations
 from features.sources.cifar import CifarBatches
-from features.sources.classes import ClassFolders
+from features.sources.class_folders import ClassFolders
 from features.sources.parquet import ImageParquet
-from features.sources.sample import Counts, Sample, Shards
+from features.sources.reader import Counts, Sample, Shards
 from features.sources.tables import CaptionTable
 from features.sources.webdataset import TarShards
 from features.storage.place import Place

@@ -17,8 +17,8 @@ from types import MappingProxyType
 
 from features.config import AnnotationSource
 from features.errors import SourceError
-from features.sources.image_files import ImageFolder, place_image
-from features.sources.sample import Counts, Keys, Sample, as_text, split_image_suffix
+from features.sources.reader import Counts, Keys, Sample, as_text, split_image_suffix
+from features.sources.tables import ImageFolder, place_image
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order

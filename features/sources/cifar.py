@@ -13,7 +13,7 @@ import numpy as np
 from features.class_lists import check_order
 from features.config import CifarSource
 from features.errors import SourceError
-from features.sources.sample import Counts, Keys, Sample, read_class_names
+from features.sources.reader import Counts, Keys, Sample, read_class_names
 from features.storage import files
 from features.storage.place import Place
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from features.class_lists import check_order
 from features.config import ParquetSource
 from features.errors import SourceError
-from features.sources.sample import (
+from features.sources.reader import (
     CaptionPicker,
     Counts,
     Keys,

@@ -1,15 +1,126 @@
 """The few operations on files that this project needs, the same for local disk and URLs."""
 
+import errno
+import functools
+import glob
+import hashlib
 import io
+import itertools
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from features.partial import appearing
-from features.storage.place import Place, RemotePath
+from features.storage.parallel import in_order
+from features.storage.place import Place, RemotePath, as_place
 from features.storage.remote import backend
 from features.storage.requests import entry, read_into, tried
+
+NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{12})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
+SECONDS_UNTIL_OLD = 24 * 3600
+"""Nothing is written for as long as this; then its writer is gone, wherever it was."""
+
+
+def partial_path(path: Path) -> Path:
+    """Return a hidden name beside `path` that only this call will ever use."""
+    writer = f"{_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name}.{writer}.partial")
+
+
+@contextmanager
+def appearing(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
+    """Yield a name to write a file under; it becomes `path` if that succeeds, and goes if not.
+
+    Args:
+        path: What the file is called when it is whole.
+        beside: The name until then is beside this one; beside `path` if not given.
+    """
+    partial = partial_path(beside or path)
+    try:
+        yield partial
+        os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same with a longer trace
+    except BaseException:  # a full disk, above all: what is half-written would keep it full
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder; it becomes `path` if that succeeds, and goes if not.
+
+    A folder that is there already is replaced, and stays whole until then. Of several writers the
+    last one wins.
+    """
+    partial = partial_path(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _replace_folder(partial, path)
+    except BaseException:  # a full disk, above all: what is half-written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder over another, which no system call does where that one has files."""
+    while True:
+        try:
+            new.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        old = partial_path(path)
+        with suppress(FileNotFoundError):  # another writer was faster
+            path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that are gone have left in a folder.
+
+    A writer of this machine is gone when its process is; one of another machine when it has not
+    written for a day.
+    """
+    for path in folder.glob(".*.partial"):
+        if (name := NAME.fullmatch(path.name)) and _is_gone(path, name["place"], int(name["pid"])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_gone(path: Path, place: str, pid: int) -> bool:
+    if place != _place():
+        try:
+            return time.time() - path.stat().st_mtime > SECONDS_UNTIL_OLD
+        except FileNotFoundError:  # renamed in this moment
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # of another user, and alive
+        pass
+    return False
+
+
+@functools.cache
+def _place() -> str:
+    """Name the processes whose numbers can be compared: one boot, one machine, one container."""
+    parts = [socket.gethostname()]
+    if (boot := Path("/proc/sys/kernel/random/boot_id")).is_file():
+        parts += [boot.read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
 
 BUFFER_BYTES = 4 << 20
 
@@ -153,3 +264,87 @@ class _RangedFile(io.RawIOBase):
             read_into(self._place, self._position, view[:count])
             self._position += count
         return count
+
+
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
+
+
+def matching_places(pattern: str) -> list[Place]:
+    """Return the files that match a pattern, sorted by name.
+
+    What braces stand for is listed in the order in which they say it, and each must match.
+
+    Raises:
+        StorageError: A place under a URL cannot be listed.
+    """
+    plain = list(expanded(pattern))
+    fixed = [as_place(item) for item in plain if not _is_glob(item)]
+    remote = any(isinstance(place, RemotePath) for place in fixed)
+    there = dict(zip(fixed, in_order(is_file, fixed, remote=remote), strict=True))
+    found: list[Place] = []
+    for item in plain:
+        place = as_place(item)
+        if place in there:
+            matches: list[Place] = [place] if there[place] else []
+        elif isinstance(place, RemotePath):
+            matches = _remote_matches(place)
+        else:
+            matches = _local_matches(place)
+        if not matches:
+            raise FileNotFoundError(item)
+        found += matches
+    return found
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """Yield what the braces of a pattern stand for: `{a,b}`, or `{08..11}` with its zeros."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, words = match.groups()
+    values: Iterator[str] | Sequence[str] = (
+        (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+        if words is None
+        else words.split(",")
+    )
+    for value in values:
+        yield from expanded(pattern[: match.start()] + value + pattern[match.end() :])
+
+
+def _is_glob(pattern: str) -> bool:
+    signs = "*[" if pattern.startswith(("http://", "https://")) else "*?["
+    return any(sign in pattern for sign in signs)
+
+
+def _local_matches(pattern: Path) -> list[Place]:
+    """Return the files that fit; what is there as it is written is no pattern, as `2019 [1]`."""
+    if pattern.is_file():
+        return [pattern]
+    folder = next(parent for parent in pattern.parents if parent.is_dir())
+    rest = str(pattern.relative_to(folder))
+    names = glob.glob(rest, root_dir=folder, recursive=True)  # noqa: PTH207 - leaves out `.hidden`
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
+def _remote_matches(pattern: RemotePath) -> list[Place]:
+    parts = pattern.path.split("/")
+    fixed = list(itertools.takewhile(lambda part: not _is_glob(part), parts))
+    folder = RemotePath(pattern.scheme, "/".join(fixed))
+    rest = parts[len(fixed) :]
+    if len(rest) == 1 and rest != ["**"]:
+        names = [[name] for name, size in children(folder) if size is not None]
+    else:
+        names = [str(place).split("/")[2 + len(fixed) :] for place, _ in files_below(folder)]
+    return sorted(folder / "/".join(parts) for parts in names if _fits(parts, rest))
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether a path fits a pattern; `*` leaves out names that begin with `.`."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_fits(names[start:], pattern[1:]) for start in range(len(names) + 1))
+    if not names or (names[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])

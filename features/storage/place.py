@@ -4,6 +4,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from features.errors import PlaceError
 
@@ -116,3 +119,33 @@ def without_secrets(text: str) -> str:
 def posix(place: Place) -> PurePosixPath:
     """Return the whole path of a place: absolute if local, with the bucket or host if not."""
     return PurePosixPath(place.absolute() if isinstance(place, Path) else place.path)
+
+
+def as_place_setting(value: Any) -> Place:
+    """Return a setting as a place.
+
+    Raises:
+        ValueError: It is no path and no URL.
+    """
+    if not isinstance(value, str | Path | RemotePath) or not str(value).strip():
+        raise ValueError(f"a path or a URL was expected, got {value!r}")
+    return as_place(value)
+
+
+def _folder(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip() or "://" in str(value):
+        raise ValueError(f"a folder of this machine was expected, got {value!r}")
+    return local_path(str(value))
+
+
+def _pattern(pattern: str) -> str:
+    as_place(pattern)  # refuses URLs that cannot be read, or carry credentials
+    return pattern
+
+
+PlaceSetting = Annotated[Place, PlainValidator(as_place_setting), PlainSerializer(str)]
+"""A path or a URL."""
+FolderSetting = Annotated[Path, PlainValidator(_folder), PlainSerializer(str)]
+"""A folder of this machine."""
+Pattern = Annotated[str, AfterValidator(_pattern)]
+"""A pattern of files, local or under a URL."""

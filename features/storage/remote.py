@@ -4,13 +4,25 @@ Credentials come from the environment: AWS_*, with AWS_ENDPOINT_URL for other se
 GOOGLE_*; HF_TOKEN.
 """
 
+import asyncio
+import functools
+import os
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
+from urllib.parse import unquote
 
-from obstore.exceptions import NotSupportedError
+import obstore
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError
+from obstore.exceptions import BaseError, NotSupportedError
+from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
+from zarr.storage import FsspecStore
+from zarr.storage import ObjectStore as ZarrObjectStore
 
 from features.errors import PlaceNotFoundError, StorageError
 from features.storage.place import RemotePath, without_secrets
@@ -72,10 +84,7 @@ class BrokenBody(Exception):  # noqa: N818 - never seen: it is tried again, then
 def backend(place: RemotePath) -> Backend:
     """Return what answers for a URL."""
     if place.scheme == "hf":
-        from features.storage.hub import Hub
-
         return Hub()
-    from features.storage.objects import Objects
 
     return Objects()
 
@@ -137,3 +146,220 @@ def _reason(text: str) -> str:
     retries = re.search(r"after \d+ retries", line)
     told = without_secrets(line.rpartition(" - ")[2].partition(": <")[0])[:MAX_REASON].rstrip(": ")
     return f"{told} ({retries[0]})" if retries else told
+
+
+MAX_KEY_BYTES = 1024
+"""No longer ones can be, on S3 and Google Cloud."""
+RETRIES = 8
+RETRY: Any = {
+    "max_retries": RETRIES,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=100),
+        "max_backoff": timedelta(seconds=15),
+        "base": 2,
+    },
+}
+CLIENT: Any = {
+    "connect_timeout": timedelta(seconds=10),
+    "read_timeout": timedelta(seconds=60),
+    "timeout": timedelta(minutes=10),
+    "user_agent": "sail",
+}
+
+
+class Objects:
+    """S3, Google Cloud Storage and HTTP, by obstore."""
+
+    errors: tuple[type[Exception], ...] = (BaseError, BrokenBody, OSError)
+
+    def entry(self, place: RemotePath) -> Entry:
+        """Return the size and version of a file."""
+        key = _key(place)
+        if len(key.encode()) > MAX_KEY_BYTES:
+            raise FileNotFoundError(key)
+        try:
+            return _entry(place, obstore.head(_store(place), key))
+        except ValueError as error:  # a name that no key can have
+            raise FileNotFoundError(key) from error
+
+    def whole(self, place: RemotePath) -> memoryview:
+        """Return the content of a file."""
+        found = obstore.get(_store(place), _key(place))
+        return memoryview(_whole(found.bytes(), found.meta["size"]))
+
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
+        return memoryview(obstore.get_range(_store(place), _key(place), start=start, end=stop))
+
+    def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is in a folder, and the size of what is a file."""
+        found = obstore.list_with_delimiter(_listable(folder), folder.key)
+        for path in found["common_prefixes"]:
+            yield path.rpartition("/")[2], None
+        for entry in found["objects"]:
+            yield entry["path"].rpartition("/")[2], entry["size"]
+
+    def files(self, folder: RemotePath) -> Iterator[Entry]:
+        """Yield the files in a folder, and in the folders in it."""
+        root = RemotePath(folder.scheme, folder.bucket)
+        for entries in obstore.list(_listable(folder), folder.key):
+            for entry in entries:
+                yield _entry(root / entry["path"], entry)
+
+    def put(self, place: RemotePath, content: bytes) -> None:
+        """Write a file as a whole: it appears when the server has all of it."""
+        check_writable(place)
+        obstore.put(_store(place), _key(place), content, use_multipart=False)
+
+    def delete(self, place: RemotePath) -> None:
+        """Remove a file."""
+        check_writable(place)
+        obstore.delete(_store(place), _key(place))
+
+    def zarr(self, folder: RemotePath) -> Any:
+        """Return a folder as a Zarr store that is read only."""
+        store = _ZarrStore(_store(folder, _key(folder)), read_only=True)
+        store.folder = folder
+        return store
+
+
+class _ZarrStore(ZarrObjectStore[ObjectStore]):
+    """What zarr reads through; failures name the place, as everywhere."""
+
+    folder: RemotePath
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return await self._get(key, prototype, byte_range)
+            except (BaseError, BrokenBody) as error:
+                attempt += 1
+                if attempt == ATTEMPTS or not is_broken_body(error):
+                    raise failure(self.folder / key, error, "A part of a Zarr store") from error
+                await asyncio.sleep(seconds_before(attempt))
+
+    async def _get(self, key: str, prototype: Any, byte_range: Any) -> Any:
+        if byte_range is not None:
+            return await super().get(key, prototype, byte_range)
+        try:
+            found = await obstore.get_async(self.store, key)
+            content = _whole(await found.bytes_async(), found.meta["size"])
+        except FileNotFoundError:
+            return None
+        return prototype.buffer.from_bytes(content)
+
+
+def _whole(content: Any, size: int) -> Any:
+    if len(content) != size:
+        raise BrokenBody(f"{len(content)} bytes came of a body of {size}")
+    return content
+
+
+def _store(place: RemotePath, prefix: str = "") -> ObjectStore:
+    return _connected(place.scheme, place.bucket, prefix, _s3_endpoint())
+
+
+def _s3_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+
+
+def _listable(folder: RemotePath) -> ObjectStore:
+    if not folder.can_be_listed:
+        raise StorageError(
+            f"The files of {folder} cannot be listed: a web server has no listing. Names were "
+            f"expected, as in `shard-{{00000..00010}}.tar`. Name the files, or use s3://, gs:// or "
+            f"hf://."
+        )
+    return _store(folder)
+
+
+@functools.lru_cache(maxsize=64)
+def _connected(scheme: str, bucket: str, prefix: str, s3_endpoint: str) -> ObjectStore:
+    is_plain = s3_endpoint.startswith("http://") if scheme == "s3" else scheme == "http"
+    client: Any = {**CLIENT, "allow_http": True} if is_plain else CLIENT
+    if scheme == "s3":
+        return S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=RETRY)
+    if scheme == "gs":
+        return GCSStore(bucket, prefix=prefix or None, client_options=client, retry_config=RETRY)
+    return HTTPStore(f"{scheme}://{bucket}/{prefix}", client_options=client, retry_config=RETRY)
+
+
+def _key(place: RemotePath) -> str:
+    """Return the key; the paths of web addresses are written with escapes, keys are not."""
+    return unquote(place.key) if place.has_escapes else place.key
+
+
+def _entry(place: RemotePath, about: Any) -> Entry:
+    version = about["e_tag"] or about["last_modified"].isoformat()
+    return Entry(place, about["size"], version)
+
+
+class Hub:
+    """The hub's own client, which retries by itself; a revision stands behind `@`."""
+
+    # OSError, and that of the HTTP client, whichever this version of the hub uses.
+    errors: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+
+    def __init__(self) -> None:
+        self._files = HfFileSystem()  # one per thread: it keeps them itself
+
+    def entry(self, place: RemotePath) -> Entry:
+        """Return the size and version of a file."""
+        about = self._files.info(place.path)
+        if about["type"] != "file":
+            raise FileNotFoundError(str(place))
+        return _hub_entry(place, about)
+
+    def whole(self, place: RemotePath) -> memoryview:
+        """Return the content of a file."""
+        with self._files.open(place.path, "rb", cache_type="none") as file:
+            return memoryview(file.read(file.size))
+
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
+        with self._files.open(place.path, "rb", cache_type="none") as file:
+            file.seek(start)
+            return memoryview(file.read(stop - start))
+
+    def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
+        """Yield the names of what is in a folder, and the size of what is a file."""
+        for about in self._listed(folder):
+            is_file = about["type"] == "file"
+            yield about["name"].rpartition("/")[2], about["size"] if is_file else None
+
+    def files(self, folder: RemotePath) -> Iterator[Entry]:
+        """Yield the files in a folder, and in the folders in it."""
+        for about in self._listed(folder):
+            place = folder / about["name"].rpartition("/")[2]
+            if about["type"] == "file":
+                yield _hub_entry(place, about)
+            else:
+                yield from self.files(place)
+
+    def put(self, place: RemotePath, content: bytes) -> None:  # noqa: ARG002
+        """Refuse to write."""
+        check_writable(place)
+
+    def delete(self, place: RemotePath) -> None:
+        """Refuse to write."""
+        check_writable(place)
+
+    def zarr(self, folder: RemotePath) -> Any:
+        """Return a folder as a Zarr store that is read only."""
+        files = AsyncFileSystemWrapper(self._files, asynchronous=True)
+        return FsspecStore(files, read_only=True, path=folder.path)
+
+    def _listed(self, folder: RemotePath) -> list[dict[str, Any]]:
+        try:
+            listed: list[Any] = self._files.ls(folder.path, detail=True)
+        except FileNotFoundError:
+            return []
+        return listed
+
+
+def _hub_entry(place: RemotePath, about: dict[str, Any]) -> Entry:
+    large = about.get("lfs") or {}
+    version = large.get("sha256") or about.get("blob_id") or ""
+    return Entry(place, about["size"], str(version))

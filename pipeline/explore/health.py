@@ -6,11 +6,11 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from features.column import Column
 from features.errors import StoreError
 from features.status import Status
+from features.storage.column import Column
 from pipeline.explore.session import Session
-from pipeline.inspection.statistics import ALIKE
+from pipeline.stores.inspect import ALIKE
 
 CHUNKS_LOOKED_AT = 16
 BINS = 32

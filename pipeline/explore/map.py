@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32
 
-from features.partial import appearing
+from features.storage.files import appearing
 from pipeline.explore.session import Searchable, Session
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 from jaxtyping import Float16, Float32, Int64
 
-from evaluate.knn import nearest_neighbours
-from features.partial import appearing
+from evaluate.nearest import nearest_neighbours
+from features.storage.files import appearing
 
 logger = logging.getLogger(__name__)
 EXACT_BYTES = 1 << 29  # float32 rows that are scanned within 100 ms, and kept in memory

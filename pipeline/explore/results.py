@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from evaluate.confusion import Confusions, worst_mistakes
-from evaluate.items import Items, read_items
-from evaluate.results import Result, read_results
+from evaluate.embedder import Embedder
+from evaluate.measures.context import Context, Findings
+from evaluate.measures.zero_shot import Scored, classify_split
+from evaluate.report import Confusions, worst_mistakes
+from evaluate.results import Items, Result, read_items, read_results
 from evaluate.zero_shot import confusion_matrix
 from features.errors import EvaluationError
-from pipeline.embedding.rows import Embedder
 from pipeline.explore.rows_behind import rows_behind
 from pipeline.explore.search import show
 from pipeline.explore.session import Session
-from pipeline.measures.context import Context, Findings
-from pipeline.measures.zero_shot import Scored, classify_split
 
 ROWS_OF_A_PAGE = 24
 MISTAKES = 12

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 from jaxtyping import Int64
 
-from evaluate.compositional import pair_rows
+from evaluate.embedder import ok_rows
+from evaluate.measures.compositional import pair_rows
 from evaluate.results import Result
 from features.store import FeatureStore
-from pipeline.embedding.rows import ok_rows
 from pipeline.explore.session import Session
 
 BY_LABEL = ("zero_shot", "knn/", "linear_probe/")

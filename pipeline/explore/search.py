@@ -12,7 +12,7 @@ from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault, open_image
 from features.store import FeatureStore
 from pipeline.explore.session import Searchable, Session
-from pipeline.inspection import describe_row
+from pipeline.stores.inspect import describe_row
 
 MAX_UPLOAD_BYTES = 16 << 20
 MAX_UPLOAD_PIXELS = 50_000_000

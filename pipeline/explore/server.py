@@ -11,8 +11,7 @@ from contextlib import closing
 import uvicorn
 
 from features.errors import ConfigError, SailError
-from pipeline.explore.app import create_app
-from pipeline.explore.security import Access, is_loopback
+from pipeline.explore.app import Access, create_app, is_loopback
 from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
 

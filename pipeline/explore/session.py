@@ -10,16 +10,15 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64
 
 from align.checkpoint import Checkpoint
+from evaluate.embedder import Embedder, ok_rows
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.aligned import Aligned, load_aligned, open_run
-from pipeline.config import RunConfig
-from pipeline.embedding.rows import Embedder, ok_rows
-from pipeline.embedding.search import embeddings_file, open_embeddings
 from pipeline.explore.nearest import Search, open_search
-from pipeline.run import RunFolder, run_folder
-from pipeline.stores import open_evaluated
+from pipeline.python import Aligned, load_aligned, open_run
+from pipeline.run.config import RunConfig
+from pipeline.run.folder import RunFolder, open_evaluated, run_folder
+from pipeline.search import embeddings_file, open_embeddings
 
 Made = TypeVar("Made")
 

@@ -4,8 +4,8 @@ import time
 from math import isfinite
 from typing import Any
 
-from pipeline.evaluation.report import read_metrics
 from pipeline.explore.session import Session
+from pipeline.run.evaluate import read_metrics
 
 LIVE_SECONDS = 20
 MOST_POINTS = 1500

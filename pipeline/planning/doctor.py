@@ -1,32 +1,98 @@
 """What `sail doctor` looks at: is all that a run needs here, and does it work?"""
 
 import importlib.util
+import io
+import os
 import resource
 import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from packaging.requirements import Requirement
+from PIL import Image
 
 from features.config import ScenesSource
 from features.errors import SailError
+from features.images import decode
 from features.sources import open_source
 from features.store import FeatureStore
-from pipeline.config import RunConfig
-from pipeline.planning.encoder_sizes import local_folder
-from pipeline.planning.machine import (
-    decoded_per_second,
-    disk_megabytes_per_second,
-    faiss_finds_neighbours,
-)
+from pipeline.planning.estimate import local_folder
 from pipeline.planning.passes import existing_folder
-from pipeline.processors import usable_processors
-from pipeline.run import run_folder
+from pipeline.run.config import RunConfig
+from pipeline.run.cpu import usable_processors
+from pipeline.run.folder import run_folder
 from pipeline.tables import byte_size
+
+BLOCK = 8 << 20
+MEGABYTE = 1e6
+PHOTO = (640, 480)
+
+
+def disk_megabytes_per_second(
+    folder: Path, *, seconds: float, megabytes: int = 512
+) -> tuple[float, float]:
+    """Write and read a temporary file in a folder; return both speeds.
+
+    What is written is forced to the disk, and dropped from the page cache before it is read, as far
+    as the system does so.
+
+    Args:
+        folder: Where; nothing is left there.
+        seconds: What writing may take; the file is as long as that allows.
+        megabytes: And at most this long.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    block = np.random.default_rng(0).bytes(BLOCK)  # nothing that a file system could compress
+    with tempfile.NamedTemporaryFile(prefix=".sail-doctor-", dir=folder, buffering=0) as file:
+        written, started = 0, time.perf_counter()
+        while written < megabytes * MEGABYTE and time.perf_counter() - started < seconds:
+            written += file.write(block)
+        os.fsync(file.fileno())
+        write_seconds = time.perf_counter() - started
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        buffer, started = bytearray(BLOCK), time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        read_seconds = max(time.perf_counter() - started, 1e-9)
+    return written / MEGABYTE / write_seconds, written / MEGABYTE / read_seconds
+
+
+def decoded_per_second(*, seconds: float) -> float:
+    """Return how many JPEGs of 640 × 480 pixels one core decodes and resizes to 224 a second."""
+    small = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    photo = io.BytesIO()
+    Image.fromarray(small).resize(PHOTO, Image.Resampling.BICUBIC).save(photo, "JPEG", quality=90)
+    count, started = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - started < seconds:
+        picture = decode(photo.getvalue(), max_pixels=PHOTO[0] * PHOTO[1])
+        picture.resize((224, 224), Image.Resampling.BICUBIC)
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+def faiss_finds_neighbours() -> bool:
+    """Search a small set of vectors, and return whether the nearest are those worked out here."""
+    import faiss
+
+    vectors = np.random.default_rng(0).standard_normal((200, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    _, found = index.search(vectors[:20], 3)
+    expected = np.argsort(-(vectors[:20] @ vectors.T), axis=1)[:, :3]
+    return bool((found == expected).all())
+
 
 DISTRIBUTION = "sail"
 SHOWN = ("torch", "transformers", "zarr", "numpy", "pyarrow", "pillow")
@@ -146,7 +212,7 @@ def _devices(config: RunConfig | None) -> Iterator[Check]:
         yield Check(f"cuda:{number}", "ok", words)
     if not torch.cuda.is_available():
         yield Check("GPU", "note", "none that torch can use: encoders run on the processor")
-    from pipeline.device import usable_devices
+    from pipeline.run.device import usable_devices
 
     here, wanted = usable_devices(), config.run.device if config else "auto"
     if wanted not in ("auto", *here):

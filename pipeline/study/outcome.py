@@ -14,20 +14,216 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
 
-from evaluate.correlation import LEAST_POINTS, correlate
+from evaluate.statistics import LEAST_POINTS, correlate, percentile_interval
 from features.errors import ConfigError
-from features.storage.files import write
-from pipeline.config import RunConfig, load_config
+from features.storage.files import appearing, write
 from pipeline.interrupt import StopRequest
-from pipeline.study.measures import Kept, measure_images, measure_pairs
-from pipeline.study.output import study_page, study_plot
-from pipeline.study.pick import ranking
-from pipeline.study.probes import probe_folder, probe_pairs
+from pipeline.run.config import RunConfig, load_config
+from pipeline.study.probes import (
+    Kept,
+    Probe,
+    draws,
+    measure_images,
+    measure_pairs,
+    probe_folder,
+    probe_pairs,
+)
+from pipeline.tables import rendered
+
+COLUMNS = 4
+
+
+def study_table(document: dict[str, Any]) -> str:
+    """Return what `sail study` prints: what predicts alignment, the strongest first."""
+    if not document["correlations"]:
+        return (
+            f"Nothing can be correlated: that needs {LEAST_POINTS} encoders, or pairs of them, "
+            f"that differ; there are {len(document['pairs'])} pairs. The page ranks them."
+        )
+    table = Table()
+    for heading in ("measure", "over"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("n", "Pearson (95 %)", "without one", "Spearman (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in document["correlations"]:
+        table.add_row(row["measure"], row["over"], *_correlation(row))
+    return rendered(table)
+
+
+def study_page(document: dict[str, Any]) -> str:
+    """Return study.md: correlations, encoders, and the ranking of the pairs."""
+    lines = [
+        "# What predicts alignment",
+        "",
+        f"Alignment: mean of both recalls@10 that a linear probe reaches, over "
+        f"{document['images']} images ({document['scored_on']}).",
+        "",
+        "![Alignment over every measure](study.png)",
+        "",
+        *_markdown(
+            ("measure", "over", "n", "Pearson (95 %)", "without one", "Spearman (95 %)"),
+            [[row["measure"], row["over"], *_correlation(row)] for row in document["correlations"]],
+        ),
+    ]
+    if document["encoders"]:
+        names = list(next(iter(document["encoders"].values())))
+        rows = [
+            [
+                encoder,
+                *(_measured(found[n], "{:.1f}", 100) for n in names),
+            ]
+            for encoder, found in document["encoders"].items()
+        ]
+        lines += [
+            "",
+            *_markdown(("image encoder", *(f"{name}, % (95 %, time)" for name in names)), rows),
+        ]
+    names = list(document["pairs"][0]["measures"])
+    rows = [
+        [
+            pair["image"],
+            pair["text"],
+            f"{100 * pair['recall@10']:.1f} ({_per_cent(pair['ci95'])})",
+            f"{pair['probability_best']:.2f}",
+            f"{pair['seconds']:.1f}",
+            *(_measured(pair["measures"][n], "{:.3f}") for n in names),
+        ]
+        for pair in document["pairs"]
+    ]
+    measures = [f"{name} (95 %, time)" for name in names]
+    headings = ("image", "text", "recall@10, % (95 %)", "P(best)", "training, s", *measures)
+    return "\n".join([*lines, "", *_markdown(headings, rows), ""])
+
+
+def study_plot(document: dict[str, Any], path: Path) -> None:
+    """Draw alignment over every measure."""
+    rows = document["correlations"]
+    height = -(-max(len(rows), 1) // COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.8 * height), layout="constrained")
+    for number, row in enumerate(rows, 1):
+        axes = figure.add_subplot(height, COLUMNS, number)
+        x, y = zip(*row["points"], strict=True)
+        axes.scatter(x, [100 * value for value in y], s=14)
+        axes.set_title(f"r = {row['pearson']:.2f}, n = {row['n']}", fontsize=9)
+        axes.set_xlabel(f"{row['measure']}, {row['over']}", fontsize=8)
+        axes.set_ylabel("recall@10, %", fontsize=8)
+        axes.grid(alpha=0.3)
+    with appearing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _correlation(row: dict[str, Any]) -> list[str]:
+    spearman = f"{row['spearman']:.2f}"
+    if row["spearman_interval"] is not None:
+        spearman += " ({:.2f} … {:.2f})".format(*row["spearman_interval"])
+    return [
+        str(row["n"]),
+        "{:.2f} ({:.2f} … {:.2f})".format(row["pearson"], *row["pearson_interval"]),
+        f"{min(row['without_one']):.2f} … {max(row['without_one']):.2f}",
+        spearman,
+    ]
+
+
+def _measured(found: dict[str, Any], form: str, scale: float = 1) -> str:
+    """Return a value with its interval and its seconds."""
+    doubt = "–".join(form.format(scale * edge) for edge in found["ci95"] or ())
+    inside = [*filter(None, [doubt]), f"{found['seconds']:.1f} s"]
+    return f"{form.format(scale * found['value'])} ({', '.join(inside)})"
+
+
+def _per_cent(interval: list[float]) -> str:
+    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+
+
+def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+
+
+RESAMPLES, SEED = 2000, 0
+
+
+def pick_run(
+    recipe: str, overrides: Sequence[str], on: str | None, stop: StopRequest
+) -> tuple[Path, dict[str, Any]]:
+    """Probe every pair, and say which is the best and how sure that is; return pick.json and it.
+
+    Args:
+        recipe: The run file, whose features are there.
+        overrides: Settings over it.
+        on: Split to score on; the held-out rows of the training split if not given.
+        stop: Whether to stop.
+
+    Raises:
+        Stopped: A signal came; the same call goes on from here.
+    """
+    config = load_config(recipe, overrides)
+    rows, probes = probe_pairs(recipe, overrides, on, stop)
+    document = {
+        "schema": 1,
+        "scored_on": on or f"held-out rows of {config.align.split}",
+        "images": len(rows.rows),
+        "resamples": RESAMPLES,
+        "pairs": ranking(probes),
+    }
+    path = probe_folder(config) / "pick.json"
+    write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    return path, document
+
+
+def ranking(probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    """Rank pairs by recall@10, each with its interval and how probably it is the best of all.
+
+    All pairs are scored on the same draws of the images, so that images that are hard for all do
+    not blur the order. Pairs that are equally good in a draw share it.
+    """
+    drawn = draws(len(probes[0].items["image_to_text"].hits), resamples=RESAMPLES, seed=SEED)
+    recalls = np.stack([probe.recall(drawn) for probe in probes])  # (pairs, resamples)
+    is_best = recalls == recalls.max(axis=0)
+    shares = (is_best / is_best.sum(axis=0)).mean(axis=1)
+    rows = [
+        {
+            "image": probe.image,
+            "text": probe.text,
+            "recall@10": float(probe.recall()[0]),
+            "ci95": list(percentile_interval(of_probe)),
+            "probability_best": float(share),
+            "seconds": probe.seconds,
+        }
+        for probe, of_probe, share in zip(probes, recalls, shares, strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row["recall@10"])
+
+
+def pick_table(document: dict[str, Any]) -> str:
+    """Return what `sail pick` prints."""
+    table = Table()
+    for heading in ("image", "text"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("recall@10, %", "95 %", "best with probability"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in document["pairs"]:
+        low, high = row["ci95"]
+        table.add_row(
+            row["image"],
+            row["text"],
+            f"{100 * row['recall@10']:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            f"{row['probability_best']:.2f}",
+        )
+    best = document["pairs"][0]
+    doubt = [row for row in document["pairs"][1:] if row["probability_best"] >= 0.05]
+    lines = [rendered(table), f"Best: {best['image']} with {best['text']}."]
+    if doubt:
+        names = ", ".join(f"{row['image']} with {row['text']}" for row in doubt)
+        lines.append(f"Not told apart from it by {document['images']:,} images: {names}.")
+    return "\n".join(lines)
+
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
-RESAMPLES, SEED = 2000, 0
 Scores = dict[str, dict[str, float]]
 Series = dict[tuple[str, str], list[tuple[float, float]]]
 """Value and alignment of every point, by measure and what the points are."""

@@ -5,29 +5,353 @@ run_dir/study/probes/IMAGE--TEXT/probe.json  its time, and what it was scored on
 run_dir/study/probes/IMAGE--TEXT/items.npz   what every image scored
 """
 
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 
 from align.checkpoint import load_head
-from evaluate.items import Items, read_items, write_items
-from evaluate.retrieval import Relevance, hits_per_image, retrieval_ranks
+from align.columns import Columns, select_rows
+from evaluate.embedder import Embedder, complete_column, feature_blocks, ok_rows
+from evaluate.measures.knn import find_neighbours
+from evaluate.measures.linear_probe import fit_linear_probe
+from evaluate.measures.retrieval import Relevance, hits_per_image, retrieval_ranks
+from evaluate.nearest import Cknna, MutualKnn, nearest_others, vote
+from evaluate.results import Items, read_items, write_items
+from evaluate.similarity import LinearCka, Svcca
+from evaluate.statistics import Prepare, calibrate, half_sample_interval, ratio_interval
+from features.errors import ConfigError, EvaluationError
+from features.status import Status
+from features.storage.column import Column
 from features.storage.files import write
-from pipeline.config import RunConfig, load_config
-from pipeline.device import prepare_device
-from pipeline.embedding.rows import Embedder
+from features.store import NOT_COMPARED, FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.study.rows import StudyRows, scored_rows
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import RunConfig, load_config
+from pipeline.run.device import prepare_device
+from pipeline.run.folder import open_evaluated, run_folder
+
+LEAST_SCORED = 10
+
+
+@dataclass(frozen=True)
+class StudyRows:
+    """Rows of one store, and their captions that can be used."""
+
+    store: FeatureStore
+    fields: tuple[str, ...]
+    rows: Int64[np.ndarray, "rows"]
+    """In order."""
+    text_ok: Bool[np.ndarray, "rows fields"]
+    """Usable by every text encoder."""
+
+    @property
+    def sha256(self) -> str:
+        """Of what decides which items are scored."""
+        digest = hashlib.sha256(f"{self.store.keys_sha256} {self.fields}".encode())
+        digest.update(self.rows.astype("<i8").tobytes())
+        digest.update(self.text_ok.tobytes())
+        return digest.hexdigest()
+
+
+def scored_rows(config: RunConfig, split: str | None) -> StudyRows:
+    """Return the rows that alignment is scored on: of a split, or those that training holds out.
+
+    Raises:
+        ConfigError: Nothing is held out, or several splits are mixed.
+        EvaluationError: Too few rows are usable by every encoder.
+    """
+    if config.align.mix:
+        raise ConfigError(
+            "align.mix names several splits. One was expected, on which all pairs are trained. "
+            "Set align.split instead."
+        )
+    if split is None and config.align.holdout == 0:
+        raise ConfigError(
+            "align.holdout = 0 leaves no rows to score the pairs on. A fraction above 0 was "
+            "expected. Set align.holdout, or name a split with --on."
+        )
+    if split is not None and (split not in config.data or split == config.align.split):
+        raise ConfigError(
+            f"--on {split} is no split to score on. One of [data] that is not trained on was "
+            f"expected: {[name for name in config.data if name != config.align.split]}. Correct it."
+        )
+    found = usable_rows(config, split or config.align.split)
+    if split is None:
+        image, text = config.encoders.image_columns[0], next(iter(config.encoders.text))
+        selection = select_rows(
+            Columns.open(found.store, config.align, image, text),
+            holdout=config.align.holdout,
+            holdout_rows=config.align.holdout_rows,
+        )
+        kept = np.isin(found.rows, selection.heldout)
+        found = StudyRows(found.store, found.fields, found.rows[kept], found.text_ok[kept])
+    if len(found.rows) < LEAST_SCORED:
+        raise EvaluationError(
+            f"{found.store.path} has {len(found.rows)} rows to score on. At least {LEAST_SCORED} "
+            f"that every encoder has were expected. Raise align.holdout, or name a split with --on."
+        )
+    return found
+
+
+def usable_rows(config: RunConfig, split: str) -> StudyRows:
+    """Return the rows of a split whose image, and at least one caption, every encoder has.
+
+    Raises:
+        ConfigError: The recipe has no image or no text encoder.
+        EvaluationError: A column is not complete.
+    """
+    encoders = config.encoders
+    if not encoders.image_columns or not encoders.text:
+        raise ConfigError(
+            "The recipe has no image or no text encoder. Candidates of both kinds were expected. "
+            "Add them under [encoders], and run `sail extract`."
+        )
+    store = open_evaluated(config, run_folder(config), split)
+    fields = tuple(config.align.fields or store.fields)
+    if not fields:
+        raise EvaluationError(
+            f"{store.path} has no captions. Pairs were expected. Name another split."
+        )
+    ok = np.ones(store.rows, dtype=bool)
+    for image in encoders.image_columns:
+        ok &= complete_column(store, f"image/{image}").status() == Status.OK
+    text_ok = np.ones((store.rows, len(fields)), dtype=bool)
+    for text in encoders.text:
+        for place, field in enumerate(fields):
+            column = complete_column(store, f"text/{text}/{field}")
+            text_ok[:, place] &= column.status() == Status.OK
+    rows = np.flatnonzero(ok & text_ok.any(axis=1))
+    return StudyRows(store, fields, rows, text_ok[rows])
+
 
 logger = logging.getLogger(__name__)
+ROWS = 1000
+"""Pairs on which encoders are compared: spread evenly over the training split."""
+K = 10
+PERMUTATIONS, HALVES, SEED = 20, 20, 0
+HELD_OUT = 5
+"""Every so many rows of the reference choose the regularisation of the linear probe."""
+Features = Float[np.ndarray, "rows dim"]
+PAIR_MEASURES: dict[str, Prepare] = {
+    "cka": lambda first, second: LinearCka(first, second, debiased=True),
+    "mutual_knn": lambda first, second: MutualKnn(
+        nearest_others(first, K), nearest_others(second, K)
+    ),
+    "cknna": lambda first, second: Cknna(nearest_others(first, K), nearest_others(second, K)),
+    "svcca": Svcca,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was measured before, in a file that is written after each measure."""
+
+    path: Path
+    known: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Kept":
+        """Read the file; nothing is known where there is none."""
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return cls(path, known)
+
+    def get(self, inputs: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what is known of these inputs, or measure it, with its seconds."""
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        if key not in self.known:
+            begun = time.perf_counter()
+            found = measure()
+            self.known[key] = found | {"seconds": round(time.perf_counter() - begun, 3)}
+            write(self.path, (json.dumps(self.known, indent=1) + "\n").encode())
+        value: dict[str, Any] = self.known[key]
+        return value
+
+
+def measure_images(
+    config: RunConfig, splits: tuple[str, str], kept: Kept, stop: StopRequest
+) -> dict[str, dict[str, Any]]:
+    """Return k-NN accuracy and that of a linear probe for every image column.
+
+    Args:
+        config: The recipe.
+        splits: Labelled split whose rows are classified, and that whose rows are learned from.
+        kept: What is known.
+        stop: Whether to stop.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in config.encoders.image_columns:
+        query, reference = (_labelled(config, split, name) for split in splits)
+        rows = [_described(query), _described(reference)]
+        votes = config.eval.model_dump(
+            mode="json", include={"knn_temperature", "knn_k", "knn_search", "bootstrap", "seed"}
+        )
+        found[name] = {}
+        for measure, settings, take in (
+            ("knn_top1", [votes], _knn),
+            (
+                "linear_probe_top1",
+                [HELD_OUT, SEED, votes["bootstrap"], votes["seed"]],
+                _linear_probe,
+            ),
+        ):
+            _go_on(stop, f"{measure} of {name}")
+            found[name][measure] = kept.get(
+                [measure, *rows, *settings], partial(take, config, query, reference)
+            )
+    return found
+
+
+def measure_pairs(
+    config: RunConfig, kept: Kept, stop: StopRequest
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the measures of every pair: value, interval, null, and the value calibrated by it."""
+    rows = _spread(usable_rows(config, config.align.split))
+    for image in config.encoders.image_columns:
+        column = rows.store.column(f"image/{image}")
+        for text in config.encoders.text:
+            texts = rows.store.column(f"text/{text}/{rows.fields[0]}")
+            inputs = [rows.sha256, _fingerprint(column), _fingerprint(texts), K, PERMUTATIONS]
+            measures = {}
+            for name, prepare in PAIR_MEASURES.items():
+                _go_on(stop, f"{name} of {image} and {text}")
+                read = partial(_read_both, column, texts, rows.rows)
+                found = kept.get([name, *inputs], partial(_calibrated, prepare, read))
+                # Apart, so that the seconds are those of the measure.
+                doubt = kept.get(
+                    [f"interval of {name}", *inputs, HALVES],
+                    partial(_interval, prepare, read, found["value"]),
+                )
+                measures[name] = found | {"ci95": doubt["ci95"]}
+            yield image, text, measures
+
+
+def _calibrated(prepare: Prepare, read: Callable[[], tuple[Features, Features]]) -> dict[str, Any]:
+    features = read()
+    found = calibrate(prepare, features, permutations=PERMUTATIONS, subsamples=0, seed=SEED)
+    return {
+        "value": found.value,
+        "null_mean": found.null_mean,
+        "calibrated": found.calibrated,
+        "p_value": found.p_value,
+        "n": len(features[0]),
+    }
+
+
+def _interval(
+    prepare: Prepare, read: Callable[[], tuple[Features, Features]], value: float
+) -> dict[str, Any]:
+    """Return the interval of a value, None where halves of the rows have no k neighbours."""
+    features = read()
+    halves = HALVES if len(features[0]) // 2 > K else 0
+    interval = half_sample_interval(prepare, features, value, subsamples=halves, seed=SEED)
+    return {"ci95": interval}
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The rows of an image column that have a label."""
+
+    column: Column
+    rows: Int64[np.ndarray, "rows"]
+    labels: Int64[np.ndarray, "rows"]
+
+
+def _labelled(config: RunConfig, split: str, name: str) -> _Labelled:
+    store = open_evaluated(config, run_folder(config), split)
+    column = complete_column(store, f"image/{name}")
+    labels = store.labels()
+    rows = ok_rows(column)
+    known = np.full(store.rows, -1) if labels is None else labels.astype(np.int64)
+    rows = rows[known[rows] >= 0]
+    return _Labelled(column, rows, known[rows])
+
+
+def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
+    """Return the best accuracy over the k of the settings, as DINO reports it."""
+    settings = config.eval
+    ks = [k for k in settings.knn_k if k <= len(reference.rows)] or [len(reference.rows)]
+    neighbours, about = find_neighbours(
+        settings,
+        _read(query.column, query.rows),
+        lambda: feature_blocks(reference.column, reference.rows),
+        len(reference.rows),
+        max(ks),
+    )
+    num_classes = int(max(query.labels.max(), reference.labels.max())) + 1
+    right = {
+        k: query.labels
+        == vote(
+            neighbours,
+            reference.labels,
+            k=k,
+            temperature=settings.knn_temperature,
+            num_classes=num_classes,
+        )
+        for k in ks
+    }
+    best = max(right, key=lambda k: float(right[k].mean()))
+    return _accuracy(config, right[best]) | {"k": best} | about
+
+
+def _linear_probe(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
+    order = np.random.default_rng(SEED).permutation(len(reference.rows))
+    probe = fit_linear_probe(
+        _read(reference.column, reference.rows), reference.labels, order % HELD_OUT == 0
+    )
+    right = probe.predict(_read(query.column, query.rows)) == query.labels
+    chosen = {"regularisation": probe.regularisation, "converged": probe.converged}
+    return _accuracy(config, right) | chosen
+
+
+def _accuracy(config: RunConfig, right: Bool[np.ndarray, "queries"]) -> dict[str, Any]:
+    resamples, seed = config.eval.bootstrap, config.eval.seed
+    interval = ratio_interval(right.astype(np.int64), resamples=resamples, seed=seed)
+    return {"value": float(right.mean()), "ci95": interval, "n": len(right)}
+
+
+def _spread(rows: StudyRows) -> StudyRows:
+    """Return at most `ROWS` rows with a first caption, evenly from all."""
+    usable = np.flatnonzero(rows.text_ok[:, 0])
+    chosen = usable[np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(np.int64)]
+    return StudyRows(rows.store, rows.fields, rows.rows[chosen], rows.text_ok[chosen])
+
+
+def _read_both(
+    image: Column, text: Column, rows: Int64[np.ndarray, "rows"]
+) -> tuple[Features, Features]:
+    return _read(image, rows), _read(text, rows)
+
+
+def _read(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float[np.ndarray, "rows dim"]:
+    return np.concatenate(list(feature_blocks(column, rows))).astype(np.float32)
+
+
+def _described(labelled: _Labelled) -> list[Any]:
+    digest = hashlib.sha256(labelled.rows.tobytes() + labelled.labels.tobytes()).hexdigest()
+    return [_fingerprint(labelled.column), digest]
+
+
+def _fingerprint(column: Column) -> dict[str, Any]:
+    kept = {name: of for name, of in column.fingerprint.items() if name not in NOT_COMPARED}
+    return kept | {"column": str(column.path)}
+
+
+def _go_on(stop: StopRequest, what: str) -> None:
+    if stop():
+        raise Stopped
+    logger.debug("%s", what)
+
+
 RECALL_AT = 10
 WAYS = ("image_to_text", "text_to_image")
 

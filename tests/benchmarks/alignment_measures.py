@@ -19,11 +19,11 @@ import numpy as np
 import zarr
 
 from evaluate.config import EvalConfig
-from features.column import create_column
+from evaluate.embedder import feature_blocks, ok_rows
+from evaluate.measures.alignment import alignment_values
 from features.status import Status
+from features.storage.column import create_column
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
-from pipeline.embedding.rows import feature_blocks, ok_rows
-from pipeline.measures.alignment_values import alignment_values
 from tests.benchmarks.figure import Figure, figure_of
 from tests.peak_memory import peak_bytes_of
 

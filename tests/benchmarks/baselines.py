@@ -11,12 +11,12 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from pipeline.config import load_config
-from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import StopRequest
-from pipeline.memory import keep_freed_memory
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.cpu import keep_freed_memory
+from pipeline.run.evaluate import evaluate_run
+from pipeline.run.extract import extract
 from tests.benchmarks.figure import machine
 
 OUTPUT = Path(__file__).parents[2] / "pipeline" / "recipes" / "demo-baselines.json"

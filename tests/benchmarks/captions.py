@@ -15,7 +15,7 @@ from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.nvembed import NVEmbed
 from features.encoders.packing import Tokens
-from pipeline.memory import keep_freed_memory
+from pipeline.run.cpu import keep_freed_memory
 from tests import text_models
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.nvembed import SCALED, ReleasedWay, captions, random_encoder

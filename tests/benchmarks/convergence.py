@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import align.gradients
+import align.optimizer
 from align.checkpoint import Checkpoint
 from align.loss import contrastive_loss
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.memory import keep_freed_memory
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.cpu import keep_freed_memory
 
 SEEDS = (0, 1, 2)
 
@@ -56,7 +56,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def recall_with(loss: Callable[..., Tensor], recipe: str, overrides: list[str], seed: int) -> float:
     """Train once; the best held-out mean recall."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align.gradients, "contrastive_loss", loss)
+        patch.setattr(align.optimizer, "contrastive_loss", loss)
         features = load_config(recipe, overrides).run
         config = load_config(
             recipe,

@@ -16,10 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from features.fast_images import prepare_fast
-from features.images import Preprocessing, decode
-from pipeline.memory import keep_freed_memory
-from pipeline.processors import usable_processors
+from features.images import Preprocessing, decode, prepare_fast
+from pipeline.run.cpu import keep_freed_memory, usable_processors
 from tests.benchmarks.figure import Figure, figure_of
 from tests.photographs import as_jpeg, synthetic
 

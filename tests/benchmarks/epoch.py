@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from align.columns import PairedStore
 from align.config import AlignConfig
-from align.selection import PairedStore
 from align.trainer import train
 from features.store import FeatureStore
-from pipeline.memory import keep_freed_memory
+from pipeline.run.cpu import keep_freed_memory
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import synthetic_store
 

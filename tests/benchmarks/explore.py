@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from numpy.lib.format import open_memmap
 
-from evaluate.knn import nearest_neighbours
+from evaluate.nearest import nearest_neighbours
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
 from pipeline.explore.nearest import ApproximateSearch, open_search
 from tests.benchmarks.figure import Figure, figure_of

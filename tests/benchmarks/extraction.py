@@ -19,15 +19,12 @@ import numpy as np
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from features.column_group import ColumnGroup
 from features.config import ImageEncoderConfig, WebdatasetSource
 from features.encoders import ImageEncoder, load_image_encoder
-from features.extract import Run
-from features.extract_images import extract_images
+from features.extract import Run, extract_images
 from features.index import Index
-from features.store import FeatureStore
-from pipeline.memory import keep_freed_memory
-from pipeline.processors import usable_processors
+from features.store import ColumnGroup, FeatureStore
+from pipeline.run.cpu import keep_freed_memory, usable_processors
 from tests import tiny
 from tests.benchmarks.figure import Figure, figure_of
 from tests.photographs import as_jpeg, synthetic

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from features.column import Column
 from features.status import Status
+from features.storage.column import Column
 from features.store import FeatureStore
-from pipeline.config import load_config
 from pipeline.interrupt import Stopped
-from pipeline.run import RunFolder, extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.run.folder import RunFolder
 from tests import tiny
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import webdataset_shards

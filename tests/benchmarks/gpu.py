@@ -16,10 +16,9 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from align.config import HeadConfig, LossConfig, OptimizerConfig
-from align.head import AlignmentModel, build_model
-from align.loss import LossOptions, contrastive_loss
+from align.heads import AlignmentModel, build_model
+from align.loss import LossOptions, Pairs, contrastive_loss
 from align.optimizer import build_optimizer
-from align.pairs import Pairs
 from features.encoders.nvembed import NVEmbed
 from tests.benchmarks import extraction
 from tests.benchmarks.captions import drift

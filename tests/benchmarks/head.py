@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from align.config import HeadConfig
-from align.head import GATE_LIMIT, StarHead
+from align.heads import GATE_LIMIT, StarHead
 from tests.benchmarks.figure import Figure, figure_of
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from evaluate.knn import nearest_neighbours
+from evaluate.embedder import feature_blocks, ok_rows
+from evaluate.nearest import nearest_neighbours
 from features.store import FeatureStore
-from pipeline.embedding.rows import feature_blocks, ok_rows
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import linked_store
 from tests.peak_memory import peak_bytes_of

@@ -20,12 +20,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaForConditionalGeneration
 
-from align.tower import AlignedVisionConfig, AlignedVisionModel
-from features.scenes.batches import draw_batch, normalised, standardised
 from features.scenes.shards import SPLITS
 from features.scenes.world import COLOURS, SHAPES
-from pipeline.handover.exports import export_run
-from pipeline.handover.llava import llava_config
+from pipeline.export.exports import export_run
+from pipeline.export.llava import AlignedVisionConfig, AlignedVisionModel, llava_config
+from tests.demo_encoder.batches import draw_batch, normalised, standardised
 
 START, IMAGE, ASK_COLOUR, ASK_SHAPE, FIRST_ANSWER = range(5)
 BATCH = 64

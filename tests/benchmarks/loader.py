@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from align.chunks import READERS
+from align.chunk_reader import READERS
+from align.columns import Columns, select_rows
 from align.config import AlignConfig
 from align.loader import MIB, Loader, LoaderOptions, Source
-from align.selection import Columns, select_rows
-from features.column import Column
+from features.storage.column import Column
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import synthetic_store
 

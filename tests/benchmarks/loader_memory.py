@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from align.columns import Columns, select_rows
 from align.config import AlignConfig
 from align.loader import MIB, Loader, LoaderOptions, Source
-from align.selection import Columns, select_rows
 from features.store import FeatureStore
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.loss import LossOptions, contrastive_loss
-from align.pairs import Pairs
+from align.loss import LossOptions, Pairs, contrastive_loss
 from tests.benchmarks.figure import Figure, figure_of
 
 ROOT = Path(__file__).parents[2]

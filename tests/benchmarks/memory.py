@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from align.tiers import MIB
+from align.windows import MIB
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import linked_store, synthetic_store
 from tests.peak_memory import peak_bytes_of

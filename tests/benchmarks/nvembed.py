@@ -13,8 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from features.encoders.nvembed import NVEmbed
 from features.encoders.packing import Tokens
-from features.encoders.text import TextEncoder
-from features.encoders.tokens import CaptionTokenizer
+from features.encoders.text import CaptionTokenizer, TextEncoder
 
 REAL: dict[str, Any] = {
     "text_config": {

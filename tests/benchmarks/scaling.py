@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModel
 
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.extraction.connection import open_cluster
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.cluster import open_cluster
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.benchmarks.extraction import BASE, random_dinov2
 from tests.benchmarks.figure import Figure, figure_of

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from align.columns import PairedStore
 from align.config import AlignConfig
-from align.selection import PairedStore
 from align.trainer import train
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import synthetic_store

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from features.column import Column, create_column
 from features.config import FolderSource
 from features.index import Index
 from features.status import Status
+from features.storage.column import Column, create_column
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
 from tests import tiny
 

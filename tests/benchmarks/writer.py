@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from features.column import Column, create_column
 from features.extract import Phases, Writer
 from features.status import Status
+from features.storage.column import Column, create_column
 from tests.benchmarks.figure import Figure, figure_of
 
 ROWS_PER_CHUNK = 4096

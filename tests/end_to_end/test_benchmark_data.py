@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from align.checkpoint import load_head
 from features.class_lists import read_class_list
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import StopRequest
-from pipeline.run import RunFolder, extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.evaluate import evaluate_run
+from pipeline.run.extract import extract
+from pipeline.run.folder import RunFolder
 from tests import tiny
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from features.encoders import load_image_encoder
 from features.encoders.image import ImageEncoder
-from pipeline.config import RunConfig, load_config
-from pipeline.evaluation import drift
-from pipeline.evaluation.drift import check_run
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run import check as drift
+from pipeline.run.align import align_run
+from pipeline.run.check import check_run
+from pipeline.run.config import RunConfig, load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.commands import sail, the_error_of
 
@@ -138,7 +138,7 @@ def test_an_encoder_whose_images_see_each_other_is_found(
 
         return replace(encoder, forward=forward)
 
-    monkeypatch.setattr("pipeline.aligned.load_image_encoder", load)
+    monkeypatch.setattr("pipeline.python.load_image_encoder", load)
     error = sail("eval", run_file, "--check", expect=1).stderr
     for over in ("store", "batch size", "padding"):
         assert f"image embeddings over {over} (" in error

@@ -11,19 +11,18 @@ import torch
 from torch.nn import functional as F
 
 from align.checkpoint import load_head
-from evaluate.cka import LinearCka
-from evaluate.items import read_items
-from evaluate.rbf_cka import RbfCka
-from evaluate.results import read_results
+from evaluate.results import read_items, read_results
+from evaluate.similarity import LinearCka, RbfCka
 from features.encoders import load_text_encoder
 from features.errors import EvaluationError
 from features.store import FeatureStore
-from pipeline.config import RunConfig, load_config
-from pipeline.evaluation.comparison import compare_runs
-from pipeline.evaluation.stage import evaluate_run, results_table
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import RunFolder, extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import RunConfig, load_config
+from pipeline.run.evaluate import evaluate_run, results_table
+from pipeline.run.extract import extract
+from pipeline.run.folder import RunFolder
+from pipeline.study.comparison import compare_runs
 from tests import tiny
 from tests.end_to_end.test_commands import sail
 

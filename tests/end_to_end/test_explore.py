@@ -20,11 +20,10 @@ from starlette.testclient import TestClient
 
 from features.errors import ConfigError
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.explore.app import create_app
+from pipeline.explore.app import Access, create_app
 from pipeline.explore.search import MAX_UPLOAD_BYTES
-from pipeline.explore.security import Access
 from pipeline.explore.session import Session
+from pipeline.run.config import load_config
 from tests import tiny
 from tests.clusters import begin, finish
 from tests.commands import sail

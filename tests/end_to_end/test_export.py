@@ -14,12 +14,12 @@ from PIL import Image
 
 from features.encoders.checkpoint import BUNDLED_SCENES
 from features.errors import EncoderError, EvaluationError
-from pipeline.aligned import load_aligned
-from pipeline.config import load_config
-from pipeline.handover.exports import export_run
+from pipeline.export.exports import export_run
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.python import load_aligned
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.fresh_environment import fresh_environment, run_in

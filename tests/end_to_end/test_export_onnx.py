@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from features.errors import CheckpointError
-from pipeline.aligned import load_aligned
-from pipeline.handover import onnx
-from pipeline.handover.exports import export_run
+from pipeline.export import onnx
+from pipeline.export.exports import export_run
+from pipeline.python import load_aligned
 from tests.commands import sail, the_error_of
 from tests.trained import trained
 

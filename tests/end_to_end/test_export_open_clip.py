@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.aligned import Aligned, load_aligned
-from pipeline.handover.exports import export_run
+from pipeline.export.exports import export_run
+from pipeline.python import Aligned, load_aligned
 from tests.commands import sail
 from tests.trained import trained
 

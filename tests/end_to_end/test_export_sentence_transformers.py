@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from features.errors import EncoderError
-from pipeline.aligned import load_aligned
-from pipeline.handover.exports import export_run
+from pipeline.export.exports import export_run
+from pipeline.python import load_aligned
 from tests.commands import sail, the_error_of
 from tests.trained import trained
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.evaluation.stage import evaluate_run
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.evaluate import evaluate_run
+from pipeline.run.extract import extract
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RUN_FILE = """

@@ -10,8 +10,7 @@ from click.testing import CliRunner, Result
 
 from align.checkpoint import load_head
 from align.config import HeadConfig, LossConfig
-from align.head import build_model
-from align.released import save_released
+from align.heads import build_model, save_released
 from pipeline.cli import cli
 from tests import tiny
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaForConditionalGeneration
 
 from features.errors import EncoderError
-from pipeline.aligned import load_aligned
-from pipeline.handover.exports import export_run
-from pipeline.handover.llava import llava_config
+from pipeline.export.exports import export_run
+from pipeline.export.llava import llava_config
+from pipeline.python import load_aligned
 from tests import tiny
 from tests.benchmarks import llava as benchmark
 from tests.commands import sail, the_error_of

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from features.config import Source
 from features.index import Index, SampleReader
-from features.storage import objects
+from features.storage import remote as objects
 from features.storage.place import as_place
 from features.store import FeatureStore
 from tests import tiny

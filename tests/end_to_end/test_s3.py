@@ -6,12 +6,12 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from pipeline.cli import cli
-from pipeline.config import load_config
-from pipeline.evaluation.stage import evaluate_run
-from pipeline.inspection import describe_row, describe_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.evaluate import evaluate_run
+from pipeline.run.extract import extract
+from pipeline.stores.inspect import describe_row, describe_store
 from tests import tiny
 from tests.feature_stores import make_store, on_disk
 from tests.servers import Bucket

@@ -12,18 +12,18 @@ from torch.nn import functional as F
 from transformers import ViTModel
 
 from align.checkpoint import load_head
-from evaluate.items import read_items
+from evaluate.results import read_items
 from features.config import PatchAttention
 from features.encoders import load_text_encoder
 from features.errors import EncoderError, EvaluationError
-from pipeline.config import RunConfig, load_config
-from pipeline.evaluation.comparison import compare_runs
-from pipeline.evaluation.stage import evaluate_run, results_table
 from pipeline.explore.results import results as explored
 from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.run.align import align_run
+from pipeline.run.config import RunConfig, load_config
+from pipeline.run.evaluate import evaluate_run, results_table
+from pipeline.run.extract import extract
+from pipeline.study.comparison import compare_runs
 from tests import tiny
 
 CLASSES = (("red", "circle"), ("green",), ("blue",), ("star",))

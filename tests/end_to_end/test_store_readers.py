@@ -18,10 +18,10 @@ import pytest
 from features.images import decode
 from features.index import Index, SampleReader
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.formats.exporting import export_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.convert import export_store
 from tests import tiny
 from tests.commands import sail
 from tests.feature_stores import on_disk

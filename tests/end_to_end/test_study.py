@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.training import Training
-from evaluate.items import Items
+from align.trainer import Training
+from evaluate.results import Items
 from features.errors import ConfigError
-from pipeline.config import load_config
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from pipeline.study import pick_run, study_run
-from pipeline.study.outcome import correlations
-from pipeline.study.output import study_table
-from pipeline.study.pick import ranking
+from pipeline.study.outcome import correlations, ranking, study_table
 from pipeline.study.probes import Probe
 from tests import tiny
 from tests.commands import sail

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from evaluate.embedder import Embedder
 from features.errors import EncoderError
 from features.store import FeatureStore
-from pipeline.aligned import Aligned, load_aligned
-from pipeline.config import load_config
-from pipeline.embedding.rows import Embedder
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
-from pipeline.training.stage import align_run
+from pipeline.python import Aligned, load_aligned
+from pipeline.run.align import align_run
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.commands import sail, the_error_of
 

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features.growth import follow_index
 from features.index import Index
 from features.status import Status
 from features.storage.place import Place
-from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
+from features.store import FeatureStore, follow_index
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +28,7 @@ KILLS = 5
 GROW_AND_DIE = """
 import os, shutil, signal, sys
 from pathlib import Path
-from features.growth import follow_index
+from features.store import follow_index
 from features.index import Index
 from features.store import FeatureStore
 
@@ -59,9 +58,9 @@ print(after - 1)
 """
 APPEND = """
 import sys
-from pipeline.config import load_config
+from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.folder import extract
 
 config = load_config(sys.argv[1])
 print("started", flush=True)

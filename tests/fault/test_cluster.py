@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.clusters import (
     ROOT,
@@ -51,7 +51,7 @@ from pathlib import Path
 from pipeline.cli import cli
 
 if __name__ == "__main__":
-    from pipeline.extraction.cluster import Cluster
+    from pipeline.run.cluster import Cluster
 
     fill_encoder = Cluster.fill_encoder
 

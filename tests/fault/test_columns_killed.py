@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features.column import Column
+from features.storage.column import Column
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import store_digests
 

@@ -11,20 +11,18 @@ import pytest
 
 from features.config import WebdatasetSource
 from features.errors import StoreMismatchError
-from features.growth import follow_index
-from features.index import Index
-from features.reindex import find_changes, update_index
-from features.store import FeatureStore
-from pipeline.inspection import verify_store
+from features.index import Index, find_changes, update_index
+from features.store import FeatureStore, follow_index
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import store_digests
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys
-from pipeline.config import load_config
+from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.folder import extract
 
 config = load_config(sys.argv[1], [f"run.dir='{sys.argv[2]}'"])
 print("ready", flush=True)

@@ -16,15 +16,15 @@ import pytest
 from features.errors import SourceError, StorageError, StoreCorruptError, StoreError
 from features.storage.place import as_place
 from features.store import FeatureStore
-from pipeline.formats.clip_retrieval import write_clip_retrieval
-from pipeline.formats.hdf5 import write_hdf5
-from pipeline.formats.importing import Wanted, import_store
-from pipeline.formats.parquet import write_parquet
-from pipeline.formats.store import StoreRows
-from pipeline.formats.unfinished import unfinished
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.rewrite.merge import merge_stores, rechunk_store
-from pipeline.rewrite.subset import Choice, subset_store
+from pipeline.stores.clip_retrieval import write_clip_retrieval
+from pipeline.stores.convert import Wanted, import_store
+from pipeline.stores.hdf5 import write_hdf5
+from pipeline.stores.merge import merge_stores, rechunk_store
+from pipeline.stores.parquet import write_parquet
+from pipeline.stores.resumable import unfinished
+from pipeline.stores.subset import Choice, subset_store
+from pipeline.stores.writer import StoreRows
 from tests.feature_stores import IMAGE, StopAfter, make_store, on_disk
 from tests.servers import Bucket
 
@@ -137,7 +137,7 @@ def finished_at_once(folder: Path, work: Work) -> tuple[dict[str, str], int]:
 
 def kill(folder: Path, work: Work, reads: int) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.formats.importing", "pipeline.rewrite.subset"])
+    context.set_forkserver_preload(["pipeline.stores.convert", "pipeline.stores.subset"])
     process = context.Process(target=work, args=(folder, KillAfter(reads)))
     process.start()
     process.join()
@@ -277,7 +277,7 @@ def test_under_a_url_a_store_is_made_here_and_uploaded_when_it_is_whole(
         rechunk_store(place, out, 20, StopAfter(3))
     assert s3.content("out") == {}
     with monkeypatch.context() as without_network:
-        without_network.setattr("features.publish.write", refuse)
+        without_network.setattr("features.storage.groups.write", refuse)
         with pytest.raises(StorageError, match="no network"):
             rechunk_store(place, out, 20, StopRequest())
     assert s3.content("out") == {}

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from features.column import Column
 from features.status import Status
+from features.storage.column import Column
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import describe_store, verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.inspect import describe_store
+from pipeline.stores.verify import verify_store
 from tests import tiny
 
 

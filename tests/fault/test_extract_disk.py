@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.inspection import verify_store
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.feature_stores import store_digests

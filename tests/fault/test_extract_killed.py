@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import store_digests
 
@@ -34,7 +34,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
     """Processes that begin to work at once: their server has imported everything already."""
     monkeypatch.chdir(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.extraction.filling", "pipeline.run"])
+    context.set_forkserver_preload(["pipeline.run.filling", "pipeline.run.folder"])
     return context
 
 

@@ -15,10 +15,10 @@ import pytest
 from features.errors import EncoderError
 from features.status import Status
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.peak_memory import peak_bytes_of
 

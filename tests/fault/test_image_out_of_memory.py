@@ -10,9 +10,9 @@ import torch
 from features.encoders.image import ImageEncoder
 from features.errors import EncoderError
 from features.store import FeatureStore
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from features.errors import SourceError
-from features.partial import partial_path
-from pipeline.config import load_config
+from features.storage.files import partial_path
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.feature_stores import store_digests
 
@@ -58,7 +58,7 @@ def test_files_of_another_century_are_extracted_once_and_no_more(
     set_times(tmp_path, seconds)
     extract_into(run_file, tmp_path / "run")
     set_times(tmp_path / "run", seconds)  # as a clock that was wrong then would have it
-    monkeypatch.setattr("pipeline.extraction.filling.load_encoder", None)  # a call is a TypeError
+    monkeypatch.setattr("pipeline.run.filling.load_encoder", None)  # a call is a TypeError
     extract_into(run_file, tmp_path / "run")
 
 

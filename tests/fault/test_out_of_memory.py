@@ -13,9 +13,9 @@ from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.packing import TokenBatch
 from features.errors import EncoderError
 from features.store import FeatureStore
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import text_models, tiny
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from features.config import ClassFolderSource, FolderSource, ParquetSource, WebdatasetSource
 from features.errors import SourceError
-from features.index import Index, SampleReader
-from features.index_builder import ROWS_PER_GROUP
+from features.index import ROWS_PER_GROUP, Index, SampleReader
 from tests import tiny
 
 

@@ -11,20 +11,20 @@ import pytest
 import zarr
 from pydantic import TypeAdapter
 
-from features import publish
 from features.config import Source, WebdatasetSource
 from features.errors import SourceError, StorageError, StoreError
-from features.index import Index, SampleReader
-from features.reindex import find_changes
+from features.index import Index, SampleReader, find_changes
 from features.sources import open_source
-from features.storage import files, objects, remote
+from features.storage import files, remote
+from features.storage import groups as publish
+from features.storage import remote as objects
 from features.storage.place import Place, RemotePath, as_place
 from features.storage.requests import read_ranges
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import make_store
 from tests.servers import Bucket, Fault, Proxy, WebServer, reach_s3

@@ -12,10 +12,9 @@ import torch
 
 import align.checkpoint
 from align.checkpoint import Checkpoint, load_head
+from align.columns import PairedStore
 from align.config import AlignConfig, HeadConfig
-from align.loop import OnStep
-from align.selection import PairedStore
-from align.trainer import train
+from align.trainer import OnStep, train
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluate.retrieval import Relevance, recall, retrieval_ranks
+from evaluate.measures.retrieval import Relevance, recall, retrieval_ranks
 from evaluate.zero_shot import class_embeddings, classify
 
 RECALLS = {

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from evaluate.compositional import Compositional, choose_captions
+from evaluate.measures.compositional import Compositional, choose_captions
 
 SCORES = list(product(range(4), repeat=4))
 """c0_i0, c1_i0, c0_i1, c1_i1: caption and image, as its authors name them."""

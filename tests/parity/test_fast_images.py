@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features.fast_images import decode_fast, prepare_fast
-from features.images import Preprocessing, decode
+from features.images import Preprocessing, decode, decode_fast, prepare_fast
 from tests.photographs import as_jpeg, flickr, synthetic
 
 LIMIT = 10**8

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from features.store import FeatureStore
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 
 pytestmark = [
@@ -53,7 +53,7 @@ def test_a_batch_is_handed_over_without_waiting_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch raises where the host waits; what `_to_host` does at the end waits for an event."""
-    from features import feeding
+    from features import extract as feeding
 
     start = feeding.Feeder.start
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from evaluate import flat_search as flat_search_module
-from evaluate.flat_search import flat_search
-from evaluate.knn import nearest_neighbours, vote
+from evaluate import nearest as flat_search_module
+from evaluate.nearest import flat_search, nearest_neighbours, vote
 
 ROWS, QUERIES, DIM, CLASSES = 3000, 400, 32, 7
 
@@ -52,7 +51,7 @@ def test_without_faiss_torch_finds_the_same_neighbours(
     monkeypatch.setitem(sys.modules, "faiss", None)  # an import of it fails
     monkeypatch.setattr(flat_search_module, "COSINES_AT_ONCE", 7 * ROWS)
     without = flat_search.__wrapped__()
-    monkeypatch.setattr("evaluate.knn.flat_search", lambda: without)
+    monkeypatch.setattr("evaluate.nearest.flat_search", lambda: without)
     found = nearest_neighbours(queries, [reference], 20)
     assert "no FAISS" in without.name
     np.testing.assert_array_equal(found.rows, expected.rows)

@@ -8,7 +8,7 @@ frozen encoder scores.
 import numpy as np
 import pytest
 
-from evaluate.correlation import Correlation, correlate
+from evaluate.statistics import Correlation, correlate
 
 IMAGE = {  # ImageNet k-NN, ImageNet linear probe, recall@10 of alignment probing; per cent
     "MAE-B": (46.2, 68.0, 6.6),

@@ -30,8 +30,7 @@ from transformers import (
 
 from features.config import ImageEncoderConfig, PatchAttention
 from features.encoders import load_image_encoder
-from features.encoders.attention import last_attention
-from features.encoders.patches import PatchEncoder, patch_encoder
+from features.encoders.patches import PatchEncoder, last_attention, patch_encoder
 from features.errors import EncoderError
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from transformers import (
 
 from features.config import ImageColumnConfig, ImageEncoderConfig
 from features.encoders import load_image_encoder
-from features.encoders.positions import METHOD, fix_position_tables
+from features.encoders.image import METHOD, fix_position_tables
 
 SMALL = {
     "hidden_size": 16,

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from align.checkpoint import Checkpoint
+from align.columns import PairedStore
 from align.config import AlignConfig
-from align.ring import Ring
-from align.selection import PairedStore
+from align.processes import Ring
 from align.trainer import train
 from features.errors import TrainingError
 from features.store import FeatureStore
@@ -131,7 +131,7 @@ def test_a_training_goes_on_with_another_number_of_processes(store: Path, tmp_pa
 
 def fail_with_a_number_that_is_none(store: str, run_dir: str) -> None:
     """Every process must end with the same error, whichever had the row."""
-    from align.gradients import Gradients
+    from align.optimizer import Gradients
 
     original, ring = Gradients.backward, Ring.of_processes()
 

@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.head import AlignmentModel
-from align.loss import LossOptions, contrastive_loss
-from align.pairs import Pairs
-from align.released import load_released, released_names, save_released
+from align.heads import AlignmentModel, load_released, released_names, save_released
+from align.loss import LossOptions, Pairs, contrastive_loss
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"
 pytestmark = pytest.mark.skipif(

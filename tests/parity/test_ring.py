@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from align.loss import LossOptions, contrastive_loss
-from align.pairs import Pairs
-from align.ring import Ring
+from align.loss import LossOptions, Pairs, contrastive_loss
+from align.processes import Ring
 from tests.processes import run_processes
 from tests.unit.test_loss import CASES, FIELDS, IMAGES, Kind, dense, inputs, pairs
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil
 
-from features.fast_images import decode_fast
-from features.images import ImageFault, Preprocessing, decode
+from features.images import ImageFault, Preprocessing, decode, decode_fast
 from features.status import Status
 from tests import tiny
 from tests.photographs import as_jpeg, synthetic

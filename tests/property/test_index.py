@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from features.config import WebdatasetSource
 from features.index import Index, SampleReader
-from features.sources.tar import TarFault, TarFile
+from features.sources.webdataset import TarFault, TarFile
 from features.status import Status
 
 names = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=40)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.loss import LossOptions, contrastive_loss
-from align.pairs import Pairs
+from align.loss import LossOptions, Pairs, contrastive_loss
 
 Kind = Literal["sigmoid", "infonce"]
 

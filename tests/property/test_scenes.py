@@ -7,19 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.scenes import COLOURS, HELD_OUT, SHAPES, TEXTURES
-from features.scenes.captions import PATTERNS, WORDS, long_caption, pair_captions, short_caption
 from features.scenes.draw import BACKGROUND, draw
 from features.scenes.shards import sample
 from features.scenes.world import (
     GROUNDS,
+    PATTERNS,
     SEEN,
     SIZES,
     TONES,
+    WORDS,
     Scene,
     SceneObject,
+    long_caption,
+    pair_captions,
     relation_between,
     sample_pair,
     sample_scene,
+    short_caption,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.storage import ranges, requests
+from features.storage import requests
+from features.storage import requests as ranges
 from features.storage.place import RemotePath, as_place
 from tests.servers import WebServer
 

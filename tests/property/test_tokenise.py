@@ -55,7 +55,7 @@ def test_long_captions_have_the_tokens_of_their_whole_text(
     whole = encoder.tokenise.tokenizer(texts, truncation=True, max_length=6)["input_ids"]
     assert encoder.tokenise(texts) == whole
     with pytest.MonkeyPatch.context() as patch:  # so that the cut is often near the last token
-        patch.setattr("features.encoders.tokens.CHARACTERS_PER_TOKEN", 2)
+        patch.setattr("features.encoders.text.CHARACTERS_PER_TOKEN", 2)
         assert encoder.tokenise(texts) == whole
 
 

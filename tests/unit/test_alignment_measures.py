@@ -5,12 +5,18 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from evaluate import mutual_knn as mutual_knn_module
-from evaluate import rbf_cka as rbf_cka_module
-from evaluate.cka import LinearCka, linear_cka, minibatch_cka
-from evaluate.mutual_knn import Cknna, MutualKnn, nearest_others, reordered
-from evaluate.rbf_cka import RbfCka, median_distance
-from evaluate.svcca import Svcca, svcca
+from evaluate import nearest as mutual_knn_module
+from evaluate import similarity as rbf_cka_module
+from evaluate.nearest import Cknna, MutualKnn, nearest_others, reordered
+from evaluate.similarity import (
+    LinearCka,
+    RbfCka,
+    Svcca,
+    linear_cka,
+    median_distance,
+    minibatch_cka,
+    svcca,
+)
 
 Pair = tuple[np.ndarray, np.ndarray]
 

@@ -8,7 +8,7 @@ import torch
 
 from features.encoders.nvembed import NVEmbed
 from pipeline.explore import nearest
-from pipeline.planning.encoder_sizes import KNOWN_TEXT
+from pipeline.planning.estimate import KNOWN_TEXT
 from tests import tiny
 from tests.benchmarks import (
     alignment_measures,

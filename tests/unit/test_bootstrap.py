@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.bootstrap import mean_per_class_interval, ratio_interval
+from evaluate.statistics import mean_per_class_interval, ratio_interval
 
 
 def test_the_interval_of_a_proportion_is_that_of_the_binomial() -> None:
@@ -58,7 +58,7 @@ def test_there_is_no_interval_without_items_or_resamples() -> None:
 
 
 def test_many_classes_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluate.bootstrap.DRAWS_AT_ONCE", 100)
+    monkeypatch.setattr("evaluate.statistics.DRAWS_AT_ONCE", 100)
     labels = np.repeat(np.arange(40), 5)
     low, high = mean_per_class_interval(labels, labels % 2 == 0, resamples=200, seed=0) or (0, 0)
     assert low < 0.5 < high

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from features.config import Source
 from features.errors import SourceError
 from pipeline.cli import cli
-from pipeline.planning.sizing import rows_of
+from pipeline.planning.budget import rows_of
 from tests import tiny
 
 

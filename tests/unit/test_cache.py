@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from align.cache import ChunkCache
+from align.chunk_reader import ChunkCache
+from align.columns import Columns, select_rows
 from align.config import AlignConfig
 from align.loader import MIB, Loader, LoaderOptions, Source
-from align.selection import Columns, select_rows
 from features.storage.place import as_place
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
@@ -54,7 +54,7 @@ def test_a_second_loader_reads_no_chunk_of_the_store_again(
     def refuse(*_: object, **__: object) -> int:
         raise AssertionError("a chunk was read from the store")
 
-    monkeypatch.setattr("features.column.Column.read_into", refuse)
+    monkeypatch.setattr("features.storage.column.Column.read_into", refuse)
     second = epoch(source, given)
     for (rows, text), (other_rows, other_text) in zip(first, second, strict=True):
         assert rows == other_rows

@@ -9,8 +9,8 @@ import torch
 
 from features.encoders import ImageEncoder, TextEncoder
 from features.index import Index
-from pipeline.planning import calibration
-from pipeline.planning.calibration import measure_captions, measure_images
+from pipeline.planning import passes as calibration
+from pipeline.planning.passes import measure_captions, measure_images
 
 SECONDS_PER_CALL = 0.1
 SECONDS_PER_CAPTION = 0.001

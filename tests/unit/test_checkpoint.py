@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from align.checkpoint import CheckpointFolder, Snapshot, differences, load_head
 from align.config import AlignConfig, HeadConfig, LossConfig
-from align.head import AlignmentModel, build_model
-from align.released import load_released
+from align.heads import AlignmentModel, build_model, load_released
 from features.errors import CheckpointError
 
 HEAD = HeadConfig(dim=4, depth=2, dropout=0.5)

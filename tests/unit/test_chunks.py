@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from features import chunks
-from features.chunks import CRC_BYTES, read_chunk, read_part, read_pieces, write_chunk
 from features.errors import StoreCorruptError
+from features.storage import chunks
+from features.storage.chunks import CRC_BYTES, read_chunk, read_part, read_pieces, write_chunk
 
 ROWS, DIM, AT_ONCE = 40, 16, 100
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from features.errors import ClusterError
 from features.store import FeatureStore
 from pipeline.cli import cli
-from pipeline.config import EncodersConfig, RunSettings, load_config
-from pipeline.extraction import cluster, connection
-from pipeline.extraction.cluster import LEAST_UNITS, Cluster, cut_into_units
-from pipeline.extraction.connection import open_cluster
-from pipeline.extraction.units import Job, device_settings, is_no_heartbeat
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
+from pipeline.run import cluster
+from pipeline.run import cluster as connection
+from pipeline.run.cluster import LEAST_UNITS, Cluster, cut_into_units, open_cluster
+from pipeline.run.config import EncodersConfig, RunSettings, load_config
+from pipeline.run.extract import extract
+from pipeline.run.units import Job, device_settings, is_no_heartbeat
 from tests import tiny
 from tests.feature_stores import store_digests
 

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.bootstrap import paired_interval, ratio_interval
-from evaluate.items import Items, read_items, write_items
-from evaluate.results import Result, write_results
+from evaluate.results import Items, Result, read_items, write_items, write_results
+from evaluate.statistics import paired_interval, ratio_interval
 from features.errors import EvaluationError
-from pipeline.evaluation.comparison import compare_runs, comparison_plot, comparison_table
+from pipeline.study.comparison import compare_runs, comparison_plot, comparison_table
 
 
 def evaluated(run: Path, hits: list[int], *, items: bool = True, **protocol: Any) -> Path:

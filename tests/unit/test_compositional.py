@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.compositional import (
+from evaluate.measures.compositional import (
     CHANCE,
     Compositional,
     choose_captions,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from features.errors import ConfigError
-from pipeline.config import dump_config, load_config
 from pipeline.reference import reference
+from pipeline.run.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from features.errors import ConfigError
-from pipeline.config import RunSettings
-from pipeline.device import prepare_device, usable_devices
+from pipeline.run.config import RunSettings
+from pipeline.run.device import prepare_device, usable_devices
 
 
 @pytest.mark.parametrize("device", usable_devices())

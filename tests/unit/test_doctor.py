@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import cli
-from pipeline.planning import doctor, machine
+from pipeline.planning import doctor
+from pipeline.planning import doctor as machine
 from tests import tiny
 
 

@@ -14,8 +14,8 @@ import pytest
 import tomli_w
 
 from pipeline.cli import cli
-from pipeline.config import load_config
 from pipeline.reference import SECTIONS
+from pipeline.run.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from features.errors import EvaluationError
-from pipeline.evaluation.drift import compare_embeddings, refuse_drift
+from pipeline.run.check import compare_embeddings, refuse_drift
 
 ANGLE = 0.2
 EAST, NORTH = [1.0, 0.0], [0.0, 1.0]

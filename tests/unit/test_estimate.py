@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from align.config import HeadConfig
-from align.head import HEADS
-from features.column import create_column
+from align.heads import HEADS
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from pipeline.planning.encoder_sizes import KNOWN_IMAGE, KNOWN_TEXT, image_size, text_size
+from features.storage.column import create_column
 from pipeline.planning.estimate import (
     GPUS,
+    KNOWN_IMAGE,
+    KNOWN_TEXT,
     Phase,
     Transformer,
     bottleneck,
@@ -19,6 +20,8 @@ from pipeline.planning.estimate import (
     column_hours,
     head_parameters,
     hours,
+    image_size,
+    text_size,
     training_flops,
 )
 from tests import tiny
@@ -108,7 +111,7 @@ def test_bytes_of_a_column_are_those_on_disk(tmp_path: Path) -> None:
     import numpy as np
     import zarr
 
-    from features.column import Column
+    from features.storage.column import Column
 
     create_column(zarr.create_group(tmp_path).create_group("image/eye"), 20, 3, 8)
     column = Column(tmp_path, "image/eye")

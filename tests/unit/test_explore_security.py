@@ -8,7 +8,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from features.errors import ConfigError
-from pipeline.explore.security import Access, Guard, is_loopback
+from pipeline.explore.app import Access, Guard, is_loopback
 from pipeline.explore.server import access_for, address
 
 TOKEN = "a-word-of-24-characters-"

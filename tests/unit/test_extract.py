@@ -15,10 +15,11 @@ from features.errors import SourceError, StoreMismatchError
 from features.extract import Phases, log_faults
 from features.status import Status
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import describe_row, describe_store, verify_store
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.inspect import describe_row, describe_store
+from pipeline.stores.verify import verify_store
 from tests import text_models, tiny
 from tests.feature_stores import StopBeforeChunks, store_digests
 
@@ -84,7 +85,7 @@ def test_rows_keep_the_order_of_shards_with_key_captions_label_and_group(tmp_pat
 def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_file = tiny.world(tmp_path)
     extracted(run_file)
-    monkeypatch.setattr("features.column.Column.write", None)  # a call would be a TypeError
+    monkeypatch.setattr("features.storage.column.Column.write", None)  # a call would be a TypeError
     extracted(run_file)
 
 
@@ -151,7 +152,7 @@ def test_how_many_workers_share_a_batch_changes_no_byte(
     column = extracted(run_file, batches).column("image/vit")
     assert (column.status() == Status.EMPTY_IMAGE).sum() == 1
     for rows in (1, 3):
-        monkeypatch.setattr("features.extract_images.ROWS_AT_ONCE", rows)
+        monkeypatch.setattr("features.extract.ROWS_AT_ONCE", rows)
         extracted(run_file, batches, f"run.dir='{tmp_path / str(rows)}'")
         assert store_digests(tmp_path / str(rows)) == store_digests(tmp_path / "run")
 
@@ -196,7 +197,7 @@ def test_features_stay_where_shards_moved_and_the_index_alone_is_deleted(
         extracted(run_file)
     for index in (tmp_path / "run" / "index").iterdir():
         index.unlink()
-    monkeypatch.setattr("features.column.Column.write", None)  # a call would be a TypeError
+    monkeypatch.setattr("features.storage.column.Column.write", None)  # a call would be a TypeError
     store = extracted(run_file)
     assert store.source["path"] == str(tmp_path / "moved" / "train-*.tar")
 

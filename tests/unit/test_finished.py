@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from features.errors import SourceError, StoreMismatchError
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND_RUN = """
 import sys
-from pipeline.config import load_config
+from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.folder import extract
 
 extract(load_config(sys.argv[1]), StopRequest())
 print("torch" in sys.modules)
@@ -45,8 +45,8 @@ def loads_torch(run_file: Path) -> bool:
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     # a call is a TypeError
-    monkeypatch.setattr("pipeline.extraction.filling.load_image_encoder", None)
-    monkeypatch.setattr("pipeline.extraction.filling.load_text_encoder", None)
+    monkeypatch.setattr("pipeline.run.filling.load_image_encoder", None)
+    monkeypatch.setattr("pipeline.run.filling.load_text_encoder", None)
 
 
 def test_a_finished_run_does_not_even_import_torch(run_file: Path) -> None:

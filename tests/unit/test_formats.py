@@ -14,13 +14,12 @@ from safetensors.numpy import save_file
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.store import FeatureStore
-from pipeline.formats.clip_retrieval import write_clip_retrieval
-from pipeline.formats.exporting import WRITERS, export_store
-from pipeline.formats.importing import FORMS, Wanted, import_store
-from pipeline.formats.parquet import ParquetArrays
-from pipeline.formats.store import StoreRows
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
+from pipeline.stores.clip_retrieval import write_clip_retrieval
+from pipeline.stores.convert import FORMS, WRITERS, Wanted, export_store, import_store
+from pipeline.stores.parquet import ParquetArrays
+from pipeline.stores.verify import verify_store
+from pipeline.stores.writer import StoreRows
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, make_store, on_disk
 

@@ -9,11 +9,9 @@ import pytest
 
 from features.errors import SourceError, StoreError
 from features.store import FeatureStore
-from pipeline.formats.exporting import export_store
-from pipeline.formats.importing import Wanted, import_store
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.rewrite.dtype import convert_store
+from pipeline.stores.convert import Wanted, convert_store, export_store, import_store
+from pipeline.stores.verify import verify_store
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
@@ -38,7 +36,7 @@ def test_the_file_is_read_by_plain_h5py(store: FeatureStore, tmp_path: Path) -> 
     with h5py.File(out) as file:
         features = file[f"image/{IMAGE}/features"]
         assert features.dtype == np.float16
-        assert features.chunks == (store.rows_per_chunk, features.shape[1])
+        assert features.storage.chunks == (store.rows_per_chunk, features.shape[1])
         expected = store.column(f"image/{IMAGE}").read(0, 100)
         np.testing.assert_array_equal(features[:], expected)
         assert file["key"].asstr()[7] == str(store.keys()[7])

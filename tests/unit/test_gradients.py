@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from align.config import AlignConfig
-from align.gradients import Gradients
-from align.head import build_model
+from align.heads import build_model
 from align.loader import Batch
+from align.optimizer import Gradients
 
 ROWS, FIELDS, IMAGE_DIM, TEXT_DIM = 12, 2, 6, 7
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import zarr
 
-from features.column import Column
 from features.errors import SourceError, StoreCorruptError
 from features.status import Status
+from features.storage.column import Column
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.config import load_config
-from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
+from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import StopBeforeChunks
 
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_while_a_store_grows_is_left_as_it_was(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("features.growth.write_rows", refuse)
+    monkeypatch.setattr("features.store.write_rows", refuse)
     with pytest.raises(OSError, match="No space left"):
         extracted(run_file, append=True)
     assert files(tmp_path / "run" / "features" / "train.zarr") == before

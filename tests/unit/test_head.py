@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from align.config import HeadConfig, LossConfig
-from align.head import AlignmentModel, GLUHead, GLULayer, LinearHead, StarHead, build_model
+from align.heads import AlignmentModel, GLUHead, GLULayer, LinearHead, StarHead, build_model
 
 Kind = Literal["glu", "star", "linear"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from align.columns import Columns
 from align.config import AlignConfig
-from align.head import AlignmentModel
+from align.heads import AlignmentModel
 from align.heldout import HeldOut, HeldOutRows, _ranks
-from align.pairs import Pairs
-from align.selection import Columns
+from align.loss import Pairs
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 

@@ -9,12 +9,12 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from features.encoders import ImageEncoder
 from features.errors import ConfigError, EncoderError, StoreMismatchError
-from features.feeding import Feeder
+from features.extract import Feeder
 from features.store import FeatureStore
-from pipeline.config import dump_config, load_config
-from pipeline.inspection import describe_store
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import dump_config, load_config
+from pipeline.run.extract import extract
+from pipeline.stores.inspect import describe_store
 from pipeline.tables import store_table
 from tests import tiny
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from features.errors import EncoderError, StoreMismatchError
 from features.store import FeatureStore
-from pipeline.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run import extract
+from pipeline.run.config import load_config
+from pipeline.run.extract import extract
 from tests import tiny
 from tests.photographs import as_jpeg, sideways, synthetic
 

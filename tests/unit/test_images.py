@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from features.errors import EncoderError
-from features.fast_images import decode_fast
-from features.images import ImageFault, Preprocessing, decode
+from features.images import ImageFault, Preprocessing, decode, decode_fast
 from features.status import Status
 from tests import tiny
 from tests.photographs import as_jpeg, sideways, synthetic

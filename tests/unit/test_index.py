@@ -17,8 +17,7 @@ from pydantic import TypeAdapter
 from features.config import Source, WebdatasetSource
 from features.errors import SourceError
 from features.images import decode
-from features.index import Index, SampleReader
-from features.index_builder import ROWS_PER_GROUP
+from features.index import ROWS_PER_GROUP, Index, SampleReader
 from features.sources import parquet
 from tests import tiny
 

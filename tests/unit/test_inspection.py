@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features.column import Column
 from features.errors import StoreCorruptError
 from features.status import Status
+from features.storage.column import Column
 from features.store import FeatureStore
-from pipeline.inspection import describe_store
-from pipeline.inspection.statistics import ALIKE, column_statistics
 from pipeline.interrupt import StopRequest
-from pipeline.rewrite.dtype import convert_store
+from pipeline.stores.convert import convert_store
+from pipeline.stores.inspect import ALIKE, column_statistics, describe_store
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 

@@ -7,12 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evaluate import ivf_pq
+from evaluate import nearest as ivf_pq
 from evaluate.config import EvalConfig
-from evaluate.ivf_pq import approximate_neighbours
-from evaluate.knn import nearest_neighbours, unit_rows, vote
+from evaluate.measures import knn as knn_measure
+from evaluate.nearest import approximate_neighbours, nearest_neighbours, unit_rows, vote
 from features.errors import EvaluationError
-from pipeline.measures import knn as knn_measure
 
 ROWS, DIM, K = 10_000, 16, 10
 
@@ -42,7 +41,7 @@ def test_most_neighbours_are_found_with_exact_cosines_and_the_recall_says_how_ma
     data: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ivf_pq, "COMPARED_BYTES", 4 * DIM * 50)  # compared in many parts
-    monkeypatch.setattr("evaluate.knn.BLOCK_BYTES", 4 * DIM * 3000)
+    monkeypatch.setattr("evaluate.nearest.BLOCK_BYTES", 4 * DIM * 3000)
     queries, reference = data
     found = approximate_neighbours(queries, partial(blocks, reference), ROWS, K, seed=0)
     exact = nearest_neighbours(queries, [reference], K)

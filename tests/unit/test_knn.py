@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluate.knn import Neighbours, nearest_neighbours, vote
+from evaluate.nearest import Neighbours, nearest_neighbours, vote
 
 
 def neighbours(*cosines: float) -> Neighbours:
@@ -43,7 +43,7 @@ def test_a_very_low_temperature_does_not_overflow() -> None:
 def test_blocks_of_the_reference_give_the_neighbours_of_the_whole(
     rows_per_block: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluate.knn.BLOCK_BYTES", rows_at_once * 6 * 4)
+    monkeypatch.setattr("evaluate.nearest.BLOCK_BYTES", rows_at_once * 6 * 4)
     generator = np.random.default_rng(0)
     queries = generator.standard_normal((11, 6)).astype(np.float32)
     reference = generator.standard_normal((40, 6)).astype(np.float32)
@@ -69,5 +69,5 @@ def test_many_classes_are_voted_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     )
     labels = generator.integers(0, 4, 50)
     whole = vote(found, labels, k=5, temperature=0.07, num_classes=4)
-    monkeypatch.setattr("evaluate.knn.VOTES_AT_ONCE", 9)
+    monkeypatch.setattr("evaluate.nearest.VOTES_AT_ONCE", 9)
     assert vote(found, labels, k=5, temperature=0.07, num_classes=4).tolist() == whole.tolist()

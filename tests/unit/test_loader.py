@@ -9,12 +9,12 @@ import pytest
 import torch
 from jaxtyping import Int64
 
+from align.columns import Columns, select_rows
 from align.config import AlignConfig
 from align.loader import MIB, Batch, Loader, LoaderOptions, Source
-from align.selection import Columns, select_rows
-from features import scattered
-from features.column import Column
 from features.errors import StoreCorruptError, TrainingError
+from features.storage import chunks as scattered
+from features.storage.column import Column
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
 SMALL, LARGE = 9_000, 10 * MIB  # bytes: some chunks of the store below, all of it
@@ -140,7 +140,7 @@ def test_a_chunk_read_in_small_pieces_gives_the_same_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_loader(tmp_path)
-    monkeypatch.setattr("align.chunks.PIECE_BYTES", 3 * 2 * columns_of(whole).image.dim)
+    monkeypatch.setattr("align.chunk_reader.PIECE_BYTES", 3 * 2 * columns_of(whole).image.dim)
     in_pieces = make_again(whole)
     steps = whole.steps_per_epoch
     for one, other in zip(copies(whole, 0, steps), copies(in_pieces, 0, steps), strict=True):
@@ -189,7 +189,7 @@ def test_a_damaged_chunk_that_is_read_in_pieces_is_named(
     message: str,
 ) -> None:
     loader = make_loader(tmp_path)
-    monkeypatch.setattr("align.chunks.PIECE_BYTES", 3 * 2 * columns_of(loader).image.dim)
+    monkeypatch.setattr("align.chunk_reader.PIECE_BYTES", 3 * 2 * columns_of(loader).image.dim)
     file = Path(str(columns_of(loader).image.features_file(1)))
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(StoreCorruptError, match=message) as caught:

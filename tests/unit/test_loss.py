@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.loss import LossOptions, contrastive_loss
-from align.pairs import Pairs
+from align.loss import LossOptions, Pairs, contrastive_loss
 
 Kind = Literal["sigmoid", "infonce"]
 IMAGES, FIELDS, DIM = 8, 2, 5

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 from evaluate.config import EvalConfig, MaskFolder, SceneMasks
-from evaluate.mask_classes import read_mask_classes
-from evaluate.masks import FolderPictures, open_masked, read_mask
+from evaluate.masks import FolderPictures, open_masked, read_mask, read_mask_classes
 from evaluate.segmentation_sets import FOLDER, SEGMENTATION_SETS
 from features.errors import ConfigError, EvaluationError
-from pipeline.config import load_config
+from pipeline.run.config import load_config
 from tests import tiny
 from tests.photographs import SHARED
 from tests.servers import Bucket

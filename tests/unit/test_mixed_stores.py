@@ -9,15 +9,15 @@ import pytest
 import torch
 import zarr
 
+from align.chunk_reader import RowsInMemory
+from align.columns import Columns, PairedStore, select_rows
 from align.config import AlignConfig
-from align.data import open_columns, training_data
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
-from align.rows import RowsInMemory
-from align.selection import Columns, PairedStore, select_rows
+from align.trainer import open_columns, training_data
 from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
-from pipeline.rewrite.dtype import convert_store
+from pipeline.stores.convert import convert_store
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 SMALL, LARGE = 24_000, 10 * MIB  # bytes: some chunks of the stores below, all of them

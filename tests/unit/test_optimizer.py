@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from align.config import HeadConfig, LossConfig, OptimizerConfig
-from align.head import build_model
+from align.heads import build_model
 from align.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 

@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from features.partial import SECONDS_UNTIL_OLD, partial_path, remove_leftovers, replacing_folder
+from features.storage.files import (
+    SECONDS_UNTIL_OLD,
+    partial_path,
+    remove_leftovers,
+    replacing_folder,
+)
 
 
 def left_by_a_dead_process(path: Path) -> Path:
     """Make a partial file in a process that has ended."""
     code = (
-        "import sys; from pathlib import Path; from features.partial import partial_path\n"
+        "import sys; from pathlib import Path; from features.storage.files import partial_path\n"
         "partial = partial_path(Path(sys.argv[1])); partial.write_text('half'); print(partial)"
     )
     command = [sys.executable, "-c", code, str(path)]

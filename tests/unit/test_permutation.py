@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from evaluate.cka import LinearCka
-from evaluate.mutual_knn import MutualKnn, nearest_others
-from evaluate.permutation import Measure, calibrate, half_sample_interval, permutation_null
+from evaluate.nearest import MutualKnn, nearest_others
+from evaluate.similarity import LinearCka
+from evaluate.statistics import Measure, calibrate, half_sample_interval, permutation_null
 
 
 def mutual(first: np.ndarray, second: np.ndarray) -> Measure:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import processors
+from pipeline.run import cpu as processors
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from features.quantisation import dequantise, quantise
+from features.storage.column import dequantise, quantise
 
 ROWS = arrays.arrays(
     np.float16,

@@ -13,9 +13,7 @@ from pydantic import TypeAdapter
 
 from features.config import Source
 from features.errors import SourceError
-from features.index import Index
-from features.index_builder import ROWS_PER_GROUP
-from features.reindex import Changes, find_changes, update_index
+from features.index import ROWS_PER_GROUP, Changes, Index, find_changes, update_index
 from features.sources import Sample
 from tests import tiny
 
@@ -308,7 +306,7 @@ def test_a_killed_listing_leaves_the_index_there_was(
     index = built(source, tmp_path)
     shards(tmp_path, "c")
     with monkeypatch.context() as patch:
-        patch.setattr("features.reindex._check_rows", die)
+        patch.setattr("features.index._check_rows", die)
         with pytest.raises(Killed):
             updated(index, source, append=True)
     assert Index.open(index.path).rows == 3

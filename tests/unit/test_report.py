@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate.charts import Curve, line_chart, meter
-from evaluate.confusion import (
-    Confusions,
-    by_attribute,
-    hardest_classes,
-    matrix_chart,
-    worst_mistakes,
-)
-from evaluate.pictures import thumbnail
+from evaluate.charts import Curve, line_chart, meter, thumbnail
 from evaluate.report import (
     Candidate,
     ColumnFacts,
+    Confusions,
     EncoderFacts,
     ExamplePanel,
     GroupExample,
@@ -27,10 +20,14 @@ from evaluate.report import (
     RetrievalExample,
     SplitFacts,
     TrainingFacts,
+    by_attribute,
+    hardest_classes,
     headlines,
     knn_tables,
+    matrix_chart,
     ordinal,
     render,
+    worst_mistakes,
 )
 from evaluate.results import Result
 

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import zarr
 
-from align.join import check_same_rows
+from align.columns import check_same_rows
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.inspection import verify_store
 from pipeline.interrupt import StopRequest
-from pipeline.rewrite.dtype import convert_store
-from pipeline.rewrite.merge import merge_stores, rechunk_store
-from pipeline.rewrite.reorder import reorder_store
-from pipeline.rewrite.subset import Choice, subset_store
+from pipeline.stores.convert import convert_store
+from pipeline.stores.merge import merge_stores, rechunk_store, reorder_store
+from pipeline.stores.subset import Choice, subset_store
+from pipeline.stores.verify import verify_store
 from tests.commands import sail, the_error_of
 from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
 
@@ -308,7 +307,7 @@ def test_rows_are_put_in_the_order_of_another_store_by_their_keys(
     tmp_path: Path, rows_per_chunk: int, memory_mb: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if memory_mb == 1:
-        monkeypatch.setattr("features.column.Column.row_bytes", 1 << 20)  # a row at once
+        monkeypatch.setattr("features.storage.column.Column.row_bytes", 1 << 20)  # a row at once
     like = make_store(tmp_path / "like.zarr", rows=100, rows_per_chunk=rows_per_chunk)
     texts = shuffled(tmp_path / "texts.zarr", rows=120)
     out = reorder_store(texts.path, tmp_path / "out.zarr", like.path, GO_ON, memory_mb=memory_mb)

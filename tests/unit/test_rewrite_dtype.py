@@ -7,13 +7,13 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from features.column import Column
 from features.errors import StoreError, StoreMismatchError
+from features.storage.column import Column
 from features.store import FeatureStore
 from pipeline.cli import cli
-from pipeline.inspection import verify_store
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.rewrite.dtype import convert_store
+from pipeline.stores.convert import convert_store
+from pipeline.stores.verify import verify_store
 from tests.feature_stores import IMAGE, TEXT, StopAfter, make_store, on_disk
 
 BAD = (0, 17)

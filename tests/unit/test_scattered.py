@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from features import scattered
-from features.chunks import write_chunk
-from features.scattered import scatter_rows
+from features.storage import chunks as scattered
+from features.storage.chunks import scatter_rows, write_chunk
 
 ROWS, DIM = 2500, 24  # more rows than the system takes at once
 

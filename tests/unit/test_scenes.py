@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
 from features.encoders.checkpoint import BUNDLED_SCENES
 from features.scenes import CLASS_NAMES, COLOURS, HELD_OUT, SHAPES, write_shards
-from features.scenes.batches import INPUT, normalised
-from features.scenes.draw import RGB, draw
-from features.scenes.shapes import DISTANCES
+from features.scenes.draw import DISTANCES, RGB, draw
 from features.scenes.shards import SPLITS, sample
 from features.scenes.world import EVERY, SEEN, Scene, SceneObject, class_index
+from tests.demo_encoder.batches import INPUT, normalised
 
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 1_000_000

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from align.columns import Columns, below_fraction, select_rows
 from align.config import AlignConfig, LossConfig
-from align.selection import Columns, below_fraction, select_rows
 from features.errors import StoreError, TrainingError
-from features.keys import key_hashes
+from features.store import key_hashes
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 KEYS = [f"shard/{number}" for number in range(4000)]

@@ -7,8 +7,8 @@ import pytest
 
 from features.errors import PlaceError
 from features.storage import files
+from features.storage.files import expanded, matching_places
 from features.storage.parallel import IN_FLIGHT, in_order
-from features.storage.patterns import expanded, matching_places
 from features.storage.place import RemotePath, as_place, without_secrets
 
 

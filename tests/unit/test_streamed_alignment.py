@@ -6,13 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evaluate.cka import LinearCka, mean_shuffled_cka
 from evaluate.config import EvalConfig
-from evaluate.mutual_knn import Cknna, MutualKnn, nearest_others
-from evaluate.permutation import Calibrated, calibrate, permutation_null
-from evaluate.streamed import StreamedPair
-from evaluate.svcca import Svcca, mean_shuffled_svcca
-from pipeline.measures.alignment_values import AlignmentValue, alignment_values
+from evaluate.measures.alignment import AlignmentValue, StreamedPair, alignment_values
+from evaluate.nearest import Cknna, MutualKnn, nearest_others
+from evaluate.similarity import LinearCka, Svcca, mean_shuffled_cka, mean_shuffled_svcca
+from evaluate.statistics import Calibrated, calibrate, permutation_null
 
 ROWS, K = 300, 7
 UNKNOWN = Calibrated(0.0, None, None, None, None)

@@ -10,12 +10,11 @@ import click
 import pytest
 
 from align.checkpoint import Checkpoint
-from align.training import Training
+from align.trainer import Training
 from features.errors import ConfigError, TrainingError
-from pipeline.commands.values import count_of, seeds_of, settings_of, values_of
+from pipeline.cli.options import count_of, seeds_of, settings_of, values_of
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.training.sweep import Sweep, _label, sweep_run
-from pipeline.training.sweep_output import sweep_table
+from pipeline.study.sweep import Sweep, _label, sweep_run, sweep_table
 from tests.feature_stores import make_run
 
 ALIGN = """

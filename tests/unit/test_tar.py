@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from features.sources.tar import BLOCK, Member, TarFault, TarFile
+from features.sources.webdataset import BLOCK, Member, TarFault, TarFile
 
 
 def members(path: Path) -> list[Member]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from align.columns import Columns
 from align.config import AlignConfig
-from align.selection import Columns
-from align.tiers import MIB, Needs, plan_memory, shares
+from align.windows import MIB, Needs, plan_memory, shares
 from features.errors import TrainingError
 from tests.feature_stores import IMAGE, TEXT, make_store
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
-from features.encoders.tokens import CaptionTokenizer, end_token, read_tokenizer
+from features.encoders.text import CaptionTokenizer, end_token, read_tokenizer
 from features.errors import EncoderError
 from tests import text_models, tiny
 
@@ -93,5 +93,5 @@ def test_of_a_long_caption_with_text_around_it_no_token_is_lost(
     tokenise = CaptionTokenizer(tokenizer, 24, instruction="Query: ", suffix="</s>")
     expected = [tokenizer(f"Query: {caption}</s>")["input_ids"][:24] for caption in captions]
     for characters in (1, 2, 16):
-        monkeypatch.setattr("features.encoders.tokens.CHARACTERS_PER_TOKEN", characters)
+        monkeypatch.setattr("features.encoders.text.CHARACTERS_PER_TOKEN", characters)
         assert tokenise(captions) == expected

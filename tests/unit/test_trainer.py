@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from align.checkpoint import Checkpoint, load_head
+from align.columns import PairedStore
 from align.config import AlignConfig
-from align.selection import PairedStore
-from align.trainer import train
-from align.training import Training
+from align.trainer import Training, train
 from features.errors import CheckpointError, TrainingError
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store

@@ -1,0 +1,445 @@
+"""Where the loader keeps what: all of it on the device, all of it on the host, or windows of it."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float16, Int64
+from torch import Tensor
+
+from align.chunk_reader import (
+    READERS,
+    REMOTE_READERS,
+    ChunkReader,
+    RowsInMemory,
+    caption_hashes,
+    largest_chunk,
+)
+from align.columns import Columns
+from align.order import Window
+from features.errors import TrainingError
+
+
+class FeaturesInMemory:
+    """The features of images and captions, and on request a hash of each caption."""
+
+    def __init__(
+        self,
+        reader: ChunkReader,
+        images: int,
+        captions: int,
+        *,
+        with_caption_ids: bool,
+        device: torch.device,
+    ) -> None:
+        """Take memory.
+
+        Args:
+            reader: Reads the chunks, and says where they lie.
+            images: How many.
+            captions: How many.
+            with_caption_ids: Whether the captions are hashed too.
+            device: Where the batches lie.
+        """
+        self.columns = reader.columns
+        self.threads = reader.threads
+        self._reader = reader
+        image, text = self.columns.image, self.columns.text[0]
+        self._image = RowsInMemory((images, image.dim), image.dtype, reader.memory, device)
+        self._text = RowsInMemory((captions, text.dim), text.dtype, reader.memory, device)
+        self._caption_ids = np.empty(captions, dtype=np.int64) if with_caption_ids else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
+        return self._image.nbytes + self._text.nbytes + ids
+
+
+class Pool(FeaturesInMemory):
+    """The features, and on request the caption ids, of all chunks that are used, as on disk."""
+
+    def __init__(
+        self, reader: ChunkReader, chunks: int, *, with_caption_ids: bool, device: torch.device
+    ) -> None:
+        """Take memory.
+
+        Args:
+            reader: Reads the chunks, and says where they lie.
+            chunks: How many.
+            with_caption_ids: Whether the captions are hashed too.
+            device: Where the batches lie.
+        """
+        self._rows = chunks * reader.columns.image.rows_per_chunk
+        captions = len(reader.columns.text) * self._rows
+        super().__init__(
+            reader, self._rows, captions, with_caption_ids=with_caption_ids, device=device
+        )
+        self._reads: list[Future[None]] = []
+
+    def fill(
+        self,
+        window: Window,
+        fields: Int64[np.ndarray, "rows captions"] | None,  # noqa: ARG002
+        readers: ThreadPoolExecutor,
+    ) -> list[Future[None]]:
+        """Begin to read the chunks of the only window, unless that was done before.
+
+        Args:
+            window: The same chunks every time.
+            fields: Of no matter: all are read.
+            readers: The threads that read; a result may be a StoreCorruptError.
+
+        Returns:
+            What is to be waited for.
+        """
+        if not self._reads or any(map(_has_failed, self._reads)):
+            self._reads = [
+                readers.submit(self._read_chunk, slot, chunk)
+                for slot, chunk in enumerate(window.chunks.tolist())
+            ]
+        return self._reads
+
+    def view(self, part: slice) -> None:
+        """Return None: no batch lies here as it is used."""
+
+    def copy(
+        self,
+        part: slice,  # noqa: ARG002
+        positions: Int64[np.ndarray, "batch"],
+        fields: Int64[np.ndarray, "batch captions"],
+        image: Float16[Tensor, "batch image_dim"],
+        text: Float16[Tensor, "batch captions text_dim"],
+    ) -> None:
+        """Copy rows, and the given caption fields of each, into the memory of a batch."""
+        self._image.gather(positions, image)
+        self._text.gather(self._captions(positions, fields).ravel(), text.flatten(0, 1))
+
+    def caption_ids(
+        self,
+        part: slice,  # noqa: ARG002
+        positions: Int64[np.ndarray, "batch"],
+        fields: Int64[np.ndarray, "batch captions"],
+    ) -> Int64[np.ndarray, "batch captions"] | None:
+        """Return the caption ids of rows, None where the pool has none."""
+        if self._caption_ids is None:
+            return None
+        ids: np.ndarray = self._caption_ids[self._captions(positions, fields)]
+        return ids
+
+    def mark_used(self) -> None:
+        """Do nothing: what is here stays."""
+
+    def _read_chunk(self, slot: int, chunk: int) -> None:
+        size = self.columns.image.rows_per_chunk
+        self._reader.read(self.columns.image, chunk, self._image, slot * size)
+        for field, column in enumerate(self.columns.text):
+            first = field * self._rows + slot * size
+            self._reader.read(column, chunk, self._text, first)
+            if self._caption_ids is not None:
+                hashes = caption_hashes(self.columns, field, chunk)
+                self._caption_ids[first : first + len(hashes)] = hashes
+
+    def _captions(
+        self, positions: Int64[np.ndarray, "batch"], fields: Int64[np.ndarray, "batch captions"]
+    ) -> Int64[np.ndarray, "batch captions"]:
+        """Return where the given caption fields of rows lie: all of a field stand together."""
+        places: np.ndarray = fields * self._rows + positions[:, None]
+        return places
+
+
+def _has_failed(read: Future[None]) -> bool:
+    """Whether a read was cancelled, as when its stream was closed, or could not be made."""
+    return read.cancelled() or (read.done() and read.exception() is not None)
+
+
+Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captions text_dim"]]
+
+
+class OrderedWindow(FeaturesInMemory):
+    """The rows of a window and the captions drawn for them, each at the place of its use.
+
+    The system puts the rows of a chunk straight to their places (`features.storage.chunks`). Where
+    the crc32c is to be looked at first, or there is no such call, a chunk is read into a small
+    buffer, which stays in the processor's cache, and its rows go on from there: 1.2 times as long.
+    Reading whole chunks to memory and gathering batches from them took 1.5 times as long as that.
+    """
+
+    def __init__(
+        self, reader: ChunkReader, rows: int, captions: int, *, with_caption_ids: bool
+    ) -> None:
+        """Take memory.
+
+        Args:
+            reader: Reads the chunks, and says where the memory is.
+            rows: The most that a window has.
+            captions: Drawn for each row.
+            with_caption_ids: Whether the captions are hashed too.
+        """
+        self._captions = captions
+        # The last row of each is for what is read and not used.
+        super().__init__(
+            reader,
+            rows + 1,
+            rows * captions + 1,
+            with_caption_ids=with_caption_ids,
+            device=reader.memory,
+        )
+        self._used: torch.cuda.Event | None = None
+
+    def fill(
+        self,
+        window: Window,
+        fields: Int64[np.ndarray, "rows captions"] | None,
+        readers: ThreadPoolExecutor,
+    ) -> list[Future[None]]:
+        """Begin to read the chunks of a window, and return what is to be waited for.
+
+        Args:
+            window: Which, and the rows in the order of their use.
+            fields: The caption fields drawn for each row; not given, all are used in order.
+            readers: The threads that read; a result may be a StoreCorruptError.
+        """
+        if self._used is not None:
+            self._used.synchronize()  # batches may still be read from here
+        if fields is None:
+            every = np.arange(len(self.columns.text))
+            fields = np.broadcast_to(every, (len(window.positions), len(every)))
+        order = np.argsort(window.positions, kind="stable")  # by chunk, and by row in the chunk
+        starts = np.arange(len(window.chunks) + 1) * self.columns.image.rows_per_chunk
+        bounds = np.searchsorted(window.positions[order], starts)
+        reads = []
+        for slot, chunk in enumerate(window.chunks.tolist()):
+            members = order[bounds[slot] : bounds[slot + 1]]
+            rows = window.positions[members] - starts[slot]
+            reads.append(readers.submit(self._read_images, chunk, rows, members))
+            for field in range(len(self.columns.text)):
+                job = (field, chunk, rows, members, fields[members] == field)
+                reads.append(readers.submit(self._read_captions, *job))
+        return reads
+
+    def view(self, part: slice) -> Features | None:
+        """Return a batch as it lies here, None if it must be copied."""
+        if self._image.scale is not None or self._text.scale is not None:
+            return None
+        return self._image.values[part], self._caption_rows(self._text.values, part)
+
+    def copy(
+        self,
+        part: slice,
+        positions: Int64[np.ndarray, "batch"],  # noqa: ARG002
+        fields: Int64[np.ndarray, "batch captions"],  # noqa: ARG002
+        image: Float16[Tensor, "batch image_dim"],
+        text: Float16[Tensor, "batch captions text_dim"],
+    ) -> None:
+        """Copy a part of the window into the memory of a batch."""
+        self._image.copy(part, image)
+        self._text.copy(self._of_captions(part), text.flatten(0, 1))
+
+    def caption_ids(
+        self,
+        part: slice,
+        positions: Int64[np.ndarray, "batch"],  # noqa: ARG002
+        fields: Int64[np.ndarray, "batch captions"],  # noqa: ARG002
+    ) -> Int64[np.ndarray, "batch captions"] | None:
+        """Return the caption ids of a part of the window, None where there are none."""
+        if self._caption_ids is None:
+            return None
+        return self._caption_ids[self._of_captions(part)].reshape(-1, self._captions).copy()
+
+    def mark_used(self) -> None:
+        """Say that nothing more will be read from the rows that are here."""
+        if self._reader.memory.type == "cuda":
+            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._used.record()
+
+    def _read_images(
+        self, chunk: int, rows: Int64[np.ndarray, "used"], places: Int64[np.ndarray, "used"]
+    ) -> None:
+        """Read the images of a chunk: of its rows, those that are used go to their places."""
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._image.values) - 1)
+        targets[rows] = places
+        self._reader.scatter(self.columns.image, chunk, self._image, targets)
+
+    def _read_captions(
+        self,
+        field: int,
+        chunk: int,
+        rows: Int64[np.ndarray, "used"],
+        places: Int64[np.ndarray, "used"],
+        drawn: Bool[np.ndarray, "used captions"],
+    ) -> None:
+        """Read one caption field of a chunk, if it was drawn for any of the rows that are used."""
+        which, caption = np.nonzero(drawn)
+        if not len(which):
+            return
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._text.values) - 1)
+        targets[rows[which]] = places[which] * self._captions + caption
+        self._reader.scatter(self.columns.text[field], chunk, self._text, targets)
+        if self._caption_ids is not None:
+            hashes = caption_hashes(self.columns, field, chunk)
+            self._caption_ids[targets[: len(hashes)]] = hashes
+
+    def _of_captions(self, part: slice) -> slice:
+        return slice(part.start * self._captions, part.stop * self._captions)
+
+    def _caption_rows(self, values: Tensor, part: slice) -> Tensor:
+        return values[self._of_captions(part)].view(-1, self._captions, values.shape[1])
+
+
+logger = logging.getLogger(__name__)
+MIB = 2**20
+BUFFERS_SHARE = 4  # at most one part in so many of the memory is for what threads read into
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one store needs of the memory."""
+
+    columns: Columns
+    share: int
+    """Rows of a batch that come from this store."""
+    captions: int
+    """Drawn per row."""
+    with_caption_ids: bool
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of all chunks of all columns."""
+        return (
+            self.num_chunks
+            * self.columns.image.rows_per_chunk
+            * self._row_bytes(len(self.columns.text))
+        )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk in a window, which has the drawn captions alone."""
+        return self.columns.image.rows_per_chunk * self._row_bytes(self.captions)
+
+    @property
+    def rate(self) -> int:
+        """Bytes of the windows that a batch uses up."""
+        return self.share * self._row_bytes(self.captions)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the store."""
+        return self.columns.image.num_chunks
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the rows of a batch, and of the same rows as they are on disk where not so."""
+        image, text = self.columns.image, self.columns.text[0]
+        kinds = [(image, 1), (text, self.captions)]
+        size = sum(count * 2 * column.dim for column, count in kinds)
+        size += sum(count * column.dim for column, count in kinds if column.is_scaled)
+        return self.share * size
+
+    def _row_bytes(self, captions: int) -> int:
+        text = self.columns.text[0]
+        return self.columns.image.row_bytes + captions * (
+            text.row_bytes + 8 * self.with_caption_ids
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the memory is used."""
+
+    tier: str
+    """`device` or `host`: everything is read once and stays there; `streaming`: windows of it."""
+    chunks: tuple[int, ...]
+    """Chunks per window, for each store."""
+    readers: int
+    """Threads per store that read chunks; each has a buffer of one chunk."""
+
+
+def plan_memory(needs: Sequence[Needs], *, device_bytes: int, host_bytes: int, device: str) -> Plan:
+    """Choose where the rows are kept, by their size, and say so in the log.
+
+    Args:
+        needs: Of each store.
+        device_bytes: For the windows and the batch, on the device.
+        host_bytes: For all rows, on the host, if the device has not enough; 0 where the device is
+            the host.
+        device: Its name, for the log.
+
+    Raises:
+        TrainingError: The memory does not hold two chunks of each store and a batch.
+    """
+    is_remote = any(need.columns.image.is_remote for need in needs)
+    wanted = REMOTE_READERS if is_remote else READERS
+    left = device_bytes - sum(need.batch_bytes for need in needs)
+    everything = sum(need.whole_bytes for need in needs)
+    whole = tuple(need.num_chunks for need in needs)
+    size = f"{everything / MIB:,.0f} MiB of features"
+    if everything <= left:
+        logger.info("loader: %s are read once and stay on %s", size, device)
+        return Plan("device", whole, wanted)
+    if everything <= host_bytes:
+        logger.info("loader: %s are read once and stay in host memory (pinned)", size)
+        return Plan("host", whole, wanted)
+    buffer = sum(largest_chunk(need.columns) for need in needs)
+    readers = max(1, min(wanted, left // BUFFERS_SHARE // buffer))
+    chunks = _windows(needs, left - readers * buffer, device_bytes)
+    rows = [f"{count} of {need.num_chunks}" for count, need in zip(chunks, needs, strict=True)]
+    logger.info(
+        "loader: %s do not fit in align.memory_mb = %d: streaming windows of %s chunks",
+        size,
+        device_bytes // MIB,
+        ", ".join(rows),
+    )
+    return Plan("streaming", chunks, readers)
+
+
+def shares(weights: Sequence[float], batch_size: int) -> list[int]:
+    """Divide the places of a batch in proportion to weights; the remainder by largest fraction."""
+    exact = np.array(weights) / sum(weights) * batch_size
+    parts = np.floor(exact).astype(int)
+    for number in np.argsort(parts - exact, kind="stable")[: batch_size - parts.sum()]:
+        parts[number] += 1
+    return [int(part) for part in parts]
+
+
+def _windows(needs: Sequence[Needs], left: int, device_bytes: int) -> tuple[int, ...]:
+    """Divide the memory so that the windows of all stores last for as many steps.
+
+    A store that fits in its part is kept whole, and what it leaves goes to the others.
+    """
+    chunks = [0] * len(needs)
+    open_ones = list(range(len(needs)))
+    while open_ones:
+        rates = {each: needs[each].rate for each in open_ones}
+        total = sum(rates.values())
+        parts = {each: left * rate // total for each, rate in rates.items()}
+        whole = [each for each in open_ones if needs[each].whole_bytes <= parts[each]]
+        if not whole:
+            break
+        for each in whole:
+            chunks[each] = needs[each].num_chunks
+            left -= needs[each].whole_bytes
+            open_ones.remove(each)
+    for each in open_ones:  # all of its chunks at once would count as whole
+        fit = parts[each] // (2 * needs[each].chunk_bytes)
+        chunks[each] = min(fit, needs[each].num_chunks - 1)
+    if any(count < 1 for count in chunks):
+        raise _too_little(needs, device_bytes)
+    return tuple(chunks)
+
+
+def _too_little(needs: Sequence[Needs], device_bytes: int) -> TrainingError:
+    batch = sum(need.batch_bytes for need in needs)
+    rate = sum(need.rate for need in needs)
+    windows = max(-(-2 * need.chunk_bytes * rate // need.rate) for need in needs)
+    windows += sum(largest_chunk(need.columns) for need in needs)
+    largest = max(need.chunk_bytes for need in needs)
+    return TrainingError(
+        f"align.memory_mb = {device_bytes // MIB} does not hold two chunks "
+        f"({largest / MIB:,.1f} MiB each) and a batch ({batch / MIB:,.1f} MiB). "
+        f"At least {-(-(batch + windows) // MIB)} were expected. Raise align.memory_mb, lower "
+        f"align.batch_size, or extract with fewer extract.rows_per_chunk."
+    )

@@ -1,0 +1,223 @@
+"""Rows of a store as vectors: frozen features, or embeddings by the trained head."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from align.checkpoint import Checkpoint, differences
+from align.heads import AlignmentModel
+from features.errors import EvaluationError
+from features.status import Status
+from features.storage.column import Column
+from features.storage.files import write
+from features.store import NOT_COMPARED, UNRECORDED, FeatureStore
+from pipeline.run.config import RunConfig
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of the rows of a column that are ok."""
+
+    rows: Int64[np.ndarray, "ok"]
+    """Rows of the store, in order."""
+    vectors: Float[Tensor, "ok dim"]
+    """Normalised."""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The trained head over the stores of a run; what it embedded once it remembers."""
+
+    model: AlignmentModel
+    checkpoint: Checkpoint
+    device: torch.device
+    _known: dict[str, Embedded] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str:
+        """Name of the image encoder."""
+        return str(self.checkpoint.image["name"])
+
+    @property
+    def text(self) -> str:
+        """Name of the text encoder."""
+        return str(self.checkpoint.text["name"])
+
+    def images(self, store: FeatureStore) -> Embedded:
+        """Embed the images of a store."""
+        return self._embedded(store, self.image_column(store), self.model.embed_image)
+
+    def captions(self, store: FeatureStore, name: str) -> Embedded:
+        """Embed one caption field of a store."""
+        return self._embedded(store, self.text_column(store, name), self.model.embed_text)
+
+    def image_column(self, store: FeatureStore) -> Column:
+        """Open the features that the head's image side reads.
+
+        Raises:
+            EvaluationError: They are not all there, or are of another encoder.
+        """
+        return self._checked(store, f"image/{self.image}", self.checkpoint.image["fingerprint"])
+
+    def text_column(self, store: FeatureStore, name: str) -> Column:
+        """Open the features of one caption field that the head's text side reads.
+
+        Raises:
+            EvaluationError: They are not all there, or are of another encoder.
+        """
+        column = f"text/{self.text}/{name}"
+        return self._checked(store, column, self.checkpoint.text["fingerprint"])
+
+    def blocks(
+        self, column: Column, rows: Int64[np.ndarray, "rows"]
+    ) -> Iterator[Float[np.ndarray, "batch dim"]]:
+        """Yield the embeddings of rows in order, one block at a time."""
+        is_image = column.name.startswith("image/")
+        embed = self.model.embed_image if is_image else self.model.embed_text
+        for features in feature_blocks(column, rows):
+            yield self.apply(embed, features).cpu().numpy()
+
+    @torch.no_grad()
+    def apply(
+        self, embed: Callable[[Tensor], Tensor], features: Float16[np.ndarray, "batch dim"]
+    ) -> Float[Tensor, "batch out"]:
+        """Embed and normalise some features."""
+        return F.normalize(embed(torch.from_numpy(features).to(self.device)).float(), dim=-1)
+
+    def _embedded(
+        self, store: FeatureStore, column: Column, embed: Callable[[Tensor], Tensor]
+    ) -> Embedded:
+        key = f"{store.path}/{column.name}"
+        if key not in self._known:
+            rows = ok_rows(column)
+            blocks = [self.apply(embed, block) for block in feature_blocks(column, rows)]
+            if not blocks:
+                raise EvaluationError(
+                    f"{key} has no row that is ok. At least one was expected. See why with `sail "
+                    f"inspect {store.path}`, or name other splits in [eval]."
+                )
+            self._known[key] = Embedded(rows, torch.cat(blocks))
+        return self._known[key]
+
+    def _checked(self, store: FeatureStore, name: str, fingerprint: dict[str, object]) -> Column:
+        column = complete_column(store, name)
+        found = UNRECORDED | json.loads(json.dumps(column.fingerprint))
+        for place, value, expected in differences(found, UNRECORDED | fingerprint):
+            if place.split(".")[0] not in NOT_COMPARED:
+                raise EvaluationError(
+                    f"{column.path} has {place} = {value!r}, but the head was trained on "
+                    f"features with {expected!r}. Features of the same encoder were expected. "
+                    f"Extract them again, or train a head on these."
+                )
+        return column
+
+
+def complete_column(store: FeatureStore, name: str) -> Column:
+    """Open a column of which every chunk is done.
+
+    Raises:
+        StoreError: There is none of that name.
+        EvaluationError: It has chunks that are not done.
+    """
+    column = store.column(name)
+    if pending := column.pending():
+        raise EvaluationError(
+            f"{column.path} has {len(pending)} chunks that are not done. A complete column "
+            f"was expected. Finish it with `sail extract`."
+        )
+    return column
+
+
+def ok_rows(column: Column) -> Int64[np.ndarray, "ok"]:
+    """Return the rows of a column that can be used, in order."""
+    return np.flatnonzero(column.status() == Status.OK)
+
+
+def feature_blocks(
+    column: Column, rows: Int64[np.ndarray, "rows"]
+) -> Iterator[Float16[np.ndarray, "batch dim"]]:
+    """Yield the features of some rows, which must be in order, block by block."""
+    for start in range(0, column.rows, ROWS_AT_ONCE):
+        first, last = np.searchsorted(rows, [start, start + ROWS_AT_ONCE])
+        if first < last:
+            low, high = int(rows[first]), int(rows[last - 1])
+            yield column.read(low, high + 1)[rows[first:last] - low]
+
+
+def check_same_encoder(
+    section: str,
+    found: dict[str, object],
+    expected: dict[str, object],
+    *,
+    remedy: str = "Correct the run file.",
+) -> None:
+    """Check that an encoder of the run file is the one that a head was trained on.
+
+    Args:
+        section: Of the run file, for the message.
+        found: Fingerprint of the encoder as it was loaded.
+        expected: What the checkpoint of the head says.
+        remedy: What to do where they differ.
+
+    Raises:
+        EvaluationError: They differ in what decides the features.
+    """
+    found = UNRECORDED | json.loads(json.dumps(found))
+    for place, value, wanted in differences(found, UNRECORDED | expected):
+        if place.split(".")[0] not in NOT_COMPARED:
+            raise EvaluationError(
+                f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
+                f"The same encoder was expected. {remedy}"
+            )
+
+
+def prompt_features(
+    config: RunConfig, embedder: Embedder, prompts: list[str], cache: Path
+) -> Float16[np.ndarray, "prompts dim"]:
+    """Return the frozen features of prompts, from the cache if they were encoded before.
+
+    Args:
+        config: Names the text encoder.
+        embedder: Says of what encoder the features must be.
+        prompts: Sentences.
+        cache: Folder for the features, one file per list of prompts and encoder.
+
+    Raises:
+        EvaluationError: The recipe's text encoder is not the one that the head was trained on.
+    """
+    compared = {
+        name: value
+        for name, value in embedder.checkpoint.text["fingerprint"].items()
+        if name not in NOT_COMPARED
+    }
+    digest = hashlib.sha256(json.dumps([compared, prompts], sort_keys=True).encode()).hexdigest()
+    path = cache / f"prompts-{digest[:16]}.npy"
+    if path.is_file():
+        features: np.ndarray = np.load(path, allow_pickle=False)
+        return features
+    name = embedder.text
+    if name not in config.encoders.text:
+        raise EvaluationError(
+            f"The head was trained on the text encoder {name!r}, which the recipe does not have. "
+            f"Zero-shot prompts must be encoded by it. Add [encoders.text.{name}]."
+        )
+    from features.encoders import load_text_encoder  # slow to import, and mostly not needed
+
+    encoder = load_text_encoder(name, config.encoders.text[name], embedder.device)
+    check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared)
+    features = encoder.encode(prompts).astype(np.float16)
+    buffer = io.BytesIO()
+    np.save(buffer, features, allow_pickle=False)
+    write(path, buffer.getvalue())
+    return features

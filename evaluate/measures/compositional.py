@@ -1,0 +1,279 @@
+"""Compositional scores of a split whose rows form groups of two, or are each a choice."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int64
+
+from evaluate.embedder import Embedded
+from evaluate.examples import Gallery, draw
+from evaluate.measures.context import Context
+from evaluate.report import GroupExample
+from evaluate.results import Items, Result
+from features.errors import EvaluationError
+from features.store import FeatureStore
+
+CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": round(1 / 6, 8)}
+"""Scores of random cosines: both of two independent choices, and all four at once."""
+
+
+@dataclass(frozen=True)
+class Compositional:
+    """The cosines of every group, and which of its choices were right."""
+
+    cosines: Float[np.ndarray, "groups 2 2"]
+    """Image i of the group (row) with caption j (column)."""
+
+    @property
+    def text(self) -> Bool[np.ndarray, "groups"]:
+        """Each image is nearer to its own caption than to the other one."""
+        s = self.cosines
+        right: np.ndarray = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
+        return right
+
+    @property
+    def image(self) -> Bool[np.ndarray, "groups"]:
+        """Each caption is nearer to its own image than to the other one."""
+        s = self.cosines
+        right: np.ndarray = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
+        return right
+
+    @property
+    def group(self) -> Bool[np.ndarray, "groups"]:
+        """All of that."""
+        right: np.ndarray = self.text & self.image
+        return right
+
+    def hits(self) -> dict[str, Bool[np.ndarray, "groups"]]:
+        """Return what each group scores, by the name of the metric."""
+        return {"text_score": self.text, "image_score": self.image, "group_score": self.group}
+
+
+def compare_groups(
+    image: Float[np.ndarray, "rows dim"],
+    text: Float[np.ndarray, "rows dim"],
+    pairs: Int64[np.ndarray, "groups 2"],
+) -> Compositional:
+    """Compare both images with both captions of every group.
+
+    A choice between equally near ones counts as wrong, and so does one with a cosine that is not a
+    number. Cosines are computed in float64, each in the same order, so that equal captions tie.
+
+    Args:
+        image: Image embeddings of any length; normalised here.
+        text: Caption embeddings; row i is the caption of row i of `image`.
+        pairs: The two rows of each group, from `pair_rows`.
+
+    Reference:
+        Thrush et al. 2022, Winoground, arXiv:2204.03162, equations 1 to 3.
+    """
+    images, texts = _normalised(image[pairs]), _normalised(text[pairs])  # (groups, 2, dim)
+    cosines = np.empty((len(pairs), 2, 2))
+    for i in range(2):
+        for j in range(2):
+            cosines[:, i, j] = (images[:, i] * texts[:, j]).sum(axis=-1)
+    return Compositional(cosines)
+
+
+def choose_captions(
+    image: Float[np.ndarray, "groups dim"], text: Float[np.ndarray, "groups captions dim"]
+) -> Bool[np.ndarray, "groups"]:
+    """Return for which images their first caption is nearer than each of the others.
+
+    Equally near ones, and cosines that are not numbers, count as wrong, as in `compare_groups`.
+
+    Args:
+        image: Image embeddings of any length; normalised here.
+        text: Caption embeddings, likewise; the first of each image is the right one.
+
+    Reference:
+        Hsieh et al. 2023, SugarCrepe, arXiv:2306.14610; Yuksekgonul et al. 2023, ARO,
+        arXiv:2210.01936, whose argmax would count some ties as right.
+    """
+    cosines = (_normalised(image)[:, None] * _normalised(text)).sum(axis=-1)
+    right: np.ndarray = (cosines[:, :1] > cosines[:, 1:]).all(axis=1)
+    return right
+
+
+def pair_rows(
+    groups: Int[np.ndarray, "rows"], usable: Bool[np.ndarray, "rows"]
+) -> tuple[Int64[np.ndarray, "groups 2"], int]:
+    """Return the two rows of each group in order, and how many groups are left out.
+
+    A group is left out when it has not exactly two rows, or one of them cannot be used.
+
+    Args:
+        groups: The group of each row, -1 for none.
+        usable: Rows whose image and caption are ok.
+    """
+    numbers, first, counts = np.unique(groups, return_index=True, return_counts=True)
+    order = np.argsort(groups, kind="stable")
+    starts = np.cumsum(counts) - counts
+    chosen = (numbers >= 0) & (counts == 2)
+    pairs = np.stack([order[starts[chosen]], order[starts[chosen] + 1]], axis=1)
+    pairs = pairs[np.argsort(first[chosen], kind="stable")]
+    pairs = pairs[usable[pairs].all(axis=1)]
+    return pairs, int((numbers >= 0).sum()) - len(pairs)
+
+
+def _normalised(rows: Float[np.ndarray, "*rows dim"]) -> Float[np.ndarray, "*rows dim"]:
+    rows = rows.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    normalised: np.ndarray = rows / np.maximum(norms, 1e-12)
+    return normalised
+
+
+def score_compositional(context: Context, split: str) -> None:
+    """Score the groups, for each caption field that tells the rows of a group apart.
+
+    Where every group is one row with several captions, the first of these is the right one.
+    """
+    named = context.config.eval.compositional_fields
+    fields = context.caption_fields(split, named, "compositional_fields")
+    store = context.stores[split]
+    if len(fields) > 1 and _has_one_row_each(store):
+        _score_choice(context, split, fields)
+        return
+    telling = [name for name in fields if named or _tells_apart(store, name)]
+    for name in telling:
+        _score_field(context, split, name, split if len(telling) == 1 else f"{split}/{name}")
+    if not telling:
+        context.findings.note(
+            f"The two captions of every group of {split} are the same in {list(fields)}: there is "
+            f"nothing to tell apart, and so no compositional score."
+        )
+
+
+def _score_field(context: Context, split: str, field: str, dataset: str) -> None:
+    store = context.stores[split]
+    images, texts = context.embedder.images(store), context.embedder.captions(store, field)
+    usable = np.zeros(store.rows, dtype=bool)
+    usable[np.intersect1d(images.rows, texts.rows)] = True
+    pairs, left_out = pair_rows(_groups(store), usable)
+    if left_out:
+        context.findings.note(
+            f"{left_out} groups of {dataset} are left out: they have not exactly two rows, or one "
+            f"of these cannot be used."
+        )
+    if not len(pairs):
+        raise EvaluationError(
+            f"No group of {store.path} has two rows that can be used. Two rows with the same "
+            f"`group` were expected. Correct the source, or name other splits in "
+            f"eval.compositional."
+        )
+    found = compare_groups(
+        _vectors_of(images, pairs), _vectors_of(texts, pairs), np.arange(pairs.size).reshape(-1, 2)
+    )
+    for metric, hits in found.hits().items():
+        context.add(
+            Result(
+                task="compositional",
+                dataset=dataset,
+                metric=metric,
+                value=float(hits.mean()),
+                n=len(pairs),
+                ci95=context.interval(hits.astype(np.int64)),
+                encoders=context.encoders,
+                protocol={
+                    "form": "Winoground: two images, two captions",
+                    "captions": field,
+                    "ties": "count as wrong (strictly greater)",
+                    "groups_left_out": left_out,
+                    "chance": CHANCE[metric],
+                },
+            ),
+            pairs.ravel(),
+            Items(hits.astype(np.int64)),
+        )
+    _add_examples(context, split, field, pairs, found)
+
+
+def _score_choice(context: Context, split: str, fields: tuple[str, ...]) -> None:
+    store = context.stores[split]
+    images = context.embedder.images(store)
+    texts = [context.embedder.captions(store, field) for field in fields]
+    rows = np.flatnonzero(_groups(store) >= 0)
+    left_out = len(rows)
+    for embedded in (images, *texts):
+        rows = np.intersect1d(rows, embedded.rows)
+    if left_out := left_out - len(rows):
+        context.findings.note(
+            f"{left_out} groups of {split} are left out: their image or one of their "
+            f"{len(fields)} captions cannot be used."
+        )
+    if not len(rows):
+        raise EvaluationError(
+            f"No group of {store.path} has an image and {len(fields)} captions that can be used. "
+            f"At least one was expected. Correct the source, or name other splits in "
+            f"eval.compositional."
+        )
+    vectors = np.stack([_vectors_of(embedded, rows) for embedded in texts], axis=1)
+    hits = choose_captions(_vectors_of(images, rows), vectors)
+    context.add(
+        Result(
+            task="compositional",
+            dataset=split,
+            metric="text_score",
+            value=float(hits.mean()),
+            n=len(rows),
+            ci95=context.interval(hits.astype(np.int64)),
+            encoders=context.encoders,
+            protocol={
+                "form": f"one image, {len(fields)} captions, the first right",
+                "captions": list(fields),
+                "ties": "count as wrong (strictly greater)",
+                "groups_left_out": left_out,
+                "chance": round(1 / len(fields), 8),
+            },
+        ),
+        rows,
+        Items(hits.astype(np.int64)),
+    )
+
+
+def _add_examples(
+    context: Context,
+    split: str,
+    field: str,
+    pairs: Int64[np.ndarray, "groups 2"],
+    found: Compositional,
+) -> None:
+    settings, store = context.config.eval, context.stores[split]
+    gallery = Gallery(context.config, context.folder, store, split)
+    for number in draw(found.group, settings.examples, seed=settings.seed):
+        first, second = (int(row) for row in pairs[number])
+        s = found.cosines[number].tolist()
+        context.findings.groups.append(
+            GroupExample(
+                dataset=split,
+                pictures=(gallery.picture(first), gallery.picture(second)),
+                captions=(gallery.caption(field, first), gallery.caption(field, second)),
+                cosines=((s[0][0], s[0][1]), (s[1][0], s[1][1])),
+                text=bool(found.text[number]),
+                image=bool(found.image[number]),
+            )
+        )
+
+
+def _tells_apart(store: FeatureStore, field: str) -> bool:
+    pairs, _ = pair_rows(_groups(store), np.ones(store.rows, dtype=bool))
+    captions = store.captions(field)
+    return bool(np.any(captions[pairs[:, 0]] != captions[pairs[:, 1]]))
+
+
+def _has_one_row_each(store: FeatureStore) -> bool:
+    groups = _groups(store)
+    _, counts = np.unique(groups[groups >= 0], return_counts=True)
+    return bool(np.all(counts == 1))
+
+
+def _groups(store: FeatureStore) -> np.ndarray:
+    groups = store.groups()
+    return np.full(store.rows, -1, dtype=np.int32) if groups is None else groups
+
+
+def _vectors_of(embedded: Embedded, rows: Int64[np.ndarray, "*groups"]) -> np.ndarray:
+    """Return the vectors of rows of the store, group after group."""
+    places = np.searchsorted(embedded.rows, rows.ravel())
+    vectors: np.ndarray = embedded.vectors.cpu().numpy()[places]
+    return vectors

@@ -1,0 +1,299 @@
+"""What every source gives: samples with a key, a place, captions, and what was wrong with them."""
+
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Protocol, runtime_checkable
+
+from features.class_lists import read_class_list
+from features.errors import SourceError
+from features.status import Status
+from features.storage import files
+from features.storage.files import matching_places
+from features.storage.place import Place, posix
+
+Counts = Counter[str]
+AUTOMATIC = ("caption", "captions", "short", "long", "txt")
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "png", "webp", "avif", "jp2", "bmp", "gif", "tif", "tiff", "heic", "heif"}
+)
+"""Of HEIC, which cannot be decoded, too: such an image keeps its row."""
+NO_PLACE = -1
+NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
+RECORDS_LOOKED_AT = 1000
+MAX_NAMES_LISTED = 20
+
+
+@dataclass(slots=True)
+class Sample:
+    """One row of the index."""
+
+    key: str
+    path: str = ""
+    """File that holds the image: a shard, or the image file itself."""
+    offset: int = NO_PLACE
+    """First byte of the image in the file; in a parquet file, the number of its row."""
+    size: int = NO_PLACE
+    """Bytes of the image; -1 in a parquet file, or where there is no image."""
+    problem: int = 0
+    """A `Status` that quarantines the row whatever its bytes, or 0."""
+    label: int = -1
+    group: int = -1
+    box: Sequence[int] | None = None
+    """Left, top, right and bottom in pixels, where the sample is a part of the image."""
+    captions: dict[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """A source: its files in a stated order, and the samples of each."""
+
+    @property
+    def files(self) -> Mapping[Place, str]:
+        """Files or folders in the order in which they are read, and what their keys begin with."""
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the labels, where the source has them."""
+
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
+        """Yield the samples of one file in their order, and count what was handled by rule."""
+
+    def check(self) -> None:
+        """Refuse settings that no sample fitted; called when all samples have been read.
+
+        Raises:
+            SourceError: Naming the setting.
+        """
+
+
+class CaptionPicker:
+    """Takes the captions out of a record (a JSON object, a row of a table)."""
+
+    def __init__(self, names: Sequence[str], place: str) -> None:
+        self.names = tuple(names) or AUTOMATIC
+        """What is looked for."""
+        self._explicit = bool(names)
+        self._place = place
+        self._found: set[str] = set()
+        self._seen: dict[str, None] = {}
+        self._records = 0
+        for name in names:
+            _check_field_name(name)
+
+    def see(self, names: Iterable[str]) -> None:
+        """Note what records have, also where it is not handed over."""
+        self._seen |= dict.fromkeys(names)
+
+    def pick(self, record: Mapping[str, Any], counts: Counts) -> dict[str, str]:
+        """Return the captions of a record by field; a list gives the fields 0, 1, and on.
+
+        Args:
+            record: May hold anything under any name.
+            counts: Where captions are counted that are no text.
+
+        Raises:
+            SourceError: Two of the names hold lists, so that both would be field 0.
+        """
+        if self._records < RECORDS_LOOKED_AT:
+            self._records += 1
+            self.see(map(str, record))
+        captions: dict[str, str] = {}
+        list_name = None
+        for name in self.names:
+            value = record.get(name)
+            if value is None:
+                continue
+            self._found.add(name)
+            if isinstance(value, str):
+                captions[name] = as_text(value)
+            elif isinstance(value, (list, tuple)):
+                if list_name is not None:
+                    raise self._two_lists(list_name, name)
+                list_name = name
+                captions |= _texts(value, counts)
+            else:
+                counts[NO_TEXT] += 1
+        return captions
+
+    def check(self) -> None:
+        """Refuse a name of captions that no record had.
+
+        Raises:
+            SourceError: With what the records have instead.
+        """
+        missing = [name for name in self.names if name not in self._found]
+        if self._explicit and missing:
+            close = difflib.get_close_matches(missing[0], self._seen, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SourceError(
+                f"No sample of {self._place} has captions under {missing[0]!r}.{hint} One of "
+                f"{list(self._seen)[:MAX_NAMES_LISTED]} was expected. Correct `captions` of the "
+                f"source."
+            )
+
+    def _two_lists(self, first: str, second: str) -> SourceError:
+        return SourceError(
+            f"A sample of {self._place} has lists of captions under {first!r} and {second!r}. One "
+            f"list was expected, since its items become the fields 0, 1, and on. Name one of them "
+            f"in `captions` of the source."
+        )
+
+
+class Keys:
+    """Gives the samples of one shard unique keys, `<shard>/<name>`."""
+
+    def __init__(self, shard: str, counts: Counts) -> None:
+        self._shard = shard
+        self._counts = counts
+        self._suffixes: dict[str, str] = {}
+        self._repeats: Counter[str] = Counter()
+
+    def of(self, name: str, suffix: str = "") -> tuple[str, int]:
+        """Return the key of a name, and a problem if the name came before.
+
+        A name that comes again is numbered (`#2`) and quarantined.
+
+        Args:
+            name: Name within the shard.
+            suffix: What was taken off the name to make it short. Where two names differ in it
+                only, the later keeps it: it is no duplicate.
+        """
+        earlier = self._suffixes.get(name)
+        if earlier is not None and earlier != suffix:
+            name, suffix = name + suffix, ""
+            earlier = self._suffixes.get(name)
+        if earlier is None:
+            self._suffixes[name] = sys.intern(suffix)  # the same few, of many millions of names
+            return f"{self._shard}/{name}", 0
+        self._counts["duplicate keys (quarantined)"] += 1
+        return f"{self._shard}/{self._numbered(name)}", int(Status.DUPLICATE_KEY)
+
+    def _numbered(self, name: str) -> str:
+        while True:
+            self._repeats[name] += 1
+            numbered = f"{name}#{self._repeats[name] + 1}"
+            if numbered not in self._suffixes:
+                self._suffixes[numbered] = ""
+                return numbered
+
+
+def split_image_suffix(name: str) -> tuple[str, str]:
+    """Split a path before its last suffix, if that is one of an image."""
+    suffix = PurePosixPath(name).suffix
+    if suffix[1:].lower() not in IMAGE_SUFFIXES:
+        return name, ""
+    return name.removesuffix(suffix), suffix
+
+
+def matching_files(patterns: str | Sequence[str]) -> list[Place]:
+    """Return the files of glob patterns, sorted within each, each once.
+
+    Raises:
+        SourceError: A pattern matches no file.
+    """
+    found: dict[Place, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            found |= dict.fromkeys(matching_places(pattern))
+        except FileNotFoundError as error:
+            raise SourceError(
+                f"No file matches {error}. At least one was expected. Correct `path` of the "
+                f"source; it is relative to the run file, and names files (`folder/*`), no folder."
+            ) from error
+    return list(found)
+
+
+def named_files(files: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
+    """Put files in order, each with a name: first the known ones as they are, then the others.
+
+    The name is the stem of the file, with as many folders as make all names distinct.
+    """
+    found = dict.fromkeys(files)
+    kept = {file: name for file, name in known.items() if file in found}
+    added = [file for file in found if file not in known]
+    return kept | _distinct_stems(added, taken=set(known.values()))
+
+
+def whole_number(value: Any, counts: Counts) -> int:
+    """Return a label or group number, or -1 for none; anything else is counted."""
+    if value is None or value == "":
+        return -1
+    try:
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            number = -2
+    except (TypeError, ValueError, OverflowError):
+        number = -2
+    if -1 <= number < 2**31:
+        return number
+    counts["labels or groups that are no whole number from 0 (taken as unknown)"] += 1
+    return -1
+
+
+def read_class_names(path: str | Place | None) -> tuple[str, ...] | None:
+    """Return the names of a list that ships with the program, or the lines of a file.
+
+    Raises:
+        SourceError: The file is not there.
+    """
+    if path is None:
+        return None
+    if isinstance(path, str):
+        return read_class_list(path).classes
+    try:
+        lines = files.read(path).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"The class names {path} cannot be read ({error}). A text file with one name a line "
+            f"was expected. Correct `class_names` of the source."
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def as_text(value: str) -> str:
+    """Return a string that can be stored: JSON may hold halves of characters, UTF-8 may not."""
+    if value.isascii():
+        return value
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _texts(values: Sequence[Any], counts: Counts) -> dict[str, str]:
+    """Return the texts of a list by their number."""
+    if others := sum(not isinstance(value, str | None) for value in values):
+        counts[NO_TEXT] += others
+    return {str(i): as_text(text) for i, text in enumerate(values) if isinstance(text, str)}
+
+
+def _check_field_name(name: str) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise SourceError(
+            f"The name {name!r} in `captions` of the source cannot be a caption field, since "
+            f"fields name folders of the feature store. A name without `/` that does not begin "
+            f"with a dot was expected. Rename it in the data."
+        )
+
+
+def _distinct_stems(files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
+    for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
+        names = {file: _tail(file, depth) for file in files}
+        if len(set(names.values())) == len(files) and not _clash(names.values(), taken):
+            return names
+    return {file: str(posix(file)) for file in files}  # they differ in the suffix only
+
+
+def _clash(names: Iterable[str], taken: Set[str]) -> bool:
+    """Return whether a name is taken, or one is the folder of another: keys could be the same."""
+    folders = {str(folder) for name in taken for folder in PurePosixPath(name).parents}
+    return any(
+        name in taken
+        or name in folders
+        or any(str(folder) in taken for folder in PurePosixPath(name).parents)
+        for name in names
+    )
+
+
+def _tail(file: Place, depth: int) -> str:
+    return str(PurePosixPath(*posix(file).with_suffix("").parts[-depth:]))

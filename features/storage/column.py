@@ -1,0 +1,338 @@
+"""A column of features: chunks of float16 (or int8) rows, and a status for each row."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Float16, Float32, Int8, Int64, Shaped, UInt8
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from features.status import Status
+from features.storage.chunks import (
+    CRC_BYTES,
+    read_chunk,
+    read_part,
+    read_pieces,
+    scatter_rows,
+    write_chunk,
+)
+from features.storage.files import is_file, names, remove_leftovers, zarr_store
+from features.storage.parallel import in_order
+from features.storage.place import Place, RemotePath
+
+GREATEST = 127
+
+
+def quantise(
+    features: Float16[np.ndarray, "rows dim"],
+) -> tuple[Int8[np.ndarray, "rows dim"], Float32[np.ndarray, "rows"]]:
+    """Round each row to the multiples of its greatest value / 127.
+
+    Returns:
+        The whole numbers, and the factor of each row; 0 where all of it is zero.
+    """
+    values = features.astype(np.float32)
+    scale = np.abs(values).max(axis=1, initial=0) / np.float32(GREATEST)
+    values /= np.where(scale > 0, scale, np.float32(1))[:, None]
+    return np.rint(values).astype(np.int8), scale
+
+
+def dequantise(
+    values: Int8[np.ndarray, "rows dim"], scale: Float32[np.ndarray, "rows"]
+) -> Float16[np.ndarray, "rows dim"]:
+    """Return the features that whole numbers and the factors of their rows stand for."""
+    features: np.ndarray = (values * scale[:, None]).astype(np.float16)
+    return features
+
+
+class Column:
+    """The features of one encoder (and caption field) for every row, with a status for each."""
+
+    def __init__(self, store: Place, name: str) -> None:
+        self.name = name
+        self.path = store / name
+        self.is_remote = isinstance(store, RemotePath)
+        """Under a URL: reading is waiting, and worth many threads."""
+        array = zarr.open_array(zarr_store(self.path / "features"), mode="r", zarr_format=3)
+        self.dtype: np.dtype[Any] = array.dtype
+        """Of the features in the store: float16, or int8 with a factor for each row in `scale`."""
+        self.rows, self.dim = array.shape
+        self.rows_per_chunk = array.chunks[0]
+        encoder = zarr_store(store / "/".join(name.split("/")[:2]))
+        self.fingerprint: dict[str, Any] = zarr.open_group(
+            encoder, mode="r", zarr_format=3
+        ).attrs.asdict()
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the features are whole numbers, to be multiplied by the `scale` of their row."""
+        return bool(self.dtype == np.int8)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features of a row, with its factor if it has one."""
+        return self.dim * self.dtype.itemsize + 4 * self.is_scaled
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the column."""
+        return -(-self.rows // self.rows_per_chunk)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the files of a chunk: features and status, and scale for int8 features."""
+        return self.rows_per_chunk * (self.row_bytes + 1) + CRC_BYTES * (2 + self.is_scaled)
+
+    def features_file(self, chunk: int) -> Place:
+        """Path of a chunk of features: (rows_per_chunk, dim) and 4 bytes of crc32c."""
+        return self.path / "features" / "c" / str(chunk) / "0"
+
+    def scale_file(self, chunk: int) -> Place:
+        """Path of a chunk of factors: (rows_per_chunk,) float32 and 4 bytes of crc32c."""
+        return self.path / "scale" / "c" / str(chunk)
+
+    def status_file(self, chunk: int) -> Place:
+        """Path of a chunk of status: (rows_per_chunk,) uint8 and 4 bytes of crc32c."""
+        return self.path / "status" / "c" / str(chunk)
+
+    def chunk_rows(self, chunk: int) -> int:
+        """Rows of the store in a chunk; the last is filled up with zeros on disk."""
+        return min(self.rows_per_chunk, self.rows - chunk * self.rows_per_chunk)
+
+    def pending(self, among: Iterable[int] | None = None) -> list[int]:
+        """Return the chunks that are not done, in order; of some chunks alone if they are given."""
+        chunks = range(self.num_chunks) if among is None else sorted(among)
+        done = set(self._done() if among is None else self._done(chunks))
+        return [chunk for chunk in chunks if chunk not in done]
+
+    def write(
+        self,
+        chunk: int,
+        features: Float16[np.ndarray, "batch dim"],
+        status: UInt8[np.ndarray, "batch"],
+    ) -> None:
+        """Write a chunk and then its status; killed at any moment, the chunk is whole or pending.
+
+        Where the column has int8 features, they are rounded.
+
+        Raises:
+            ValueError: The rows are not those of the chunk.
+        """
+        expected = (self.chunk_rows(chunk), self.dim)
+        if features.shape != expected or status.shape != expected[:1]:
+            raise ValueError(
+                f"Chunk {chunk} of {self.name} takes {expected}; got {features.shape} features "
+                f"and {status.shape} status."
+            )
+        if self.is_scaled:
+            values, scale = quantise(features)
+            self.write_stored(chunk, values, status, scale)
+        else:
+            self.write_stored(chunk, features, status, None)
+
+    def write_stored(
+        self,
+        chunk: int,
+        values: Shaped[np.ndarray, "batch dim"],
+        status: UInt8[np.ndarray, "batch"],
+        scale: Float32[np.ndarray, "batch"] | None,
+    ) -> None:
+        """Write the rows of a chunk as they are in a store: of its dtype, with their factors."""
+        arrays: list[tuple[str, Place, np.ndarray]] = []
+        if scale is not None:
+            arrays = [("scale", self.scale_file(chunk), scale.astype("<f4", copy=False))]
+        else:
+            values = values.astype("<f2", copy=False)
+        arrays.append(("features", self.features_file(chunk), values))
+        arrays.append(("status", self.status_file(chunk), status))
+        padding = self.rows_per_chunk - len(status)
+        for array, file, rows in arrays:
+            write_chunk(file, _padded(rows, padding), beside=self.path / array / str(chunk))
+
+    def checksum(self) -> str:
+        """Return a sha256 over the crc32c of all chunks of features, of which 4 bytes are read.
+
+        Raises:
+            StoreCorruptError: A file is missing or cut off.
+        """
+        crcs = np.empty((self.num_chunks, CRC_BYTES), dtype=np.uint8)
+        values = self.rows_per_chunk * self.dim * self.dtype.itemsize
+
+        def read(chunk: int) -> None:
+            read_part(self.features_file(chunk), values, crcs[chunk])
+
+        for _ in in_order(read, range(self.num_chunks), remote=self.is_remote):
+            pass
+        return hashlib.sha256(crcs.tobytes()).hexdigest()
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left half-written; those at work are left alone."""
+        if isinstance(self.path, Path):
+            for array in ("scale", "features", "status"):
+                remove_leftovers(self.path / array)
+
+    def status(self) -> UInt8[np.ndarray, "rows"]:
+        """Return the status code of every row; 0 (pending) where a chunk is not done."""
+        size = self.rows_per_chunk
+        codes = np.zeros(self.num_chunks * size, dtype=np.uint8)
+
+        def fill(chunk: int) -> None:
+            part = codes[chunk * size : (chunk + 1) * size]
+            read_chunk(self.status_file(chunk), part, verify=True)
+
+        for _ in in_order(fill, self._done(), remote=self.is_remote):
+            pass
+        return codes[: self.rows]
+
+    def read_into(
+        self, chunk: int, buffer: Shaped[np.ndarray, "rows_per_chunk dim"], *, verify: bool = False
+    ) -> int:
+        """Fill a buffer with a chunk as it is in the store; return how many of its rows are real.
+
+        Args:
+            chunk: Number of the chunk.
+            buffer: Of the column's dtype; filled without a copy from local disk.
+            verify: Whether to check the crc32c.
+
+        Raises:
+            StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
+        """
+        read_chunk(self.features_file(chunk), buffer, verify=verify)
+        return self.chunk_rows(chunk)
+
+    def read_pieces(
+        self, chunk: int, buffer: Shaped[np.ndarray, "some_rows dim"], *, verify: bool = False
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "_ dim"]]]:
+        """Yield a chunk on local disk piece by piece: its first row, and the rows in the buffer.
+
+        Args:
+            chunk: Number of the chunk.
+            buffer: Of the column's dtype; every piece overwrites the one before.
+            verify: Whether to check the crc32c, which is known after the last piece only.
+
+        Raises:
+            StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
+        """
+        file = Path(str(self.features_file(chunk)))
+        yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify)
+
+    def scatter(
+        self,
+        chunk: int,
+        rows: Shaped[np.ndarray, "all_rows dim"],
+        places: Int64[np.ndarray, "rows_per_chunk"],
+    ) -> bool:
+        """Read a chunk on local disk straight to the places of its rows; nothing is verified.
+
+        Args:
+            chunk: Number of the chunk.
+            rows: Of the column's dtype.
+            places: Of the rows of the chunk, in `rows`.
+
+        Returns:
+            Whether that could be done; see `features.storage.chunks`.
+        """
+        return scatter_rows(Path(str(self.features_file(chunk))), rows, places)
+
+    def read_scale_into(self, chunk: int, buffer: Float32[np.ndarray, "rows_per_chunk"]) -> None:
+        """Fill a buffer with the factors of the rows of a chunk of int8 features.
+
+        Raises:
+            StoreCorruptError: The file is missing, cut off or damaged.
+        """
+        read_chunk(self.scale_file(chunk), buffer, verify=True)
+
+    def restored(
+        self, chunk: int, values: Shaped[np.ndarray, "rows dim"], first: int = 0
+    ) -> Float16[np.ndarray, "rows dim"]:
+        """Return the features that rows of a chunk, as they are in the store, stand for.
+
+        Args:
+            chunk: Number of the chunk.
+            values: Of the column's dtype.
+            first: The row of the chunk that they begin with.
+        """
+        if not self.is_scaled:
+            return values
+        scale = np.empty(self.rows_per_chunk, dtype=np.float32)
+        self.read_scale_into(chunk, scale)
+        return dequantise(values, scale[first : first + len(values)])
+
+    def read(self, start: int, stop: int) -> Float16[np.ndarray, "batch dim"]:
+        """Return rows `start` to `stop`; zeros where a row is pending or quarantined."""
+        stop = min(stop, self.rows)
+        features = np.zeros((max(stop - start, 0), self.dim), dtype=np.float16)
+
+        def fill(part: tuple[int, int, int]) -> None:
+            chunk, first, last = part
+            if is_file(self.status_file(chunk)):
+                skipped = first - chunk * self.rows_per_chunk
+                target = features[first - start : last - start]
+                values = np.empty(target.shape, self.dtype) if self.is_scaled else target
+                offset = skipped * self.dim * self.dtype.itemsize
+                read_part(self.features_file(chunk), offset, values)
+                if self.is_scaled:
+                    target[:] = self.restored(chunk, values, skipped)
+
+        parts = _chunks_between(start, stop, self.rows_per_chunk)
+        for _ in in_order(
+            fill, parts, remote=self.is_remote and stop - start > self.rows_per_chunk
+        ):
+            pass
+        return features
+
+    def _done(self, among: Iterable[int] | None = None) -> list[int]:
+        """Return the chunks that have a status, in order: listed, or asked for one by one."""
+        if among is None and (isinstance(self.path, Path) or self.path.can_be_listed):
+            listed = set(names(self.path / "status" / "c"))
+            return [chunk for chunk in range(self.num_chunks) if str(chunk) in listed]
+        chunks = range(self.num_chunks) if among is None else list(among)
+        there = in_order(is_file, map(self.status_file, chunks), remote=self.is_remote)
+        return [chunk for chunk, done in zip(chunks, there, strict=True) if done]
+
+
+def create_column(
+    group: zarr.Group, rows: int, dim: int, rows_per_chunk: int, *, dtype: str = "float16"
+) -> None:
+    """Make the empty arrays of a column: features and status, and scale for int8 features."""
+    row_array: dict[str, Any] = {
+        "shape": (rows,),
+        "chunks": (rows_per_chunk,),
+        "filters": None,
+        "compressors": [Crc32cCodec()],
+        "fill_value": 0,
+        "dimension_names": ["row"],
+    }
+    if dtype == "int8":
+        group.create_array("scale", dtype="float32", **row_array)
+    group.create_array(
+        "features",
+        shape=(rows, dim),
+        chunks=(rows_per_chunk, dim),
+        dtype=dtype,
+        serializer=BytesCodec(endian="little" if dtype == "float16" else None),
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=0,
+        dimension_names=["row", "feature"],
+    )
+    codes = {status.label: int(status) for status in Status}
+    group.create_array("status", dtype="uint8", attributes={"codes": codes}, **row_array)
+
+
+def _chunks_between(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (chunk, first row, row after the last) of each chunk that `start:stop` touches."""
+    while start < stop:
+        chunk = start // size
+        last = min(stop, (chunk + 1) * size)
+        yield chunk, start, last
+        start = last
+
+
+def _padded(values: np.ndarray, padding: int) -> np.ndarray:
+    if padding == 0:
+        return np.ascontiguousarray(values)
+    return np.concatenate([values, np.zeros((padding, *values.shape[1:]), dtype=values.dtype)])

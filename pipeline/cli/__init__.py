@@ -1,0 +1,100 @@
+"""The `sail` command: its help, and how errors end it. The files beside this one have the commands.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import click
+
+from features.errors import SailError
+from pipeline.cli.checks import doctor, inspect, plan, verify
+from pipeline.cli.stages import align, evaluate, extract
+from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, subset
+from pipeline.cli.studies import compare, pick, scaling, study, sweep
+from pipeline.cli.use import embed, explore, export, export_head, import_head, search
+
+SECTIONS = {
+    "The three stages": ("extract", "align", "eval"),
+    "Look": ("explore", "search", "inspect", "verify", "compare"),
+    "Before a long run": ("doctor", "plan", "pick", "study"),
+    "Try settings": ("sweep", "scaling"),
+    "Hand over": ("embed", "export", "export-head", "import-head"),
+    "Stores": ("convert", "import-store", "merge", "subset", "rechunk", "reorder"),
+}
+
+
+class Commands(click.Group):
+    """A command group that reports what a user can put right in one line, without a traceback.
+
+    Its help lists the commands by what they are for.
+    """
+
+    def format_commands(  # noqa: D102
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{name:12}", self.commands[name].get_short_help_str(60)) for name in names]
+                )
+
+    def invoke(self, ctx: click.Context) -> object:  # noqa: D102
+        try:
+            return super().invoke(ctx)
+        except SailError as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = f" {error.filename}:" if error.filename else ""
+            reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
+            raise click.ClickException(
+                f"The operating system refused:{place} {reason}. A place that can "
+                f"be read and written, with room on the disk, was expected. Check `run.dir` and "
+                f"the paths of the recipe; what was done is kept."
+            ) from error
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='`eval "$(_SAIL_COMPLETE=bash_source sail)"` completes these with Tab in bash '
+    "(zsh_source, fish_source in those shells).",
+)
+@click.version_option(package_name="sail")
+def cli() -> None:
+    """Align a frozen image encoder with a frozen text encoder.
+
+    RECIPE is the path of a TOML file, or the name of one that ships with the program: demo,
+    sail-small, sail, sail-paper. docs/recipes.md lists every setting.
+    """
+
+
+for command in (
+    extract,
+    align,
+    evaluate,
+    sweep,
+    scaling,
+    import_head,
+    export_head,
+    plan,
+    doctor,
+    inspect,
+    verify,
+    search,
+    explore,
+    embed,
+    export,
+    convert,
+    import_store,
+    merge,
+    subset,
+    rechunk,
+    reorder,
+    compare,
+    study,
+    pick,
+):
+    cli.add_command(command)

@@ -1,0 +1,5 @@
+"""`python -m pipeline.cli` is `sail`."""
+
+from pipeline.cli import cli
+
+cli()

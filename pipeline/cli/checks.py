@@ -1,0 +1,156 @@
+"""The commands of `sail` that look and change nothing.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import json
+import sys
+
+import click
+
+from features.storage.place import as_place
+from pipeline.cli.options import complete_recipe, count_of, override, stage, store_argument
+
+
+@click.command()
+@stage
+@click.option("--rows", metavar="COUNT", help="Rows of each training split, such as 23M.")
+@click.option(
+    "--seconds",
+    default=20.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="What measuring may take.",
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), metavar="EUROS", help="Of one hour of a GPU."
+)
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    rows: str | None,
+    seconds: float,
+    price: float | None,
+) -> None:
+    """Say what a run will cost: rows, bytes, hours of both stages.
+
+    Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
+    GPUs are computed from the work of the encoders.
+
+    \b
+    Examples:
+      sail plan my.toml
+      sail plan sail --rows 23M --price 2.5
+    """
+    from pipeline.progress import start_log
+    from pipeline.run.config import load_config
+    from pipeline.tables import plan_table
+
+    start_log(verbose=verbose)
+    config = load_config(recipe, overrides)
+    count = None if rows is None else count_of(rows)
+    # torch loads here: a fault in the recipe is told before
+    from pipeline.planning.budget import plan_run
+
+    description = plan_run(config, rows=count, seconds=seconds, price=price)
+    click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
+
+
+@click.command()
+@click.argument("recipe", required=False, shell_complete=complete_recipe)
+@override
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say whether this machine has what a run needs.
+
+    Looks at versions, devices, faiss, disk and decoding; with RECIPE also at its data, encoders and
+    folder. Exit 1 if something needed is broken.
+
+    \b
+    Examples:
+      sail doctor
+      sail doctor my.toml --json
+    """
+    from pipeline.run.config import load_config
+
+    if overrides and recipe is None:
+        raise click.UsageError("--set changes a recipe: name it.")
+    config = load_config(recipe, overrides) if recipe else None
+    from pipeline.planning.doctor import examine
+    from pipeline.tables import doctor_table
+
+    examination = examine(config)
+    click.echo(json.dumps(examination, indent=2) if as_json else doctor_table(examination))
+    if not examination["ok"]:
+        sys.exit(1)
+
+
+@click.command()
+@store_argument
+@click.option("--row", type=int, help="Show this row instead of the whole.")
+@click.option(
+    "--rows",
+    default="256k",
+    show_default=True,
+    metavar="COUNT",
+    help="About how many rows are read for statistics.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: everything, and each dimension.")
+def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
+    """Show what a store holds: rows, statuses, statistics.
+
+    STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://). Statistics are of whole chunks,
+    evenly spread; of all rows where there are no more. docs/store.md says what they mean. With
+    --row a terminal shows the image too, where the store lies in the folder of its run.
+
+    \b
+    Examples:
+      sail inspect runs/demo/features/train.zarr
+      sail inspect runs/demo/features/train.zarr --row 7 --json
+    """
+    from pipeline.stores.inspect import describe_row, describe_store
+    from pipeline.tables import rendered, row_table, store_table
+
+    place = as_place(store)
+    if row is None:
+        description = describe_store(place, rows_read=count_of(rows))
+    else:
+        description = describe_row(place, row)
+    if as_json:
+        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    click.echo(store_table(description) if row is None else row_table(description))
+    if row is not None and sys.stdout.isatty():
+        from pipeline.stores.inspect import picture_of
+
+        if picture := picture_of(place, row):
+            click.echo(rendered(picture))
+
+
+@click.command()
+@store_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
+def verify(store: str, as_json: bool) -> None:
+    """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
+
+    \b
+    Examples:
+      sail verify runs/demo/features/train.zarr
+      sail verify runs/demo/features/train.zarr --json | jq '.faults[]'
+    """
+    from pipeline.stores.verify import verify_store
+
+    faults = verify_store(as_place(store))
+    if as_json:
+        click.echo(json.dumps({"store": store, "faults": faults}, ensure_ascii=False))
+    if faults:
+        for fault in faults:
+            click.echo(fault, err=True)
+        raise click.ClickException(
+            f"{store} is not whole (faults: {len(faults)}, named above). A whole store was "
+            f"expected. Each line says what to do."
+        )
+    if not as_json:
+        click.echo(f"{store} is whole.")

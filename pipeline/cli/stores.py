@@ -1,0 +1,290 @@
+"""The commands of `sail` that make stores of stores.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import complete_folder, store_argument, until_stopped
+
+TARGETS = {"hdf5": ".h5", "parquet": "-parquet", "clip-retrieval": "-clip-retrieval"}
+FORMS = ["hdf5", "npy", "npz", "parquet", "safetensors", "clip-retrieval", "sail-pt"]
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@store_argument
+@click.option("--dtype", type=click.Choice(["int8", "float16"]), help="Of the features.")
+@click.option("--to", "form", type=click.Choice(list(TARGETS)), help="Another format.")
+@click.option("--out", metavar="PLACE", help="Where it goes.")
+@as_json_option
+def convert(
+    store: str, dtype: str | None, form: str | None, out: str | None, as_json: bool
+) -> None:
+    """Write a store with features in 8 bits, or in another format.
+
+    With --dtype int8 it has half the size and is read in half the time; printed is how far the
+    features are from the old ones, and the path of the new store: STORE-int8.zarr beside the old
+    one unless --out is given. Train on it with `align.store`.
+
+    With --to it is one HDF5 file, a folder of parquet files with vectors, or a folder as
+    clip-retrieval has them (npy and parquet): STORE.h5, STORE-parquet or STORE-clip-retrieval in
+    the current folder unless --out is given. `sail import-store` reads all of them back.
+    docs/formats.md.
+
+    A call that was stopped or killed is continued by the same call.
+
+    \b
+    Examples:
+      sail convert runs/demo/features/train.zarr --dtype int8
+      sail convert runs/demo/features/train.zarr --to hdf5 --out train.h5
+      sail convert runs/demo/features/train.zarr --to clip-retrieval --out train
+    """
+    if (dtype is None) == (form is None):
+        raise click.UsageError("Give either --dtype or --to.")
+    from features.storage.place import as_place
+    from pipeline.progress import start_log
+
+    start_log(verbose=False)
+    source = as_place(store)
+    if form is not None:
+        from pipeline.stores.convert import export_store
+
+        file = Path(out or f"{source.stem}{TARGETS[form]}")
+        until_stopped(lambda stop: export_store(source, form, file, stop))
+        _print_store(str(file), as_json=as_json)
+        return
+    from pipeline.stores.convert import convert_store
+    from pipeline.tables import conversion_table
+
+    target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"
+    losses = until_stopped(lambda stop: convert_store(source, target, str(dtype), stop))
+    if as_json:
+        click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
+    else:
+        click.echo(conversion_table(losses))
+        click.echo(str(target))
+
+
+@click.command(name="import-store")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", required=True, metavar="STORE", help="Where the store goes.")
+@click.option("--from", "form", type=click.Choice(FORMS), help="What PATH is, if it does not tell.")
+@click.option("--take", multiple=True, metavar="NAME=ARRAY", help="What becomes what.")
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="A row for each row: captions, keys."
+)
+@click.option("--about", multiple=True, metavar="ENCODER.FACT=TEXT", help="For the fingerprint.")
+@click.option("--rows-per-chunk", type=click.IntRange(min=1), metavar="N", help="Of the store.")
+@as_json_option
+def import_store(
+    path: Path,
+    out: str,
+    form: str | None,
+    take: tuple[str, ...],
+    table: Path | None,
+    about: tuple[str, ...],
+    rows_per_chunk: int | None,
+    as_json: bool,
+) -> None:
+    """Make a feature store of features that are there already.
+
+    PATH is what `sail convert --to` wrote; or HDF5, .npy, .npz, parquet, safetensors, a folder of
+    clip-retrieval, or the .pt folders of the released SAIL code. --take says which array becomes
+    what: key, label, group, caption/FIELD, image/ENCODER, text/ENCODER/FIELD. Without it the call
+    lists the arrays. Columns of --table (.csv, .tsv, .jsonl, .parquet) are arrays table/COLUMN.
+    Nothing is unpickled. A call that was stopped or killed is continued by the same call. Prints
+    the path of the store. docs/formats.md.
+
+    \b
+    Examples:
+      sail import-store train.h5 --out copy.zarr
+      sail import-store laion --from clip-retrieval --out laion.zarr
+      sail import-store f.h5 --take image/dino=vision --take text/gte/raw=text --out f.zarr
+      sail import-store tensor_data --table cc3m.csv --take caption/raw=table/raw_caption \\
+        --about image/dinov2-large.pooling=cls+mean --out cc3m.zarr
+    """
+    from features.storage.place import as_place
+    from pipeline.progress import start_log
+    from pipeline.stores.convert import Wanted, import_store
+
+    start_log(verbose=False)
+    facts = dict[str, dict[str, str]]()
+    for name, text in _pairs("--about", about).items():
+        encoder, _, fact = name.rpartition(".")
+        facts.setdefault(encoder, {})[fact] = text
+    wanted = Wanted(form, _pairs("--take", take), table, facts, rows_per_chunk)
+    target = as_place(out)
+    until_stopped(lambda stop: import_store(path, target, wanted, stop))
+    _print_store(str(target), as_json=as_json)
+
+
+def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
+    """Return NAME=VALUE as a dictionary."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := [name for name, separator, _ in pairs if not separator]:
+        raise click.UsageError(f"{option} takes NAME=VALUE; got {wrong[0]!r}.")
+    return {name: value for name, _, value in pairs}
+
+
+def _print_store(store: str, *, as_json: bool) -> None:
+    click.echo(json.dumps({"store": store}) if as_json else store)
+
+
+out_option = click.option("--out", required=True, metavar="STORE", help="Where it goes.")
+
+
+@click.command()
+@click.argument(
+    "stores", nargs=-1, required=True, metavar="STORE...", shell_complete=complete_folder
+)
+@out_option
+@click.option("--prefix", is_flag=True, help="Put the name of its store before each key.")
+@as_json_option
+def merge(stores: tuple[str, ...], out: str, prefix: bool, as_json: bool) -> None:
+    """Write the rows of several stores behind each other in one.
+
+    They must have the same encoders and caption fields; what differs is named. Keys must be
+    unique. Prints the path of the store.
+
+    \b
+    Example:
+      sail merge runs/cc3m/features/train.zarr runs/cc12m/features/train.zarr --out both.zarr
+    """
+    from features.storage.place import as_place
+    from pipeline.stores.merge import merge_stores
+
+    places = [as_place(store) for store in stores]
+    _write(out, as_json, lambda place, stop: merge_stores(places, place, stop, prefix=prefix))
+
+
+@click.command()
+@store_argument
+@out_option
+@click.option("--keys", type=click.Path(path_type=Path), help="A text file with a key a line.")
+@click.option("--query", multiple=True, metavar="NAME=VALUE", help="All that are given must hold.")
+@click.option(
+    "--deduplicate", type=click.FloatRange(0, 1), metavar="COSINE", help="Keep the first."
+)
+@click.option("--column", metavar="NAME", help="In which rows are compared; the first by itself.")
+@click.option("--random", type=click.IntRange(min=1), metavar="N", help="N rows by chance.")
+@click.option("--seed", default=0, show_default=True, help="Of the chance.")
+@as_json_option
+def subset(
+    store: str,
+    out: str,
+    keys: Path | None,
+    query: tuple[str, ...],
+    deduplicate: float | None,
+    column: str | None,
+    random: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write some rows of a store as a store of their own.
+
+    Rows keep their order. Each option narrows what those before it left, in the order shown below.
+    A query is NAME=VALUE, or NAME~PART for a part of a text in any case; NAME is key,
+    caption/FIELD, label, group, or a column, whose VALUE is a status (ok). Of rows that are alike
+    --deduplicate keeps the first; every row is compared with all before it. Prints the path of the
+    store.
+
+    \b
+    Examples:
+      sail subset train.zarr --query label=cat --query image/dinov2=ok --out cats.zarr
+      sail subset train.zarr --query "caption/long~red circle" --out red.zarr
+      sail subset train.zarr --deduplicate 0.98 --random 10000 --seed 1 --out small.zarr
+    """
+    if keys is None and not query and deduplicate is None and random is None:
+        raise click.UsageError("Give --keys, --query, --deduplicate or --random.")
+    from features.storage.place import as_place
+    from pipeline.stores.subset import Choice, subset_store
+
+    choice = Choice(keys, query, deduplicate, column, random, seed)
+    _write(out, as_json, lambda place, stop: subset_store(as_place(store), place, choice, stop))
+
+
+@click.command()
+@store_argument
+@click.option(
+    "--rows-per-chunk",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="N",
+    help="Rows of a chunk of the new store.",
+)
+@out_option
+@as_json_option
+def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
+    """Write a store again with chunks of another size.
+
+    Prints the path of the store.
+
+    \b
+    Example:
+      sail rechunk train.zarr --rows-per-chunk 1024 --out finer.zarr
+    """
+    from features.storage.place import as_place
+    from pipeline.stores.merge import rechunk_store
+
+    _write(
+        out,
+        as_json,
+        lambda place, stop: rechunk_store(as_place(store), place, rows_per_chunk, stop),
+    )
+
+
+@click.command()
+@store_argument
+@click.option(
+    "--like",
+    required=True,
+    metavar="STORE",
+    help="The other store.",
+    shell_complete=complete_folder,
+)
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="MiB of features that are held.",
+)
+@out_option
+@as_json_option
+def reorder(store: str, like: str, memory_mb: int, out: str, as_json: bool) -> None:
+    """Write the rows of a store in the order of another one.
+
+    Those that the other has, by their keys, all of which must be there; the chunks get the size of
+    the other's too. So the two can be joined: `align.text_store`. Prints the path of the store.
+
+    \b
+    Example:
+      sail reorder texts.zarr --like images.zarr --out joined.zarr
+    """
+    from features.storage.place import as_place
+    from pipeline.stores.merge import reorder_store
+
+    _write(
+        out,
+        as_json,
+        lambda place, stop: reorder_store(
+            as_place(store), place, as_place(like), stop, memory_mb=memory_mb
+        ),
+    )
+
+
+def _write(out: str, as_json: bool, work: Callable[[Any, Any], object]) -> None:
+    from features.storage.place import as_place
+    from pipeline.progress import start_log
+
+    start_log(verbose=False)
+    place = as_place(out)
+    until_stopped(lambda stop: work(place, stop))
+    click.echo(json.dumps({"store": str(place)}) if as_json else str(place))

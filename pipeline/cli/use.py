@@ -1,0 +1,275 @@
+"""The commands of `sail` that use what was trained: search, and embeddings for other programs.
+
+Nothing heavy is imported at the top, so that `sail --help` answers at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import run_stage, stage, until_stopped
+
+RUN = click.argument("run", type=click.Path(path_type=Path))
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@RUN
+@click.argument("query", required=False)
+@click.option("--image", type=click.Path(path_type=Path), help="Search by an image instead.")
+@click.option(
+    "--split", help="Where to search; the first split that is not trained on if not given."
+)
+@click.option(
+    "--among",
+    type=click.Choice(["images", "captions"]),
+    default="images",
+    show_default=True,
+    help="What to find.",
+)
+@click.option("--top", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@AS_JSON
+def search(
+    run: Path,
+    query: str | None,
+    image: Path | None,
+    split: str | None,
+    among: str,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Find the rows of a run that fit a sentence or an image best.
+
+    RUN is the folder of a run that was aligned. The first search embeds the split by the head;
+    later ones answer at once.
+
+    \b
+    Examples:
+      sail search runs/demo "a red circle"
+      sail search runs/demo --image photo.jpg --among captions --top 3
+    """
+    if (not query) == (image is None):
+        raise click.UsageError("Give either a sentence or --image FILE.")
+    from pipeline.progress import start_log
+    from pipeline.python import load_aligned
+    from pipeline.search import search_captions, search_images
+    from pipeline.tables import hits_table
+
+    start_log(verbose=False)
+    aligned = load_aligned(run)
+    splits = list(aligned.config.data)
+    others = [name for name in splits if name not in aligned.config.trained_splits]
+    where = split or (others or splits)[0]
+    vector = aligned.encode_text([query]) if query else aligned.encode_image([str(image)])
+    find = search_images if among == "images" else search_captions
+    hits = [asdict(hit) for hit in find(aligned, where, vector, top)]
+    click.echo(json.dumps(hits, indent=2, ensure_ascii=False) if as_json else hits_table(hits))
+
+
+@click.command()
+@RUN
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of images.")
+@click.option("--texts", type=click.Path(path_type=Path), help="File with one sentence a line.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="FILE.npy, FILE.parquet or FILE.zarr.",
+)
+@AS_JSON
+def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json: bool) -> None:
+    """Write embeddings of your own images or sentences.
+
+    One per item and in order. Vectors are normalised float32: the cosine of an image and a sentence
+    is their product. An image that cannot be read is named in the log; its vector is not-a-number
+    (null in parquet).
+
+    \b
+    Examples:
+      sail embed runs/demo --images photos --out photos.parquet
+      sail embed runs/demo --texts queries.txt --out queries.npy
+    """
+    if (images is None) == (texts is None):
+        raise click.UsageError("Give either --images FOLDER or --texts FILE.")
+    from pipeline.embed import Written, embed_images, embed_sentences, image_files, sentences
+    from pipeline.progress import start_log
+    from pipeline.python import load_aligned
+
+    start_log(verbose=False)
+    aligned = load_aligned(run)
+
+    def work(stop: Any) -> Written:
+        if images is not None:
+            files = image_files(images)
+            return embed_images(aligned, files, out, stop)
+        lines = sentences(texts or Path())
+        return embed_sentences(aligned, lines, out, stop)
+
+    written = until_stopped(work, kept="nothing was written.")
+    if as_json:
+        click.echo(json.dumps(asdict(written) | {"path": str(written.path)}))
+    else:
+        click.echo(str(written.path))
+
+
+FORMS = ("hf", "llava", "onnx", "open_clip", "sentence-transformers")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, type=click.Choice(FORMS), help="For which program.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The new folder; RUN/export/FORM if not given."
+)
+@click.option(
+    "--with-encoders",
+    is_flag=True,
+    help="With the weights of both encoders, also those of the hub; mind their licences.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json: bool) -> None:
+    """Write a trained run as a folder that other programs open. Prints its path.
+
+    RUN is the folder of a run that was aligned. An earlier export at the same place is replaced,
+    as a whole.
+
+    \b
+    --to hf    config, safetensors, processor, tokenizer and a card. Opens with
+               `load_aligned(FOLDER)`, and with torch and transformers alone by the lines in the
+               card. Encoders of the hub are named by revision and sha256; local and bundled ones
+               come along where their licence allows it.
+
+    \b
+    --to llava  the image encoder with its head as a vision tower for LLaVA (docs/export.md).
+
+    \b
+    --to onnx   both heads, without the encoders; needs the extra `onnx`.
+
+    \b
+    --to open_clip
+                a state dict of both heads under the names that open_clip has for them.
+
+    \b
+    --to sentence-transformers
+                the text encoder with its head, if that is of kind linear or mlp.
+
+    \b
+    Examples:
+      sail export runs/demo --to hf
+      sail export runs/demo --to hf --with-encoders --out aligned
+    """
+    from pipeline.export.exports import export_run
+    from pipeline.progress import start_log
+
+    start_log(verbose=False)
+    folder = out or run / "export" / form
+    export_run(run, form, folder, with_encoders=with_encoders)
+    click.echo(json.dumps({"path": str(folder)}) if as_json else str(folder))
+
+
+@click.command(name="import-head")
+@click.argument("file", type=click.Path(path_type=Path))
+@stage
+def import_head(
+    file: Path, recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool
+) -> None:
+    """Make a released SAIL head the checkpoint of a run.
+
+    FILE is its .pt; `sail eval` measures it there. The recipe's features must be extracted, by the
+    encoders that the head was trained on. Nothing in the file is run. Prints the path of the
+    checkpoint.
+
+    \b
+    Example:
+      sail import-head sail_dinov2l_nv2.pt sail-paper --set run.dir=runs/released
+      sail eval sail-paper --set run.dir=runs/released
+    """
+    from pipeline.export import heads
+
+    def work(config: Any, _stop: Any) -> list[str]:
+        return [str(heads.import_head(file, config))]
+
+    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+
+
+@click.command(name="export-head")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def export_head(checkpoint: Path, file: Path) -> None:
+    """Write a head in the layout of the released SAIL code.
+
+    CHECKPOINT is the folder of a run or of one of its checkpoints. Heads of kind star, mlp and
+    linear have a place in that layout. Prints the path of FILE.
+
+    \b
+    Example:
+      sail export-head runs/sail-paper sail.pt
+    """
+    from pipeline.export import heads
+
+    click.echo(heads.export_head(checkpoint, file))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at. Any but this machine's own asks for a token.",
+)
+@click.option(
+    "--port",
+    default=8642,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen at; 0 takes any that is free.",
+)
+@click.option(
+    "--token",
+    envvar="SAIL_TOKEN",
+    metavar="WORD",
+    help="What a browser must know; made and printed where one is needed and none is given.",
+)
+@click.option(
+    "--memory",
+    default=2.0,
+    show_default=True,
+    metavar="GIB",
+    type=click.FloatRange(min=0),
+    help="What one search index may take; beyond it, rows are compared from disk.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where images and sentences are encoded: cpu, cuda, mps, or auto.",
+)
+def explore(run: Path, host: str, port: int, token: str | None, memory: float, device: str) -> None:
+    """Look at a run in a browser, and search in it.
+
+    RUN is the folder of a run. The views are search, map, results, training and store. Prints the
+    address to open, and serves until Ctrl-C. Training is shown live, also before there is a head.
+    docs/explore.md tells more.
+
+    \b
+    Examples:
+      sail explore runs/demo
+      sail explore runs/demo --port 0
+      sail explore runs/demo --host 0.0.0.0
+    """
+    from pipeline.explore.server import access_for, serve
+    from pipeline.explore.session import Session
+    from pipeline.progress import start_log
+
+    start_log(verbose=False)
+    access = access_for(host, token)
+    session = Session(run, device=device, memory_bytes=int(memory * 2**30))
+
+    def work(stop: Any) -> None:
+        serve(session, access, port, stop, on_ready=click.echo)
+
+    until_stopped(work, kept="nothing of the run was changed.")

@@ -1,1 +1,0 @@
-"""Commands of `sail`, by what they are for: their options alone. The work is done elsewhere."""

@@ -1,0 +1,187 @@
+"""Embeddings of a user's own images or sentences, as a file for other programs."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from jaxtyping import Float32, Num
+from numpy.lib.format import open_memmap
+
+from features.errors import EncoderError, SourceError
+from features.sources.reader import IMAGE_SUFFIXES
+from features.storage.files import appearing, partial_path
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.python import Aligned
+from pipeline.run.cpu import usable_processors
+
+logger = logging.getLogger(__name__)
+ITEMS_AT_ONCE = 1024
+Blocks = Iterator[tuple[list[str], Float32[np.ndarray, "items dim"]]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of a call."""
+
+    path: Path
+    items: int
+    unusable: int
+    """Images that could not be read: their embeddings are not-a-number (null in parquet)."""
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images under a folder, in the order of their names.
+
+    Raises:
+        SourceError: There are none.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise SourceError(
+            f"There is no image under {folder}. Files that end in one of "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))} were expected. Correct --images."
+        )
+    return files
+
+
+def sentences(file: Path) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        SourceError: It cannot be read, is not UTF-8, or has none.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"{file} cannot be read: {error}. A text file in UTF-8 with one sentence a line was "
+            f"expected. Correct --texts."
+        ) from error
+    if not (found := [line for line in lines if line]):
+        raise SourceError(
+            f"{file} has no line that is not empty. One sentence a line was expected. Fill it."
+        )
+    return found
+
+
+def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopRequest) -> Written:
+    """Write one embedding per image, in order.
+
+    Args:
+        aligned: The run.
+        files: The images.
+        out: `.npy` (names beside it, in `.names.txt`), `.parquet` or `.zarr`.
+        stop: Asked between batches.
+
+    Raises:
+        SourceError: `out` ends in something else.
+        Stopped: A signal came; nothing was written.
+    """
+    unusable = 0
+
+    def prepare(path: Path) -> Num[np.ndarray, "3 height width"] | None:
+        try:
+            return aligned.prepare(path)
+        except EncoderError as error:
+            logger.warning("%s", error)
+            return None
+
+    def blocks() -> Blocks:
+        nonlocal unusable
+        with ThreadPoolExecutor(usable_processors()) as pool:
+            for start in range(0, len(files), aligned.image_batch):
+                if stop():
+                    raise Stopped
+                part = files[start : start + aligned.image_batch]
+                prepared = list(pool.map(prepare, part))
+                ok = np.array([image is not None for image in prepared])
+                embeddings = np.full((len(part), aligned.dim), np.nan, dtype=np.float32)
+                if ok.any():
+                    usable = [image for image in prepared if image is not None]
+                    embeddings[ok] = aligned.encode_pixels(usable)
+                unusable += int((~ok).sum())
+                yield [str(path) for path in part], embeddings
+
+    _writer(out)(out, blocks(), len(files), aligned.dim)
+    return Written(out, len(files), unusable)
+
+
+def embed_sentences(
+    aligned: Aligned, texts: Sequence[str], out: Path, stop: StopRequest
+) -> Written:
+    """Write one embedding per sentence, in order.
+
+    Takes and raises what `embed_images` does.
+    """
+
+    def blocks() -> Blocks:
+        for start in range(0, len(texts), ITEMS_AT_ONCE):
+            if stop():
+                raise Stopped
+            part = list(texts[start : start + ITEMS_AT_ONCE])
+            yield part, aligned.encode_text(part)
+
+    _writer(out)(out, blocks(), len(texts), aligned.dim)
+    return Written(out, len(texts), 0)
+
+
+def _writer(out: Path) -> Callable[[Path, Blocks, int, int], None]:
+    writers = {".npy": _write_npy, ".parquet": _write_parquet, ".zarr": _write_zarr}
+    if out.suffix not in writers:
+        raise SourceError(
+            f"{out} ends in {out.suffix!r}. One of {', '.join(writers)} was expected. Give --out "
+            f"such a name."
+        )
+    return writers[out.suffix]
+
+
+def _write_npy(out: Path, blocks: Blocks, count: int, dim: int) -> None:
+    with appearing(out) as partial, appearing(out.with_suffix(".names.txt")) as partial_names:
+        array = open_memmap(partial, "w+", dtype="<f4", shape=(count, dim))
+        start = 0
+        with partial_names.open("w", encoding="utf-8") as names_file:
+            for names, embeddings in blocks:
+                array[start : start + len(names)] = embeddings
+                names_file.writelines(f"{name}\n" for name in names)
+                start += len(names)
+        array.flush()
+
+
+def _write_parquet(out: Path, blocks: Blocks, _count: int, dim: int) -> None:
+    vectors = pa.list_(pa.float32(), dim)
+    schema = pa.schema([("name", pa.string()), ("embedding", vectors)])
+    with appearing(out) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for names, embeddings in blocks:
+            mask = pa.array(np.isnan(embeddings[:, 0]))
+            column = pa.FixedSizeListArray.from_arrays(
+                pa.array(embeddings.ravel()), dim, mask=mask
+            ).cast(vectors)
+            writer.write_batch(pa.record_batch([pa.array(names), column], schema=schema))
+
+
+def _write_zarr(out: Path, blocks: Blocks, count: int, dim: int) -> None:
+    partial = partial_path(out)
+    try:
+        group = zarr.open_group(partial, mode="w", zarr_format=3)
+        size = min(count, ITEMS_AT_ONCE)
+        every = group.create_array("name", shape=(count,), chunks=(size,), dtype="string")
+        vectors = group.create_array(
+            "embedding", shape=(count, dim), chunks=(size, dim), dtype="float32"
+        )
+        start = 0
+        for names, embeddings in blocks:
+            part = slice(start, start + len(names))
+            every[part] = np.array(names, dtype=np.dtypes.StringDType())
+            vectors[part] = embeddings
+            start = part.stop
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

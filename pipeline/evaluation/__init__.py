@@ -1,1 +1,0 @@
-"""Stage three: a trained head is measured, reported, checked and compared."""

@@ -1,0 +1,180 @@
+"""Heads of the paper's own code in and out of a run: `sail import-head`, `sail export-head`."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.checkpoint import CONFIG, MODEL, Checkpoint, CheckpointFolder, Snapshot, load_head
+from align.columns import Columns
+from align.heads import AlignmentModel, load_released, save_released
+from align.trainer import describe
+from features.errors import CheckpointError
+from features.storage.column import Column
+from features.storage.files import replacing_folder
+from pipeline.run.config import RunConfig
+from pipeline.run.folder import open_stores, run_folder, start_run
+
+logger = logging.getLogger(__name__)
+CARD = "README.md"
+
+
+def export_model(checkpoint_path: Path, target: Path) -> Path:
+    """Copy a checkpoint, with a card that says what it is: all of the folder, or nothing.
+
+    The copy has no optimizer's state, and `align.checkpoint.load_head` opens it. When it is
+    there already, nothing is done.
+
+    Args:
+        checkpoint_path: Folder of a checkpoint, such as `align/best`.
+        target: The folder to write; an older one is replaced.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint.
+    """
+    checkpoint = Checkpoint.open(checkpoint_path)
+    card = model_card(checkpoint)
+    if (target / CARD).is_file() and (target / CARD).read_text(encoding="utf-8") == card:
+        return target
+    with replacing_folder(target) as folder:
+        for name in (MODEL, CONFIG):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    logger.info("exported the head of step %d to %s", checkpoint.step, target)
+    return target
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """Return the card of a head: what it joins, whose licences, how it was chosen, how it loads."""
+    head, run = checkpoint.head, checkpoint.run
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in checkpoint.heldout.items())
+    sizes = json.dumps(head.model_dump(exclude_none=True))
+    return f"""# An alignment head
+
+Two small networks that map features of a frozen image encoder and of a frozen text encoder into one
+space of {head.dim} numbers, where the cosine says how well an image and a text fit.
+
+| | image | text |
+| --- | --- | --- |
+{_row("encoder", [_model(checkpoint.image), _model(checkpoint.text)])}
+{_row("revision", [_told(each, "revision") for each in (checkpoint.image, checkpoint.text)])}
+{_row("pooling", [_told(each, "pooling") for each in (checkpoint.image, checkpoint.text)])}
+{_row("feature length", [checkpoint.image["dim"], checkpoint.text["dim"]])}
+{_row("licence", [_told(each, "licence") for each in (checkpoint.image, checkpoint.text)])}
+
+* Head: `{sizes}`
+* Trained on a store of {run["store"]["rows"]:,} rows, caption fields {", ".join(run["fields"])},
+  seed {run["seed"]}, to step {checkpoint.step}, epoch {checkpoint.metadata["epoch"]:.3g}
+* On held-out rows: {scores or "not scored"}
+* sha256 of the weights: `{checkpoint.sha256}`
+
+The weights of the head are bound to these encoders, and to what their licences allow.
+
+```python
+from align.checkpoint import load_head
+
+model, about = load_head("model")
+image = model.embed_image(image_features)  # float tensors (rows, feature length)
+text = model.embed_text(text_features)     # not normalised; compare by cosine
+```
+"""
+
+
+def _row(name: str, cells: list[object]) -> str:
+    return f"| {name} | {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _model(encoder: dict[str, Any]) -> str:
+    return f"{encoder['name']}: {_told(encoder, 'model')}"
+
+
+def _told(encoder: dict[str, Any], field: str) -> object:
+    value = encoder["fingerprint"].get(field)
+    return "not stated" if value is None else value
+
+
+def import_head(file: Path, config: RunConfig) -> Path:
+    """Make a released head the checkpoint of a run, so that `sail eval` measures it.
+
+    Args:
+        file: A `.pt` file in the released layout.
+        config: A recipe whose features are extracted; its encoders must be those of the head.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: The file is no such head, its lengths are not those of the recipe's
+            columns, or the run has a head already.
+    """
+    model, head = load_released(file)
+    folder = run_folder(config)
+    stores = open_stores(config, folder, config.trained_splits[0], 1.0)
+    settings = config.align.model_copy(update={"head": head})
+    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
+    columns = Columns.open(stores, settings, image, text)
+    for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
+        _check_length(file, column, network)
+    if (folder.align / "last").is_symlink():
+        raise CheckpointError(
+            f"{folder.align} has a head already. A run without one was expected. Give this run "
+            f"another `run.dir`, or delete {folder.align}."
+        )
+    start_run(config)
+    described = describe([columns], [1.0], settings, config.run.seed)
+    described["imported"] = {"file": file.name, "sha256": _sha256(file)}
+    checkpoints = CheckpointFolder(folder.align)
+    checkpoints.resume(described)
+    checkpoints.save(_snapshot(model, described), {}, None)
+    export_model(checkpoints.best, folder.model)
+    logger.info("%s: a %s head, scale %.4g", file, head.kind, model.log_scale.exp().item())
+    return checkpoints.best
+
+
+def export_head(checkpoint: Path, file: Path) -> Path:
+    """Write the head of a checkpoint in the released layout.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or of a run (its best one is taken).
+        file: The `.pt` file to write.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or the released code has no such head.
+    """
+    best = checkpoint / "align" / "best"
+    model, found = load_head(best if best.exists() else checkpoint)
+    save_released(model, found.head.kind, file, epoch=int(found.metadata["epoch"]))
+    return file
+
+
+def _check_length(file: Path, column: Column, network: torch.nn.Module) -> None:
+    expected = int(network.get_parameter("norm.weight").shape[0])
+    if column.dim != expected:
+        raise CheckpointError(
+            f"The head in {file} takes features of length {expected}, but {column.path} has "
+            f"{column.dim}. The encoders that the head was trained on were expected. Choose them "
+            f"in the recipe (model and pooling), and extract."
+        )
+
+
+def _snapshot(model: AlignmentModel, described: dict[str, Any]) -> Snapshot:
+    metadata = {
+        "step": 0,
+        "total_steps": 0,
+        "epoch": 0,
+        "finished": True,
+        "heldout": {},
+        "best_step": 0,
+        "best_score": None,
+        "run": described,
+    }
+    return Snapshot(0, model.state_dict(), metadata)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

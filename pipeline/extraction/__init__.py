@@ -1,1 +1,0 @@
-"""Stage one: encoders fill the columns of the stores, here or on a Dask cluster."""

@@ -1,1 +1,0 @@
-"""Stores made of stores: of another type, merged, chosen from, cut in other chunks."""

@@ -1,0 +1,1 @@
+"""The run file, the run folder, and the stages: what runs when."""

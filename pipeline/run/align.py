@@ -1,0 +1,105 @@
+"""Stage two as a run: the recipe's store and settings in, the best checkpoint out."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.processes import Ring
+from align.trainer import train
+from pipeline.export.heads import export_model
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.progress import ProgressLine
+from pipeline.run.config import RunConfig, RunSettings
+from pipeline.run.device import prepare_device
+from pipeline.run.folder import RunFolder, check_complete, open_stores, run_folder, start_run
+
+
+@contextmanager
+def joined_processes(settings: RunSettings) -> Iterator[tuple[Ring, torch.device]]:
+    """Join the processes of torchrun, if it started this one; give the ring and our device.
+
+    On GPUs each process has its own, the one of its number on this machine. What the processes
+    tell one another beside tensors of a GPU goes over gloo, so that no GPU is waited for.
+    """
+    device = prepare_device(settings)
+    if not dist.is_torchelastic_launched():
+        yield Ring(), device
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    try:
+        ring = Ring.of_processes()
+        if not ring.leads:  # the first one speaks for all
+            logging.disable(logging.INFO)
+        yield ring, device
+    finally:
+        dist.destroy_process_group()
+
+
+def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
+    """Train the head of a recipe on the store of its training split; return its best checkpoint.
+
+    The best head is exported to `run.dir/model` as well. Under torchrun all processes train one
+    head, and only the first returns a checkpoint.
+
+    Raises:
+        ConfigError: Several splits are mixed, but one store is named for all of them.
+        TrainingError: A store has not all the rows done that the recipe trains on.
+        Stopped: A signal came, here or to another process; the last checkpoint is on disk.
+    """
+    with joined_processes(config.run) as (ring, device):
+        folder = run_folder(config)
+        best = _train(config, folder, ring, device, stop)
+    if best is None:
+        if not stop():
+            stop.signal_number = signal.SIGTERM  # it came to another process
+        raise Stopped
+    if not ring.leads:
+        return None
+    export_model(best, folder.model)
+    return best
+
+
+def _train(
+    config: RunConfig, folder: RunFolder, ring: Ring, device: torch.device, stop: StopRequest
+) -> Path | None:
+    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
+    stores = [
+        open_stores(config, folder, split, weight)
+        for split, weight in (config.align.mix or {config.align.split: 1.0}).items()
+    ]
+    for each in stores:
+        check_complete(each, config, image, text)
+    with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:
+
+        def on_step(step: int, total: int, note: str) -> None:
+            if line is None:
+                return
+            if line.total is None:  # the first step: settings that were refused replace no others
+                start_run(config)
+            line.set(step, total, note)
+
+        best = train(
+            stores,
+            config.align,
+            image=image,
+            text=text,
+            run_dir=folder.align,
+            device=device,
+            seed=config.run.seed,
+            should_stop=stop,
+            on_step=on_step,
+        )
+    if best is not None and ring.leads:
+        start_run(config)
+    return best

@@ -1,0 +1,426 @@
+"""Stage one on a Dask cluster: hands out units of whole chunks, a few for each worker at a time.
+
+The stores are the only record of what is done. A worker that is lost loses the chunk it was at; its
+unit is done again by another, which skips what is there. Nothing but names and numbers is sent.
+"""
+
+import functools
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, Future, KilledWorker, LocalCluster, wait
+
+from features.errors import ClusterError, SailError
+from features.extract import MAX_LOGGED_FAULTS, Phases, Run
+from features.store import ColumnGroup, FeatureStore
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.run import units
+from pipeline.run.config import RunConfig
+from pipeline.run.cpu import usable_processors
+from pipeline.run.filling import fill_columns
+from pipeline.run.finished import columns_of
+
+logger = logging.getLogger(__name__)
+UNITS_PER_WORKER = 2
+"""One at work, one that waits on the worker, so that it never stands idle between two."""
+LEAST_UNITS = 8
+"""Handed out even if there is no worker yet, so that a cluster that grows by demand sees some."""
+ROWS_PER_UNIT = 131_072
+"""At most; minutes of work, so that opening a store or losing a worker does not count."""
+UNITS_LEFT_PER_WORKER = 4
+"""A unit is at most this part of what each worker still has before it."""
+MOST_DEATHS = 3
+"""Workers that may be lost while they are at one unit; then it ends the run."""
+SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_BETWEEN_CALLS = 30
+"""How often it is said that there are no workers."""
+SECONDS_TO_APPEAR = 90
+"""How long a shared file system may take to show what another machine has written."""
+
+
+def cut_into_units(
+    chunks: Sequence[int], *, most: int, num_workers: Callable[[], int]
+) -> Iterator[list[int]]:
+    """Cut chunks into units: large ones first, and smaller ones towards the end.
+
+    So few are needed for any number of rows, and yet all workers end at about the same time.
+
+    Args:
+        chunks: What is to be done, in order.
+        most: Chunks of a unit.
+        num_workers: Asked before each unit, since workers come and go.
+    """
+    start = 0
+    while start < len(chunks):
+        share = (len(chunks) - start) // (UNITS_LEFT_PER_WORKER * max(1, num_workers()))
+        unit = list(chunks[start : start + min(max(share, 1), most)])
+        start += len(unit)
+        yield unit
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A call of a function of `pipeline.run.units` by a worker."""
+
+    name: str
+    words: str
+    """What it does, for messages."""
+    rows: int
+    function: Callable[..., units.Report]
+    arguments: tuple[Any, ...]
+    """Those behind the job and the name."""
+
+
+@dataclass
+class _UnderWay:
+    """The tasks handed out, and how many rows are done."""
+
+    on_rows: Callable[[int], None]
+    tasks: dict[Future[units.Report], _Task] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
+    lines: int = 0
+    """Warnings that were logged."""
+    done: int = 0
+    told: int = 0
+    begun: Counter[str] = field(default_factory=Counter)
+    """How many workers have begun each task."""
+    within: dict[str, int] = field(default_factory=dict)
+    """Rows done of each task at work."""
+
+    def hear(self, event: tuple[float, units.Told]) -> None:
+        """Take in what a worker tells; called by a thread of the client."""
+        _, told = event
+        self.begun[told["unit"]] += told["begins"]
+        self.within[told["unit"]] = told["rows"]
+
+    def tell(self) -> None:
+        """Report the rows done; what a lost worker had told is not taken back."""
+        names = [task.name for task in self.tasks.values()]
+        rows = self.done + sum(self.within.get(name, 0) for name in names)
+        if rows > self.told:
+            self.on_rows(rows - self.told)
+            self.told = rows
+
+
+class Cluster:
+    """Fills columns with the workers of a Dask cluster."""
+
+    def __init__(self, client: Client, config: RunConfig, *, processors: int | None = None) -> None:
+        self._client = client
+        self._config = config
+        self._address = client.scheduler_info()["address"]
+        self._next_call = time.monotonic() + SECONDS_BETWEEN_CALLS
+        self._job: units.Job = {
+            "id": f"sail-{uuid.uuid4().hex[:12]}",
+            "version": metadata.version("sail"),
+            "recipe": _absolute(config).model_dump(mode="json"),
+            "processors": processors,
+            "share_gpus": processors is not None,
+        }
+        self._say_who_is_there()
+
+    @contextmanager
+    def ending(self) -> Iterator["Cluster"]:
+        """Let the workers forget the encoder in the end."""
+        try:
+            yield self
+        finally:
+            with suppress(OSError):  # the scheduler is gone; that is told already
+                self._on_workers(units.forget_encoder)
+
+    def fill_encoder(self, stores: list[FeatureStore], name: str, stop: StopRequest) -> None:
+        """Fill the columns of an encoder in every store.
+
+        Args:
+            stores: The store of every split.
+            name: `image/<encoder>` or `text/<encoder>`.
+            stop: Whether a signal came.
+
+        Raises:
+            Stopped: A signal came; what is done is on disk.
+            SailError: A unit failed for a reason that the user can put right.
+            ClusterError: A unit took down several workers, or the scheduler is gone.
+            SourceError: More rows are quarantined than the recipe allows.
+        """
+        prepare = _Task(
+            name=f"load {name}-{self._job['id']}",
+            words=f"Loading the encoder {name}",
+            rows=0,
+            function=units.prepare_columns,
+            arguments=(name,),
+        )
+        self._run(iter([prepare]), Run(workers=1, max_pixels=1, should_stop=stop))
+        if stop():
+            raise Stopped
+        for store in stores:
+            for names in columns_of(self._config, store, name):
+                is_there = functools.partial(_has_columns, store, names)
+                _wait_for(is_there, f"{store.path}: {', '.join(names)}", stop)
+                columns = ColumnGroup.open(store, names)
+                fill = functools.partial(self._fill, store, columns)
+                fill_columns(self._config, store, columns, fill, stop)
+
+    def _fill(self, store: FeatureStore, columns: ColumnGroup, run: Run) -> Phases:
+        pending = columns.pending()
+        phases = self._run(self._units(store, columns, pending), run)
+        if not run.should_stop():
+            place = f"{store.path}: {columns.name}"
+            _wait_for(lambda: not columns.pending(pending), place, run.should_stop)
+        return phases
+
+    def _units(
+        self, store: FeatureStore, columns: ColumnGroup, pending: list[int]
+    ) -> Iterator[_Task]:
+        split, names = store.path.stem, [column.name for column in columns]
+        most = max(1, ROWS_PER_UNIT // columns.rows_per_chunk)
+        for chunks in cut_into_units(pending, most=most, num_workers=self._num_workers):
+            place = f"chunks {chunks[0]} to {chunks[-1]} of {split} {columns.name}"
+            yield _Task(
+                # Units of one prefix are alike to Dask, so it keeps them until a worker is free.
+                name=f"{columns.name}-{place}-{self._job['id']}",
+                words=f"The unit of {place}",
+                rows=sum(map(columns.chunk_rows, chunks)),
+                function=units.fill_chunks,
+                arguments=(split, names, chunks),
+            )
+
+    def _run(self, tasks: Iterator[_Task], run: Run) -> Phases:
+        """Have tasks done, a bounded number at a time, until all are or a signal comes."""
+        under_way = _UnderWay(run.on_rows)
+        self._client.subscribe_topic(self._job["id"], under_way.hear)
+        try:
+            self._hand_out_all(tasks, run, under_way)
+        except (OSError, CancelledError) as error:  # the client's; those of workers come as words
+            raise self._scheduler_gone() from error
+        return under_way.phases
+
+    def _hand_out_all(self, tasks: Iterator[_Task], run: Run, under_way: _UnderWay) -> None:
+        try:
+            while not run.should_stop():
+                self._hand_out(tasks, under_way)
+                if not under_way.tasks:
+                    break
+                for future in self._finished(under_way):
+                    self._take(future, under_way)
+                under_way.tell()
+        finally:
+            self._end(under_way)
+
+    def _hand_out(self, tasks: Iterator[_Task], under_way: _UnderWay) -> None:
+        most = max(LEAST_UNITS, UNITS_PER_WORKER * self._num_workers())
+        while len(under_way.tasks) < most and (task := next(tasks, None)) is not None:
+            self._submit(task, under_way)
+
+    def _submit(self, task: _Task, under_way: _UnderWay) -> None:
+        # A key of its own each time: Dask remembers how often one has failed.
+        key = f"{task.name}-{uuid.uuid4().hex[:12]}"
+        future = self._client.submit(
+            task.function, self._job, task.name, *task.arguments, key=key, pure=False
+        )
+        under_way.tasks[future] = task
+
+    def _finished(self, under_way: _UnderWay) -> list[Future[units.Report]]:
+        try:
+            wait(
+                list(under_way.tasks), timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED"
+            )
+        except TimeoutError:
+            return []
+        return [future for future in under_way.tasks if future.done()]
+
+    def _take(self, future: Future[units.Report], under_way: _UnderWay) -> None:
+        """Count in what a task has done, or raise what went wrong."""
+        task = under_way.tasks.pop(future)
+        if future.status in ("cancelled", "lost"):
+            raise self._scheduler_gone()
+        try:
+            report = future.result()
+        except KilledWorker as error:
+            self._take_death(task, error, under_way)
+            return
+        under_way.phases.add(Phases(**report["phases"]))
+        under_way.done += task.rows
+        for line in report["lines"][: MAX_LOGGED_FAULTS - under_way.lines]:
+            logger.warning("%s", line)
+            under_way.lines += 1
+        if report["error"] is not None:
+            raise SailError(report["error"])
+
+    def _take_death(self, task: _Task, error: KilledWorker, under_way: _UnderWay) -> None:
+        """Hand out a task again, unless it was being done on every worker that was lost with it.
+
+        Dask counts also what only waited on a lost worker: where machines are taken away often,
+        that says nothing of the task.
+        """
+        if (deaths := under_way.begun[task.name]) < MOST_DEATHS:
+            self._submit(task, under_way)
+            return
+        raise ClusterError(
+            f"{task.words} ended {deaths} workers, one after the other; the last was "
+            f"{error.last_worker.address}. Workers that live were expected: most often memory "
+            f"runs out. See the logs of the workers; lower `batch_size` or `tokens_per_batch` of "
+            f"the encoder, then run the same command again: what is done is kept."
+        ) from error
+
+    def _end(self, under_way: _UnderWay) -> None:
+        """Ask what is under way to end after its chunk, and wait until it has."""
+        while under_way.tasks:
+            if not self._num_workers():
+                self._client.cancel(list(under_way.tasks))
+                return
+            self._on_workers(units.stop_units, self._job["id"])
+            for future in self._finished(under_way):
+                words = under_way.tasks[future].words
+                if future.status == "error":
+                    del under_way.tasks[future]
+                    logger.warning("%s failed as well: %r", words, future.exception())
+                    continue
+                try:
+                    self._take(future, under_way)
+                except SailError as error:
+                    logger.warning("%s failed as well: %s", words, error)
+
+    def _on_workers(self, function: Callable[..., None], *arguments: str) -> None:
+        self._client.run(function, *arguments, on_error="ignore")
+
+    def _num_workers(self) -> int:
+        count, now = len(self._client.nthreads()), time.monotonic()
+        if not count and now > self._next_call:
+            logger.warning("no worker is there; waiting for one to join %s", self._address)
+        if count or now > self._next_call:
+            self._next_call = now + SECONDS_BETWEEN_CALLS
+        return count
+
+    def _scheduler_gone(self) -> ClusterError:
+        return ClusterError(
+            f"The scheduler at {self._address} is gone. It was expected to live "
+            f"as long as the run. Start it again and call the same command: what is done is kept."
+        )
+
+    def _say_who_is_there(self) -> None:
+        threads = self._client.nthreads().values()
+        logger.info("%d workers; dashboard at %s", len(threads), self._client.dashboard_link)
+        if any(count > 1 for count in threads):
+            logger.warning(
+                "some workers have several threads, but a worker does one unit at a time: start "
+                "one worker per GPU, with `--nthreads 1`"
+            )
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Return the settings with paths that do not depend on the folder of the command."""
+    run = config.run.model_copy(update={"dir": config.run.dir.absolute()})
+    place = config.extract.store
+    if isinstance(place, Path):
+        place = place.absolute()
+    extract = config.extract.model_copy(update={"store": place})
+    return config.model_copy(update={"run": run, "extract": extract})
+
+
+def _has_columns(store: FeatureStore, names: Sequence[str]) -> bool:
+    return set(names) <= set(store.columns())
+
+
+def _wait_for(is_there: Callable[[], bool], place: str, should_stop: Callable[[], bool]) -> None:
+    """Wait until this machine sees what a worker has written.
+
+    Raises:
+        Stopped: A signal came before it appeared.
+        ClusterError: It does not appear: the workers write to another disk.
+    """
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not is_there():
+        if should_stop():
+            raise Stopped
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"The workers have written {place}, but this machine does not see it. A place that "
+                f"all share was expected. Set `run.dir` to one, on a shared file system or an "
+                f"object store."
+            )
+        time.sleep(1)
+
+
+SECONDS_TO_CONNECT = 30
+PRELOADED = "pipeline.run.units"
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
+    # Else a worker that was lost is given up while it is still being started again.
+    "distributed.deploy.lost-worker-timeout": "1 hour",
+}
+"""Of Dask, for workers of this machine."""
+
+
+@contextmanager
+def open_cluster(
+    config: RunConfig, *, scheduler: str | None = None, workers: int | None = None
+) -> Iterator[Cluster]:
+    """Connect to a Dask cluster, or start one of processes on this machine and end it after.
+
+    Args:
+        config: Settings of the run.
+        scheduler: Address of a scheduler, or the path of its scheduler file.
+        workers: Processes to start, if no scheduler is given.
+
+    Raises:
+        ClusterError: The scheduler does not answer, or the processes do not start.
+    """
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    if scheduler is not None:
+        with _connected(scheduler) as client, Cluster(client, config).ending() as cluster:
+            yield cluster
+        return
+    count = workers or 1
+    processors = max(1, usable_processors() // count)
+    with (
+        dask.config.set(SETTINGS),
+        _started(count) as local,
+        Client(local) as client,
+        Cluster(client, config, processors=processors).ending() as cluster,
+    ):
+        try:
+            yield cluster
+        finally:  # to end, an idle process may need more than the seconds after which it warns
+            logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
+
+
+def _started(count: int) -> LocalCluster:
+    """Start worker processes on this machine."""
+    try:
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            memory_limit=None,  # what is ahead is bounded by settings, as it is inline
+            dashboard_address="127.0.0.1:0",
+            preload=[PRELOADED],
+        )
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise ClusterError(
+            f"The worker processes did not start ({error}). {count} of them, with room in memory "
+            f"to load an encoder each, were expected. Lower --workers, or leave it out."
+        ) from error
+
+
+@contextmanager
+def _connected(scheduler: str) -> Iterator[Client]:
+    place = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        client = Client(**place, timeout=SECONDS_TO_CONNECT)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"There is no Dask scheduler at {scheduler!r} ({error}). The address of one that runs, "
+            f"such as tcp://10.0.0.1:8786, or the path of its scheduler file was expected. Start "
+            f"one with `dask scheduler`, and give the address it logs."
+        ) from error
+    with client:
+        yield client

@@ -1,0 +1,336 @@
+"""The run file: one TOML document that describes a whole run."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from align.config import AlignConfig
+from evaluate.config import EvalConfig
+from evaluate.segmentation_sets import SEGMENTATION_SETS
+from features.class_lists import CLASS_LISTS
+from features.config import (
+    SETTINGS,
+    ExtractConfig,
+    ImageEncoderConfig,
+    Name,
+    Source,
+    TextEncoderConfig,
+)
+from features.errors import ConfigError
+from features.storage.place import FolderSetting, local_path, without_secrets
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+EXPECTED = {
+    "tuple_type": 'an array was expected, as ["a", "b"]',
+    "string_type": 'text in quotes was expected, as "a"',
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section was expected"),
+}
+"""What pydantic calls otherwise than TOML does, by the kind of its fault."""
+
+
+class RunSettings(BaseModel):
+    """What the run is called, where it writes, and on what it computes."""
+
+    model_config = SETTINGS
+
+    name: Name = "run"
+    """Name of the run; the name of the run file if not given."""
+    dir: FolderSetting = Path("runs")
+    """Folder of everything the run writes, relative to where the command is called; `runs/<name>`
+    if not given."""
+    features: FolderSetting | None = None
+    """Run folder whose index and features are used instead of this run's own, so that several heads
+    share one extraction; `sail extract` is then not run."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the initial head, the shuffle and the resampling."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: the first GPU if there is one."""
+    threads: PositiveInt | None = None
+    """Processor threads of torch; its own choice if not given."""
+
+
+class EncodersConfig(BaseModel):
+    """The frozen encoders, each under the short name that its column has in the store."""
+
+    model_config = SETTINGS
+
+    image: dict[Name, ImageEncoderConfig] = {}
+    """Image encoders."""
+    text: dict[Name, TextEncoderConfig] = {}
+    """Text encoders."""
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Names of all image columns: of each encoder its own, then those of its `also`."""
+        return tuple(
+            column for name, config in self.image.items() for column in (name, *config.also)
+        )
+
+    @model_validator(mode="after")
+    def _columns_have_names_of_their_own(self) -> "EncodersConfig":
+        names = self.image_columns
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"the image columns {', '.join(map(repr, twice))} are named more than once, in "
+                f"[encoders.image] and the `also` of its encoders. Give each a name of its own"
+            )
+        return self
+
+
+class ReportConfig(BaseModel):
+    """What stands in the report beside the run's own numbers."""
+
+    model_config = SETTINGS
+
+    title: str | None = None
+    """Title of the report; the name of the run if not given."""
+    reference: Path | None = None
+    """JSON file of numbers measured earlier, shown as such and never mixed with the run's own."""
+
+
+class RunConfig(BaseModel):
+    """Every setting of every stage."""
+
+    model_config = SETTINGS
+
+    run: RunSettings = RunSettings()
+    data: dict[Name, Source] = Field(min_length=1)
+    """One source of image–text pairs per split (`train`, `test`, … any names)."""
+    encoders: EncodersConfig = EncodersConfig()
+    extract: ExtractConfig = ExtractConfig()
+    align: AlignConfig = AlignConfig()
+    eval: EvalConfig = EvalConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "RunConfig":
+        evaluated = self.eval.retrieval + self.eval.zero_shot + self.eval.knn
+        named: list[tuple[str, str | None]] = [
+            *(("align.mix", split) for split in self.align.mix),
+            ("align.split", None if self.align.mix else self.align.split),
+            ("eval.knn_reference", self.eval.knn_reference),
+        ]
+        named += [("eval", split) for split in evaluated + self.eval.compositional]
+        named += [("eval.split_templates", split) for split in self.eval.split_templates]
+        for setting, split in named:
+            if split is not None and split not in self.data:
+                raise ValueError(
+                    f"{setting} names the split {split!r}; [data] has {list(self.data)}"
+                )
+        for kind, names, name in [
+            ("image", list(self.encoders.image_columns), self.align.image),
+            ("text", list(self.encoders.text), self.align.text),
+        ]:
+            if name is not None and name not in names:
+                raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")
+        return self
+
+    @property
+    def trained_splits(self) -> tuple[str, ...]:
+        """The splits that the head is trained on: those that are mixed, or the one."""
+        return tuple(self.align.mix) or (self.align.split,)
+
+    def aligned_encoder(self, kind: Literal["image", "text"]) -> str:
+        """Return the name of the encoder of one kind that `align` uses.
+
+        Raises:
+            ConfigError: The recipe has several and names none, or has none.
+        """
+        encoders = self.encoders.image if kind == "image" else self.encoders.text
+        name = self.align.image if kind == "image" else self.align.text
+        if name is not None:
+            return name
+        if len(encoders) != 1:
+            raise ConfigError(
+                f"The recipe has {len(encoders)} {kind} encoders ({', '.join(encoders) or 'none'}) "
+                f"and align.{kind} is not set. One was expected. Set align.{kind} to a name of "
+                f"[encoders.{kind}]."
+            )
+        return next(iter(encoders))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file, before any work starts.
+
+    Args:
+        recipe: Path of a TOML file, or the name of a recipe that ships with the program.
+        overrides: `section.key=value`, the value as in TOML (or a bare word).
+
+    Raises:
+        ConfigError: There is no such file, it is not TOML, or a setting is unknown or out of
+            range. The message lists every fault in the file, not only the first.
+    """
+    path = _find_recipe(recipe)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}. Correct the line; docs/recipes.md has examples."
+        ) from error
+    for override in overrides:
+        _apply(document, override)
+    run = document.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", path.stem)
+        run.setdefault("dir", str(Path("runs") / str(run["name"])))
+    _resolve_paths(document, path.resolve().parent)
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        where = "; ".join(faults) if len(faults) == 1 else "".join(f"\n  {f}" for f in faults)
+        raise ConfigError(
+            f"{path} cannot be used; correct it (docs/recipes.md lists all settings): "
+            f"{without_secrets(where)}"
+        ) from None  # the cause would repeat what a URL in it may hide
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved run file as TOML, every default written out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that ship with the program."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _find_recipe(recipe: str) -> Path:
+    shipped = shipped_recipes()
+    path = RECIPES / f"{recipe}.toml" if recipe in shipped else Path(recipe)
+    if not path.is_file():
+        close = difflib.get_close_matches(recipe, shipped, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"There is no recipe {recipe!r}.{hint} The path of a TOML file or one of "
+            f"{', '.join(shipped)} was expected. Check the spelling."
+        )
+    return path
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(
+            f"--set {override!r} has no value. `section.key=value` was expected. Write it as in "
+            f"`--set align.batch_size=1024`."
+        )
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word, such as a path
+    *sections, key = name.strip().split(".")
+    table = document
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"--set {override!r}: {section!r} is a value, not a section. Name a key of a "
+                f"section, as in `--set align.batch_size=1024`."
+            )
+    table[key] = value
+
+
+def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
+    """Make the paths of sources and local encoders absolute: they are relative to the run file."""
+    data = document.get("data", {})
+    for source in data.values() if isinstance(data, dict) else []:
+        for key in ("path", "class_names", "names", "images"):
+            if isinstance(source, dict) and key in source:
+                value = source[key]
+                absolute = [_absolute(item, folder) for item in _as_list(value)]
+                source[key] = absolute if isinstance(value, list) else absolute[0]
+    encoders = document.get("encoders", {})
+    for kind in encoders.values() if isinstance(encoders, dict) else []:
+        for encoder in kind.values() if isinstance(kind, dict) else []:
+            model = encoder.get("model") if isinstance(encoder, dict) else None
+            if isinstance(model, str) and Path(_absolute(model, folder)).is_dir():
+                encoder["model"] = _absolute(model, folder)
+    _resolve_evaluation(document.get("eval"), folder)
+    report = document.get("report", {})
+    if isinstance(report, dict) and isinstance(report.get("reference"), str):
+        report["reference"] = _absolute(report["reference"], folder)
+
+
+def _resolve_evaluation(evaluation: Any, folder: Path) -> None:
+    if not isinstance(evaluation, dict):
+        return
+    _resolve_text(evaluation, ("templates",), folder)
+    if isinstance(of_splits := evaluation.get("split_templates"), dict):
+        _resolve_text(of_splits, tuple(of_splits), folder)
+    of_sets = evaluation.get("segmentation")
+    for section in of_sets.values() if isinstance(of_sets, dict) else []:
+        if isinstance(section, dict):
+            own = () if section.get("classes") in SEGMENTATION_SETS else ("classes",)
+            _resolve_text(section, ("images", "masks", "names", "templates", *own), folder)
+
+
+def _resolve_text(section: dict[str, Any], keys: Sequence[str], folder: Path) -> None:
+    """Make what stands under some keys absolute, where it is one path; lists are prompts."""
+    section |= {key: _absolute(section[key], folder) for key in keys if key in section}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or "://" in value or value in CLASS_LISTS:
+        return value
+    return str(folder / local_path(value))
+
+
+def _describe(fault: ErrorDetails) -> str:
+    location = [str(part) for part in fault["loc"]]
+    where = ".".join(_as_written(location))
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{where}: there is no such setting.{hint}"
+    if fault["type"] == "value_error":  # a validator of ours: its message is complete
+        return f"{where or 'run file'}: {fault['ctx']['error']}"
+    if fault["type"] == "missing":
+        return f"{where}: this setting is needed."
+    expected = EXPECTED.get(fault["type"], fault["msg"])
+    return f"{where}: {expected}, got {fault['input']!r}"
+
+
+def _as_written(location: list[str]) -> list[str]:
+    """Take out the kind that pydantic adds to the place of a section; the file has none there."""
+    for table in (["data"], ["eval", "segmentation"]):
+        if location[: len(table)] == table:
+            name = len(table) + 1
+            return location[:name] + location[name + 1 :]
+    return location
+
+
+def _kind(source: type[BaseModel]) -> str:
+    return str(get_args(source.model_fields["kind"].annotation)[0])
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Return the settings that are allowed at a place of the run file."""
+    model: Any = RunConfig
+    for part in location:
+        model = _step(model, part)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return []
+
+
+def _step(model: Any, part: str) -> Any:
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        field = model.model_fields.get(part)
+        return field.annotation if field else None
+    if get_origin(model) is dict:
+        return get_args(model)[1]
+    if get_origin(model) is Annotated:  # a union of sections: pydantic adds the kind to the place
+        sections = get_args(get_args(model)[0])
+        return next((section for section in sections if _kind(section) == part), None)
+    return None

@@ -1,0 +1,139 @@
+"""Stage one: what of it runs when; it does only what is missing."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from features.config import ScenesSource, Source
+from features.errors import ConfigError
+from features.index import Index, find_changes, update_index
+from features.storage.place import Place
+from features.store import FeatureStore, follow_index
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.progress import ProgressLine, timed
+from pipeline.run.config import RunConfig
+from pipeline.run.finished import KnownEncoders, is_finished
+from pipeline.run.folder import RunFolder, draw_scenes, start_run
+
+if TYPE_CHECKING:
+    from pipeline.run.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+
+def extract(
+    config: RunConfig,
+    stop: StopRequest,
+    *,
+    append: bool = False,
+    scheduler: str | None = None,
+    workers: int | None = None,
+) -> list[Place]:
+    """Run stage one for every split and encoder of the recipe; return the stores.
+
+    Args:
+        config: The recipe.
+        stop: Asked between chunks.
+        append: Whether rows that came to a source since it was indexed are added at its end.
+        scheduler: Address or scheduler file of a Dask cluster whose workers encode.
+        workers: Or: so many processes of this machine do. Without either this process does.
+
+    Raises:
+        SourceError: A source changed otherwise than by captions, or has more rows without `append`.
+        Stopped: A signal came; what is done is on disk and the next call goes on from there.
+    """
+    if config.run.features is not None:
+        raise ConfigError(
+            f"run.features = {config.run.features} says that the features of another run are used. "
+            f"Nothing to extract was expected. Call `sail align`, or leave run.features out."
+        )
+    with _cluster(config, scheduler, workers) as cluster:
+        folder = start_run(config)
+        splits = []
+        for split, source in config.data.items():
+            index = build_index(folder, split, _drawn(folder, split, source), stop, append=append)
+            splits.append((_open_store(config, folder, split, index, append=append), index))
+        stores = [store for store, _ in splits]
+        known = KnownEncoders(folder.path / "encoders.json")
+        names = [f"image/{name}" for name in config.encoders.image]
+        names += [f"text/{name}" for name in config.encoders.text]
+        for name in names:
+            if is_finished(config, known, stores, name):
+                continue
+            if stop():
+                raise Stopped
+            if cluster is not None:
+                cluster.fill_encoder(stores, name, stop)
+                continue
+            # torch: a finished run does without
+            from pipeline.run.filling import fill_encoder
+
+            fill_encoder(config, known, splits, name, stop)
+    return [store.path for store in stores]
+
+
+def _cluster(
+    config: RunConfig, scheduler: str | None, workers: int | None
+) -> AbstractContextManager["Cluster | None"]:
+    if scheduler is None and workers is None:
+        return nullcontext()
+    from pipeline.run.cluster import open_cluster
+
+    return open_cluster(config, scheduler=scheduler, workers=workers)
+
+
+def build_index(
+    folder: RunFolder, split: str, source: Source, stop: StopRequest, *, append: bool
+) -> Index:
+    """Open the index of a split, bring it up to date, or build it from its source.
+
+    Raises:
+        SourceError: The source changed since the index was built, otherwise than it may.
+        Stopped: A signal came; the index is as it was before.
+    """
+    path = folder.index(split)
+    index = Index.open(path) if path.is_file() else None
+    if index is not None and (index.matches(source) or FeatureStore.is_at(folder.store(split))):
+        changes = find_changes(index, source)
+        if not changes:
+            return index
+        with ProgressLine(f"index {split}", None, "samples") as line:
+            advance = _until(stop, line)
+            return update_index(index, source, changes, append=append, on_progress=advance)
+    with ProgressLine(f"index {split}", None, "samples") as line:
+        index = Index.build(source, path, on_progress=_until(stop, line))
+    for what, count in index.counts.items():
+        if count:
+            logger.info("index %s: %s: %d", split, what, count)
+    if not index.fields and not index.has_labels:
+        logger.warning("index %s: no captions; name those of the source in its `captions`", split)
+    return index
+
+
+def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:
+    """Return what moves the line on, until a signal asks to stop."""
+
+    def advance(count: int) -> None:
+        line.advance(count)
+        if stop():
+            raise Stopped
+
+    return advance
+
+
+def _drawn(folder: RunFolder, split: str, source: Source) -> Source:
+    """Draw the shards of the demo world, where that is the source; leave any other as it is."""
+    if not isinstance(source, ScenesSource):
+        return source
+    with timed(f"drawing {source.rows} scenes for {split}"):
+        return draw_scenes(source, folder.path / "shards" / split)
+
+
+def _open_store(
+    config: RunConfig, folder: RunFolder, split: str, index: Index, *, append: bool
+) -> FeatureStore:
+    path = folder.store(split)
+    if not FeatureStore.is_at(path):
+        return FeatureStore.create(path, index, rows_per_chunk=config.extract.rows_per_chunk)
+    return follow_index(FeatureStore.open(path), index, append=append)

@@ -1,0 +1,144 @@
+"""Tells a finished extraction without loading an encoder: neither torch nor weights are read.
+
+`encoders.json` in the run folder holds for each encoder the fingerprints that its columns had when
+it was loaded, and everything that these follow from: settings, sizes and times of its files,
+versions of the libraries. While these are the same, so are the fingerprints.
+"""
+
+import json
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import SourceError, StoreCorruptError
+from features.status import Status
+from features.storage.files import write
+from features.store import FeatureStore
+from pipeline.run.config import RunConfig
+
+LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg")
+
+
+class KnownEncoders:
+    """What the encoders of a run were when they were loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._entries = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # none yet, or damaged: encoders are loaded
+            self._entries = {}
+
+    def fingerprints(self, name: str, config: RunConfig) -> dict[str, dict[str, Any]] | None:
+        """Return those of `image/<name>` or `text/<name>`, None if it must be loaded."""
+        entry = self._entries.get(name)
+        if not isinstance(entry, dict):
+            return None
+        if entry.get("follows_from") != _causes(name, config, entry.get("folder")):
+            return None
+        fingerprints: dict[str, dict[str, Any]] | None = entry.get("fingerprints")
+        return fingerprints
+
+    def remember(
+        self,
+        name: str,
+        config: RunConfig,
+        folder: Path | None,
+        fingerprints: dict[str, dict[str, Any]],
+    ) -> None:
+        """Write down what a loaded encoder is, and the folder of its files, if it has any."""
+        place = None if folder is None else str(folder.absolute())
+        self._entries[name] = {
+            "folder": place,
+            "follows_from": _causes(name, config, place),
+            "fingerprints": fingerprints,
+        }
+        write(self._path, json.dumps(self._entries, indent=1).encode())
+
+
+def is_finished(
+    config: RunConfig, known: KnownEncoders, stores: Iterable[FeatureStore], name: str
+) -> bool:
+    """Return whether nothing of an encoder is left to do; false where only loading it can tell.
+
+    Args:
+        config: Settings of the run.
+        known: What the encoders were.
+        stores: The store of every split.
+        name: `image/<encoder>` or `text/<encoder>`.
+
+    Raises:
+        StoreMismatchError: A column was made by something else.
+        SourceError: More rows are quarantined than the recipe allows.
+    """
+    fingerprints = known.fingerprints(name, config)
+    if fingerprints is None:
+        return False
+    columns = []
+    for store in stores:
+        for group, fingerprint in fingerprints.items():
+            store.add_encoder(group, fingerprint, dim=fingerprint["dim"])
+        for names in columns_of(config, store, name):
+            columns += [(store, column) for column in names]
+    if any(store.column(column).pending() for store, column in columns):
+        return False
+    for store, column in columns:
+        check_quarantined(store, column, config.extract.max_bad_fraction)
+    return True
+
+
+def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[str]]:
+    """Return the columns of an encoder, grouped by what one pass over the rows fills.
+
+    That is all columns of an image encoder, and each caption field of a text encoder by itself.
+
+    Args:
+        config: Has the image columns.
+        store: Has the caption fields.
+        name: `image/<encoder>` or `text/<encoder>`.
+    """
+    kind, encoder = name.split("/")
+    if kind == "image":
+        return [[name, *(f"image/{column}" for column in config.encoders.image[encoder].also)]]
+    return [[f"{name}/{field}"] for field in store.fields]
+
+
+def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:
+    """Refuse a complete column of which too many rows are not ok.
+
+    Raises:
+        SourceError: With the number of rows.
+        StoreCorruptError: A chunk is done but for some rows, which nothing would ever fill.
+    """
+    column = store.column(name)
+    status = column.status()
+    if len(pending := np.flatnonzero(status == Status.PENDING)):
+        chunk = int(pending[0]) // column.rows_per_chunk
+        raise StoreCorruptError(
+            column.status_file(chunk),
+            f"{len(pending)} rows are not done, from row {pending[0]} on, as where a command that "
+            f"began before rows were appended wrote the chunk after that",
+        )
+    bad = int(np.count_nonzero(status != Status.OK))
+    if bad > max_bad_fraction * store.rows:
+        raise SourceError(
+            f"{bad} of {store.rows} rows of {store.path}/{name} are quarantined. At most "
+            f"extract.max_bad_fraction = {max_bad_fraction} of them was expected. "
+            f"See why with `sail inspect {store.path}`."
+        )
+
+
+def _causes(name: str, config: RunConfig, folder: str | None) -> dict[str, Any]:
+    """Return, as JSON holds it, all that the fingerprint of an encoder follows from."""
+    kind, encoder = name.split("/")
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
+    status = [(str(path), path.stat()) for path in files]
+    return {
+        "settings": getattr(config.encoders, kind)[encoder].model_dump(mode="json"),
+        "device": config.run.device,
+        "files": [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in status],
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
+    }

@@ -1,0 +1,278 @@
+"""What a worker of a Dask cluster does: fills some chunks of a column, asked by name and number.
+
+It opens the index and the store by their paths, loads the encoder unless it is the one it has,
+skips what is done, and writes. So a unit may be done anywhere, in any order, and twice. Nothing is
+handed over but names, numbers and words.
+"""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any, TypedDict
+
+import torch
+from distributed import get_worker
+
+from features.errors import SailError
+from features.extract import MAX_LOGGED_FAULTS, Phases, Run
+from features.index import Index
+from features.store import ColumnGroup, FeatureStore
+from pipeline.run.config import RunConfig, RunSettings
+from pipeline.run.cpu import keep_freed_memory, usable_processors
+from pipeline.run.device import prepare_device
+from pipeline.run.filling import Encoder, add_columns, encode_chunks, folder_of, load_encoder
+from pipeline.run.finished import KnownEncoders
+from pipeline.run.folder import run_folder
+
+SECONDS_BETWEEN_REPORTS = 1.0
+
+
+class Job(TypedDict):
+    """What all units of one command share."""
+
+    id: str
+    """Name of the command's run, which no other has; events and requests to stop bear it."""
+    version: str
+    """Version of this program that the command has."""
+    recipe: dict[str, Any]
+    """The resolved run file, as JSON holds it."""
+    processors: int | None
+    """Processors for each worker, where the command knows; those a worker may use if not."""
+    share_gpus: bool
+    """Whether the workers see all GPUs of the machine and take turns by their numbers."""
+
+
+class Told(TypedDict):
+    """What a worker tells of a unit while it is at it."""
+
+    unit: str
+    rows: int
+    begins: bool
+
+
+class Report(TypedDict):
+    """What became of a unit."""
+
+    phases: dict[str, Any]
+    """Seconds and counts, as in `features.extract.Phases`."""
+    lines: list[str]
+    """The first warnings, which name quarantined rows."""
+    error: str | None
+    """What the user can put right; the unit ended there."""
+
+
+class _Process:
+    """What this worker process keeps between units: one encoder at most, and who asked to stop."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        """Held by the unit at work: an encoder serves one thread."""
+        self.stopped: set[str] = set()
+        self._key: tuple[str, str] | None = None
+        self._encoder: Encoder | None = None
+
+    def encoder(self, key: tuple[str, str], load: Callable[[], Encoder]) -> Encoder:
+        """Return the encoder of a job; the one before it is let go first."""
+        if self._encoder is None or self._key != key:
+            self.forget()
+            self._encoder, self._key = load(), key
+        return self._encoder
+
+    def forget(self) -> None:
+        """Let go of the encoder and its memory."""
+        self._encoder = self._key = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+_process = _Process()
+
+
+def prepare_columns(job: Job, unit: str, name: str) -> Report:
+    """Load an encoder, and make its columns in the store of every split.
+
+    Args:
+        job: What all units share.
+        unit: The name under which this is reported.
+        name: `image/<encoder>` or `text/<encoder>`.
+    """
+
+    def work(config: RunConfig) -> Phases:
+        encoder = _loaded(job, config, name)
+        known = KnownEncoders(run_folder(config).path / "encoders.json")
+        known.remember(name, config, folder_of(config, name), encoder.fingerprints)
+        return Phases()
+
+    return _reported(job, unit, work)
+
+
+def fill_chunks(job: Job, unit: str, split: str, names: list[str], chunks: list[int]) -> Report:
+    """Fill those of the chunks of some columns that are not done.
+
+    Args:
+        job: What all units share.
+        unit: The name under which rows done are reported.
+        split: Names index and store.
+        names: Columns of one encoder that one pass fills: of an image encoder `image/<column>`
+            each, of a text encoder one `text/<encoder>/<field>`.
+        chunks: Numbers of the chunks.
+    """
+
+    def work(config: RunConfig) -> Phases:
+        encoder = _loaded(job, config, "/".join(names[0].split("/")[:2]))
+        folder = run_folder(config)
+        store = FeatureStore.open(folder.store(split))
+        columns = ColumnGroup.open(store, names)
+        pending = columns.pending(chunks)
+        progress = _Progress(job, unit)
+        progress.add(sum(map(columns.chunk_rows, set(chunks) - set(pending))))
+        run = Run(
+            workers=config.extract.workers or job["processors"] or usable_processors(),
+            max_pixels=config.extract.max_pixels,
+            should_stop=lambda: job["id"] in _process.stopped,
+            on_rows=progress.add,
+        )
+        return encode_chunks(store, Index.open(folder.index(split)), encoder, columns, run, pending)
+
+    return _reported(job, unit, work)
+
+
+def stop_units(job_id: str) -> None:
+    """Ask the units of a job that this process has to end after the chunk at hand."""
+    _process.stopped.add(job_id)
+
+
+def forget_encoder() -> None:
+    """Let go of the encoder, unless a unit of another command is at work with it."""
+    if _process.turn.acquire(blocking=False):
+        try:
+            _process.forget()
+        finally:
+            _process.turn.release()
+
+
+def device_settings(settings: RunSettings, job: Job, number: object, gpus: int) -> RunSettings:
+    """Return the settings with the device of this worker: its own GPU where workers share them.
+
+    Args:
+        settings: As in the recipe.
+        job: What all units share.
+        number: Name of the worker, a number from 0 on where the command started it.
+        gpus: GPUs that this process sees.
+    """
+    if not job["share_gpus"] or settings.device not in ("auto", "cuda") or gpus < 2:
+        return settings
+    return settings.model_copy(update={"device": f"cuda:{int(str(number)) % gpus}"})
+
+
+class _Progress:
+    """Tells the command now and then how many rows of a unit are done."""
+
+    def __init__(self, job: Job, unit: str) -> None:
+        self._topic = job["id"]
+        self._unit = unit
+        self._rows = 0
+        self._last = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        self._rows += rows
+        if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
+            self._last = time.monotonic()
+            told: Told = {"unit": self._unit, "rows": self._rows, "begins": False}
+            get_worker().log_event(self._topic, told)
+
+
+class _Lines(logging.Handler):
+    """Keeps the first warnings, to be logged by the command instead of here."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.lines) < MAX_LOGGED_FAULTS:
+            self.lines.append(record.getMessage())
+
+
+def _reported(job: Job, unit: str, work: Callable[[RunConfig], Phases]) -> Report:
+    """Do some work when it is this unit's turn, and say what came of it."""
+    with _process.turn, _warnings_kept() as lines:
+        told: Told = {"unit": unit, "rows": 0, "begins": True}
+        get_worker().log_event(job["id"], told)
+        try:
+            _check_version(job)
+            phases, error = work(RunConfig.model_validate(job["recipe"])), None
+        except SailError as fault:  # in words: not every exception survives being sent
+            phases, error = Phases(), str(fault)
+        except OSError as fault:
+            place = f" {fault.filename}:" if fault.filename else ""
+            phases = Phases()
+            error = (
+                f"The operating system refused:{place} {fault.strerror or fault}. A place that "
+                f"every worker can read and write, with room on the disk, was expected. Check "
+                f"`run.dir` and the paths of the recipe; what was done is kept."
+            )
+    return {"phases": asdict(phases), "lines": lines, "error": error}
+
+
+def _check_version(job: Job) -> None:
+    version = metadata.version("sail")
+    if version != job["version"]:
+        raise SailError(
+            f"This worker has version {version} of this program, the command has "
+            f"{job['version']}. The same version was expected. Install it where the workers run."
+        )
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[list[str]]:
+    logger = logging.getLogger("features")
+    handler = _Lines()
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield handler.lines
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+def _loaded(job: Job, config: RunConfig, name: str) -> Encoder:
+    """Return an encoder whose columns are in the stores and were checked against it."""
+
+    def load() -> Encoder:
+        keep_freed_memory()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        settings = device_settings(config.run, job, get_worker().name, gpus)
+        if settings.threads is None and job["processors"] is not None:
+            settings = settings.model_copy(update={"threads": job["processors"]})
+        encoder = load_encoder(config, name, prepare_device(settings))
+        folder = run_folder(config)
+        add_columns((FeatureStore.open(folder.store(split)) for split in config.data), encoder)
+        return encoder
+
+    return _process.encoder((job["id"], name), load)
+
+
+def dask_setup(worker: object) -> None:  # noqa: ARG001 - the name and form that Dask calls
+    """Leave signals to the command that started this worker: it ends it after its chunk.
+
+    And the words about a scheduler that is gone: at the end of a command it may be gone before the
+    worker is, and Dask would log a traceback.
+    """
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.getLogger("distributed.worker").addFilter(is_no_heartbeat)
+
+
+def is_no_heartbeat(record: logging.LogRecord) -> bool:
+    """Return whether a line of Dask is not about a heartbeat that reached no scheduler."""
+    return "scheduler during heartbeat" not in record.getMessage()

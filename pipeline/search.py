@@ -1,0 +1,159 @@
+"""Search among the rows of a run by a sentence or an image."""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float16, Float32, Int64
+from numpy.lib.format import open_memmap
+
+from evaluate.embedder import Embedder, ok_rows
+from evaluate.nearest import nearest_neighbours
+from features.errors import EvaluationError
+from features.storage.column import Column
+from features.storage.files import appearing
+from features.store import FeatureStore
+from pipeline.python import Aligned
+from pipeline.run.folder import open_evaluated, run_folder
+
+logger = logging.getLogger(__name__)
+ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One row that was found."""
+
+    rank: int
+    """1 is the nearest."""
+    cosine: float
+    key: str
+    row: int
+    captions: dict[str, str]
+    """By caption field; of a search among captions the one that was found."""
+
+
+def search_images(
+    aligned: Aligned, split: str, query: Float32[np.ndarray, "1 dim"], top: int
+) -> list[Hit]:
+    """Return the images of a split that are nearest to a vector, nearest first.
+
+    The first search of a split embeds it; the embeddings stay in `run.dir/search`, or in
+    `~/.cache/sail` where that cannot be written.
+
+    Args:
+        aligned: The run.
+        split: Name in `[data]`.
+        query: From `encode_text` or `encode_image`.
+        top: How many.
+
+    Raises:
+        EvaluationError: The split's features are not all there, or of another encoder.
+    """
+    store, embedder = _open(aligned, split)
+    column = embedder.image_column(store)
+    found = _nearest(aligned, embedder, column, query, top)
+    return [
+        Hit(rank, cosine, str(store.keys(row, row + 1)[0]), row, _captions(store, row))
+        for rank, (cosine, row) in enumerate(found, 1)
+    ]
+
+
+def search_captions(
+    aligned: Aligned, split: str, query: Float32[np.ndarray, "1 dim"], top: int
+) -> list[Hit]:
+    """Return the captions of a split that are nearest to a vector, nearest first.
+
+    Takes and raises what `search_images` does.
+    """
+    store, embedder = _open(aligned, split)
+    every = [
+        (cosine, row, field)
+        for field in store.fields
+        for cosine, row in _nearest(
+            aligned, embedder, embedder.text_column(store, field), query, top
+        )
+    ]
+    every.sort(key=lambda each: -each[0])
+    return [
+        Hit(
+            rank,
+            cosine,
+            str(store.keys(row, row + 1)[0]),
+            row,
+            {field: str(store.captions(field, row, row + 1)[0])},
+        )
+        for rank, (cosine, row, field) in enumerate(every[:top], 1)
+    ]
+
+
+def embeddings_file(aligned: Aligned, column: Column, rows: Int64[np.ndarray, "ok"]) -> Path:
+    """Return where the embeddings of rows of a column are kept; the name stands for all of it."""
+    parts = [aligned.checkpoint.sha256, str(column.path), column.name]
+    digest = hashlib.sha256("\n".join(parts).encode() + rows.tobytes()).hexdigest()[:16]
+    return _kept_in(aligned.config.run.dir) / f"{column.name.replace('/', '-')}-{digest}.npy"
+
+
+def open_embeddings(
+    aligned: Aligned, embedder: Embedder, column: Column, rows: Int64[np.ndarray, "ok"]
+) -> Float16[np.ndarray, "ok dim"]:
+    """Return the embeddings of rows of a column, mapped from a file that is made once."""
+    path = embeddings_file(aligned, column, rows)
+    if not path.is_file():
+        logger.info("embedding %d rows of %s, once", len(rows), column.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as partial:
+            written = open_memmap(partial, "w+", dtype="<f2", shape=(len(rows), aligned.dim))
+            start = 0
+            for block in embedder.blocks(column, rows):
+                written[start : start + len(block)] = block
+                start += len(block)
+            written.flush()
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+def _kept_in(run: Path) -> Path:
+    """Return `run.dir/search`; of a run that others own, or keep safe, a folder of the user's."""
+    folder = run / "search"
+    if os.access(folder if folder.is_dir() else run, os.W_OK):
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sail" / hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
+
+
+def _open(aligned: Aligned, split: str) -> tuple[FeatureStore, Embedder]:
+    if split not in aligned.config.data:
+        raise EvaluationError(
+            f"The run has no split {split!r}. One of {list(aligned.config.data)} was expected. "
+            f"Name it with --split."
+        )
+    store = open_evaluated(aligned.config, run_folder(aligned.config), split)
+    return store, Embedder(aligned.model, aligned.checkpoint, aligned.device)
+
+
+def _nearest(
+    aligned: Aligned,
+    embedder: Embedder,
+    column: Column,
+    query: Float32[np.ndarray, "1 dim"],
+    top: int,
+) -> list[tuple[float, int]]:
+    """Return cosine and row of the nearest rows of a column."""
+    rows = ok_rows(column)
+    embeddings = open_embeddings(aligned, embedder, column, rows)
+    blocks = (
+        embeddings[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
+    )
+    found = nearest_neighbours(query, blocks, min(top, len(rows)))
+    return [
+        (float(cosine), int(rows[place]))
+        for cosine, place in zip(found.cosines[0], found.rows[0], strict=True)
+    ]
+
+
+def _captions(store: FeatureStore, row: int) -> dict[str, str]:
+    return {field: str(store.captions(field, row, row + 1)[0]) for field in store.fields}

@@ -1,0 +1,238 @@
+"""HDF5 files, for tools that read HDF5 and not Zarr.
+
+A file that `sail convert` wrote has the tree of the store (docs/store.md): a dataset for every
+array, chunked by the same rows, and every attribute as JSON text. Any other file is datasets by
+name.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from features.errors import SourceError, StoreError
+from features.status import Status
+from features.store import FORMAT, FORMAT_VERSION, NUMBERS
+from pipeline.interrupt import Stopped, StopRequest
+from pipeline.progress import ProgressLine
+from pipeline.stores.arrays import unreadable
+from pipeline.stores.blocks import STRINGS, Layout, encoder_of
+from pipeline.stores.resumable import unfinished
+from pipeline.stores.writer import StoreRows
+
+TEXT = h5py.string_dtype("utf-8")
+EXPECTED = "An HDF5 file"
+
+
+def write_hdf5(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
+    """Write a store as an HDF5 file: it appears when all of it is there, and goes on where stopped.
+
+    A process that is killed while it changes the tree of an HDF5 file leaves nothing readable. So
+    the tree is made in one go: all texts and numbers, and room for every chunk of the columns. What
+    follows, which is nearly all of the file, only fills that room.
+
+    Args:
+        rows: Of a store.
+        out: The file; an older one is replaced.
+        stop: Asked before every chunk.
+
+    Raises:
+        StoreError: There is a folder at `out`, or another process is at it.
+        Stopped: A signal came.
+    """
+    if out.is_dir():
+        raise StoreError(f"{out} is a folder. A file was expected. Give another --out.")
+    layout, size = rows.layout, rows.layout.rows_per_chunk
+    starts = range(0, layout.rows, size)
+    ours = [name for name in layout.array_names if name not in layout.names]
+    with (
+        unfinished(out, "hdf5", layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
+    ):
+        if not work.done:
+            with h5py.File(work.made, "w") as file:
+                _create(file, layout)
+                for start in starts:
+                    _write(file, layout.names, rows, start, stop)
+            _reserve(work.made)
+            work.advance(work.made)
+        line.set(work.done - 1, len(starts))
+        with h5py.File(work.made, "r+") as file:
+            for start in starts[work.done - 1 :]:
+                _write(file, ours, rows, start, stop)
+                file.flush()
+                work.advance(work.made)
+                line.advance(1)
+        work.made.replace(out)
+    return out
+
+
+class Hdf5Arrays(AbstractContextManager["Hdf5Arrays"]):
+    """The datasets of an HDF5 file. Links to other files are not followed."""
+
+    usual: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            SourceError: It is none, keeps values in other files, or is half of an export.
+        """
+        self.files = (path,)
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            raise unreadable(path, error, EXPECTED) from error
+        try:
+            self.shapes = self._found(path)
+            is_ours = self._file.attrs.get("format") == json.dumps(FORMAT)
+            self.layout = _layout(path, self._file, self.shapes) if is_ours else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows `start` to `stop` of a dataset."""
+        dataset = self._file[name]
+        is_text = h5py.check_string_dtype(dataset.dtype) is not None
+        values = dataset.asstr()[start:stop].astype(STRINGS) if is_text else dataset[start:stop]
+        return np.asarray(values)
+
+    def _found(self, path: Path) -> dict[str, tuple[int, ...]]:
+        shapes = dict[str, tuple[int, ...]]()
+
+        def see(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                if item.is_virtual or item.external:
+                    raise unreadable(path, f"{name} keeps its values in another file", EXPECTED)
+                shapes[name] = item.shape
+
+        self._file.visititems(see)  # follows no link
+        return shapes
+
+
+def _create(file: h5py.File, layout: Layout) -> None:
+    """Make the empty datasets, and write the attributes of a store."""
+    chunk = min(layout.rows, layout.rows_per_chunk)
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "rows": layout.rows,
+        "rows_per_chunk": layout.rows_per_chunk,
+        "keys_sha256": layout.keys_sha256,
+        "source": dict(layout.source),
+    }
+    _write_attributes(file, attributes)
+    for name in layout.names:
+        file.create_dataset(
+            name, (layout.rows,), np.int32 if name in NUMBERS else TEXT, chunks=(chunk,)
+        )
+    if layout.class_names is not None:
+        _write_attributes(file["label"], {"class_names": list(layout.class_names)})
+    for encoder, fingerprint in layout.fingerprints.items():
+        _write_attributes(file.require_group(encoder), fingerprint)
+    for name, dim in layout.columns.items():
+        column = file.require_group(name)
+        with_room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        with_room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        with_room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # all of it is written once, not twice
+        column.create_dataset(
+            "features", (layout.rows, dim), np.float16, chunks=(chunk, dim), dcpl=with_room
+        )
+        status = column.create_dataset(
+            "status", (layout.rows,), np.uint8, chunks=(chunk,), dcpl=with_room
+        )
+        _write_attributes(status, {"codes": {code.label: int(code) for code in Status}})
+
+
+def _reserve(path: Path) -> None:
+    """Take the room on the disk now: where it ran out later, h5py would end in tracebacks."""
+    if sys.platform != "darwin":  # which has no such call
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _write(
+    file: h5py.File, names: Sequence[str], rows: StoreRows, start: int, stop: StopRequest
+) -> None:
+    """Write a chunk of some arrays."""
+    if stop():
+        raise Stopped
+    part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
+    for name, values in rows.some(names, part.start, part.stop).items():
+        file[name][part] = values.astype(object) if values.dtype == STRINGS else values
+
+
+def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Read what `_create` wrote."""
+    try:
+        attributes = _attributes(file)
+    except (ValueError, TypeError) as error:
+        raise _not_ours(path, f"its attributes are not JSON ({error})") from error
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise _not_ours(path, f"it has format_version {attributes.get('format_version')}")
+    sizes = [attributes.get(name) for name in ("rows", "rows_per_chunk")]
+    counts = [size for size in sizes if isinstance(size, int) and size > 0]
+    if len(counts) != len(sizes):
+        raise _not_ours(path, f"it has rows and rows_per_chunk = {sizes}")
+    rows, size = counts
+    columns = [name.rpartition("/")[0] for name in shapes if name.endswith("/features")]
+    for column in columns:
+        _check(path, shapes, f"{column}/features", (rows, -1))
+        _check(path, shapes, f"{column}/status", (rows,))
+    for name in (f"{column}/features" for column in columns):
+        if file[name].dtype != np.float16:
+            raise _not_ours(path, f"{name} is {file[name].dtype} of shape {shapes[name]}")
+    names = ["key", *(name for name in shapes if name in NUMBERS or name.startswith("caption/"))]
+    for name in names:
+        _check(path, shapes, name, (rows,))
+    class_names = _attributes(file["label"]).get("class_names") if "label" in shapes else None
+    encoders = dict.fromkeys(map(encoder_of, columns))
+    return Layout(
+        rows=rows,
+        rows_per_chunk=size,
+        names=tuple(names),
+        columns={column: shapes[f"{column}/features"][1] for column in columns},
+        fingerprints={encoder: _attributes(file[encoder]) for encoder in encoders},
+        class_names=tuple(class_names) if class_names else None,
+        source=attributes.get("source", {}),
+        keys_sha256=attributes.get("keys_sha256"),
+    )
+
+
+def _check(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], name: str, expected: tuple[int, ...]
+) -> None:
+    """Refuse a dataset that is missing or of another shape than an export has."""
+    if name not in shapes:
+        column, _, array = name.rpartition("/")
+        raise _not_ours(path, f"{column or 'it'} has no {array}")
+    found = shapes[name]
+    if found[:1] != expected[:1] or len(found) != len(expected):
+        raise _not_ours(path, f"{name} has shape {found}, not {expected[0]} rows")
+
+
+def _not_ours(path: Path, why: str) -> SourceError:
+    return unreadable(path, why, "An HDF5 file as `sail convert --to hdf5` writes it")
+
+
+def _write_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        target.attrs[name] = json.dumps(value, ensure_ascii=False)
+
+
+def _attributes(source: Any) -> dict[str, Any]:
+    names = list(source.attrs)  # an iterator of h5py that is left half-way keeps its global lock
+    return {name: json.loads(source.attrs[name]) for name in names}

@@ -1,0 +1,116 @@
+"""Features as the released SAIL code (lezhang7/SAIL) has them: folders of `0.pt`, `1.pt`, `2.pt`.
+
+Its encode.py writes one tensor per batch of rows, into `image_embedding/<model>/<data>_<pooling>`
+and `text_embedding/<model>/<data>_<caption>`, and names it by `start // batch size`. There are no
+keys: row i of the images belongs to row i of the texts. Two workers split within a batch, another
+batch size after a restart, or a run that was killed leave rows at the wrong place, and its loader
+compares no more than the total. So here every file must have as many rows as the first, only the
+last fewer, none may miss, and all folders must have the same rows. (That the rows of a table were
+filtered otherwise between two runs, with the same number left, no check of the files can find.)
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features.errors import SourceError
+from pipeline.stores.arrays import Stream, unreadable
+from pipeline.stores.blocks import Layout
+
+EXPECTED = "A tensor of (rows, features) as the released encode.py saves it"
+KINDS = {"image_embedding": "image", "text_embedding": "text"}
+
+
+class ReleasedArrays(nullcontext[None]):
+    """The folders of tensors below a folder, each an array."""
+
+    layout: Layout | None = None
+
+    def __init__(self, path: Path) -> None:
+        """Read the shape of every tensor.
+
+        Raises:
+            SourceError: There are none, one cannot be read, or rows are not where they belong.
+        """
+        super().__init__()
+        folders = sorted({file.parent for file in path.rglob("*.pt")})
+        if not folders:
+            raise unreadable(path, "there is no .pt file", EXPECTED)
+        self._folders = {folder.relative_to(path).as_posix(): _Folder(folder) for folder in folders}
+        self.files = tuple(file for folder in self._folders.values() for file in folder.files)
+        self.shapes = {name: folder.shape for name, folder in self._folders.items()}
+        self._streams = {name: Stream(each.tensors) for name, each in self._folders.items()}
+
+    @property
+    def usual(self) -> Mapping[str, str]:
+        """`image/<model>` and `text/<model>/<data>_<caption>`, of the folders' own names."""
+        taken = dict[str, str]()
+        for name in self.shapes:
+            *_, kind, model, data = ["", "", *name.split("/")]
+            if kind in KINDS:
+                column = f"image/{model}" if KINDS[kind] == "image" else f"text/{model}/{data}"
+                taken[f"image/{model}-{data}" if column in taken else column] = name
+        return taken
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows `start` to `stop` of a folder."""
+        return self._streams[name].read(start, stop)
+
+
+class _Folder:
+    """The tensors of one folder, in the order of their numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.glob("*.pt"), key=_number)
+        shapes = [tuple(_load(file, mapped=True).shape) for file in self.files]
+        self.shape = (sum(rows for rows, _ in shapes), shapes[0][1])
+        size, dim = shapes[0]
+        for place, (file, (rows, found)) in enumerate(zip(self.files, shapes, strict=True)):
+            is_last = place == len(shapes) - 1
+            if _number(file) != place:
+                raise _misplaced(folder, place * size, f"{place}.pt is missing")
+            if found != dim:
+                raise _misplaced(
+                    folder, place * size, f"{file.name} has {found} features, not {dim}"
+                )
+            if rows > size or (rows < size and not is_last):
+                row = place * size + (rows if rows < size else 0)
+                raise _misplaced(folder, row, f"{file.name} has {rows} rows, 0.pt has {size}")
+
+    def tensors(self) -> Iterator[np.ndarray]:
+        """Yield the rows, a file at a time."""
+        for file in self.files:
+            tensor = _load(file, mapped=False)
+            yield (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _number(file: Path) -> int:
+    try:
+        return int(file.stem)
+    except ValueError as error:
+        raise unreadable(file, "its name is no number", "A file such as 0.pt") from error
+
+
+def _load(file: Path, *, mapped: bool) -> Tensor:
+    try:
+        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise unreadable(file, why, EXPECTED) from error
+    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+        found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
+        raise unreadable(file, f"it holds {found}", EXPECTED)
+    return tensor
+
+
+def _misplaced(folder: Path, row: int, why: str) -> SourceError:
+    return SourceError(
+        f"{folder} is not aligned from row {row} on: {why}. Files 0.pt, 1.pt, … of equally many "
+        f"rows were expected, only the last with fewer. Encode this folder again: nothing tells "
+        f"which images the rows belong to."
+    )

@@ -1,0 +1,134 @@
+"""Conversions that go on where they were stopped or killed.
+
+Until it is whole, what is made for a place `out` lies beside it in a hidden folder,
+`.<name>.unfinished`; for a URL that folder is in the current one. It tells how many steps are done,
+and of what. A call for the same place, of the same rows in the same form, goes on after them; a
+call of anything else begins anew.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from features.errors import SailError, StorageError, StoreCorruptError, StoreError
+from features.storage.files import appearing
+from features.storage.place import Place
+from features.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+MENDABLE = (StorageError, StoreCorruptError)
+
+
+class Unfinished:
+    """What there is so far of something that is made step by step."""
+
+    def __init__(self, folder: Path, made_of: str) -> None:
+        """See what is there, and remove it if it is of no use.
+
+        Args:
+            folder: Where it is, with a file that tells what is done.
+            made_of: Changes when anything else would be made.
+        """
+        self.made = folder / "made"
+        """The file or folder that is made; there is none before the first step."""
+        self.done = 0
+        """Steps that need not be done again."""
+        self._state, self._made_of = folder / "state.json", made_of
+        try:
+            state = json.loads(self._state.read_bytes())
+        except (FileNotFoundError, ValueError):
+            state = {}
+        if state.get("made_of") == made_of and self.made.exists():
+            self.done = int(state["done"])
+        elif self.made.is_dir():
+            shutil.rmtree(self.made)
+        else:
+            self.made.unlink(missing_ok=True)
+
+    def advance(self, *written: Path) -> None:
+        """Know that one more step is done.
+
+        Args:
+            written: Files that must be on the disk before, because after a power cut nothing would
+                tell that they are not. Chunks of a store need not: they have checksums.
+        """
+        for path in written:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        self.done += 1
+        with appearing(self._state) as partial:
+            partial.write_text(json.dumps({"made_of": self._made_of, "done": self.done}))
+
+
+def check_free(out: Place) -> None:
+    """Refuse a place for something new at which there is something.
+
+    Raises:
+        StoreError: There is.
+    """
+    if isinstance(out, Path):
+        is_taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    else:
+        is_taken = FeatureStore.is_at(out)
+    if is_taken:
+        raise StoreError(
+            f"There is something at {out}. A place with nothing was expected. Give another --out, "
+            f"or delete it."
+        )
+
+
+@contextmanager
+def unfinished(out: Place, *made_of: object) -> Iterator[Unfinished]:
+    """Yield what there is so far of `out`, for the caller to finish, and to move to `out`.
+
+    It is kept where a signal, the system, the network or a damaged chunk ended the work. Of rows
+    that can never become what is made, nothing is kept.
+
+    Args:
+        out: What is made.
+        made_of: All that tells it from anything else that could be made there.
+
+    Raises:
+        StoreError: Another process is at it.
+    """
+    folder = (out if isinstance(out, Path) else Path(out.name)).with_name(f".{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, out):
+        work = Unfinished(folder, hashlib.sha256(repr(made_of).encode()).hexdigest())
+        if work.done:
+            logger.info("%s is continued", out)
+        try:
+            yield work
+        except BaseException as error:
+            is_for_good = isinstance(error, SailError) and not isinstance(error, MENDABLE)
+            if is_for_good or not work.done:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                logger.info("What is done of %s is in %s", out, folder)
+            raise
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path, out: Place) -> Iterator[None]:
+    """Keep other processes out; where a disk over the network has no locks, trust the user."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_taken = os.fstat(file.fileno()).st_nlink == 0  # its owner has just cleared it away
+        except BlockingIOError:
+            is_taken = True
+        except OSError:
+            is_taken = False
+        if is_taken:
+            raise StoreError(
+                f"{out} is being made by another process. One at a time was expected. Wait for it, "
+                f"or give another --out."
+            )
+        yield

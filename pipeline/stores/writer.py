@@ -1,0 +1,269 @@
+"""A feature store as rows, and the one writer that makes a store of any rows."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import zarr
+from jaxtyping import UInt64
+
+from features.errors import SourceError, StoreCorruptError, StoreError
+from features.status import Status
+from features.storage.column import Column, create_column, dequantise
+from features.storage.files import zarr_store
+from features.storage.groups import publish
+from features.storage.place import Place, RemotePath
+from features.storage.remote import check_writable
+from features.store import FORMAT, FORMAT_VERSION, NUMBERS, FeatureStore, key_hashes
+from pipeline.interrupt import StopRequest
+from pipeline.progress import ProgressLine
+from pipeline.stores.blocks import STRINGS, Block, Layout, Rows, chunks_of, encoder_of
+from pipeline.stores.resumable import check_free, unfinished
+
+logger = logging.getLogger(__name__)
+
+
+class StoreRows:
+    """The rows of a store. Every checksum is looked at."""
+
+    def __init__(self, store: FeatureStore, *, restored: bool = True) -> None:
+        """Open the columns of a store.
+
+        Args:
+            store: Every chunk of its columns must be done.
+            restored: Whether features in 8 bits come as the float16 values they stand for.
+
+        Raises:
+            StoreError: A column has chunks that are not done.
+        """
+        self.store = store
+        columns = complete_columns(store)
+        self._restored = [column.name for column in columns if column.is_scaled and restored]
+        numbers = {"label": store.labels(), "group": store.groups()}
+        self.layout = Layout(
+            rows=store.rows,
+            rows_per_chunk=store.rows_per_chunk,
+            names=(
+                "key",
+                *(f"caption/{field}" for field in store.fields),
+                *(name for name in NUMBERS if numbers[name] is not None),
+            ),
+            columns={column.name: column.dim for column in columns},
+            scaled=tuple(column.name for column in columns if column.is_scaled and not restored),
+            fingerprints={encoder_of(column.name): column.fingerprint for column in columns},
+            class_names=store.class_names,
+            source=store.source,
+            keys_sha256=store.keys_sha256,
+        )
+        self._group = zarr.open_group(zarr_store(store.path), mode="r", zarr_format=3)
+
+    @property
+    def stamp(self) -> str:
+        """The keys and a checksum of every column: 4 bytes of each chunk are read."""
+        checksums = [self.store.column(name).checksum() for name in self.layout.columns]
+        return " ".join([str(self.store.path), self.store.keys_sha256, *checksums])
+
+    def block(self, start: int, stop: int) -> Block:
+        """Return rows `start` to `stop`.
+
+        Raises:
+            StoreCorruptError: A chunk of theirs is damaged or missing.
+        """
+        return self.some(self.layout.array_names, start, stop)
+
+    def some(self, names: Iterable[str], start: int, stop: int) -> Block:
+        """Return rows `start` to `stop` of some arrays.
+
+        Raises:
+            StoreCorruptError: A chunk of theirs is damaged or missing.
+        """
+        block = {name: self._read(name, start, stop) for name in names}
+        for column in self._restored:
+            if (name := f"{column}/features") in block:
+                scale = self._read(f"{column}/scale", start, stop)
+                block[name] = dequantise(block[name], scale)
+        return block
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        try:
+            return np.asarray(self._group[name][start:stop])  # type: ignore[index]
+        except ValueError as error:  # so zarr calls a checksum that does not fit
+            where = f"{self.store.path / name}, rows {start} to {stop - 1},"
+            raise StoreCorruptError(where, str(error)) from error
+
+
+def complete_columns(store: FeatureStore) -> list[Column]:
+    """Return all columns of a store.
+
+    Raises:
+        StoreError: One has chunks that are not done.
+    """
+    columns = [store.column(name) for name in store.columns()]
+    for column in columns:
+        if pending := column.pending():
+            raise StoreError(
+                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
+                f"expected. Finish it with `sail extract`."
+            )
+    return columns
+
+
+def write_store(
+    out: Place,
+    rows: Rows,
+    stop: StopRequest,
+    *,
+    origin: object,
+    rows_per_chunk: int | None = None,
+    rows_at_once: int | None = None,
+) -> Place:
+    """Make a store: it appears when all of it is there, and goes on where it was stopped.
+
+    Args:
+        out: Where it goes, also under a URL; there must be none.
+        rows: All that it will hold.
+        stop: Asked before every read.
+        origin: What they come from, for messages.
+        rows_per_chunk: Of the store; as the layout of the rows says if not given.
+        rows_at_once: How many rows are read at once; as many as a chunk that is read has if not
+            given, because to read it for each chunk that is made would be to read it often.
+
+    Raises:
+        StoreError: There is something at `out`, or another process is at it.
+        SourceError: Two rows have one key, or the keys are not those that the layout tells.
+        Stopped: A signal came.
+    """
+    check_free(out)
+    if isinstance(out, RemotePath):
+        check_writable(out)
+    layout = rows.layout.with_rows_per_chunk(rows_per_chunk or rows.layout.rows_per_chunk)
+    chunks = range(-(-layout.rows // layout.rows_per_chunk))
+    with (
+        unfinished(out, FORMAT_VERSION, layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
+    ):
+        writer = _Writer(work.made, layout, done=work.done)
+        line.set(work.done, len(chunks))
+        left = chunks[work.done :]
+        at_once = rows_at_once or rows.layout.rows_per_chunk
+        blocks = chunks_of(rows, layout.rows_per_chunk, stop, left, at_once)
+        for chunk, block in zip(left, blocks, strict=True):
+            writer.write(chunk, block)
+            work.advance()
+            line.advance(1)
+        writer.finish(origin)
+        publish(work.made, out)
+    return out
+
+
+class _Writer:
+    """A store on local disk that is written chunk by chunk."""
+
+    def __init__(self, folder: Path, layout: Layout, *, done: int) -> None:
+        """Make its empty arrays, or read the keys of the chunks that are done."""
+        self._layout = layout
+        self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
+        self._columns = [Column(folder, name) for name in layout.columns]
+        self._keys = _Keys(layout.rows)
+        for chunk in range(done):
+            self._keys.add(np.asarray(self._group["key"][self._rows(chunk)]))  # type: ignore[index]
+
+    def write(self, chunk: int, block: Block) -> None:
+        """Write the rows of a chunk, which must come in order."""
+        self._keys.add(block["key"])
+        for name in self._layout.names:
+            self._group[name][self._rows(chunk)] = block[name]  # type: ignore[index]
+        for column in self._columns:
+            features, status = (block[f"{column.name}/{each}"] for each in ("features", "status"))
+            column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
+
+    def finish(self, origin: object) -> None:
+        """Check and tell what is known when all rows are there.
+
+        Raises:
+            SourceError: Two rows have one key, or the keys are not those that the layout tells.
+        """
+        if same := self._keys.first_same():
+            key = str(self._group["key"][same[0]])  # type: ignore[index]
+            raise SourceError(
+                f"Of {origin} rows {same[0]} and {same[1]} both have the key {key!r}. Unique keys "
+                f"were expected. Take them from elsewhere (`--take key=…`), or let stores that are "
+                f"merged have `--prefix`."
+            )
+        if self._layout.keys_sha256 not in (None, self._keys.sha256):
+            raise SourceError(
+                f"{origin} has keys of sha256 {self._keys.sha256}, but says "
+                f"{self._layout.keys_sha256}. The keys that were written were expected. Write it "
+                f"again."
+            )
+        self._group.attrs["keys_sha256"] = self._keys.sha256
+        for column in self._columns:
+            if unusable := int((column.status() != Status.OK).sum()):
+                logger.warning("%s: %d rows quarantined", column.name, unusable)
+
+    def _rows(self, chunk: int) -> slice:
+        size = self._layout.rows_per_chunk
+        return slice(chunk * size, min((chunk + 1) * size, self._layout.rows))
+
+
+def _create(folder: Path, layout: Layout) -> zarr.Group:
+    """Make the empty arrays of a store."""
+    rows, size = layout.rows, layout.rows_per_chunk
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "rows": rows,
+        "rows_per_chunk": size,
+        "keys_sha256": "",
+        "source": dict(layout.source),
+    }
+    group = zarr.create_group(folder, attributes=attributes)
+    for name in layout.names:
+        is_number = name in NUMBERS
+        names = layout.class_names if name == "label" else None
+        group.create_array(
+            name,
+            shape=(rows,),
+            chunks=(size,),
+            dtype="int32" if is_number else STRINGS,
+            fill_value=-1 if is_number else "",
+            dimension_names=["row"],
+            attributes={"class_names": list(names)} if names else {},
+        )
+    for kind in ("image", "text"):
+        group.require_group(kind)
+    for encoder, fingerprint in layout.fingerprints.items():
+        group.require_group(encoder).attrs.update(dict(fingerprint))
+    for name, dim in layout.columns.items():
+        dtype = "int8" if name in layout.scaled else "float16"
+        create_column(group.require_group(name), rows, dim, size, dtype=dtype)
+    return group
+
+
+class _Keys:
+    """Sees to it that keys are unique, in 8 bytes a row."""
+
+    def __init__(self, rows: int) -> None:
+        self._digest = hashlib.sha256()
+        self._short: UInt64[np.ndarray, rows] = np.empty(rows, dtype=np.uint64)
+        self._rows = 0
+
+    def add(self, keys: np.ndarray) -> None:
+        """Take the keys of the next rows."""
+        every = keys.tolist()
+        self._digest.update("".join(f"{key}\n" for key in every).encode())
+        self._short[self._rows : self._rows + len(every)] = key_hashes(every, len(every))
+        self._rows += len(every)
+
+    @property
+    def sha256(self) -> str:
+        """Of the keys so far, each ended by a newline."""
+        return self._digest.hexdigest()
+
+    def first_same(self) -> tuple[int, int] | None:
+        """Return two rows that have one key, if there are any."""
+        order = np.argsort(self._short, kind="stable")
+        same = np.flatnonzero(self._short[order[1:]] == self._short[order[:-1]])
+        return (int(order[same[0]]), int(order[same[0] + 1])) if len(same) else None

@@ -1,1 +1,0 @@
-"""Stage two: a head is trained on the stores, or many (`sail sweep`), and handed on."""
