@@ -17,7 +17,7 @@ from numpy.lib.format import open_memmap
 from features.errors import EncoderError, SourceError
 from features.sources.reader import IMAGE_SUFFIXES
 from features.storage.files import appearing, partial_path
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.python import Aligned
 from pipeline.run.cpu import usable_processors
 
@@ -97,8 +97,7 @@ def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopR
         nonlocal unusable
         with ThreadPoolExecutor(usable_processors()) as pool:
             for start in range(0, len(files), aligned.image_batch):
-                if stop():
-                    raise Stopped
+                stop.check()
                 part = files[start : start + aligned.image_batch]
                 prepared = list(pool.map(prepare, part))
                 ok = np.array([image is not None for image in prepared])
@@ -123,8 +122,7 @@ def embed_sentences(
 
     def blocks() -> Blocks:
         for start in range(0, len(texts), ITEMS_AT_ONCE):
-            if stop():
-                raise Stopped
+            stop.check()
             part = list(texts[start : start + ITEMS_AT_ONCE])
             yield part, aligned.encode_text(part)
 

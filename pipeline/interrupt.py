@@ -21,6 +21,11 @@ class StopRequest:
         """Return whether to stop."""
         return self.signal_number is not None
 
+    def check(self) -> None:
+        """Raise `Stopped` if a signal came. To be called where stopping is safe."""
+        if self():
+            raise Stopped
+
     @property
     def exit_code(self) -> int:
         """The shell's convention for a process that a signal ended: 130 or 143."""

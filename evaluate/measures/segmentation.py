@@ -26,7 +26,7 @@ from evaluate.statistics import Interval, percentile_interval
 from evaluate.zero_shot import read_templates
 from features.encoders.patches import PatchEncoder, patch_encoder
 from features.errors import EvaluationError
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 
 SIDE = 300
@@ -397,8 +397,7 @@ def score_segmentation(
             if number in chosen:
                 context.findings.segmented.append(_example(task, masked, predicted))
             line.advance(1)
-            if stop():
-                raise Stopped
+            stop.check()
     _add_results(task, Areas(*areas))
 
 

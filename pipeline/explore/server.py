@@ -13,7 +13,7 @@ import uvicorn
 from features.errors import ConfigError, SailError
 from pipeline.explore.app import Access, create_app, is_loopback
 from pipeline.explore.session import Session
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -84,8 +84,7 @@ def serve(
         finally:
             server.should_exit = True
             thread.join()
-    if stop():
-        raise Stopped
+    stop.check()
 
 
 def address(access: Access, port: int) -> str:

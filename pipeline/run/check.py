@@ -17,7 +17,7 @@ from features.images import check_can_be_fast
 from features.index import Index, SampleReader
 from features.storage.files import write
 from features.store import FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import timed
 from pipeline.python import Aligned
 from pipeline.run.config import RunConfig
@@ -216,8 +216,7 @@ def _drifts(aligned: Aligned, sample: _Sample, stop: StopRequest) -> Iterator[Dr
     images = aligned.encode_image(sample.images)
     texts = aligned.encode_text(sample.captions)
     for way in _ways(aligned, sample):
-        if stop():
-            raise Stopped
+        stop.check()
         usual, candidates = (images, texts) if way.modality == "image" else (texts, images)
         found = compare_embeddings(usual, way.embed(), candidates) if way.embed else {}
         yield Drift(way.modality, way.over, way.usual, way.other, **found)

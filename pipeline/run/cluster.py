@@ -160,8 +160,7 @@ class Cluster:
             arguments=(name,),
         )
         self._run(iter([prepare]), Run(workers=1, max_pixels=1, should_stop=stop))
-        if stop():
-            raise Stopped
+        stop.check()
         for store in stores:
             for names in columns_of(self._config, store, name):
                 is_there = functools.partial(_has_columns, store, names)

@@ -36,7 +36,7 @@ from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.files import write
 from features.store import NOT_COMPARED, FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import timed
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
@@ -462,13 +462,11 @@ def _measure(
     for name, measure, split in work:
         with timed(f"{name} on {split}"):
             measure(context, split)
-        if stop():
-            raise Stopped
+        stop.check()
     for split in plan.knn:
         with timed(f"k-NN on {split}"):
             score_knn(context, split, plan.knn_reference)
-        if stop():
-            raise Stopped
+        stop.check()
     if plan.knn and context.config.eval.linear_probe_rows:
         with timed("linear probe"):
             score_linear_probe(context, plan.knn, plan.knn_reference)

@@ -10,7 +10,7 @@ from features.errors import ConfigError
 from features.index import Index, find_changes, update_index
 from features.storage.place import Place
 from features.store import FeatureStore, follow_index
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
 from pipeline.run.config import RunConfig
 from pipeline.run.finished import KnownEncoders, is_finished
@@ -61,8 +61,7 @@ def extract(
         for name in names:
             if is_finished(config, known, stores, name):
                 continue
-            if stop():
-                raise Stopped
+            stop.check()
             if cluster is not None:
                 cluster.fill_encoder(stores, name, stop)
                 continue
@@ -116,8 +115,7 @@ def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:
 
     def advance(count: int) -> None:
         line.advance(count)
-        if stop():
-            raise Stopped
+        stop.check()
 
     return advance
 

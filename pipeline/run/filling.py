@@ -14,7 +14,7 @@ from features.encoders.image import BASELINES
 from features.extract import Phases, Run, extract_captions, extract_images
 from features.index import Index
 from features.store import ColumnGroup, FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
@@ -114,8 +114,7 @@ def fill_columns(
             )
         logger.info("%s  %s: %s", split, columns.name, phases.summary())
     columns.remove_leftovers()
-    if stop():
-        raise Stopped
+    stop.check()
     for column in columns:
         check_quarantined(store, column.name, config.extract.max_bad_fraction)
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 
 Block = dict[str, np.ndarray]
 """Some rows of every array, by the names that the arrays have in a store."""
@@ -105,8 +105,7 @@ def chunks_of(
         max(1, rows_at_once // size) if rows_at_once else -(-rows.layout.rows_per_chunk // size)
     )
     for first in chunks[::at_once]:
-        if stop():
-            raise Stopped
+        stop.check()
         last = min(first + at_once, chunks.stop)
         block = rows.block(first * size, min(last * size, rows.layout.rows))
         for start in range(0, num_rows(block), size):

@@ -15,7 +15,7 @@ from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.arrays import Arrays, NpyArrays, SafetensorsArrays, WrittenRows
 from pipeline.stores.blocks import Layout, Rows
@@ -176,8 +176,7 @@ def _fingerprint(path: Path, files: Sequence[Path], stop: StopRequest) -> dict[s
     """Return number, bytes and a sha256 over names and contents of files."""
     every = hashlib.sha256()
     for file in files:
-        if stop():
-            raise Stopped
+        stop.check()
         is_below = path.is_dir() and file.is_relative_to(path)
         name = file.relative_to(path).as_posix() if is_below else file.name
         with file.open("rb") as content:
@@ -236,8 +235,7 @@ def _convert(column: Column, converted: Column, stop: StopRequest) -> None:
     converted.remove_leftovers()
     with ProgressLine(column.name, len(pending), "chunks") as line:
         for chunk in pending:
-            if stop():
-                raise Stopped
+            stop.check()
             start = chunk * column.rows_per_chunk
             part = slice(start, start + column.chunk_rows(chunk))
             converted.write(chunk, column.read(part.start, part.stop), status[part])

@@ -20,7 +20,7 @@ import numpy as np
 from features.errors import SourceError, StoreError
 from features.status import Status
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.arrays import unreadable
 from pipeline.stores.blocks import STRINGS, Layout, encoder_of
@@ -168,8 +168,7 @@ def _write(
     file: h5py.File, names: Sequence[str], rows: StoreRows, start: int, stop: StopRequest
 ) -> None:
     """Write a chunk of some arrays."""
-    if stop():
-        raise Stopped
+    stop.check()
     part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
     for name, values in rows.some(names, part.start, part.stop).items():
         file[name][part] = values.astype(object) if values.dtype == STRINGS else values

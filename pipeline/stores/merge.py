@@ -11,7 +11,7 @@ from jaxtyping import Int32, Int64
 from features.errors import SourceError, StoreError
 from features.storage.place import Place
 from features.store import NOT_COMPARED, NUMBERS, FeatureStore, rows_by_key, store_key_hashes
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.stores.blocks import STRINGS, Block, Layout, joined, num_rows, selected
 from pipeline.stores.resumable import check_free
 from pipeline.stores.writer import StoreRows, write_store
@@ -203,8 +203,7 @@ class ChosenRows:
         ends = np.flatnonzero(np.diff(numbers[order] // size)) + 1
         block: Block = {}
         for places in np.split(order, ends):
-            if self._stop():
-                raise Stopped
+            self._stop.check()
             first = int(numbers[places[0]]) // size * size
             chunk = self._rows.block(first, min(first + size, self._rows.layout.rows))
             for name, values in selected(chunk, numbers[places] - first).items():

@@ -17,7 +17,7 @@ from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.merge import ChosenRows, origin_of
 from pipeline.stores.resumable import check_free
@@ -51,8 +51,7 @@ def first_of_alike(
     chunks = [rows[rows // size == chunk] for chunk in np.unique(rows // size)]
     with ProgressLine(f"alike in {column.name}", len(chunks), "chunks") as line:
         for number, chunk in enumerate(chunks):
-            if stop():
-                raise Stopped
+            stop.check()
             features = _directions(column, chunk, device)
             is_alike = torch.zeros(len(chunk), dtype=torch.bool, device=device)
             for before in chunks[:number]:

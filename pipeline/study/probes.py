@@ -347,8 +347,7 @@ def _fingerprint(column: Column) -> dict[str, Any]:
 
 
 def _go_on(stop: StopRequest, what: str) -> None:
-    if stop():
-        raise Stopped
+    stop.check()
     logger.debug("%s", what)
 
 
@@ -400,8 +399,7 @@ def probe_pairs(
     pairs = [(i, t) for i in config.encoders.image_columns for t in config.encoders.text]
     probes = []
     for number, (image, text) in enumerate(pairs, 1):
-        if stop():
-            raise Stopped
+        stop.check()
         logger.info("probe %d of %d: %s with %s", number, len(pairs), image, text)
         folder = config.run.dir / "study" / "probes" / f"{image}--{text}"
         given = {

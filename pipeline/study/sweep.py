@@ -227,8 +227,7 @@ def _label(settings: Settings, seed: int) -> str:
 
 
 def _train(trial: Trial, config: RunConfig, stop: StopRequest, *, evaluates: bool) -> Trial:
-    if stop():
-        raise Stopped
+    stop.check()
     try:
         best = align_run(config, stop)
     except TrainingError as error:
