@@ -3,6 +3,8 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
+import itertools
+
 import click
 
 from features.errors import SailError
@@ -13,12 +15,12 @@ from pipeline.cli.studies import compare, pick, scaling, study, sweep
 from pipeline.cli.use import embed, explore, export, export_head, import_head, search
 
 SECTIONS = {
-    "The three stages": ("extract", "align", "eval"),
-    "Look": ("explore", "search", "inspect", "verify", "compare"),
-    "Before a long run": ("doctor", "plan", "pick", "study"),
-    "Try settings": ("sweep", "scaling"),
-    "Hand over": ("embed", "export", "export-head", "import-head"),
-    "Stores": ("convert", "import-store", "merge", "subset", "rechunk", "reorder"),
+    "The three stages": (extract, align, evaluate),
+    "Look": (explore, search, inspect, verify, compare),
+    "Before a long run": (doctor, plan, pick, study),
+    "Try settings": (sweep, scaling),
+    "Hand over": (embed, export, export_head, import_head),
+    "Stores": (convert, import_store, merge, subset, rechunk, reorder),
 }
 
 
@@ -33,10 +35,10 @@ class Commands(click.Group):
         ctx: click.Context,  # noqa: ARG002
         formatter: click.HelpFormatter,
     ) -> None:
-        for title, names in SECTIONS.items():
+        for title, commands in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl(
-                    [(f"{name:12}", self.commands[name].get_short_help_str(60)) for name in names]
+                    [(f"{each.name:12}", each.get_short_help_str(60)) for each in commands]
                 )
 
     def invoke(self, ctx: click.Context) -> object:  # noqa: D102
@@ -71,30 +73,5 @@ def cli() -> None:
     """
 
 
-for command in (
-    extract,
-    align,
-    evaluate,
-    sweep,
-    scaling,
-    import_head,
-    export_head,
-    plan,
-    doctor,
-    inspect,
-    verify,
-    search,
-    explore,
-    embed,
-    export,
-    convert,
-    import_store,
-    merge,
-    subset,
-    rechunk,
-    reorder,
-    compare,
-    study,
-    pick,
-):
+for command in itertools.chain.from_iterable(SECTIONS.values()):
     cli.add_command(command)

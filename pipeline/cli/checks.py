@@ -9,7 +9,15 @@ import sys
 import click
 
 from features.storage.place import as_place
-from pipeline.cli.options import complete_recipe, count_of, override, stage, store_argument
+from pipeline.cli.options import (
+    Stage,
+    complete_recipe,
+    count_of,
+    json_option,
+    override,
+    stage,
+    store_argument,
+)
 
 
 @click.command()
@@ -25,15 +33,7 @@ from pipeline.cli.options import complete_recipe, count_of, override, stage, sto
 @click.option(
     "--price", type=click.FloatRange(min=0), metavar="EUROS", help="Of one hour of a GPU."
 )
-def plan(
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-    rows: str | None,
-    seconds: float,
-    price: float | None,
-) -> None:
+def plan(run: Stage, rows: str | None, seconds: float, price: float | None) -> None:
     """Say what a run will cost: rows, bytes, hours of both stages.
 
     Encoders and data that are on this machine are measured; the hub is not asked. Hours on named
@@ -44,24 +44,20 @@ def plan(
       sail plan my.toml
       sail plan sail --rows 23M --price 2.5
     """
-    from pipeline.progress import start_log
-    from pipeline.run.config import load_config
-    from pipeline.tables import plan_table
-
-    start_log(verbose=verbose)
-    config = load_config(recipe, overrides)
+    config = run.load()
     count = None if rows is None else count_of(rows)
     # torch loads here: a fault in the recipe is told before
     from pipeline.planning.budget import plan_run
+    from pipeline.tables import plan_table
 
     description = plan_run(config, rows=count, seconds=seconds, price=price)
-    click.echo(json.dumps(description, indent=2) if as_json else plan_table(description))
+    click.echo(json.dumps(description, indent=2) if run.as_json else plan_table(description))
 
 
 @click.command()
 @click.argument("recipe", required=False, shell_complete=complete_recipe)
 @override
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Say whether this machine has what a run needs.
 

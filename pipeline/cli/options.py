@@ -1,9 +1,12 @@
 """What commands of `sail` share: options, and the clean end by a signal."""
 
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,24 +18,21 @@ SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 def settings_of(texts: Sequence[str]) -> dict[str, list[str]]:
     """Read `KEY=VALUE,VALUE,…` of several keys."""
     settings: dict[str, list[str]] = {}
-    for key, values in map(values_of, texts):
-        if key in settings:
+    for text in texts:
+        key, _, listed = text.partition("=")
+        values = [value.strip() for value in listed.split(",")]
+        if not all(values):
             raise click.BadParameter(
-                f"{key!r} is named twice: give all its values together.", param_hint="--over"
+                f"{text!r} is not KEY=VALUE,VALUE,…, as in align.head.kind=glu,linear.",
+                param_hint="--over",
             )
-        settings[key] = values
+        if key.strip() in settings:
+            raise click.BadParameter(
+                f"{key.strip()!r} is named twice: give all its values together.",
+                param_hint="--over",
+            )
+        settings[key.strip()] = values
     return settings
-
-
-def values_of(text: str) -> tuple[str, list[str]]:
-    """Read `KEY=VALUE,VALUE,…`."""
-    key, separator, values = text.partition("=")
-    if not separator or not all(value.strip() for value in values.split(",")):
-        raise click.BadParameter(
-            f"{text!r} is not KEY=VALUE,VALUE,…, as in align.head.kind=glu,linear.",
-            param_hint="--over",
-        )
-    return key.strip(), [value.strip() for value in values.split(",")]
 
 
 def seeds_of(text: str) -> list[int]:
@@ -72,6 +72,8 @@ def complete_folder(
 
 
 store_argument = click.argument("store", shell_complete=complete_folder)
+run_argument = click.argument("run", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 override = click.option(
     "--set",
     "overrides",
@@ -79,31 +81,6 @@ override = click.option(
     metavar="SECTION.KEY=VALUE",
     help="Override a setting of the recipe; may be repeated.",
 )
-
-
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the argument and the options that all stages share."""
-    options = [
-        click.argument("recipe", shell_complete=complete_recipe),
-        override,
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--verbose", is_flag=True, help="Log more."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def trainings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of those that train many heads."""
-    function = click.option(
-        "--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too."
-    )(function)
-    return click.option(
-        "--seeds", default="0,1,2", show_default=True, help="Each is trained with all of these."
-    )(function)
-
-
 SAVED = "what is done is saved. The same command goes on from here."
 
 
@@ -119,27 +96,52 @@ def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:
             sys.exit(stop.exit_code)
 
 
-def run_stage(
-    recipe: str,
-    overrides: tuple[str, ...],
-    work: Callable[[Any, Any], Any],
-    *,
-    as_json: bool | None,
-    verbose: bool,
-    kept: str = SAVED,
-) -> Any:
-    """Load the recipe, do the work so that a signal ends it cleanly, and print what it returns.
+@dataclass(frozen=True)
+class Stage:
+    """The recipe that a command is called with, and the options that all stages share."""
 
-    Nothing is printed where it returns None.
-    """
-    from pipeline.progress import start_log
-    from pipeline.run.config import load_config
-    from pipeline.run.cpu import keep_freed_memory
+    recipe: str
+    overrides: tuple[str, ...]
+    as_json: bool
+    verbose: bool
 
-    start_log(verbose=verbose)
-    keep_freed_memory()
-    config = load_config(recipe, overrides)
-    result = until_stopped(lambda stop: work(config, stop), kept=kept)
-    if as_json is not None and result is not None:
-        click.echo(json.dumps(result) if as_json else "\n".join(result))
-    return result
+    def load(self) -> Any:
+        """Start the log, and return the settings of the recipe."""
+        from pipeline.progress import start_log
+        from pipeline.run.config import load_config
+
+        start_log(verbose=self.verbose)
+        return load_config(self.recipe, self.overrides)
+
+    def run(self, work: Callable[[Any, Any], Any], *, kept: str = SAVED) -> Any:
+        """Return what `work(config, stop)` returns; a signal ends it cleanly."""
+        from pipeline.run.cpu import keep_freed_memory
+
+        config = self.load()
+        keep_freed_memory()
+        return until_stopped(lambda stop: work(config, stop), kept=kept)
+
+    def show(self, document: Path, table: Callable[[Any], str], *others: Path) -> None:
+        """Print a JSON file that a command wrote; without --json a table of it, and paths."""
+        text = document.read_text(encoding="utf-8")
+        shown = [text] if self.as_json else [table(json.loads(text)), *map(str, others)]
+        click.echo("\n".join(shown))
+
+
+def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command a `Stage` as its first argument, and the options that fill it."""
+
+    @functools.wraps(function)
+    def command(
+        recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, **others: Any
+    ) -> Any:
+        return function(Stage(recipe, overrides, as_json, verbose), **others)
+
+    options = [
+        click.argument("recipe", shell_complete=complete_recipe),
+        override,
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--verbose", is_flag=True, help="Log more."),
+    ]
+    # click keeps the options of a function in reverse; those of decorators below come last
+    return functools.reduce(lambda made, option: option(made), reversed(options), command)

@@ -4,12 +4,12 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from pipeline.cli.options import run_stage, stage
+from pipeline.cli.options import Stage, stage
 
 
 @click.command()
@@ -27,15 +27,7 @@ from pipeline.cli.options import run_stage, stage
     type=click.IntRange(min=1),
     help="Let so many processes of this machine encode, one per GPU where there are several.",
 )
-def extract(
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-    append: bool,
-    scheduler: str | None,
-    workers: int | None,
-) -> None:
+def extract(run: Stage, append: bool, scheduler: str | None, workers: int | None) -> None:
     """Encode images and captions into feature stores (stage one).
 
     Resumes by itself: what is on disk is not computed again, also where the recipe has further
@@ -49,21 +41,20 @@ def extract(
       sail extract my.toml --set encoders.image.dinov2.batch_size=256
       sail extract my.toml --scheduler tcp://10.0.0.1:8786
     """
-    from pipeline.run import extract as stage
+    from pipeline.run import extract as stage_one
 
     if scheduler is not None and workers is not None:
         raise click.UsageError("--scheduler has workers of its own: leave --workers out.")
 
-    def work(config: Any, stop: Any) -> list[str]:
-        stores = stage.extract(config, stop, append=append, scheduler=scheduler, workers=workers)
-        return [str(path) for path in stores]
+    def work(config: Any, stop: Any) -> Any:
+        return stage_one.extract(config, stop, append=append, scheduler=scheduler, workers=workers)
 
-    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+    _print_paths(run, run.run(work))
 
 
 @click.command()
 @stage
-def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+def align(run: Stage) -> None:
     """Train the head on the feature stores (stage two).
 
     Resumes by itself from its last checkpoint. Prints the path of the best checkpoint. Several
@@ -77,11 +68,13 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
     """
     from pipeline.run.align import align_run
 
-    def work(config: Any, stop: Any) -> list[str] | None:
-        best = align_run(config, stop)
-        return None if best is None else [str(best)]
+    if (best := run.run(align_run)) is not None:
+        _print_paths(run, [best])
 
-    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+
+def _print_paths(run: Stage, paths: Iterable[object]) -> None:
+    texts = [str(path) for path in paths]
+    click.echo(json.dumps(texts) if run.as_json else "\n".join(texts))
 
 
 @click.command(name="eval")
@@ -91,9 +84,7 @@ def align(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
     help="Instead, embed some rows in several ways and see how far the embeddings drift.",
 )
 @stage
-def evaluate(
-    recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, check: bool
-) -> None:
+def evaluate(run: Stage, check: bool) -> None:
     """Measure the trained head; write its results and report.
 
     Prints a table, and the paths of results.json and report.html in run.dir/eval.
@@ -108,28 +99,21 @@ def evaluate(
       sail eval my.toml --check
     """
     if check:
-        _check(recipe, overrides, as_json=as_json, verbose=verbose)
+        _check(run)
         return
     from pipeline.run.evaluate import evaluate_run, results_table
 
-    def work(config: Any, stop: Any) -> Path:
-        return Path(evaluate_run(config, stop))
-
-    results = run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
-    if as_json:
+    results = run.run(evaluate_run)
+    if run.as_json:
         click.echo(results.read_text(encoding="utf-8"))
     else:
-        click.echo(results_table(results))
-        click.echo(f"{results}\n{results.with_name('report.html')}")
+        click.echo(f"{results_table(results)}\n{results}\n{results.with_name('report.html')}")
 
 
-def _check(recipe: str, overrides: tuple[str, ...], *, as_json: bool, verbose: bool) -> None:
+def _check(run: Stage) -> None:
     from pipeline.run.check import check_run, refuse_drift
     from pipeline.tables import drift_table
 
-    kept = "nothing was written."
-    path = run_stage(recipe, overrides, check_run, as_json=None, verbose=verbose, kept=kept)
-    text = path.read_text(encoding="utf-8")
-    document = json.loads(text)
-    click.echo(text if as_json else f"{drift_table(document)}\n{path}")
-    refuse_drift(document)
+    path = run.run(check_run, kept="nothing was written.")
+    run.show(path, drift_table, path)
+    refuse_drift(json.loads(path.read_text(encoding="utf-8")))

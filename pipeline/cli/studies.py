@@ -10,15 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import (
-    count_of,
-    run_stage,
-    seeds_of,
-    settings_of,
-    stage,
-    trainings,
-    until_stopped,
-)
+from pipeline.cli.options import Stage, count_of, json_option, seeds_of, settings_of, stage
 
 
 @click.command()
@@ -30,7 +22,7 @@ from pipeline.cli.options import (
     metavar="FILE.png",
     help="Where the picture goes; eval/compare.png of the second run if not given.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None:
     """Compare the results of two runs, number by number.
 
@@ -69,14 +61,7 @@ on = click.option(
     metavar="FILE.csv",
     help="Scores from elsewhere: a column `encoder`, and one per score.",
 )
-def study(
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-    on: str | None,
-    scores: Path | None,
-) -> None:
+def study(run: Stage, on: str | None, scores: Path | None) -> None:
     """Find out what predicts alignment, over many encoders.
 
     Needs `sail extract`. Measures every image encoder and every pair, trains a short linear head
@@ -91,19 +76,14 @@ def study(
     from pipeline.study import study_run
     from pipeline.study.outcome import study_table
 
-    path = _stoppable(
-        lambda stop: study_run(recipe, overrides, stop, on=on, scores=scores), verbose=verbose
-    )
-    text = path.read_text(encoding="utf-8")
-    click.echo(text if as_json else f"{study_table(json.loads(text))}\n{path.with_suffix('.md')}")
+    path = run.run(lambda config, stop: study_run(config, stop, on=on, scores=scores))
+    run.show(path, study_table, path.with_suffix(".md"))
 
 
 @click.command()
 @stage
 @on
-def pick(
-    recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, on: str | None
-) -> None:
+def pick(run: Stage, on: str | None) -> None:
     """Say which pair of encoders aligns best, and how surely.
 
     Needs `sail extract` of a few thousand of your pairs with all candidates. Trains a short linear
@@ -116,17 +96,18 @@ def pick(
     from pipeline.study import pick_run
     from pipeline.study.outcome import pick_table
 
-    path, document = _stoppable(lambda stop: pick_run(recipe, overrides, on, stop), verbose=verbose)
-    click.echo(json.dumps(document, indent=2) if as_json else f"{pick_table(document)}\n{path}")
+    path = run.run(lambda config, stop: pick_run(config, on, stop))
+    run.show(path, pick_table, path)
 
 
-def _stoppable(work: Callable[[Any], Any], *, verbose: bool) -> Any:
-    from pipeline.progress import start_log
-    from pipeline.run.cpu import keep_freed_memory
-
-    start_log(verbose=verbose)
-    keep_freed_memory()
-    return until_stopped(work)
+def trainings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the recipe, and the options of those that train many heads."""
+    function = click.option(
+        "--eval", "evaluates", is_flag=True, help="Measure each head by `sail eval` too."
+    )(stage(function))
+    return click.option(
+        "--seeds", default="0,1,2", show_default=True, help="Each is trained with all of these."
+    )(function)
 
 
 @click.command()
@@ -138,8 +119,7 @@ def _stoppable(work: Callable[[Any], Any], *, verbose: bool) -> Any:
     help="A setting of [align] and its values; may be repeated.",
 )
 @trainings
-@stage
-def sweep(over: tuple[str, ...], **options: Any) -> None:
+def sweep(run: Stage, over: tuple[str, ...], seeds: str, evaluates: bool) -> None:
     """Train every combination of some settings, and compare them.
 
     On the features that the run has. Resumes by itself. Prints mean and sd of the held-out recall
@@ -149,14 +129,13 @@ def sweep(over: tuple[str, ...], **options: Any) -> None:
     Example:
       sail sweep demo --over align.head.kind=glu,linear --over align.head.dim=128,256
     """
-    _run_sweep("sweep", settings_of(over), **options)
+    _sweep(run, "sweep", settings_of(over), seeds, evaluates=evaluates)
 
 
 @click.command()
 @click.option("--rows", required=True, metavar="1k,3k,…", help="Numbers of pairs to train on.")
 @trainings
-@stage
-def scaling(rows: str, **options: Any) -> None:
+def scaling(run: Stage, rows: str, seeds: str, evaluates: bool) -> None:
     """Train on more and more pairs, and draw the quality.
 
     On the features that the run has. A larger number holds all pairs of a smaller one. Resumes by
@@ -167,31 +146,14 @@ def scaling(rows: str, **options: Any) -> None:
       sail scaling demo --rows 1500,3k,5k --eval
     """
     sizes = [str(count_of(each)) for each in rows.split(",")]
-    _run_sweep("scaling", {"align.rows": sizes}, **options)
+    _sweep(run, "scaling", {"align.rows": sizes}, seeds, evaluates=evaluates)
 
 
-def _run_sweep(
-    name: str,
-    over: dict[str, list[str]],
-    *,
-    seeds: str,
-    evaluates: bool,
-    recipe: str,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
+def _sweep(
+    run: Stage, name: str, over: dict[str, list[str]], seeds: str, *, evaluates: bool
 ) -> None:
     from pipeline.study.sweep import Sweep, sweep_run, sweep_table
 
     varied = Sweep(name, over, seeds_of(seeds), evaluates)
-
-    def work(_config: Any, stop: Any) -> Path:
-        return sweep_run(varied, recipe, overrides, stop)
-
-    path = run_stage(recipe, overrides, work, as_json=None, verbose=verbose)
-    text = path.read_text(encoding="utf-8")
-    if as_json:
-        click.echo(text)
-    else:
-        click.echo(sweep_table(json.loads(text)))
-        click.echo(f"{path}\n{path.with_suffix('.png')}")
+    path = run.run(lambda config, stop: sweep_run(varied, config, stop))
+    run.show(path, sweep_table, path, path.with_suffix(".png"))

@@ -10,14 +10,11 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import run_stage, stage, until_stopped
-
-RUN = click.argument("run", type=click.Path(path_type=Path))
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+from pipeline.cli.options import Stage, json_option, run_argument, stage, until_stopped
 
 
 @click.command()
-@RUN
+@run_argument
 @click.argument("query", required=False)
 @click.option("--image", type=click.Path(path_type=Path), help="Search by an image instead.")
 @click.option(
@@ -31,7 +28,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     help="What to find.",
 )
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1), help="How many.")
-@AS_JSON
+@json_option
 def search(
     run: Path,
     query: str | None,
@@ -70,7 +67,7 @@ def search(
 
 
 @click.command()
-@RUN
+@run_argument
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of images.")
 @click.option("--texts", type=click.Path(path_type=Path), help="File with one sentence a line.")
 @click.option(
@@ -79,7 +76,7 @@ def search(
     type=click.Path(path_type=Path),
     help="FILE.npy, FILE.parquet or FILE.zarr.",
 )
-@AS_JSON
+@json_option
 def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json: bool) -> None:
     """Write embeddings of your own images or sentences.
 
@@ -109,17 +106,15 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
         return embed_sentences(aligned, lines, out, stop)
 
     written = until_stopped(work, kept="nothing was written.")
-    if as_json:
-        click.echo(json.dumps(asdict(written) | {"path": str(written.path)}))
-    else:
-        click.echo(str(written.path))
+    path = str(written.path)
+    click.echo(json.dumps(asdict(written) | {"path": path}) if as_json else path)
 
 
 FORMS = ("hf", "llava", "onnx", "open_clip", "sentence-transformers")
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@run_argument
 @click.option("--to", "form", required=True, type=click.Choice(FORMS), help="For which program.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The new folder; RUN/export/FORM if not given."
@@ -129,7 +124,7 @@ FORMS = ("hf", "llava", "onnx", "open_clip", "sentence-transformers")
     is_flag=True,
     help="With the weights of both encoders, also those of the hub; mind their licences.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json: bool) -> None:
     """Write a trained run as a folder that other programs open. Prints its path.
 
@@ -173,9 +168,7 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 @click.command(name="import-head")
 @click.argument("file", type=click.Path(path_type=Path))
 @stage
-def import_head(
-    file: Path, recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool
-) -> None:
+def import_head(run: Stage, file: Path) -> None:
     """Make a released SAIL head the checkpoint of a run.
 
     FILE is its .pt; `sail eval` measures it there. The recipe's features must be extracted, by the
@@ -189,10 +182,8 @@ def import_head(
     """
     from pipeline.export import heads
 
-    def work(config: Any, _stop: Any) -> list[str]:
-        return [str(heads.import_head(file, config))]
-
-    run_stage(recipe, overrides, work, as_json=as_json, verbose=verbose)
+    checkpoint = str(run.run(lambda config, _stop: heads.import_head(file, config)))
+    click.echo(json.dumps([checkpoint]) if run.as_json else checkpoint)
 
 
 @click.command(name="export-head")
@@ -214,7 +205,7 @@ def export_head(checkpoint: Path, file: Path) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@run_argument
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -180,13 +180,29 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         run.setdefault("name", path.stem)
         run.setdefault("dir", str(Path("runs") / str(run["name"])))
     _resolve_paths(document, path.resolve().parent)
+    return _checked(document, str(path))
+
+
+def vary_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return a run file's settings with some of them set anew, as by `load_config`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+    document = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(document, override)
+    return _checked(document, f"The run {config.run.name!r} with {', '.join(overrides)}")
+
+
+def _checked(document: dict[str, Any], what: str) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors()]
         where = "; ".join(faults) if len(faults) == 1 else "".join(f"\n  {f}" for f in faults)
         raise ConfigError(
-            f"{path} cannot be used; correct it (docs/recipes.md lists all settings): "
+            f"{what} cannot be used; correct it (docs/recipes.md lists all settings): "
             f"{without_secrets(where)}"
         ) from None  # the cause would repeat what a URL in it may hide
 

@@ -21,7 +21,7 @@ from evaluate.statistics import LEAST_POINTS, correlate, percentile_interval
 from features.errors import ConfigError
 from features.storage.files import appearing, write
 from pipeline.interrupt import StopRequest
-from pipeline.run.config import RunConfig, load_config
+from pipeline.run.config import RunConfig
 from pipeline.study.probes import (
     Kept,
     Probe,
@@ -145,22 +145,18 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 RESAMPLES, SEED = 2000, 0
 
 
-def pick_run(
-    recipe: str, overrides: Sequence[str], on: str | None, stop: StopRequest
-) -> tuple[Path, dict[str, Any]]:
-    """Probe every pair, and say which is the best and how sure that is; return pick.json and it.
+def pick_run(config: RunConfig, on: str | None, stop: StopRequest) -> Path:
+    """Probe every pair, and say which is the best and how sure that is; return pick.json.
 
     Args:
-        recipe: The run file, whose features are there.
-        overrides: Settings over it.
+        config: The recipe, whose features are there.
         on: Split to score on; the held-out rows of the training split if not given.
         stop: Whether to stop.
 
     Raises:
         Stopped: A signal came; the same call goes on from here.
     """
-    config = load_config(recipe, overrides)
-    rows, probes = probe_pairs(recipe, overrides, on, stop)
+    rows, probes = probe_pairs(config, on, stop)
     document = {
         "schema": 1,
         "scored_on": on or f"held-out rows of {config.align.split}",
@@ -170,7 +166,7 @@ def pick_run(
     }
     path = probe_folder(config) / "pick.json"
     write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-    return path, document
+    return path
 
 
 def ranking(probes: Sequence[Probe]) -> list[dict[str, Any]]:
@@ -230,8 +226,7 @@ Series = dict[tuple[str, str], list[tuple[float, float]]]
 
 
 def study_run(
-    recipe: str,
-    overrides: Sequence[str],
+    config: RunConfig,
     stop: StopRequest,
     *,
     on: str | None = None,
@@ -240,8 +235,7 @@ def study_run(
     """Measure every encoder and pair, align every pair shortly, and correlate; return study.json.
 
     Args:
-        recipe: The run file, whose features are there.
-        overrides: Settings over it.
+        config: The recipe, whose features are there.
         stop: Whether to stop.
         on: Split to score alignment on; the held-out rows of the training split if not given.
         scores: CSV of scores from elsewhere: a column `encoder`, and a column per score.
@@ -251,13 +245,12 @@ def study_run(
         EvaluationError: A column is not complete, or too few rows are left.
         Stopped: A signal came; the same call goes on from here.
     """
-    config = load_config(recipe, overrides)
     outside = {} if scores is None else read_scores(scores, config)
     folder = probe_folder(config)
     kept = Kept.read(folder / "measures.json")
     splits = _labelled_splits(config)
     images = {} if splits is None else measure_images(config, splits, kept, stop)
-    rows, probes = probe_pairs(recipe, overrides, on, stop)
+    rows, probes = probe_pairs(config, on, stop)
     measures = {(image, text): found for image, text, found in measure_pairs(config, kept, stop)}
     pairs = [row | {"measures": measures[row["image"], row["text"]]} for row in ranking(probes)]
     document = {

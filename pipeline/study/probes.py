@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from features.storage.files import write
 from features.store import NOT_COMPARED, FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
-from pipeline.run.config import RunConfig, load_config
+from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import open_evaluated, run_folder
 
@@ -378,15 +378,14 @@ class Probe:
 
 
 def probe_pairs(
-    recipe: str, overrides: Sequence[str], on: str | None, stop: StopRequest
+    config: RunConfig, on: str | None, stop: StopRequest
 ) -> tuple[StudyRows, list[Probe]]:
     """Train and score every pair of an image column and a text encoder that was not before.
 
     The heads are LayerNorm and one matrix, and the loss the sigmoid; all else is as [align] says.
 
     Args:
-        recipe: The run file, whose features are there.
-        overrides: Settings over it.
+        config: The recipe, whose features are there.
         on: Split to score on; the held-out rows of the training split if not given.
         stop: Whether to stop.
 
@@ -394,7 +393,6 @@ def probe_pairs(
         ConfigError: There is nothing to train or score on.
         Stopped: A signal came; the same call goes on from here.
     """
-    config = load_config(recipe, overrides)
     rows = scored_rows(config, on)
     pairs = [(i, t) for i in config.encoders.image_columns for t in config.encoders.text]
     probes = []
@@ -403,15 +401,15 @@ def probe_pairs(
         logger.info("probe %d of %d: %s with %s", number, len(pairs), image, text)
         folder = config.run.dir / "study" / "probes" / f"{image}--{text}"
         given = {
-            "run.dir": json.dumps(str(folder)),
-            "run.features": json.dumps(str(config.run.features or config.run.dir)),
-            "align.image": json.dumps(image),
-            "align.text": json.dumps(text),
-            "align.head.kind": '"linear"',
-            "align.loss.kind": '"sigmoid"',
+            "run.dir": str(folder),
+            "run.features": str(config.run.features or config.run.dir),
+            "align.image": image,
+            "align.text": text,
+            "align.head.kind": "linear",
+            "align.loss.kind": "sigmoid",
         }
-        settings = [*overrides, *(f"{name}={value}" for name, value in given.items())]
-        probes.append(_probe(load_config(recipe, settings), rows, stop))
+        overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
+        probes.append(_probe(vary_config(config, overrides), rows, stop))
     return rows, probes
 
 

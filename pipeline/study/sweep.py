@@ -29,7 +29,7 @@ from features.errors import ConfigError, TrainingError
 from features.storage.files import appearing, write
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
-from pipeline.run.config import RunConfig, load_config
+from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.evaluate import evaluate_run
 from pipeline.tables import rendered
 
@@ -147,15 +147,14 @@ class Trial:
     """Why there are no scores."""
 
 
-def sweep_run(sweep: Sweep, recipe: str, overrides: Sequence[str], stop: StopRequest) -> Path:
+def sweep_run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
     """Train every combination that was not trained before; return the JSON of what they scored.
 
     A training that fails, as by a loss that is not finite, is noted and the others go on.
 
     Args:
         sweep: What is varied.
-        recipe: The run file.
-        overrides: Settings that are the same in all of them.
+        config: What is the same in all of them.
         stop: Whether to stop.
 
     Raises:
@@ -164,19 +163,18 @@ def sweep_run(sweep: Sweep, recipe: str, overrides: Sequence[str], stop: StopReq
         TrainingError: None of them could be trained.
         Stopped: A signal came; the same call goes on from here.
     """
-    base = load_config(recipe, overrides)
     _check(sweep)
-    path = base.run.dir / sweep.name / f"{sweep.name}.json"
-    planned = list(_planned(sweep, base, recipe, overrides))
-    if any(config.align.holdout == 0 for _, config in planned):
+    path = config.run.dir / sweep.name / f"{sweep.name}.json"
+    planned = list(_planned(sweep, config))
+    if any(varied.align.holdout == 0 for _, varied in planned):
         raise ConfigError(
             "align.holdout = 0 leaves no rows to compare the trainings by. A fraction above 0 was "
             "expected. Set align.holdout."
         )
     done: list[Trial] = []
-    for number, (trial, config) in enumerate(planned, 1):
+    for number, (trial, varied) in enumerate(planned, 1):
         logger.info("%s %d of %d: %s", sweep.name, number, len(planned), Path(trial.dir).name)
-        done.append(_train(trial, config, stop, evaluates=sweep.evaluates))
+        done.append(_train(trial, varied, stop, evaluates=sweep.evaluates))
         _write(path, sweep, done)
     if all(trial.failed for trial in done):
         raise TrainingError(f"None of {len(done)} trainings came to an end. {done[-1].failed}")
@@ -204,19 +202,16 @@ def _check(sweep: Sweep) -> None:
             )
 
 
-def _planned(
-    sweep: Sweep, base: RunConfig, recipe: str, overrides: Sequence[str]
-) -> Iterator[tuple[Trial, RunConfig]]:
-    features = base.run.features or base.run.dir
+def _planned(sweep: Sweep, config: RunConfig) -> Iterator[tuple[Trial, RunConfig]]:
+    features = config.run.features or config.run.dir
     for values in product(*sweep.over.values()):
         settings = dict(zip(sweep.over, values, strict=True))
         for seed in sweep.seeds:
-            folder = base.run.dir / sweep.name / _label(settings, seed)
-            given = dict(settings)
-            given |= {"run.seed": str(seed), "run.dir": json.dumps(str(folder))}
-            given |= {"run.features": json.dumps(str(features))}
-            config = load_config(recipe, [*overrides, *(f"{k}={v}" for k, v in given.items())])
-            yield Trial(settings, seed, str(folder)), config
+            folder = config.run.dir / sweep.name / _label(settings, seed)
+            given = [f"{key}={value}" for key, value in settings.items()]
+            given += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
+            given += [f"run.features={json.dumps(str(features))}"]
+            yield Trial(settings, seed, str(folder)), vary_config(config, given)
 
 
 def _label(settings: Settings, seed: int) -> str:

@@ -48,7 +48,7 @@ def test_a_study_measures_every_pair_and_a_second_one_computes_nothing(
 ) -> None:
     scores = tmp_path / "scores.csv"
     scores.write_text("encoder,parameters\n" + "".join(f"{n},{i}\n" for i, n in enumerate(IMAGES)))
-    path = study_run(recipe, [STEPS], StopRequest(), scores=scores)
+    path = study_run(load_config(recipe, [STEPS]), StopRequest(), scores=scores)
     document: dict[str, Any] = json.loads(path.read_text())
     assert {pair["image"] for pair in document["pairs"]} == set(IMAGES)
     for pair in document["pairs"]:
@@ -70,10 +70,12 @@ def test_a_study_measures_every_pair_and_a_second_one_computes_nothing(
 
     monkeypatch.setattr(Training, "update", None)  # a training would fail
     again: dict[str, Any] = json.loads(
-        study_run(recipe, [STEPS], StopRequest(), scores=scores).read_text()
+        study_run(load_config(recipe, [STEPS]), StopRequest(), scores=scores).read_text()
     )
     assert again == document
-    other = json.loads(study_run(recipe, [STEPS, "eval.knn_k=[1]"], StopRequest()).read_text())
+    other = json.loads(
+        study_run(load_config(recipe, [STEPS, "eval.knn_k=[1]"]), StopRequest()).read_text()
+    )
     assert {each["knn_top1"]["k"] for each in document["encoders"].values()} == {3}
     assert {each["knn_top1"]["k"] for each in other["encoders"].values()} == {1}
     assert "parameters" in study_table(document)
@@ -86,6 +88,7 @@ def test_a_pick_that_was_stopped_goes_on(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [STEPS, f"run.dir='{tmp_path}'", f"run.features='{Path(recipe).parent / 'run'}'"]
+    config = load_config(recipe, settings)
     updates, update = list[int](), Training.update
 
     def counted(training: Training, batch: Any) -> Any:
@@ -94,16 +97,16 @@ def test_a_pick_that_was_stopped_goes_on(
 
     monkeypatch.setattr(Training, "update", counted)
     with pytest.raises(Stopped):
-        pick_run(recipe, settings, "test", StopAfter(8))
+        pick_run(config, "test", StopAfter(8))
     assert 0 < len(updates) < 4 * len(IMAGES)
-    _, document = pick_run(recipe, settings, "test", StopRequest())
+    document = json.loads(pick_run(config, "test", StopRequest()).read_text())
     assert {pair["image"] for pair in document["pairs"]} == set(IMAGES)
     assert len(updates) == 4 * len(IMAGES)  # no step was made twice
 
 
 def test_a_split_that_is_trained_on_is_none_to_score_on(recipe: str) -> None:
     with pytest.raises(ConfigError, match="--on train is no split to score on"):
-        pick_run(recipe, [STEPS], "train", StopRequest())
+        pick_run(load_config(recipe, [STEPS]), "train", StopRequest())
 
 
 def test_scores_of_an_encoder_that_the_recipe_has_not_are_refused(
@@ -112,7 +115,7 @@ def test_scores_of_an_encoder_that_the_recipe_has_not_are_refused(
     scores = tmp_path / "scores.csv"
     scores.write_text("encoder,mteb\nother,61.4\n")
     with pytest.raises(ConfigError, match="line 2, has encoder = 'other'"):
-        study_run(recipe, [STEPS], StopRequest(), scores=scores)
+        study_run(load_config(recipe, [STEPS]), StopRequest(), scores=scores)
 
 
 def test_a_measure_of_too_few_encoders_is_said_not_to_be_correlated(

@@ -45,7 +45,8 @@ def test_what_a_script_reads_is_there_as_json(name: str) -> None:
 
 def test_the_help_lists_every_command_with_a_whole_sentence() -> None:
     text = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout
-    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.commands)
+    listed = [str(command.name) for commands in SECTIONS.values() for command in commands]
+    assert sorted(listed) == sorted(cli.commands)
     assert not re.findall(r"^  .*\.\.\.$", text, re.MULTILINE)
 
 

@@ -12,8 +12,9 @@ import pytest
 from align.checkpoint import Checkpoint
 from align.trainer import Training
 from features.errors import ConfigError, TrainingError
-from pipeline.cli.options import count_of, seeds_of, settings_of, values_of
+from pipeline.cli.options import count_of, seeds_of, settings_of
 from pipeline.interrupt import Stopped, StopRequest
+from pipeline.run.config import load_config
 from pipeline.study.sweep import Sweep, _label, sweep_run, sweep_table
 from tests.feature_stores import make_run
 
@@ -34,7 +35,7 @@ def recipe(tmp_path: Path) -> str:
 
 def document(sweep: Sweep, recipe: str, *overrides: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(
-        sweep_run(sweep, recipe, overrides, StopRequest()).read_text()
+        sweep_run(sweep, load_config(recipe, overrides), StopRequest()).read_text()
     )
     return found
 
@@ -70,7 +71,7 @@ def test_a_sweep_that_was_stopped_goes_on_without_training_anew(
 
     monkeypatch.setattr(Training, "update", update)
     with pytest.raises(Stopped):
-        sweep_run(KINDS, recipe, [], stop)
+        sweep_run(KINDS, load_config(recipe), stop)
     path = Path(recipe).parent / "sweep" / "sweep.json"
     assert len(json.loads(path.read_text())["runs"]) == 1
     found = document(KINDS, recipe)
@@ -124,8 +125,12 @@ def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
     assert not (Path(recipe).parent / "sweep").exists()
 
 
+def one_setting(text: str) -> dict[str, list[str]]:
+    return settings_of([text])
+
+
 def test_values_are_read_as_they_are_written() -> None:
-    assert values_of("align.head.kind=glu, linear") == ("align.head.kind", ["glu", "linear"])
+    assert settings_of(["align.head.kind=glu, linear"]) == {"align.head.kind": ["glu", "linear"]}
     assert seeds_of("0,1, 7") == [0, 1, 7]
     written = ("500", "10k", "1.5M", "2G", "2b")
     assert [count_of(text) for text in written] == [500, 10_000, 1_500_000, 2 * 10**9, 2 * 10**9]
@@ -134,8 +139,8 @@ def test_values_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("read", "text"),
     [
-        (values_of, "align.head.kind"),
-        (values_of, "a=1,,2"),
+        (one_setting, "align.head.kind"),
+        (one_setting, "a=1,,2"),
         (seeds_of, "0,x"),
         *((count_of, text) for text in ("", "many", "M", "0", "-3", "inf", "1e400", "0.1")),
     ],
