@@ -27,6 +27,7 @@ from torch import Tensor
 from align.config import HeadConfig, LossConfig
 from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
+from features.storage.fingerprint import RECORDED_ONLY, differences
 
 FORMAT = "sail-head"
 FORMAT_VERSION = 1
@@ -35,7 +36,7 @@ HINTS = {
     "set `run.features` of another run to this one. ",
     "fields": "To go on with the same captions, name them in `align.fields`. ",
 }
-NOT_COMPARED = {"versions", "licence", "checkpoint_every"}  # they do not change the result
+WITHOUT_EFFECT = {*RECORDED_ONLY, "checkpoint_every"}  # they do not change the result
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
 
 
@@ -199,9 +200,8 @@ class CheckpointFolder:
             self._clean()
             return None
         checkpoint = Checkpoint.open(self.last)
-        for name, found, expected in _telling(differences(checkpoint.run, run)):
-            if not NOT_COMPARED.isdisjoint(name.split(".")):
-                continue
+        told = differences(checkpoint.run, run, without=WITHOUT_EFFECT)
+        for name, found, expected in _telling(told):
             raise CheckpointError(
                 f"{self.last} was trained with {name} = {found!r}, but this run has {expected!r}. "
                 f"Equal settings were expected, to go on from it. {HINTS.get(name, '')}Give this "
@@ -284,15 +284,6 @@ class CheckpointFolder:
 
     def _folder(self, step: int) -> Path:
         return self._steps / f"step-{step:08d}"
-
-
-def differences(found: Any, expected: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the leaves in which two JSON values differ: their dotted name and both values."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        keys = sorted(found.keys() | expected.keys())
-        pairs = [(f"{name}.{key}".lstrip("."), found.get(key), expected.get(key)) for key in keys]
-        return [each for key, old, new in pairs for each in differences(old, new, key)]
-    return [] if found == expected else [(name, found, expected)]
 
 
 def _telling(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:

@@ -49,7 +49,7 @@ from align.windows import shares
 from features.errors import TrainingError
 from features.storage.column import Column
 from features.storage.files import write
-from features.store import NOT_COMPARED
+from features.storage.fingerprint import Fingerprint
 
 ELSEWHERE = {"image", "text", "store", "text_store"}  # said of the encoders and the rows
 NO_MATTER = {"cache", "cache_mb", "host_memory_mb", "verify"}
@@ -177,14 +177,12 @@ def _describe_rows(columns: Columns) -> dict[str, Any]:
 
 
 def _check_same_encoder(ours: Column, other: Column) -> None:
-    found, expected = other.fingerprint | {"dim": other.dim}, ours.fingerprint | {"dim": ours.dim}
-    for name in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
-        if found.get(name) != expected.get(name):
-            raise TrainingError(
-                f"{other.path} has {name} = {found.get(name)!r}, but {ours.path} has "
-                f"{expected.get(name)!r}. Features of the same encoder were expected in all "
-                f"stores of align.mix. Extract one of them again."
-            )
+    found = Fingerprint(other.fingerprint | {"dim": other.dim})
+    for name, value, expected in found.differences(ours.fingerprint | {"dim": ours.dim}):
+        raise TrainingError(
+            f"{other.path} has {name} = {value!r}, but {ours.path} has {expected!r}. Features of "
+            f"the same encoder were expected in all stores of align.mix. Extract one of them again."
+        )
 
 
 class MetricsLog:

@@ -13,13 +13,14 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.checkpoint import Checkpoint, differences
+from align.checkpoint import Checkpoint
 from align.heads import AlignmentModel
 from features.errors import EvaluationError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.files import write
-from features.store import NOT_COMPARED, UNRECORDED, FeatureStore
+from features.storage.fingerprint import Fingerprint
+from features.store import FeatureStore
 from pipeline.run.config import RunConfig
 
 ROWS_AT_ONCE = 4096
@@ -112,14 +113,12 @@ class Embedder:
 
     def _checked(self, store: FeatureStore, name: str, fingerprint: dict[str, object]) -> Column:
         column = complete_column(store, name)
-        found = UNRECORDED | json.loads(json.dumps(column.fingerprint))
-        for place, value, expected in differences(found, UNRECORDED | fingerprint):
-            if place.split(".")[0] not in NOT_COMPARED:
-                raise EvaluationError(
-                    f"{column.path} has {place} = {value!r}, but the head was trained on "
-                    f"features with {expected!r}. Features of the same encoder were expected. "
-                    f"Extract them again, or train a head on these."
-                )
+        for place, value, expected in column.fingerprint.differences(fingerprint):
+            raise EvaluationError(
+                f"{column.path} has {place} = {value!r}, but the head was trained on features with "
+                f"{expected!r}. Features of the same encoder were expected. Extract them again, or "
+                f"train a head on these."
+            )
         return column
 
 
@@ -173,13 +172,11 @@ def check_same_encoder(
     Raises:
         EvaluationError: They differ in what decides the features.
     """
-    found = UNRECORDED | json.loads(json.dumps(found))
-    for place, value, wanted in differences(found, UNRECORDED | expected):
-        if place.split(".")[0] not in NOT_COMPARED:
-            raise EvaluationError(
-                f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
-                f"The same encoder was expected. {remedy}"
-            )
+    for place, value, wanted in Fingerprint(found).differences(expected):
+        raise EvaluationError(
+            f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
+            f"The same encoder was expected. {remedy}"
+        )
 
 
 def prompt_features(
@@ -196,11 +193,7 @@ def prompt_features(
     Raises:
         EvaluationError: The recipe's text encoder is not the one that the head was trained on.
     """
-    compared = {
-        name: value
-        for name, value in embedder.checkpoint.text["fingerprint"].items()
-        if name not in NOT_COMPARED
-    }
+    compared = Fingerprint(embedder.checkpoint.text["fingerprint"]).deciding
     digest = hashlib.sha256(json.dumps([compared, prompts], sort_keys=True).encode()).hexdigest()
     path = cache / f"prompts-{digest[:16]}.npy"
     if path.is_file():

@@ -37,6 +37,7 @@ from features.storage.files import (
     write,
     zarr_store,
 )
+from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, posix
@@ -46,9 +47,6 @@ FORMAT_VERSION = 1
 KEYS_AT_ONCE = 65_536
 NUMBERS = ("label", "group")
 STRINGS = np.dtypes.StringDType()
-NOT_COMPARED = frozenset({"versions", "licence"})  # recorded, but no reason to compute again
-# What holds of a column that was made before these fields were recorded.
-UNRECORDED: dict[str, Any] = {"mode": "exact", "upright": False, "layer": -1}
 
 
 class FeatureStore:
@@ -269,15 +267,8 @@ class FeatureStore:
 
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
         group = zarr.open_group(zarr_store(self.path / name), mode="r", zarr_format=3)
-        found, expected = UNRECORDED | group.attrs.asdict(), UNRECORDED | expected
-        for field in sorted((found.keys() | expected.keys()) - NOT_COMPARED):
-            if found.get(field) != expected.get(field):
-                raise StoreMismatchError(
-                    str(self.path / name),
-                    field,
-                    found=found.get(field),
-                    expected=expected.get(field),
-                )
+        for field, found, wanted in Fingerprint(group.attrs.asdict()).differences(expected):
+            raise StoreMismatchError(str(self.path / name), field, found=found, expected=wanted)
 
 
 def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:

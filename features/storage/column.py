@@ -20,6 +20,7 @@ from features.storage.chunks import (
     write_chunk,
 )
 from features.storage.files import is_file, names, remove_leftovers, zarr_store
+from features.storage.fingerprint import Fingerprint
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
@@ -62,9 +63,8 @@ class Column:
         self.rows, self.dim = array.shape
         self.rows_per_chunk = array.chunks[0]
         encoder = zarr_store(store / "/".join(name.split("/")[:2]))
-        self.fingerprint: dict[str, Any] = zarr.open_group(
-            encoder, mode="r", zarr_format=3
-        ).attrs.asdict()
+        attributes = zarr.open_group(encoder, mode="r", zarr_format=3).attrs.asdict()
+        self.fingerprint = Fingerprint(attributes)
 
     @property
     def is_scaled(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from align.checkpoint import Checkpoint, differences, load_head
+from align.checkpoint import Checkpoint, load_head
 from evaluate.charts import Curve
 from evaluate.config import EvalConfig
 from evaluate.embedder import Embedder
@@ -35,7 +35,8 @@ from evaluate.results import Result, read_results, write_items, write_results
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.files import write
-from features.store import NOT_COMPARED, FeatureStore
+from features.storage.fingerprint import differences
+from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import timed
 from pipeline.run.config import RunConfig
@@ -503,8 +504,7 @@ def _describe(store: FeatureStore) -> dict[str, Any]:
     columns = {}
     for name in store.columns():
         column = store.column(name)
-        fingerprint = {k: v for k, v in column.fingerprint.items() if k not in NOT_COMPARED}
-        columns[name] = [fingerprint, _sha256(column.status().tobytes())]
+        columns[name] = [column.fingerprint.deciding, _sha256(column.status().tobytes())]
     return {"keys": store.keys_sha256, "classes": store.class_names, "columns": columns}
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from features.errors import SourceError, StoreError
+from features.storage.fingerprint import Fingerprint
 from features.storage.place import Place
-from features.store import NOT_COMPARED, NUMBERS, FeatureStore, rows_by_key, store_key_hashes
+from features.store import NUMBERS, FeatureStore, rows_by_key, store_key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.stores.blocks import STRINGS, Block, Layout, joined, num_rows, selected
 from pipeline.stores.resumable import check_free
@@ -154,10 +155,10 @@ def _check_alike(first: StoreRows, other: StoreRows) -> None:
     if _labelled(first) and _labelled(other):
         pairs.append(("class_names", ours.class_names, theirs.class_names))
     for encoder in ours.fingerprints.keys() & theirs.fingerprints.keys():
-        before, after = ours.fingerprints[encoder], theirs.fingerprints[encoder]
+        before = Fingerprint(ours.fingerprints[encoder])
         pairs += [
-            (f"{encoder}: {field}", before.get(field), after.get(field))
-            for field in sorted((before.keys() | after.keys()) - NOT_COMPARED)
+            (f"{encoder}: {field}", value, other)
+            for field, value, other in before.differences(theirs.fingerprints[encoder])
         ]
     for what, expected, found in pairs:
         if expected != found:

@@ -33,7 +33,7 @@ from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.files import write
-from features.store import NOT_COMPARED, FeatureStore
+from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
@@ -342,8 +342,7 @@ def _described(labelled: _Labelled) -> list[Any]:
 
 
 def _fingerprint(column: Column) -> dict[str, Any]:
-    kept = {name: of for name, of in column.fingerprint.items() if name not in NOT_COMPARED}
-    return kept | {"column": str(column.path)}
+    return column.fingerprint.deciding | {"column": str(column.path)}
 
 
 def _go_on(stop: StopRequest, what: str) -> None:

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from align.checkpoint import CheckpointFolder, Snapshot, differences, load_head
+from align.checkpoint import CheckpointFolder, Snapshot, load_head
 from align.config import AlignConfig, HeadConfig, LossConfig
 from align.heads import AlignmentModel, build_model, load_released
 from features.errors import CheckpointError
+from features.storage.fingerprint import differences
 
 HEAD = HeadConfig(dim=4, depth=2, dropout=0.5)
 RUN = {
