@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.config import HeadConfig, LossConfig
-from align.heads import AlignmentModel, build_model
+from align.config import HeadConfig
+from align.heads import HEADS, AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.fingerprint import RECORDED_ONLY, differences
 
@@ -87,8 +88,20 @@ class Checkpoint:
 
     @property
     def head(self) -> HeadConfig:
-        """The network of both modalities."""
-        return HeadConfig.model_validate(self.run["align"]["head"])
+        """The network of both modalities.
+
+        Raises:
+            CheckpointError: This version has no such kind, or no such setting.
+        """
+        settings = self.run["align"]["head"]
+        try:
+            return HeadConfig.model_validate(settings)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{self.path / CONFIG} has the head {settings!r}, of which this version cannot "
+                f"take {error.errors()[0]['loc'][0]!r}. One of the kinds "
+                f"{list(HEADS)} with its settings was expected. Use the version that trained it."
+            ) from error
 
     @property
     def image(self) -> dict[str, Any]:
@@ -127,8 +140,7 @@ def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[Alignment
     """
     checkpoint = Checkpoint.open(path)
     model = build_model(
-        checkpoint.head,
-        LossConfig(),
+        dict(checkpoint.head),
         image_dim=checkpoint.image["dim"],
         text_dim=checkpoint.text["dim"],
     )

@@ -1,24 +1,19 @@
-"""Heads in the layout of the paper's own code (lezhang7/SAIL), read and written.
+"""The heads: small networks from the features of a frozen encoder into the shared space.
 
-Such a checkpoint is a dictionary with a `state_dict`, or that dictionary itself. Only tensors are
-read from it; nothing in it is run.
+`HEADS` has every kind. This file needs nothing but torch, because `sail export` copies it beside
+the weights of a head. What the settings mean and which values they take is in `align.config`.
 """
 
 import math
-import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from align.config import HeadConfig, LossConfig
-from features.errors import CheckpointError
 
 MAX_LOG_SCALE = math.log(100)
 STAR_EXPANSION, MLP_EXPANSION = 8, 4
@@ -38,13 +33,11 @@ class FrozenInputNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))
 
-    def normalise(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-        """Return the input with mean 0 and variance 1 in every row."""
+    def normalise(self, features: Tensor) -> Tensor:
+        """Give every row of (rows, features) mean 0 and variance 1."""
         return F.layer_norm(features, (self.features,))
 
-    def forward(
-        self, normalised: Float[Tensor, "batch dim"], linear: nn.Linear
-    ) -> Float[Tensor, "batch out"]:
+    def forward(self, normalised: Tensor, linear: nn.Linear) -> Tensor:
         """Apply the LayerNorm's weights, then a linear map, to a normalised input."""
         if normalised.requires_grad:  # the encoder is tuned, behind a vision tower
             return F.linear(normalised * self.weight + self.bias, linear.weight, linear.bias)
@@ -63,30 +56,31 @@ class _FrozenInputLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        normalised: Float[Tensor, "batch dim"],
-        gamma: Float[Tensor, "dim"],
-        beta: Float[Tensor, "dim"],
-        weight: Float[Tensor, "out dim"],
-        bias: Float[Tensor, "out"],
-    ) -> Float[Tensor, "batch out"]:
+        ctx: Any, normalised: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(normalised, gamma, beta, weight)
-        kind = normalised.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.autocast = _autocast(normalised.device.type)
         return F.linear(normalised * gamma + beta, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Float[Tensor, "batch out"]) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normalised, gamma, beta, weight = ctx.saved_tensors
-        kind, dtype, enabled = ctx.autocast
-        with torch.autocast(kind, dtype, enabled=enabled):
+        with ctx.autocast:
             product = (gradient.T @ normalised).to(weight.dtype)  # (out, dim)
         summed = gradient.sum(dim=0, dtype=weight.dtype)
         gamma_gradient = (weight * product).sum(dim=0)
         beta_gradient = summed @ weight
         weight_gradient = product.mul_(gamma).addr_(summed, beta)
         return None, gamma_gradient, beta_gradient, weight_gradient, summed
+
+
+def _autocast(device: str) -> AbstractContextManager[Any]:
+    """Return what brings the present state of autocast back."""
+    if not torch.amp.is_autocast_available(device):  # on "meta", where work is only counted
+        return nullcontext()
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled)
 
 
 class GLULayer(nn.Module):
@@ -104,8 +98,8 @@ class GLULayer(nn.Module):
         self.skip = nn.Linear(dim, out, bias=False) if dim != out else None
         self.dropout = dropout
 
-    def forward(self, inputs: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Apply the layer."""
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (rows, dim) to (rows, out)."""
         normalised = self.norm(inputs)
         passed = F.glu(self.gated(normalised), dim=-1)
         if self.dropout:
@@ -125,17 +119,25 @@ class GLUHead(nn.Module):
         second projection). Pre-norm: Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        *,
+        dim: int,
+        depth: int,
+        width: int | None = None,
+        dropout: float = 0.0,
+        **_: object,
+    ) -> None:
         super().__init__()
-        width = config.width or config.dim
-        sizes = [feature_dim, *[width] * (config.depth - 1), config.dim]
+        sizes = [feature_dim, *[width or dim] * (depth - 1), dim]
         self.layers = nn.ModuleList(
-            GLULayer(dim, out, first=number == 0, dropout=config.dropout)
-            for number, (dim, out) in enumerate(pairwise(sizes))
+            GLULayer(size, out, first=number == 0, dropout=dropout)
+            for number, (size, out) in enumerate(pairwise(sizes))
         )
 
-    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed a batch of features; the embedding is not normalised."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
         for layer in self.layers:
             features = layer(features)
         return features
@@ -149,16 +151,18 @@ class StarHead(nn.Module):
         arXiv:2412.04616, and its code (lezhang7/SAIL at b39de67, model/linear.py).
     """
 
-    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+    def __init__(
+        self, feature_dim: int, *, dim: int, expansion: int | None = None, **_: object
+    ) -> None:
         super().__init__()
-        hidden = (config.expansion or STAR_EXPANSION) * feature_dim
+        hidden = (expansion or STAR_EXPANSION) * feature_dim
         self.norm = FrozenInputNorm(feature_dim)
         self.f1 = nn.Linear(feature_dim, hidden)
         self.f2 = nn.Linear(feature_dim, hidden)
-        self.g = nn.Linear(hidden, config.dim)
+        self.g = nn.Linear(hidden, dim)
 
-    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed a batch of features; the embedding is not normalised."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
         normalised = self.norm.normalise(features)
         gate = F.relu6(self.norm(normalised, self.f1))  # the released clamp changes nothing here
         value = self.norm(normalised, self.f2).clamp(-GATE_LIMIT, GATE_LIMIT)
@@ -174,15 +178,17 @@ class MLPHead(nn.Module):
         residual; the released code of SAIL calls it `mlp`.
     """
 
-    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+    def __init__(
+        self, feature_dim: int, *, dim: int, expansion: int | None = None, **_: object
+    ) -> None:
         super().__init__()
-        hidden = (config.expansion or MLP_EXPANSION) * feature_dim
+        hidden = (expansion or MLP_EXPANSION) * feature_dim
         self.norm = FrozenInputNorm(feature_dim)
         self.up = nn.Linear(feature_dim, hidden)
-        self.down = nn.Linear(hidden, config.dim)
+        self.down = nn.Linear(hidden, dim)
 
-    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed a batch of features; the embedding is not normalised."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
         hidden = F.gelu(self.norm(self.norm.normalise(features), self.up))
         embedding: Tensor = self.down(hidden)
         return embedding
@@ -191,24 +197,44 @@ class MLPHead(nn.Module):
 class LinearHead(nn.Module):
     """LayerNorm and one matrix: what alignment probing trains."""
 
-    def __init__(self, feature_dim: int, config: HeadConfig) -> None:
+    def __init__(self, feature_dim: int, *, dim: int, **_: object) -> None:
         super().__init__()
         self.norm = FrozenInputNorm(feature_dim)
-        self.linear = nn.Linear(feature_dim, config.dim)
+        self.linear = nn.Linear(feature_dim, dim)
 
-    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed a batch of features; the embedding is not normalised."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
         embedding: Tensor = self.norm(self.norm.normalise(features), self.linear)
         return embedding
 
 
-Head = GLUHead | StarHead | MLPHead | LinearHead
-HEADS: dict[str, type[Head]] = {
+HEADS: dict[str, type[nn.Module]] = {
     "glu": GLUHead,
     "star": StarHead,
     "mlp": MLPHead,
     "linear": LinearHead,
 }
+"""Every kind of head by its name in `[align.head]`.
+
+A kind is made of the length of a feature and of the settings in `[align.head]`, by name; those of
+other kinds it ignores. It maps float tensors (rows, feature length) to (rows, `dim`).
+"""
+
+
+def build_head(feature_dim: int, *, kind: str, **settings: Any) -> nn.Module:
+    """Make a head with random weights from torch's global generator.
+
+    Args:
+        feature_dim: Length of a feature.
+        kind: A key of `HEADS`.
+        settings: The others of `[align.head]`.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind not in HEADS:
+        raise ValueError(f"There is no head of kind {kind!r}. One of {list(HEADS)} was expected.")
+    return HEADS[kind](feature_dim, **settings)
 
 
 class AlignmentModel(nn.Module):
@@ -227,13 +253,13 @@ class AlignmentModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(log_scale))
         self.bias = nn.Parameter(torch.tensor(bias))
 
-    def embed_image(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed the features of images, of any floating type, in the shared space."""
+    def embed_image(self, features: Tensor) -> Tensor:
+        """Embed features of images, of any floating type: (rows, feature length) to (rows, dim)."""
         embedding: Tensor = self.image_head(features.to(self.log_scale.dtype))
         return embedding
 
-    def embed_text(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Embed the features of captions or prompts, of any floating type, in the shared space."""
+    def embed_text(self, features: Tensor) -> Tensor:
+        """Embed features of captions or prompts, as `embed_image` does those of images."""
         embedding: Tensor = self.text_head(features.to(self.log_scale.dtype))
         return embedding
 
@@ -244,167 +270,28 @@ class AlignmentModel(nn.Module):
 
 
 def build_model(
-    head: HeadConfig, loss: LossConfig, *, image_dim: int, text_dim: int
+    head: Mapping[str, Any],
+    *,
+    image_dim: int,
+    text_dim: int,
+    initial_scale: float = 1.0,
+    initial_bias: float = 0.0,
 ) -> AlignmentModel:
-    """Return a new model with random weights from torch's global generator.
+    """Make a model with random weights from torch's global generator.
 
     Args:
-        head: The network of both modalities.
-        loss: Gives the initial scale and bias.
+        head: `[align.head]` of the run file, or `run.align.head` in config.json of a checkpoint.
         image_dim: Length of an image feature.
         text_dim: Length of a text feature.
+        initial_scale: exp(log_scale).
+        initial_bias: Of the logits.
+
+    Raises:
+        ValueError: There is no such kind of head.
     """
-    kind = HEADS[head.kind]
     return AlignmentModel(
-        kind(image_dim, head),
-        kind(text_dim, head),
-        log_scale=math.log(loss.initial_scale),
-        bias=loss.initial_bias,
+        build_head(image_dim, **head),
+        build_head(text_dim, **head),
+        log_scale=math.log(initial_scale),
+        bias=initial_bias,
     )
-
-
-Kind = Literal["star", "mlp", "linear"]
-MODALITIES = {"vision": "image_head", "text": "text_head"}
-# Their names of the layers of a mapping network, and ours; what is left is the linear head.
-LAYERS: dict[Kind, dict[str, str]] = {
-    "star": {"f1": "f1", "f2": "f2", "g": "g"},
-    "mlp": {"proj.0": "up", "proj.2": "down"},
-    "linear": {"": "linear"},
-}
-FIRST: dict[Kind, str] = {"star": "f1", "mlp": "proj.0", "linear": ""}
-
-
-def load_released(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[AlignmentModel, HeadConfig]:
-    """Load a checkpoint in the released layout, with a star, an mlp or a linear head.
-
-    The kind and the sizes are those of its tensors; each must be there, and no other.
-
-    Args:
-        path: A `.pt` file, such as `sail_dinov2l_nv2.pt`.
-        device: Where to put the weights.
-
-    Returns:
-        The model, without gradients, and the settings of its head.
-
-    Raises:
-        CheckpointError: There is no such file, it holds more than tensors, or its tensors are not
-            those of such a head.
-    """
-    weights = _read(path)
-    try:
-        kind = _kind(weights)
-        image, text = (_sizes(weights, kind, modality) for modality in MODALITIES)
-        if image._replace(features=0) != text._replace(features=0):
-            raise ValueError(f"image and text heads of other forms: {image} and {text}")
-        head = HeadConfig(kind=kind, dim=image.dim, expansion=image.expansion)
-        model = build_model(head, LossConfig(), image_dim=image.features, text_dim=text.features)
-        names = {ours: theirs for theirs, ours in released_names(kind).items()}
-        found = {theirs: tensor.shape for theirs, tensor in weights.items()}
-        state = model.state_dict()
-        wanted = {names[ours]: tensor.shape for ours, tensor in state.items()}
-        wanted |= dict.fromkeys(("logit_scale", "logit_bias"), torch.Size([1]))
-        scalar = {name: torch.Size([1]) for name, shape in found.items() if shape == torch.Size()}
-        if wrong := sorted(set(wanted.items()) ^ set((found | scalar).items())):
-            name, shape = wrong[0]
-            raise ValueError(f"{name} of shape {tuple(shape)} is missing or does not belong there")
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not a released SAIL head: {error}. A star, an mlp or a linear head was "
-            f"expected, with `vision_mapping_network`, `text_mapping_network`, their LayerNorms, "
-            f"`logit_scale` and `logit_bias`. Heads trained by this program are folders: give "
-            f"the folder."
-        ) from error
-    model.load_state_dict({ours: weights[names[ours]].reshape(state[ours].shape) for ours in state})
-    return model.requires_grad_(False).eval().to(device), head
-
-
-def save_released(model: AlignmentModel, kind: str, path: Path, *, epoch: int) -> None:
-    """Write a head in the released layout, all of the file or nothing.
-
-    Args:
-        model: The heads; `log_scale` becomes `logit_scale`, a logarithm there as well.
-        kind: `star`, `mlp` or `linear`: those the released code has.
-        path: A `.pt` file.
-        epoch: Passes over the data, recorded beside the weights.
-
-    Raises:
-        CheckpointError: The released code has no head of this kind.
-    """
-    if kind not in LAYERS:
-        raise CheckpointError(
-            f"A head of kind {kind!r} has no place in the released layout. One of {list(LAYERS)} "
-            f"was expected. Train one with `align.head.kind`, or use the folder of the checkpoint."
-        )
-    state = model.state_dict()
-    weights = {
-        theirs: state[ours].detach().cpu().clone().reshape(state[ours].shape or (1,))
-        for theirs, ours in released_names(kind).items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save({"epoch": epoch, "name": "sail", "state_dict": weights}, partial)
-    os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same call with a longer trace
-
-
-def released_names(kind: Kind) -> dict[str, str]:
-    """Return our name of each tensor of the released layout."""
-    names = {"logit_scale": "log_scale", "logit_bias": "bias"}
-    for modality, ours in MODALITIES.items():
-        for part in ("weight", "bias"):
-            names[f"{modality}_layer_norm.{part}"] = f"{ours}.norm.{part}"
-            for theirs, layer in LAYERS[kind].items():
-                network = ".".join(filter(None, [f"{modality}_mapping_network", theirs, part]))
-                names[network] = f"{ours}.{layer}.{part}"
-    return names
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path} cannot be read: {reason} A PyTorch file with nothing but tensors and numbers "
-            f"was expected. Fetch it again."
-        ) from error
-    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    if not isinstance(weights, dict):
-        weights = {}
-    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
-
-
-def _kind(weights: dict[str, Tensor]) -> Kind:
-    for kind in LAYERS:
-        if _first(kind, "vision") in weights:
-            return kind
-    raise ValueError("it has no `vision_mapping_network` of a kind that is known here")
-
-
-def _first(kind: Kind, modality: str) -> str:
-    return ".".join(filter(None, [f"{modality}_mapping_network", FIRST[kind], "weight"]))
-
-
-class _Sizes(NamedTuple):
-    """The length of a feature, that of an embedding, and the hidden width by the first."""
-
-    features: int
-    dim: int
-    expansion: int | None
-
-
-def _sizes(weights: dict[str, Tensor], kind: Kind, modality: str) -> _Sizes:
-    hidden, features = _matrix(weights, _first(kind, modality))
-    if kind == "linear":
-        return _Sizes(features, hidden, None)
-    dim, _ = _matrix(weights, f"{modality}_mapping_network.{list(LAYERS[kind])[-1]}.weight")
-    return _Sizes(features, dim, hidden // features)
-
-
-def _matrix(weights: dict[str, Tensor], name: str) -> tuple[int, int]:
-    """Return how many rows and columns a matrix has."""
-    if name not in weights or weights[name].ndim != 2:
-        raise ValueError(f"it has no matrix {name}")
-    rows, columns = weights[name].shape
-    return rows, columns

@@ -650,7 +650,11 @@ def _prepare(
     loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
     first = columns[0]
     model = build_model(
-        config.head, config.loss, image_dim=first.image.dim, text_dim=first.text[0].dim
+        dict(config.head),
+        image_dim=first.image.dim,
+        text_dim=first.text[0].dim,
+        initial_scale=config.loss.initial_scale,
+        initial_bias=config.loss.initial_bias,
     ).to(device)
     return Training(
         config=config,

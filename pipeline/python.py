@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Num
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.checkpoint import Checkpoint, load_head
+from align.checkpoint import CONFIG, Checkpoint, load_head
 from align.heads import AlignmentModel
 from evaluate.embedder import check_same_encoder
 from features.config import ImageEncoderConfig, TextEncoderConfig
@@ -24,10 +25,14 @@ from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.text import TextEncoder
 from features.errors import ConfigError, EncoderError, EvaluationError
 from features.images import ImageFault
-from pipeline.export.layout import read_exported
 from pipeline.run.config import EncodersConfig, RunConfig, RunSettings, load_config
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
+
+EXPORTED = "exported"
+"""Where config.json of an exported folder says how the encoders are used."""
+IMAGE, TEXT = "image_encoder", "text_encoder"
+"""Folders of the encoders in it; they stand for them there, as a hub id does."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
         CheckpointError: There is no trained head.
     """
     folder = Path(run)
-    if (exported := read_exported(folder)) is not None:
+    if (exported := _read_exported(folder)) is not None:
         chosen = prepare_device(RunSettings(device=device))
         model, checkpoint = load_head(folder, chosen)
         return Aligned(exported.encoders, exported.max_pixels, checkpoint, model, chosen)
@@ -282,6 +287,54 @@ def open_run(run: str | Path, device: str = "auto") -> RunConfig:
         )
     here = [f"run.dir={json.dumps(str(folder))}", f"run.device={device}"]
     return load_config(str(folder / "config.toml"), here)
+
+
+class Exported(BaseModel):
+    """How the encoders of an exported head are used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoders: EncodersConfig
+    max_pixels: PositiveInt
+
+
+def _read_exported(folder: Path) -> Exported | None:
+    """Read an exported folder; None if it is not one.
+
+    Raises:
+        ConfigError: It is one, but another version wrote it or it was changed.
+    """
+    try:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        written = document[EXPORTED]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        exported = Exported.model_validate(written)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConfigError(
+            f"{folder / CONFIG} cannot be used: {EXPORTED}.{'.'.join(map(str, fault['loc']))}: "
+            f"{fault['msg']}. What `sail export` of this version writes was expected. Export the "
+            f"run again."
+        ) from None
+    return exported.model_copy(update={"encoders": _found(exported.encoders, folder)})
+
+
+def _found(encoders: EncodersConfig, folder: Path) -> EncodersConfig:
+    """Point the encoders that came along to their folders."""
+
+    def placed(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: each.model_copy(update={"model": str(folder / each.model)})
+            if each.model in (IMAGE, TEXT)
+            else each
+            for name, each in settings.items()
+        }
+
+    return encoders.model_copy(
+        update={"image": placed(encoders.image), "text": placed(encoders.text)}
+    )
 
 
 def _read(path: str | Path) -> bytes:

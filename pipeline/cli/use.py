@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import Stage, json_option, run_argument, stage, until_stopped
+from pipeline.export import FORMS
 
 
 @click.command()
@@ -110,9 +111,6 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
     click.echo(json.dumps(asdict(written) | {"path": path}) if as_json else path)
 
 
-FORMS = ("hf", "llava", "onnx", "open_clip", "sentence-transformers")
-
-
 @click.command()
 @run_argument
 @click.option("--to", "form", required=True, type=click.Choice(FORMS), help="For which program.")
@@ -180,9 +178,9 @@ def import_head(run: Stage, file: Path) -> None:
       sail import-head sail_dinov2l_nv2.pt sail-paper --set run.dir=runs/released
       sail eval sail-paper --set run.dir=runs/released
     """
-    from pipeline.export import heads
+    from pipeline.export import released
 
-    checkpoint = str(run.run(lambda config, _stop: heads.import_head(file, config)))
+    checkpoint = str(run.run(lambda config, _stop: released.import_head(file, config)))
     click.echo(json.dumps([checkpoint]) if run.as_json else checkpoint)
 
 
@@ -199,9 +197,9 @@ def export_head(checkpoint: Path, file: Path) -> None:
     Example:
       sail export-head runs/sail-paper sail.pt
     """
-    from pipeline.export import heads
+    from pipeline.export import released
 
-    click.echo(heads.export_head(checkpoint, file))
+    click.echo(released.export_head(checkpoint, file))
 
 
 @click.command()

@@ -1,24 +1,16 @@
 """Writes a run in the form that is asked for, where nothing else may be lost."""
 
-from collections.abc import Callable
+import logging
+from importlib import import_module
 from pathlib import Path
 
 from features.errors import ConfigError
-from pipeline.export.huggingface import export_huggingface
-from pipeline.export.layout import CARD
-from pipeline.export.llava import export_llava
-from pipeline.export.onnx import export_onnx
-from pipeline.export.open_clip import export_open_clip
-from pipeline.export.parts import Parts, parts_of
-from pipeline.export.sentence_transformers import export_sentence_transformers
+from features.storage.files import replacing_folder
+from pipeline.card import CARD
+from pipeline.export import FORMS
+from pipeline.export.parts import parts_of
 
-WRITERS: dict[str, Callable[[Parts, Path], Path]] = {
-    "hf": export_huggingface,
-    "llava": export_llava,
-    "onnx": export_onnx,
-    "open_clip": export_open_clip,
-    "sentence-transformers": export_sentence_transformers,
-}
+logger = logging.getLogger(__name__)
 MARK = "---\ntags: [sail, "
 """How every card begins."""
 
@@ -28,17 +20,23 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
 
     Args:
         run: Folder of the run.
-        form: A key of `WRITERS`.
+        form: A key of `FORMS`.
         out: The folder to write; an earlier export is replaced, as a whole.
         with_encoders: As for `parts_of`.
 
     Raises:
-        ConfigError: There is no run, or something else lies at `out`.
-        CheckpointError: There is no trained head.
+        ConfigError: There is no run, something else lies at `out`, or a package is not installed.
+        CheckpointError: There is no trained head, or it cannot be written in this form.
         EncoderError: An encoder cannot be handed over.
     """
     _check_free(out)
-    return WRITERS[form](parts_of(run, with_encoders=with_encoders), out)
+    module = import_module(f"pipeline.export.{FORMS[form]}")
+    parts = parts_of(run, with_encoders=with_encoders)
+    with replacing_folder(out) as folder:
+        use: str = module.write(parts, folder)
+        (folder / CARD).write_text(parts.card(use), encoding="utf-8")
+    logger.info("exported the head of step %d to %s", parts.aligned.checkpoint.step, out)
+    return out
 
 
 def _check_free(out: Path) -> None:

@@ -1,7 +1,6 @@
-"""`sail export --to llava`: the aligned image encoder as the vision tower of a LLaVA."""
+"""`--to llava`: the aligned image encoder as the vision tower of a LLaVA."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from align.config import HeadConfig
-from align.heads import HEADS
+from align.heads import build_head
 from features.encoders.patches import patch_encoder
 from features.encoders.pooling import layer_tokens, run_model
 from features.errors import EncoderError
-from features.storage.files import replacing_folder
-from pipeline.export.card import TEMPLATES, model_card
-from pipeline.export.layout import CARD
+from pipeline.card import TEMPLATES
 from pipeline.export.parts import Parts
 
 LAST = -1
@@ -69,8 +65,8 @@ class AlignedVisionModel(PreTrainedModel):  # type: ignore[misc]
         self.encoder = AutoModel.from_config(
             AutoConfig.for_model(settings.pop("model_type"), **settings)
         )
-        head = config.head and HeadConfig.model_validate(config.head)
-        self.head = HEADS[head.kind](config.feature_size, head) if head else torch.nn.Identity()
+        feature_size, head = config.feature_size, config.head
+        self.head = build_head(feature_size, **head) if head else torch.nn.Identity()
         self.post_init()
 
     def forward(
@@ -141,12 +137,11 @@ AutoConfig.register(AlignedVisionConfig.model_type, AlignedVisionConfig)
 AutoModel.register(AlignedVisionConfig, AlignedVisionModel)
 
 
-logger = logging.getLogger(__name__)
 PROCESSOR = "preprocessor_config.json"
 
 
-def export_llava(parts: Parts, out: Path) -> Path:
-    """Write the tower: config.json, safetensors, the processor's settings and a card.
+def write(parts: Parts, folder: Path) -> str:
+    """Write the tower: config.json, safetensors, the processor's settings; return how it is used.
 
     Raises:
         EncoderError: The licence of the encoder is not known to allow a copy, or a patch has no
@@ -158,15 +153,11 @@ def export_llava(parts: Parts, out: Path) -> Path:
     encoder, head = parts.aligned.image_encoder, parts.aligned.model.image_head
     tower.encoder.load_state_dict(encoder.model.state_dict())
     tower.head.load_state_dict(head.state_dict())
-    use = TEMPLATES.get_template("llava.md.j2").render(
+    tower.save_pretrained(folder)
+    shutil.copyfile(parts.image.files.folder / PROCESSOR, folder / PROCESSOR)
+    return TEMPLATES.get_template("llava.md.j2").render(
         upright=parts.image.settings.upright, dim=parts.aligned.dim
     )
-    with replacing_folder(out) as folder:
-        tower.save_pretrained(folder)
-        shutil.copyfile(parts.image.files.folder / PROCESSOR, folder / PROCESSOR)
-        (folder / CARD).write_text(model_card(parts, use=use), encoding="utf-8")
-    logger.info("exported a vision tower of %s to %s", parts.image.name, out)
-    return out
 
 
 def llava_config(

@@ -1,4 +1,4 @@
-"""`sail export --to onnx`: both heads as ONNX, for programs without torch."""
+"""`--to onnx`: both heads as ONNX, for programs without torch."""
 
 import importlib.util
 import json
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import CheckpointError, ConfigError
-from features.storage.files import replacing_folder
-from pipeline.export.card import TEMPLATES, model_card
-from pipeline.export.layout import CARD
+from pipeline.card import TEMPLATES
 from pipeline.export.parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -26,11 +24,11 @@ ROWS_TRIED = (1, 7)
 LARGEST_DIFFERENCE = 1e-4
 
 
-def export_onnx(parts: Parts, out: Path) -> Path:
+def write(parts: Parts, folder: Path) -> str:
     """Write `image_head.onnx` and `text_head.onnx`, each from features to vectors of length 1.
 
     Where onnxruntime is installed, what it computes is compared to torch, and the card says how
-    far it is off.
+    far it is off. Returned is how they are used.
 
     Raises:
         ConfigError: What writes ONNX is not installed.
@@ -43,21 +41,18 @@ def export_onnx(parts: Parts, out: Path) -> Path:
         )
     checkpoint = parts.aligned.checkpoint
     sizes: dict[Side, int] = {"image": checkpoint.image["dim"], "text": checkpoint.text["dim"]}
-    with replacing_folder(out) as folder:
-        found = [_write_head(parts, side, dim, folder) for side, dim in sizes.items()]
-        difference = max((each for each in found if each is not None), default=None)
-        model = parts.aligned.model
-        use = TEMPLATES.get_template("onnx.md.j2").render(
-            sizes=sizes,
-            dim=parts.aligned.dim,
-            scale=float(model.log_scale.exp()),
-            bias=float(model.bias),
-            difference=difference,
-        )
-        (folder / CARD).write_text(model_card(parts, use=use), encoding="utf-8")
+    found = [_write_head(parts, side, dim, folder) for side, dim in sizes.items()]
+    difference = max((each for each in found if each is not None), default=None)
     told = "not compared: no onnxruntime" if difference is None else f"off by {difference:.1e}"
-    logger.info("exported the heads of step %d to %s (%s)", checkpoint.step, out, told)
-    return out
+    logger.info("onnxruntime beside torch: %s", told)
+    model = parts.aligned.model
+    return TEMPLATES.get_template("onnx.md.j2").render(
+        sizes=sizes,
+        dim=parts.aligned.dim,
+        scale=float(model.log_scale.exp()),
+        bias=float(model.bias),
+        difference=difference,
+    )
 
 
 class _UnitHead(nn.Module):

@@ -17,6 +17,7 @@ from features.encoders.checkpoint import (
     weights_sha256,
 )
 from features.errors import EncoderError
+from pipeline.card import model_card
 from pipeline.python import Aligned, load_aligned
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,17 @@ class Parts:
     results: Path | None
     """The results.json of `sail eval`, if it is of this head."""
 
+    def card(self, use: str) -> str:
+        """Return the README.md of a folder with the head, which is used as Markdown tells."""
+        run = self.aligned.run_config
+        return model_card(
+            self.aligned.checkpoint,
+            use,
+            name=run.run.name if run else "aligned",
+            base_models=[p.settings.model for p in (self.image, self.text) if p.on_hub],
+            results=self.results,
+        )
+
 
 def parts_of(run: Path, *, with_encoders: bool = False) -> Parts:
     """Gather what a trained run hands over. No encoder is loaded.
@@ -164,7 +176,6 @@ def _part(
 
 
 def _results(path: Path, checkpoint_sha256: str) -> Path | None:
-    """Return a results.json if its numbers are of this head."""
     if not path.is_file():
         return None
     measured = json.loads(path.read_text(encoding="utf-8")).get("checkpoint_sha256")

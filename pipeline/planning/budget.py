@@ -24,7 +24,7 @@ from pipeline.planning.estimate import (
     bottleneck,
     column_bytes,
     column_hours,
-    head_parameters,
+    head_flops,
     hours,
     training_flops,
 )
@@ -260,8 +260,8 @@ def _stage_two(
     rows = min(rows, align.rows or rows)
     samples = align.batch_size * align.steps if align.steps else rows * align.epochs
     flops = training_flops(
-        head_parameters(image_dim, align.head),
-        head_parameters(text_dim, align.head),
+        head_flops(image_dim, align.head),
+        head_flops(text_dim, align.head),
         fields=min(align.captions_per_image or len(fields), len(fields)),
         batch=min(align.batch_size, rows),
         dim=align.head.dim,

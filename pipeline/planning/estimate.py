@@ -6,14 +6,16 @@ A product of matrices counts two FLOPs for each multiplication, as the peaks of 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.config import HeadConfig
+from align.heads import build_head
 from features.config import ImageColumnConfig, ImageEncoderConfig, TextEncoderConfig
 
 CRC_BYTES = 4
@@ -108,40 +110,49 @@ def hours(work: float, per_second: float) -> float:
     return work / per_second / SECONDS_PER_HOUR
 
 
-def head_parameters(feature_dim: int, head: HeadConfig) -> tuple[int, int]:
-    """Return the parameters of the matrices of one head: all of them, and those it begins with.
+class _Products(TorchDispatchMode):
+    """Counts the FLOPs of the products of matrices that run under it."""
 
-    The gradient of the frozen features is never formed, so those it begins with work less.
+    flops = 0
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: Any = (), options: Any = None
+    ) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(options or {}))
+
+
+def head_flops(feature_dim: int, head: HeadConfig) -> int:
+    """Return the FLOPs of one row in a step of training of one head, forward and backward.
+
+    A head is built without memory, and its products are counted: of frozen features, whose gradient
+    is never formed, and of what grows with the rows.
     """
-    if head.kind == "linear":
-        first = feature_dim * head.dim
-        return first, first
-    if head.kind == "glu":
-        sizes = [feature_dim, *[head.width or head.dim] * (head.depth - 1), head.dim]
-        layers = [(2 if size == after else 3) * size * after for size, after in pairwise(sizes)]
-        return sum(layers), layers[0]
-    is_star = head.kind == "star"
-    hidden = (head.expansion or (8 if is_star else 4)) * feature_dim
-    first = (2 if is_star else 1) * feature_dim * hidden
-    return first + hidden * head.dim, first
+
+    def flops(rows: int) -> int:
+        with torch.device("meta"):
+            network = build_head(feature_dim, **dict(head))
+            features = torch.empty(rows, feature_dim)
+        with _Products() as products:
+            network(features).sum().backward()
+        return products.flops
+
+    return flops(2) - flops(1)
 
 
-def training_flops(
-    image: tuple[int, int], text: tuple[int, int], *, fields: int, batch: int, dim: int
-) -> float:
+def training_flops(image: int, text: int, *, fields: int, batch: int, dim: int) -> int:
     """Return the FLOPs of one image and its captions in a step of stage two.
 
     Args:
-        image: `head_parameters` of the image head.
+        image: `head_flops` of the image head.
         text: Those of the text head.
         fields: Captions per image.
         batch: Images in a step; each meets all texts of it.
         dim: Length of an embedding.
     """
-    heads = sum(
-        count * (6 * every - 2 * first) for count, (every, first) in ((1, image), (fields, text))
-    )
-    return heads + 6 * batch * fields * dim
+    return image + fields * text + 6 * batch * fields * dim
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from align.processes import Ring
 from align.trainer import train
+from pipeline.card import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import RunFolder, check_complete, open_stores, run_folder, start_run
-from pipeline.run.model import export_model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from align.config import HeadConfig, LossConfig, OptimizerConfig
+from align.config import HeadConfig, OptimizerConfig
 from align.heads import AlignmentModel, build_model
 from align.loss import LossOptions, Pairs, contrastive_loss
 from align.optimizer import build_optimizer
@@ -144,7 +144,7 @@ def step_figures(
     text_dim = 4096 // scale
     figures = []
     for name, (head, image_dim) in heads.items():
-        model = build_model(head, LossConfig(), image_dim=image_dim, text_dim=text_dim).to(device)
+        model = build_model(dict(head), image_dim=image_dim, text_dim=text_dim).to(device)
         optimizer = build_optimizer(model, OptimizerConfig())
         image = torch.randn(batch, image_dim, device=device, dtype=torch.float16)
         text = torch.randn(2 * batch, text_dim, device=device, dtype=torch.float16)
@@ -171,7 +171,7 @@ def loss_figures(device: torch.device, *, batches: list[int], repeats: int) -> l
     for batch in batches:
         image = torch.randn(batch, 768, device=device, requires_grad=True)
         text = torch.randn(batch, 1, 768, device=device, requires_grad=True)
-        model = build_model(HeadConfig(dim=8, depth=1), LossConfig(), image_dim=8, text_dim=8)
+        model = build_model(dict(HeadConfig(dim=8, depth=1)), image_dim=8, text_dim=8)
         model = model.to(device)
         pairs = Pairs(fields=1, weights=torch.ones(batch, device=device), caption_ids=None)
 

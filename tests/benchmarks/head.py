@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from align.config import HeadConfig
 from align.heads import GATE_LIMIT, StarHead
 from tests.benchmarks.figure import Figure, figure_of
 
@@ -43,7 +42,7 @@ def seconds_of_a_step(head: nn.Module, features: torch.Tensor) -> float:
 def measure(dim: int = 4096, rows: int = 2048, rounds: int = 2) -> list[Figure]:
     """Return our time as a share of the plain one's: NV-Embed's 4096 numbers, width 8, to 1024."""
     torch.manual_seed(0)
-    ours = StarHead(dim, HeadConfig(kind="star", dim=1024))
+    ours = StarHead(dim, dim=1024)
     plain = PlainStarHead(ours)
     features = torch.randn(rows, dim)
     for head in (ours, plain):  # to warm up

@@ -61,7 +61,7 @@ def change_last_byte(path: Path) -> None:
 
 
 def code_of(card: str) -> str:
-    (code,) = re.findall(r"```python\n(import torch\n.*?)```", card, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", card, re.DOTALL)
     return str(code)
 
 
@@ -133,6 +133,7 @@ def test_the_card_is_right_for_every_head_and_pooling(
     align_run(config, StopRequest())
     out = export_run(config.run.dir, "hf", tmp_path / "out", with_encoders=True)
     monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(out)
     found = embedded_by_the_card(out, photos, lambda code: exec(code, {}))
     check_equal(config.run.dir, photos, found)
 

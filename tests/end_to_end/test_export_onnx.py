@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from align.heads import HEADS
 from features.errors import CheckpointError
 from pipeline.export import onnx
 from pipeline.export.exports import export_run
@@ -58,7 +59,7 @@ def test_eight_gated_layers_are_the_same_in_onnxruntime_and_the_card_runs(
     assert not (out / "image_head.onnx").exists()
 
 
-@pytest.mark.parametrize("kind", ["star", "mlp", "linear"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_every_kind_of_head_is_the_same_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     run = trained(tmp_path / "world", f"align.head.kind={kind}", "align.epochs=1")
     check_equal(run, export_run(run, "onnx", tmp_path / "out"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from align.heads import HEADS
 from pipeline.export.exports import export_run
 from pipeline.python import Aligned, load_aligned
 from tests.commands import sail
@@ -35,8 +36,9 @@ def with_heads(model: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     card = (out / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code, names)
     monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(out)
+    exec(code, names)
     return names["put_heads_into"](model)
 
 
@@ -53,7 +55,7 @@ def check_heads(model: Any, aligned: Aligned) -> None:
     torch.testing.assert_close(model.logit_bias, aligned.model.bias)
 
 
-@pytest.mark.parametrize("kind", ["glu", "star", "mlp", "linear"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_the_card_puts_every_kind_of_head_into_a_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from align.checkpoint import load_head
-from align.config import HeadConfig, LossConfig
-from align.heads import build_model, save_released
+from align.heads import build_model
 from pipeline.cli import cli
+from pipeline.export.released import save_released
 from tests import tiny
 
 
@@ -29,8 +29,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def head(path: Path, *, image_dim: int = 16, text_dim: int = 12) -> Path:
     torch.manual_seed(0)
-    settings = HeadConfig(kind="star", dim=6, expansion=2)
-    model = build_model(settings, LossConfig(), image_dim=image_dim, text_dim=text_dim)
+    settings = {"kind": "star", "dim": 6, "expansion": 2}
+    model = build_model(settings, image_dim=image_dim, text_dim=text_dim)
     save_released(model, "star", path, epoch=0)
     return path
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.heads import AlignmentModel, load_released, released_names, save_released
+from align.heads import AlignmentModel
 from align.loss import LossOptions, Pairs, contrastive_loss
+from pipeline.export.released import load_released, released_names, save_released
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"
 pytestmark = pytest.mark.skipif(

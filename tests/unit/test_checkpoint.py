@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from align.checkpoint import CheckpointFolder, Snapshot, load_head
-from align.config import AlignConfig, HeadConfig, LossConfig
-from align.heads import AlignmentModel, build_model, load_released
+from align.config import AlignConfig, HeadConfig
+from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.fingerprint import differences
+from pipeline.export.released import load_released
 
 HEAD = HeadConfig(dim=4, depth=2, dropout=0.5)
 RUN = {
@@ -23,7 +24,7 @@ RUN = {
 
 
 def write(path: Path, step: int = 10, best_step: int = 10) -> AlignmentModel:
-    model = build_model(HEAD, LossConfig(), image_dim=3, text_dim=5)
+    model = build_model(dict(HEAD), image_dim=3, text_dim=5)
     metadata = {"step": step, "best_step": best_step, "finished": False, "heldout": {}, "run": RUN}
     snapshot = Snapshot(step, dict(model.state_dict()), metadata)
     folder = CheckpointFolder(path)
@@ -128,6 +129,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Path("/tmp")}, tmp_path / "code.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_released(tmp_path / "code.pt")
+
+
+def test_a_head_of_a_kind_that_is_not_known_is_refused_by_its_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = tmp_path / "last" / "config.json"
+    config.write_text(config.read_text().replace('"kind": "glu"', '"kind": "maxout"'))
+    with pytest.raises(CheckpointError, match=r"'kind': 'maxout'.*One of the kinds .*'star'.* was"):
+        load_head(tmp_path / "last")
 
 
 def released_mlp(**changes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.config import HeadConfig
-from align.heads import HEADS
+from align.heads import HEADS, build_head
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.storage.column import create_column
 from pipeline.planning.estimate import (
@@ -18,7 +18,7 @@ from pipeline.planning.estimate import (
     bottleneck,
     column_bytes,
     column_hours,
-    head_parameters,
+    head_flops,
     hours,
     image_size,
     text_size,
@@ -90,21 +90,30 @@ def test_further_columns_of_an_encoder_have_the_length_of_their_pooling() -> Non
     assert image_size("dino", settings).dims == {"dino": 1024, "both": 2048}
 
 
-@pytest.mark.parametrize("kind", ["glu", "star", "mlp", "linear"])
+BEGINS_WITH = {
+    "glu": ["layers.0.gated", "layers.0.skip"],
+    "star": ["f1", "f2"],
+    "mlp": ["up"],
+    "linear": ["linear"],
+}
+"""Matrices that frozen features go into."""
+
+
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("feature_dim", [8, 12])
-def test_parameters_of_a_head_are_those_of_the_real_one(kind: str, feature_dim: int) -> None:
+def test_work_of_a_head_is_three_forward_passes_less_the_gradient_of_the_features(
+    kind: str, feature_dim: int
+) -> None:
     config = HeadConfig.model_validate({"kind": kind, "dim": 8, "depth": 3})
-    head = HEADS[kind](feature_dim, config)
-    matrices = [weight.numel() for weight in head.parameters() if weight.ndim == 2]
-    every, first = head_parameters(feature_dim, config)
-    assert every == sum(matrices)
-    assert 0 < first <= every
+    weights = dict(build_head(feature_dim, **dict(config)).named_parameters())
+    every = sum(weight.numel() for weight in weights.values() if weight.ndim == 2)
+    begins_with = [f"{name}.weight" for name in BEGINS_WITH[kind]]
+    first = sum(weights[name].numel() for name in begins_with if name in weights)
+    assert head_flops(feature_dim, config) == 6 * every - 2 * first
 
 
-def test_work_of_a_step_is_three_forward_passes_less_the_gradient_of_the_features() -> None:
-    assert training_flops((10, 10), (5, 2), fields=2, batch=7, dim=3) == (
-        (60 - 20) + 2 * (30 - 4) + 6 * 7 * 2 * 3
-    )
+def test_work_of_a_step_is_that_of_both_heads_and_of_the_logits() -> None:
+    assert training_flops(40, 26, fields=2, batch=7, dim=3) == 40 + 2 * 26 + 6 * 7 * 2 * 3
 
 
 def test_bytes_of_a_column_are_those_on_disk(tmp_path: Path) -> None:

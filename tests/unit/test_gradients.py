@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.config import AlignConfig
-from align.heads import build_model
+from align.heads import HEADS, build_model
 from align.loader import Batch
 from align.optimizer import Gradients
 
@@ -31,13 +31,19 @@ def batch() -> Batch:
 def loss_and_gradients(step: int = 0, **settings: Any) -> list[Tensor]:
     torch.manual_seed(1)
     config = AlignConfig.model_validate({"loss": {"positives": "identical"}} | settings)
-    model = build_model(config.head, config.loss, image_dim=IMAGE_DIM, text_dim=TEXT_DIM).double()
+    model = build_model(
+        dict(config.head),
+        image_dim=IMAGE_DIM,
+        text_dim=TEXT_DIM,
+        initial_scale=config.loss.initial_scale,
+        initial_bias=config.loss.initial_bias,
+    ).double()
     loss = Gradients(model, config, seed=0, device=torch.device("cpu")).backward(batch(), step)
     return [loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)]
 
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
-@pytest.mark.parametrize("kind", ["glu", "star", "linear"])
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
     loss: str, kind: str, size: int

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from align.config import HeadConfig, LossConfig, OptimizerConfig
+from align.config import HeadConfig, OptimizerConfig
 from align.heads import build_model
 from align.optimizer import build_optimizer, learning_rate, set_learning_rate
 
@@ -35,7 +35,7 @@ def test_lion_takes_no_closure() -> None:
 
 
 def test_only_matrices_are_decayed_unless_all_are() -> None:
-    model = build_model(HeadConfig(dim=4, depth=2), LossConfig(), image_dim=3, text_dim=5)
+    model = build_model(dict(HeadConfig(dim=4, depth=2)), image_dim=3, text_dim=5)
     decayed, others = build_optimizer(model, OptimizerConfig(weight_decay=0.2)).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
     assert all(weight.ndim >= 2 for weight in decayed["params"])
@@ -60,7 +60,7 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
 
 
 def test_the_learning_rate_reaches_every_group() -> None:
-    model = build_model(HeadConfig(dim=4, depth=2), LossConfig(), image_dim=3, text_dim=5)
+    model = build_model(dict(HeadConfig(dim=4, depth=2)), image_dim=3, text_dim=5)
     optimizer = build_optimizer(model, OptimizerConfig())
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

@@ -1,0 +1,254 @@
+"""Heads in the layout of the paper's own code (lezhang7/SAIL): `sail import-head`, `export-head`.
+
+Such a checkpoint is a dictionary with a `state_dict`, or that dictionary itself. Only tensors are
+read from it; nothing in it is run.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from align.checkpoint import CheckpointFolder, Snapshot, load_head
+from align.columns import Columns
+from align.config import HeadConfig
+from align.heads import AlignmentModel, build_model
+from align.trainer import describe
+from features.errors import CheckpointError
+from features.storage.column import Column
+from features.storage.files import appearing
+from pipeline.card import export_model
+from pipeline.run.config import RunConfig
+from pipeline.run.folder import open_stores, run_folder, start_run
+
+logger = logging.getLogger(__name__)
+Kind = Literal["star", "mlp", "linear"]
+MODALITIES = {"vision": "image_head", "text": "text_head"}
+# Their names of the layers of a mapping network, and ours; what is left is the linear head.
+LAYERS: dict[Kind, dict[str, str]] = {
+    "star": {"f1": "f1", "f2": "f2", "g": "g"},
+    "mlp": {"proj.0": "up", "proj.2": "down"},
+    "linear": {"": "linear"},
+}
+FIRST: dict[Kind, str] = {"star": "f1", "mlp": "proj.0", "linear": ""}
+
+
+def load_released(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[AlignmentModel, HeadConfig]:
+    """Load a checkpoint in the released layout, with a star, an mlp or a linear head.
+
+    The kind and the sizes are those of its tensors; each must be there, and no other.
+
+    Args:
+        path: A `.pt` file, such as `sail_dinov2l_nv2.pt`.
+        device: Where to put the weights.
+
+    Returns:
+        The model, without gradients, and the settings of its head.
+
+    Raises:
+        CheckpointError: There is no such file, it holds more than tensors, or its tensors are not
+            those of such a head.
+    """
+    weights = _read(path)
+    try:
+        kind = _kind(weights)
+        image, text = (_sizes(weights, kind, modality) for modality in MODALITIES)
+        if image._replace(features=0) != text._replace(features=0):
+            raise ValueError(f"image and text heads of other forms: {image} and {text}")
+        head = HeadConfig(kind=kind, dim=image.dim, expansion=image.expansion)
+        model = build_model(dict(head), image_dim=image.features, text_dim=text.features)
+        names = {ours: theirs for theirs, ours in released_names(kind).items()}
+        found = {theirs: tensor.shape for theirs, tensor in weights.items()}
+        state = model.state_dict()
+        wanted = {names[ours]: tensor.shape for ours, tensor in state.items()}
+        wanted |= dict.fromkeys(("logit_scale", "logit_bias"), torch.Size([1]))
+        scalar = {name: torch.Size([1]) for name, shape in found.items() if shape == torch.Size()}
+        if wrong := sorted(set(wanted.items()) ^ set((found | scalar).items())):
+            name, shape = wrong[0]
+            raise ValueError(f"{name} of shape {tuple(shape)} is missing or does not belong there")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not a released SAIL head: {error}. A star, an mlp or a linear head was "
+            f"expected, with `vision_mapping_network`, `text_mapping_network`, their LayerNorms, "
+            f"`logit_scale` and `logit_bias`. Heads trained by this program are folders: give "
+            f"the folder."
+        ) from error
+    model.load_state_dict({ours: weights[names[ours]].reshape(state[ours].shape) for ours in state})
+    return model.requires_grad_(False).eval().to(device), head
+
+
+def save_released(model: AlignmentModel, kind: str, path: Path, *, epoch: int) -> None:
+    """Write a head in the released layout, all of the file or nothing.
+
+    Args:
+        model: The heads; `log_scale` becomes `logit_scale`, a logarithm there as well.
+        kind: `star`, `mlp` or `linear`: those the released code has.
+        path: A `.pt` file.
+        epoch: Passes over the data, recorded beside the weights.
+
+    Raises:
+        CheckpointError: The released code has no head of this kind.
+    """
+    if kind not in LAYERS:
+        raise CheckpointError(
+            f"A head of kind {kind!r} has no place in the released layout. One of {list(LAYERS)} "
+            f"was expected. Train one with `align.head.kind`, or use the folder of the checkpoint."
+        )
+    state = model.state_dict()
+    weights = {
+        theirs: state[ours].detach().cpu().clone().reshape(state[ours].shape or (1,))
+        for theirs, ours in released_names(kind).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as partial, partial.open("wb") as file:
+        torch.save({"epoch": epoch, "name": "sail", "state_dict": weights}, file)
+
+
+def released_names(kind: Kind) -> dict[str, str]:
+    """Return our name of each tensor of the released layout."""
+    names = {"logit_scale": "log_scale", "logit_bias": "bias"}
+    for modality, ours in MODALITIES.items():
+        for part in ("weight", "bias"):
+            names[f"{modality}_layer_norm.{part}"] = f"{ours}.norm.{part}"
+            for theirs, layer in LAYERS[kind].items():
+                network = ".".join(filter(None, [f"{modality}_mapping_network", theirs, part]))
+                names[network] = f"{ours}.{layer}.{part}"
+    return names
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read: {reason} A PyTorch file with nothing but tensors and numbers "
+            f"was expected. Fetch it again."
+        ) from error
+    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    if not isinstance(weights, dict):
+        weights = {}
+    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def _kind(weights: dict[str, Tensor]) -> Kind:
+    for kind in LAYERS:
+        if _first(kind, "vision") in weights:
+            return kind
+    raise ValueError("it has no `vision_mapping_network` of a kind that is known here")
+
+
+def _first(kind: Kind, modality: str) -> str:
+    return ".".join(filter(None, [f"{modality}_mapping_network", FIRST[kind], "weight"]))
+
+
+class _Sizes(NamedTuple):
+    """The length of a feature, that of an embedding, and the hidden width by the first."""
+
+    features: int
+    dim: int
+    expansion: int | None
+
+
+def _sizes(weights: dict[str, Tensor], kind: Kind, modality: str) -> _Sizes:
+    hidden, features = _matrix(weights, _first(kind, modality))
+    if kind == "linear":
+        return _Sizes(features, hidden, None)
+    dim, _ = _matrix(weights, f"{modality}_mapping_network.{list(LAYERS[kind])[-1]}.weight")
+    return _Sizes(features, dim, hidden // features)
+
+
+def _matrix(weights: dict[str, Tensor], name: str) -> tuple[int, int]:
+    if name not in weights or weights[name].ndim != 2:
+        raise ValueError(f"it has no matrix {name}")
+    rows, columns = weights[name].shape
+    return rows, columns
+
+
+def import_head(file: Path, config: RunConfig) -> Path:
+    """Make a released head the checkpoint of a run, so that `sail eval` measures it.
+
+    Args:
+        file: A `.pt` file in the released layout.
+        config: A recipe whose features are extracted; its encoders must be those of the head.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: The file is no such head, its lengths are not those of the recipe's
+            columns, or the run has a head already.
+    """
+    model, head = load_released(file)
+    folder = run_folder(config)
+    stores = open_stores(config, folder, config.trained_splits[0], 1.0)
+    settings = config.align.model_copy(update={"head": head})
+    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
+    columns = Columns.open(stores, settings, image, text)
+    for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
+        _check_length(file, column, network)
+    if (folder.align / "last").is_symlink():
+        raise CheckpointError(
+            f"{folder.align} has a head already. A run without one was expected. Give this run "
+            f"another `run.dir`, or delete {folder.align}."
+        )
+    start_run(config)
+    described = describe([columns], [1.0], settings, config.run.seed)
+    described["imported"] = {"file": file.name, "sha256": _sha256(file)}
+    checkpoints = CheckpointFolder(folder.align)
+    checkpoints.resume(described)
+    checkpoints.save(_snapshot(model, described), {}, None)
+    export_model(checkpoints.best, folder.model)
+    logger.info("%s: a %s head, scale %.4g", file, head.kind, model.log_scale.exp().item())
+    return checkpoints.best
+
+
+def export_head(checkpoint: Path, file: Path) -> Path:
+    """Write the head of a checkpoint in the released layout.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or of a run (its best one is taken).
+        file: The `.pt` file to write.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or the released code has no such head.
+    """
+    best = checkpoint / "align" / "best"
+    model, found = load_head(best if best.exists() else checkpoint)
+    save_released(model, found.head.kind, file, epoch=int(found.metadata["epoch"]))
+    return file
+
+
+def _check_length(file: Path, column: Column, network: torch.nn.Module) -> None:
+    expected = int(network.get_parameter("norm.weight").shape[0])
+    if column.dim != expected:
+        raise CheckpointError(
+            f"The head in {file} takes features of length {expected}, but {column.path} has "
+            f"{column.dim}. The encoders that the head was trained on were expected. Choose them "
+            f"in the recipe (model and pooling), and extract."
+        )
+
+
+def _snapshot(model: AlignmentModel, described: dict[str, Any]) -> Snapshot:
+    metadata = {
+        "step": 0,
+        "total_steps": 0,
+        "epoch": 0,
+        "finished": True,
+        "heldout": {},
+        "best_step": 0,
+        "best_score": None,
+        "run": described,
+    }
+    return Snapshot(0, model.state_dict(), metadata)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
