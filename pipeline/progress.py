@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     Task,
     TextColumn,
@@ -38,80 +38,74 @@ def start_log(*, verbose: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="cyan")
+
+
 class ProgressLine:
     """One line of progress: done / total, rate, time left.
 
-    On a terminal it is updated in place; elsewhere a line is logged every half minute and at the
+    On a terminal rich updates it in place; elsewhere a line is logged every half minute and at the
     end, so that the log of a batch job stays short.
     """
 
     def __init__(self, name: str, total: int | None, unit: str) -> None:
-        self.name = name
-        self.total = total
-        self.unit = unit
-        self.done = 0
-        self.note = ""
-        self._resumed_at = 0
-        self._started = self._last_line = time.monotonic()
-        self._bar = _terminal_bar() if sys.stderr.isatty() else None
-        self._task = (
-            self._bar.add_task(name, total=total, unit=unit, note="") if self._bar else None
+        self._terminal = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description:<32}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
         )
+        self._id = self._terminal.add_task(name, total=total, unit=unit, note="")
+        self._task = self._terminal.tasks[0]
+        self._resumed_at = 0.0
+        self._last_line = time.monotonic()
 
-    def advance(self, count: int, note: str = "") -> None:
+    @property
+    def total(self) -> float | None:
+        """How much there is to do, None while that is not known."""
+        return self._task.total
+
+    def advance(self, count: float, note: str = "") -> None:
         """Add to what is done, and say something beside it."""
-        self.done += count
-        self.note = note
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=count, note=note)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+        self._terminal.update(self._id, advance=count, note=note)
+        if self._terminal.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._log()
 
     def set(self, done: int, total: int, note: str = "") -> None:
         """Say how much is done of what total, for work that counts by itself (or resumes)."""
         if self.total != total:
-            self.total = total
-            self._resumed_at = self.done = done - 1
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, total=total, completed=self.done)
-        self.advance(done - self.done, note)
+            self._resumed_at = done - 1
+            self._terminal.update(self._id, total=total, completed=self._resumed_at)
+        self.advance(done - self._task.completed, note)
 
     def __enter__(self) -> "ProgressLine":
-        if self._bar is not None:
-            self._bar.start()
+        self._terminal.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self.done:
+    def __exit__(self, *_: object) -> None:
+        self._terminal.stop()
+        if self._terminal.disable and self._task.completed:
             self._log()
 
     def _log(self) -> None:
         self._last_line = time.monotonic()
-        seconds = max(self._last_line - self._started, 1e-9)
-        rate = (self.done - self._resumed_at) / seconds
-        left = ""
-        if self.total and rate and self.done < self.total:
-            left = f", {duration((self.total - self.done) / rate)} left"
-        total = f" / {self.total:,}" if self.total else ""
-        note = f"  {self.note}" if self.note else ""
-        logger.info(
-            "%s  %s%s %s  %s %s/s%s%s",
-            self.name,
-            f"{self.done:,}",
-            total,
-            self.unit,
-            f"{rate:,.1f}",
-            self.unit,
-            left,
-            note,
-        )
+        task, unit = self._task, self._task.fields["unit"]
+        rate = (task.completed - self._resumed_at) / max(task.elapsed or 0.0, 1e-9)
+        line = f"{task.description}  {task.completed:,.0f}"
+        line += f" / {task.total:,.0f}" if task.total else ""
+        line += f" {unit}  {rate:,.1f} {unit}/s"
+        if rate and (task.remaining or 0) > 0:
+            line += f", {duration((task.remaining or 0) / rate)} left"
+        note = task.fields["note"]
+        logger.info("%s", f"{line}  {note}" if note else line)
 
 
 @contextmanager
@@ -130,25 +124,3 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
-
-
-class _Rate(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="cyan")
-
-
-def _terminal_bar() -> Progress:
-    return Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description:<32}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
-        console=Console(stderr=True),
-    )

@@ -3,17 +3,43 @@
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 WIDTH_OF_A_PIPE = 160
+
+
+def rendered(table: RenderableType) -> str:
+    """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns.
+
+    Brackets and colons in it are no markup: they may be of captions and keys.
+    """
+    width = None if Console().is_terminal else WIDTH_OF_A_PIPE
+    console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def words(*headings: str) -> list[Column]:
+    """Return columns of text, which is folded where it is too long."""
+    return [Column(heading, overflow="fold") for heading in headings]
+
+
+def numbers(*headings: str, no_wrap: bool = False) -> list[Column]:
+    """Return columns of numbers."""
+    return [Column(heading, justify="right", no_wrap=no_wrap) for heading in headings]
+
+
+def titled(title: str, *columns: Column) -> Table:
+    """Return a table with a title."""
+    return Table(*columns, title=title, title_justify="left")
 
 
 def store_table(description: dict[str, Any]) -> str:
     """Return what `sail inspect STORE` prints."""
     columns = description["columns"]
-    table = Table(title=description["path"], title_justify="left")
-    for heading in ("column", "shape", "status", "size", "model", "pooling", "licence"):
-        table.add_column(heading, overflow="fold")
+    headings = ("column", "shape", "status", "size", "model", "pooling", "licence")
+    table = titled(description["path"], *words(*headings))
     for name, column in columns.items():
         table.add_row(
             name,
@@ -28,26 +54,25 @@ def store_table(description: dict[str, Any]) -> str:
         f"{description['rows']} rows in chunks of {description['rows_per_chunk']}; caption fields: "
         f"{', '.join(description['caption_fields']) or 'none'}; {description['classes']} classes"
     ]
-    for name, column in columns.items():
-        if supervision := column["fingerprint"].get("supervision"):
-            lines.append(f"{name}: supervision: {supervision}")
+    lines += [
+        f"{name}: supervision: {supervision}"
+        for name, column in columns.items()
+        if (supervision := column["fingerprint"].get("supervision"))
+    ]
     parts = [rendered(table), *lines, _statistics_table(columns), _samples_table(description)]
     return "\n".join(parts)
 
 
 def _statistics_table(columns: dict[str, Any]) -> str:
-    title = "features of rows that are ok"
-    table = Table(title=title, title_justify="left")
-    table.add_column("column", overflow="fold")
-    for heading in (
+    right = numbers(
         "rows",
         "norm: min / mean / max",
         "sd of a dimension: min / median / max",
         "constant",
         "largest variance",
         "near-duplicates",
-    ):
-        table.add_column(heading, justify="right")
+    )
+    table = titled("features of rows that are ok", *words("column"), *right)
     for name, column in columns.items():
         found = column["statistics"]
         if found is None:
@@ -68,43 +93,34 @@ def _statistics_table(columns: dict[str, Any]) -> str:
 
 
 def _samples_table(description: dict[str, Any]) -> str:
-    table = Table(title="some rows", title_justify="left")
-    table.add_column("row", justify="right")
-    for heading in ("key", "captions", "class"):
-        table.add_column(heading, overflow="fold")
+    table = titled("some rows", *numbers("row"), *words("key", "captions", "class"))
     for row in description["samples"]:
-        captions = "\n".join(f"{field}: {text}" for field, text in row["captions"].items())
         name = row["class"] or ("-" if row["label"] in (None, -1) else str(row["label"]))
-        table.add_row(str(row["row"]), row["key"], captions, name)
+        table.add_row(str(row["row"]), row["key"], _captions(row), name)
     return rendered(table)
 
 
 def hits_table(hits: list[dict[str, Any]]) -> str:
     """Return what `sail search` prints."""
-    table = Table()
-    for heading in ("#", "cosine"):
-        table.add_column(heading, justify="right")
-    for heading in ("key", "captions"):
-        table.add_column(heading, overflow="fold")
+    table = Table(*numbers("#", "cosine"), *words("key", "captions"))
     for hit in hits:
-        captions = "\n".join(f"{field}: {text}" for field, text in hit["captions"].items())
-        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], captions)
+        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], _captions(hit))
     return rendered(table)
 
 
+def _captions(row: dict[str, Any]) -> str:
+    return "\n".join(f"{field}: {text}" for field, text in row["captions"].items())
+
+
 def _pooling(fingerprint: dict[str, Any]) -> str:
-    """Return the pooling, and the layer unless it is the last."""
-    layer = fingerprint.get("layer")
-    return str(fingerprint.get("pooling") or "-") + (
-        f", layer {layer}" if layer not in (None, -1) else ""
-    )
+    pooling, layer = str(fingerprint.get("pooling") or "-"), fingerprint.get("layer")
+    return pooling if layer in (None, -1) else f"{pooling}, layer {layer}"
 
 
 def row_table(description: dict[str, Any]) -> str:
     """Return what `sail inspect STORE --row N` prints."""
-    table = Table(show_header=False, title=f"row {description['row']}", title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = titled(f"row {description['row']}", Column(no_wrap=True), *words(""))
+    table.show_header = False
     table.add_row("key", description["key"])
     for field, caption in description["captions"].items():
         table.add_row(f"caption/{field}", caption)
@@ -123,9 +139,7 @@ def plan_table(plan: dict[str, Any]) -> str:
         for name, split in plan["splits"].items()
     ]
     splits += [f"{name}: left out. {why}" for name, why in plan["splits_left_out"].items()]
-    sizes = Table(title="on disk", title_justify="left")
-    for heading in ("column", "length", "size"):
-        sizes.add_column(heading)
+    sizes = titled("on disk", *map(Column, ("column", "length", "size")))
     for column in plan["columns"]:
         is_known = column["bytes"] is not None
         size = byte_size(column["bytes"]) if is_known else "not known: load it once"
@@ -141,11 +155,12 @@ def plan_table(plan: dict[str, Any]) -> str:
 def _machine_table(plan: dict[str, Any]) -> str:
     machine = plan["this_machine"]
     title = f"stage one on this machine: {machine['device']}, {machine['cores']} cores"
-    table = Table(title=title, title_justify="left")
-    for heading in ("pass", "work per row", "rows/s by phase", "time", "slowest"):
-        table.add_column(heading, overflow="fold")
+    headings = ("pass", "work per row", "rows/s by phase", "time", "slowest")
+    table = titled(title, *words(*headings))
     for each in plan["passes"]:
-        work = "not known" if each["flops_per_row"] is None else f"{_flops(each['flops_per_row'])}"
+        work = (
+            "not known" if each["flops_per_row"] is None else _scaled(each["flops_per_row"], "FLOP")
+        )
         if each["tokens"] is not None:
             work += f", {each['tokens']:.0f} tokens ({each['tokens_from']})"
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in each["rows_per_second"].items())
@@ -165,12 +180,10 @@ def _machine_table(plan: dict[str, Any]) -> str:
 
 
 def _gpu_table(plan: dict[str, Any]) -> str:
-    table = Table(title="on one GPU, computed", title_justify="left")
     names = [each["pass"] for each in plan["passes"] if each["flops_per_row"] is not None]
-    headings = ["GPU", *names, "stage one", "stage two", "total"]
     price = "euros" if plan["price"] is None else f"euros at {plan['price']:g} an hour"
-    for heading in [*headings, price, "cores to decode"]:
-        table.add_column(heading, overflow="fold")
+    headings = ("GPU", *names, "stage one", "stage two", "total", price, "cores to decode")
+    table = titled("on one GPU, computed", *words(*headings))
     for gpu in plan["gpus"]:
         hours = [gpu["hours"][name] for name in names]
         hours += [gpu["stage_one_hours"], gpu["stage_two_hours"], gpu["total_hours"]]
@@ -194,20 +207,25 @@ def _assumptions(plan: dict[str, Any]) -> list[str]:
         lines.append("Equal captions of a chunk are encoded once, so text can take less.")
     if two:
         lines.append(
-            f"Stage two: {two['samples']:,.0f} samples of {_flops(two['flops_per_sample'])}; an "
-            f"epoch reads {byte_size(two['bytes_per_epoch'])}, which takes the time of the disk "
-            f"instead where that does not stay in memory."
+            f"Stage two: {two['samples']:,.0f} samples of "
+            f"{_scaled(two['flops_per_sample'], 'FLOP')}; an epoch reads "
+            f"{byte_size(two['bytes_per_epoch'])}, which takes the time of the disk instead where "
+            f"that does not stay in memory."
         )
     return lines
 
 
-def _flops(count: float) -> str:
-    """Return a number of FLOPs in words: `162 GFLOP`."""
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+def byte_size(count: int) -> str:
+    """Return a number of bytes in words: `8.4 MB`."""
+    return _scaled(count, "B")
+
+
+def _scaled(count: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
         if count < 1000:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g} {prefix}{unit}"
         count /= 1000
-    return f"{count:.3g} TFLOP"
+    return f"{count:.3g} T{unit}"
 
 
 def _duration(hours: float | None) -> str:
@@ -221,10 +239,8 @@ def _duration(hours: float | None) -> str:
 
 def conversion_table(losses: dict[str, dict[str, float]]) -> str:
     """Return what `sail convert` prints: how far each column is from what it was."""
-    table = Table(title="against the old features", title_justify="left")
-    headings = ["column", "error / norm, mean", "greatest", "same 10 neighbours", "size"]
-    for heading in headings:
-        table.add_column(heading)
+    headings = ("column", "error / norm, mean", "greatest", "same 10 neighbours", "size")
+    table = titled("against the old features", *map(Column, headings))
     for name, loss in losses.items():
         table.add_row(
             name,
@@ -239,57 +255,29 @@ def conversion_table(losses: dict[str, dict[str, float]]) -> str:
 def drift_table(document: dict[str, Any]) -> str:
     """Return what `sail eval RECIPE --check` prints."""
     protocol = document["protocol"]
-    table = Table(
-        title=f"drift of the embeddings of {protocol['rows']} rows of {protocol['split']}",
-        title_justify="left",
+    table = titled(
+        f"drift of the embeddings of {protocol['rows']} rows of {protocol['split']}",
+        *words("of", "over", "usual", "compared with"),
+        *numbers("max |difference|", "1 − least cosine", "other neighbour", no_wrap=True),
     )
-    for heading in ("of", "over", "usual", "compared with"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("max |difference|", "1 − least cosine", "other neighbour"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for drift in document["drifts"]:
-        numbers = 3 * ["-"]
+        found = 3 * ["-"]
         if drift["min_cosine"] is not None:
             distance = 1 - drift["min_cosine"]
-            numbers = [
+            found = [
                 f"{drift['max_abs_difference']:.2g}",
                 f"{distance:.2g}" + (" !" if distance > protocol["tolerance"] else ""),
                 f"{drift['changed_neighbours']} of {protocol['rows']}",
             ]
-        words = (drift[what] for what in ("modality", "over", "usual", "other"))
-        table.add_row(*words, *numbers)
+        table.add_row(*(drift[what] for what in ("modality", "over", "usual", "other")), *found)
     return f"{rendered(table)}\ntolerance: 1 − cosine of {protocol['tolerance']:g} at most"
 
 
 def doctor_table(examination: dict[str, Any]) -> str:
     """Return what `sail doctor` prints."""
-    table = Table(show_header=True)
-    for heading in ("", "looked at", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+    table = Table(*words("", "looked at", "found", "what to do"))
     for check in examination["checks"]:
         table.add_row(*(check[what] for what in ("status", "name", "found", "advice")))
     broken = sum(check["status"] == "broken" for check in examination["checks"])
     end = "Nothing that is needed is broken." if not broken else f"{broken} broken, see above."
     return f"{rendered(table)}\n{end}"
-
-
-def byte_size(count: int) -> str:
-    """Return a number of bytes in words: `8.4 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def rendered(table: RenderableType) -> str:
-    """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns.
-
-    Brackets and colons in it are no markup: they may be of captions and keys.
-    """
-    width = None if Console().is_terminal else WIDTH_OF_A_PIPE
-    console = Console(width=width, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip("\n")

@@ -13,7 +13,7 @@ from evaluate.results import Items, Result, read_items, read_results
 from evaluate.statistics import paired_interval
 from features.errors import EvaluationError
 from features.storage.files import appearing
-from pipeline.tables import rendered
+from pipeline.tables import numbers, rendered, words
 
 RESAMPLES, SEED = 2000, 0
 FOUND = frozenset(
@@ -89,10 +89,8 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
 def comparison_table(document: dict[str, Any]) -> str:
     """Return what `sail compare` prints, in per cent; a star where the interval leaves 0 out."""
-    table = Table()
-    table.add_column("measure", overflow="fold")
-    for heading in ("first", "second", "difference", "95 %", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    right = numbers("first", "second", "difference", "95 %", "n", no_wrap=True)
+    table = Table(*words("measure"), *right)
     for row in document["measures"]:
         interval = "not paired"
         if row["ci95"] is not None:

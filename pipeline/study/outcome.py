@@ -31,9 +31,11 @@ from pipeline.study.probes import (
     probe_folder,
     probe_pairs,
 )
-from pipeline.tables import rendered
+from pipeline.tables import numbers, rendered, words
 
 COLUMNS = 4
+OVER = ("measure", "over")
+CORRELATION = ("n", "Pearson (95 %)", "without one", "Spearman (95 %)")
 
 
 def study_table(document: dict[str, Any]) -> str:
@@ -43,11 +45,7 @@ def study_table(document: dict[str, Any]) -> str:
             f"Nothing can be correlated: that needs {LEAST_POINTS} encoders, or pairs of them, "
             f"that differ; there are {len(document['pairs'])} pairs. The page ranks them."
         )
-    table = Table()
-    for heading in ("measure", "over"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("n", "Pearson (95 %)", "without one", "Spearman (95 %)"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(*words(*OVER), *numbers(*CORRELATION, no_wrap=True))
     for row in document["correlations"]:
         table.add_row(row["measure"], row["over"], *_correlation(row))
     return rendered(table)
@@ -64,7 +62,7 @@ def study_page(document: dict[str, Any]) -> str:
         "![Alignment over every measure](study.png)",
         "",
         *_markdown(
-            ("measure", "over", "n", "Pearson (95 %)", "without one", "Spearman (95 %)"),
+            (*OVER, *CORRELATION),
             [[row["measure"], row["over"], *_correlation(row)] for row in document["correlations"]],
         ),
     ]
@@ -195,11 +193,8 @@ def ranking(probes: Sequence[Probe]) -> list[dict[str, Any]]:
 
 def pick_table(document: dict[str, Any]) -> str:
     """Return what `sail pick` prints."""
-    table = Table()
-    for heading in ("image", "text"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("recall@10, %", "95 %", "best with probability"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    right = numbers("recall@10, %", "95 %", "best with probability", no_wrap=True)
+    table = Table(*words("image", "text"), *right)
     for row in document["pairs"]:
         low, high = row["ci95"]
         table.add_row(

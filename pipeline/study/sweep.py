@@ -31,7 +31,7 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.evaluate import evaluate_run
-from pipeline.tables import rendered
+from pipeline.tables import numbers, rendered, words
 
 CHOSEN = "heldout/recall@10"
 SHOWN = ("top1", "recall@10")  # ends of the names of what an evaluation adds to the picture
@@ -40,11 +40,8 @@ PANELS = 6
 
 def sweep_table(document: dict[str, Any]) -> str:
     """Return what `sail sweep` prints: mean ± sd over the seeds, in per cent."""
-    table = Table()
-    for setting in [*document["over"], "measure"]:
-        table.add_column(setting, overflow="fold")
-    table.add_column("% (mean ± sd)", justify="right", no_wrap=True)
-    table.add_column("seeds", justify="right", no_wrap=True)
+    right = numbers("% (mean ± sd)", "seeds", no_wrap=True)
+    table = Table(*words(*document["over"], "measure"), *right)
     for row in document["summary"]:
         settings = list(row["settings"].values())
         for name, score in row["scores"].items():
