@@ -1,13 +1,16 @@
 // Chooses the view by the address behind `#`, and keeps what all views share.
 
 import { ask } from "./api.js";
-import { announce, el, prose } from "./dom.js";
+import { announce, byId, el, fill, problem, waiting } from "./dom.js";
 import { showMap } from "./map.js";
 import { showResults } from "./results.js";
 import { showSearch } from "./search.js";
 import { showStore } from "./store.js";
 import { showTraining } from "./training.js";
 
+/** @import { View } from "./address.js" */
+
+/** @type {{ [name: string]: [words: string, show: View] }} */
 const VIEWS = {
   search: ["Search", showSearch],
   map: ["Map", showMap],
@@ -16,14 +19,15 @@ const VIEWS = {
   store: ["Store", showStore],
 };
 
-const main = document.getElementById("main");
+const main = byId("main");
+const dialog = /** @type {HTMLDialogElement} */ (byId("row"));
 let leave = () => {};
 let shown = "";
 let turns = 0;
 
 function start() {
   themeButton();
-  document.querySelector(".skip").addEventListener("click", (event) => {
+  byId("skip").addEventListener("click", (event) => {
     event.preventDefault(); // the address says which view is shown
     main.focus();
   });
@@ -31,53 +35,49 @@ function start() {
   route();
 }
 
-/**
- * Show the view of the address. Views are functions (place, parameters, run) that may return what
- * ends them; each fills a place of its own, so that one that is late cannot overwrite the next.
- */
+/** Show the view of the address, in a place of its own: one that is late overwrites no other. */
 async function route() {
   const [name, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const view = name in VIEWS ? name : "search";
+  const [words, show] = VIEWS[view];
   const turn = ++turns;
-  const place = el("div", {}, el("p", { class: "waiting" }, "Loading …"));
+  const place = el("div", {}, waiting("Loading …"));
   tabs(view);
   leave();
   leave = () => {};
-  document.getElementById("row").close();
+  dialog.close();
   if (view !== shown) {
-    main.replaceChildren(place);
-    announce(VIEWS[view][0]);
+    fill(main, place);
+    announce(words);
   }
   shown = view;
   try {
     const run = await ask("/api/run");
     if (turn !== turns) return;
-    document.getElementById("run").textContent = run.name;
-    document.title = `${VIEWS[view][0]} · ${run.name} · SAIL explore`;
-    const end = await VIEWS[view][1](place, new URLSearchParams(query), run);
-    if (turn !== turns) return end?.();
+    fill(byId("run"), run.name);
+    document.title = `${words} · ${run.name} · SAIL explore`;
+    const end = await show(place, new URLSearchParams(query), run);
+    if (turn !== turns) {
+      end?.();
+      return;
+    }
     leave = end ?? leave;
   } catch (error) {
     if (turn !== turns) return;
-    place.replaceChildren(
-      el(
-        "div",
-        { class: "problem", role: "alert" },
-        el("h1", {}, "This cannot be shown"),
-        el("p", {}, prose(error.message)),
-      ),
-    );
+    fill(place, problem(error, "This cannot be shown"));
   }
   const focused = document.activeElement?.id;
-  if (!place.isConnected) main.replaceChildren(place);
+  if (!place.isConnected) fill(main, place);
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
+/** @param {string} view */
 function tabs(view) {
-  const list = document.getElementById("tabs");
+  const list = byId("tabs");
   if (!list.childElementCount)
-    list.append(
-      ...Object.entries(VIEWS).map(([name, [words]]) => el("a", { href: `#/${name}` }, words)),
+    fill(
+      list,
+      Object.entries(VIEWS).map(([name, [words]]) => el("a", { href: `#/${name}` }, words)),
     );
   for (const tab of list.children) {
     if (tab.getAttribute("href") === `#/${view}`) tab.setAttribute("aria-current", "page");
@@ -89,7 +89,7 @@ function themeButton() {
   const root = document.documentElement;
   const system = matchMedia("(prefers-color-scheme: dark)");
   const now = () => root.dataset.theme ?? (system.matches ? "dark" : "light");
-  document.getElementById("theme").addEventListener("click", () => {
+  byId("theme").addEventListener("click", () => {
     root.dataset.theme = now() === "dark" ? "light" : "dark";
     try {
       localStorage.setItem("sail-theme", root.dataset.theme);

@@ -2,31 +2,40 @@
 
 const MOST = 400; // times the view of all points
 
+/** @typedef {[x: number, y: number]} Place Of the canvas, in CSS pixels from its corner. */
+/** @typedef {(i: number) => boolean} IsShown */
+/** @typedef {(place: Place | null) => void} OnPoint Told where the pointer is, null when it leaves. */
+/** @typedef {{ onmove: () => void, onpoint: OnPoint, onclick: () => void }} Told */
+
 export class Camera {
-  /** places: x and y of every point, in turn; onmove, onpoint(x, y), onclick: what is told. */
+  width = 1;
+  height = 1;
+  ratio = 1;
+  scale = 1;
+  left = 0;
+  top = 0;
+  fitted = 1; // the scale at which all points are seen
+  moved = 0; // pixels since a pointer went down
+  /** @type {Map<number, Place>} */
+  pointers = new Map();
+
+  /**
+   * @param {HTMLCanvasElement} canvas
+   * @param {Float32Array} places x and y of every point, in turn
+   * @param {Told} told
+   */
   constructor(canvas, places, { onmove, onpoint, onclick }) {
-    Object.assign(this, {
-      canvas,
-      places,
-      onmove,
-      onpoint,
-      onclick,
-      width: 1,
-      height: 1,
-      ratio: 1,
-      scale: 1,
-      left: 0,
-      top: 0,
-      fitted: 1,
-    });
-    this.pointers = new Map();
-    this.moved = 0;
+    this.canvas = canvas;
+    this.places = places;
+    this.onmove = onmove;
+    this.onpoint = onpoint;
+    this.onclick = onclick;
     canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
-    for (const name of ["pointerup", "pointercancel"])
-      canvas.addEventListener(name, (event) => this.up(event));
-    canvas.addEventListener("pointerleave", () => this.pointers.size || onpoint(null, null));
+    canvas.addEventListener("pointerup", (event) => this.up(event));
+    canvas.addEventListener("pointercancel", (event) => this.up(event));
+    canvas.addEventListener("pointerleave", () => this.pointers.size || onpoint(null));
   }
 
   get magnification() {
@@ -36,12 +45,12 @@ export class Camera {
   resize() {
     const { clientWidth, clientHeight } = this.canvas;
     this.ratio = window.devicePixelRatio || 1;
-    const middle = [(clientWidth - this.width) / 2, (clientHeight - this.height) / 2];
+    const [x, y] = [(clientWidth - this.width) / 2, (clientHeight - this.height) / 2];
     [this.width, this.height] = [clientWidth, clientHeight];
     this.canvas.width = Math.round(clientWidth * this.ratio);
     this.canvas.height = Math.round(clientHeight * this.ratio);
     if (this.magnification === 1) this.fit();
-    else this.pan(...middle);
+    else this.pan(x, y);
   }
 
   /** Show all points. */
@@ -64,13 +73,15 @@ export class Camera {
     this.onmove();
   }
 
+  /** @param {number} x @param {number} y */
   pan(x, y) {
     this.left += x;
     this.top += y;
     this.onmove();
   }
 
-  zoom(factor, x = this.width / 2, y = this.height / 2) {
+  /** @param {number} factor @param {Place} [about] the middle, where none is given */
+  zoom(factor, [x, y] = [this.width / 2, this.height / 2]) {
     const scale = Math.max(this.fitted * 0.5, Math.min(this.fitted * MOST, this.scale * factor));
     const by = scale / this.scale;
     this.scale = scale;
@@ -79,7 +90,7 @@ export class Camera {
     this.onmove();
   }
 
-  /** Where a point is on the canvas. */
+  /** Where a point is on the canvas. @param {number} i @returns {Place} */
   screen(i) {
     return [
       this.left + this.places[2 * i] * this.scale,
@@ -87,8 +98,14 @@ export class Camera {
     ];
   }
 
-  /** The point nearest to a place of the canvas, -1 where none is within a distance. */
-  nearest(x, y, within, isShown) {
+  /**
+   * The point nearest to a place of the canvas, -1 where none is within a distance.
+   *
+   * @param {Place} place
+   * @param {number} within
+   * @param {IsShown} isShown
+   */
+  nearest([x, y], within, isShown) {
     let [best, found] = [within * within, -1];
     for (let i = 0; i < this.places.length / 2; i++) {
       const dx = this.left + this.places[2 * i] * this.scale - x;
@@ -99,8 +116,9 @@ export class Camera {
     return found;
   }
 
-  /** All points that are shown, those near a place first. */
-  outwards(x, y, isShown) {
+  /** The points that are shown, nearest first. @param {Place} place @param {IsShown} isShown */
+  outwards([x, y], isShown) {
+    /** @type {[distance: number, i: number][]} */
     const found = [];
     for (let i = 0; i < this.places.length / 2; i++) {
       if (!isShown(i)) continue;
@@ -110,22 +128,25 @@ export class Camera {
     return found.sort((a, b) => a[0] - b[0]).map(([, i]) => i);
   }
 
+  /** @param {WheelEvent} event */
   wheel(event) {
     event.preventDefault();
-    this.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0016)), ...this.local(event));
+    this.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0016)), this.local(event));
   }
 
+  /** @param {PointerEvent} event */
   down(event) {
     this.canvas.setPointerCapture(event.pointerId);
     this.pointers.set(event.pointerId, this.local(event));
     if (this.pointers.size === 1) this.moved = 0;
   }
 
+  /** @param {PointerEvent} event */
   move(event) {
     const now = this.local(event);
     const before = this.pointers.get(event.pointerId);
     if (!before) {
-      this.onpoint(...now);
+      this.onpoint(now);
       return;
     }
     const other = [...this.pointers].find(([id]) => id !== event.pointerId)?.[1];
@@ -135,20 +156,22 @@ export class Camera {
       const factor =
         Math.hypot(now[0] - other[0], now[1] - other[1]) /
         (Math.hypot(before[0] - other[0], before[1] - other[1]) || 1);
-      this.zoom(factor, (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
+      this.zoom(factor, [(now[0] + other[0]) / 2, (now[1] + other[1]) / 2]);
     } else {
       this.pan(now[0] - before[0], now[1] - before[1]);
     }
   }
 
+  /** @param {PointerEvent} event */
   up(event) {
     const known = this.pointers.delete(event.pointerId);
     if (known && event.type === "pointerup" && this.moved < 5 && !this.pointers.size) {
-      this.onpoint(...this.local(event));
+      this.onpoint(this.local(event));
       this.onclick();
     }
   }
 
+  /** @param {MouseEvent} event @returns {Place} */
   local(event) {
     const box = this.canvas.getBoundingClientRect();
     return [event.clientX - box.left, event.clientY - box.top];

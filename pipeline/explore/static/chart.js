@@ -1,6 +1,13 @@
 // Charts as SVG: lines over steps, and bars of a histogram. Colours come from the style sheet.
 
 import { el, svg } from "./dom.js";
+import { short } from "./numbers.js";
+
+/** @import { Curve, Histogram } from "../answers.d.ts" */
+/** @typedef {Curve & { name: string }} NamedCurve */
+/** @typedef {(value: number) => string} Format */
+/** @typedef {((value: number) => number) & { ticks: (count: number) => number[] }} Scale */
+/** @typedef {{ format?: Format, mark?: number | null, log?: boolean }} Options */
 
 const HEIGHT = 230;
 const LEFT = 52;
@@ -10,17 +17,21 @@ const RIGHT = 14;
 
 /**
  * Draw curves over one axis of steps.
- * curves: [{ name, step: [..], value: [..] }]; format: of a value; mark: a step to point at.
+ *
+ * @param {string} title
+ * @param {NamedCurve[]} curves
+ * @param {Options} [options] how a value is written, a step to point at, a logarithmic axis
  */
 export function lineChart(title, curves, { format = short, mark = null, log = false } = {}) {
   const width = window.innerWidth < 720 ? 340 : 560; // so that the words keep their size
-  const drawn = curves.filter((curve) => curve.value.some(Number.isFinite));
-  const values = drawn.flatMap((curve) => curve.value).filter(Number.isFinite);
+  const drawn = curves.filter((curve) => curve.value.some(isThere));
+  const values = drawn.flatMap((curve) => curve.value).filter(isThere);
   if (!values.length) return el("p", { class: "soft" }, "Nothing yet.");
   const steps = drawn.flatMap((curve) => curve.step);
   const x = scale(Math.min(...steps), Math.max(...steps), LEFT, width - RIGHT);
   const useLog = log && Math.min(...values) > 0;
-  const y = scale(...padded(values, useLog), HEIGHT - BOTTOM, TOP, useLog);
+  const [least, most] = padded(values, useLog);
+  const y = scale(least, most, HEIGHT - BOTTOM, TOP, useLog);
   const picture = svg(
     "svg",
     {
@@ -29,19 +40,16 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
       role: "img",
       "aria-label": described(title, drawn, format),
     },
-    y
-      .ticks(4)
-      .map((value) => [
-        svg("line", {
-          class: "grid-line",
-          x1: LEFT,
-          x2: width - RIGHT,
-          y1: y(value),
-          y2: y(value),
-        }),
-        svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
-      ])
-      .flat(),
+    y.ticks(4).map((value) => [
+      svg("line", {
+        class: "grid-line",
+        x1: LEFT,
+        x2: width - RIGHT,
+        y1: y(value),
+        y2: y(value),
+      }),
+      svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
+    ]),
     svg("text", { x: LEFT - 8, y: HEIGHT - 8, "text-anchor": "end" }, "step"),
     x
       .ticks(5)
@@ -50,17 +58,18 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
         svg("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, short(value)),
       ),
     mark === null
-      ? []
+      ? null
       : svg("line", { class: "mark", x1: x(mark), x2: x(mark), y1: TOP, y2: HEIGHT - BOTTOM }),
     drawn.map((curve, i) => svg("path", { class: `curve c${i}`, d: path(curve, x, y) })),
-    drawn.map((curve, i) =>
-      svg("circle", {
+    drawn.map(({ step, value }, i) => {
+      const last = value.findLastIndex(isThere);
+      return svg("circle", {
         class: `dot c${i}`,
         r: 3.5,
-        cx: x(curve.step[curve.value.findLastIndex(Number.isFinite)]),
-        cy: y(curve.value.findLast(Number.isFinite)),
-      }),
-    ),
+        cx: x(step[last]),
+        cy: y(value[last] ?? 0),
+      });
+    }),
   );
   return el(
     "figure",
@@ -70,7 +79,7 @@ export function lineChart(title, curves, { format = short, mark = null, log = fa
   );
 }
 
-/** Draw a histogram: { counts, edges }. */
+/** @param {string} title @param {Histogram} bins */
 export function histogram(title, { counts, edges }) {
   const most = Math.max(...counts);
   const width = 220 / counts.length;
@@ -86,7 +95,7 @@ export function histogram(title, { counts, edges }) {
       svg("title", {}, `${edges[i].toPrecision(3)} to ${edges[i + 1].toPrecision(3)}: ${count}`),
     ),
   );
-  const ends = [edges[0], edges.at(-1)].map((value) => value.toPrecision(3));
+  const ends = [edges[0], edges[edges.length - 1]].map((value) => value.toPrecision(3));
   return el(
     "figure",
     { class: "histogram" },
@@ -110,20 +119,22 @@ export function histogram(title, { counts, edges }) {
   );
 }
 
-/** What is not finite comes as null. */
+/**
+ * Whether a value is finite: what is not comes as null.
+ *
+ * @param {number | null} value
+ * @returns {value is number}
+ */
+function isThere(value) {
+  return value !== null;
+}
+
+/** @param {number | null | undefined} value @param {Format} format */
 function worded(value, format) {
-  return value === null ? "not finite" : format(value);
+  return value === null || value === undefined ? "not finite" : format(value);
 }
 
-/** A number as short as it can be told from its neighbours. */
-export function short(value) {
-  const size = Math.abs(value);
-  if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  if (size !== 0 && size < 1e-3) return value.toExponential(0);
-  return String(+value.toPrecision(3));
-}
-
+/** @param {NamedCurve[]} curves @param {Format} format */
 function legend(curves, format) {
   return el(
     "ul",
@@ -140,6 +151,7 @@ function legend(curves, format) {
   );
 }
 
+/** @param {string} title @param {NamedCurve[]} curves @param {Format} format */
 function described(title, curves, format) {
   const each = curves.map(({ name, step, value }) => {
     const [first, last] = [value[0], value.at(-1)].map((one) => worded(one, format));
@@ -148,20 +160,18 @@ function described(title, curves, format) {
   return `${title}. ${each.join(". ")}.`;
 }
 
+/** @param {Curve} curve @param {Scale} x @param {Scale} y */
 function path(curve, x, y) {
   let pen = "M";
   let drawn = "";
-  curve.step.forEach((step, i) => {
-    if (!Number.isFinite(curve.value[i])) {
-      pen = "M";
-      return;
-    }
-    drawn += `${pen}${x(step).toFixed(1)} ${y(curve.value[i]).toFixed(1)}`;
-    pen = "L";
+  curve.value.forEach((value, i) => {
+    if (isThere(value)) drawn += `${pen}${x(curve.step[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+    pen = isThere(value) ? "L" : "M";
   });
   return drawn;
 }
 
+/** @param {number[]} values @param {boolean} log */
 function padded(values, log) {
   const least = Math.min(...values);
   const most = Math.max(...values);
@@ -170,24 +180,38 @@ function padded(values, log) {
   return [least >= 0 && least - space < 0 ? 0 : least - space, most + space];
 }
 
+/**
+ * What places values from `from` to `to` between `start` and `end` of the picture.
+ *
+ * @param {number} from
+ * @param {number} to
+ * @param {number} start
+ * @param {number} end
+ * @param {boolean} [log]
+ * @returns {Scale}
+ */
 function scale(from, to, start, end, log = false) {
-  const f = log ? Math.log : (value) => value;
+  const f = log ? Math.log : (/** @type {number} */ value) => value;
   const span = f(to) - f(from) || 1;
-  const place = (value) => start + ((f(value) - f(from)) / span) * (end - start);
-  place.ticks = (count) => (log ? logTicks(from, to) : ticks(from, to, count));
-  return place;
+  const place = (/** @type {number} */ value) =>
+    start + ((f(value) - f(from)) / span) * (end - start);
+  const marks = (/** @type {number} */ count) =>
+    log ? logTicks(from, to) : ticks(from, to, count);
+  return Object.assign(place, { ticks: marks });
 }
 
+/** @param {number} from @param {number} to @param {number} count */
 function ticks(from, to, count) {
   const rough = (to - from || 1) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
+  const step = power * ([1, 2, 5].find((each) => each * power >= rough) ?? 10);
   const found = [];
   for (let value = Math.ceil(from / step) * step; value <= to + step * 1e-6; value += step)
     found.push(+value.toPrecision(12));
   return found;
 }
 
+/** @param {number} from @param {number} to */
 function logTicks(from, to) {
   const found = [];
   for (let power = Math.floor(Math.log10(from)); power <= Math.ceil(Math.log10(to)); power++) {

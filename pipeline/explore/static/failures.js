@@ -1,175 +1,134 @@
 // The accuracy of each class, and the rows that went wrong behind a number.
 
 import { ask } from "./api.js";
-import { announce, count, el, prose } from "./dom.js";
-import { bestCaption, grid } from "./grid.js";
+import { announce, bar, button, el, fill, paged, problem, waiting } from "./dom.js";
+import { grid } from "./grid.js";
+import { count, grouped } from "./numbers.js";
+import { openRow } from "./row.js";
 
-/** The accuracy of each class of a split; `open` shows the failures of one. */
+/** @import { ClassAccuracy, Classes } from "../answers.d.ts" */
+/** @import { Child } from "./dom.js" */
+/** @typedef {{ name: string, label?: string, taken?: string }} Which A number; a class; its mistake. */
+/** @typedef {(which: Which, title: string) => void} Open Shows failures. */
+
+/**
+ * The accuracy of each class of a split.
+ *
+ * @param {string} split
+ * @param {Open} open
+ */
 export function classes(split, open) {
-  const section = el(
-    "section",
-    { class: "panel by-class" },
-    el("h2", {}, `Classes of ${split}`),
-    el("p", { class: "waiting" }, "Classifying …"),
-  );
+  const inside = el("div", {}, waiting("Classifying …"));
   ask("/api/results/classes", { split }).then(
-    (found) =>
-      section.replaceChildren(
-        el("h2", {}, `Classes of ${split}`),
-        ...ofClasses(split, found, open),
-      ),
-    (error) => section.append(el("p", { class: "problem" }, prose(error.message))),
+    (found) => inside.replaceWith(ofClasses(split, found, open)),
+    (error) => fill(inside, problem(error)),
   );
-  return section;
+  return el("section", { class: "panel by-class" }, el("h2", {}, `Classes of ${split}`), inside);
 }
 
+/** @param {string} split @param {Classes} found @param {Open} open */
 function ofClasses(split, found, open) {
   const name = `zero_shot ${split} top1`;
-  const byName = [...found.classes];
   const hardest = [...found.classes].sort(
     (a, b) => a.right / a.images - b.right / b.images || b.images - a.images,
   );
   const list = el("ol", { class: "class-list" });
-  const draw = (order) =>
-    list.replaceChildren(
-      ...order.map((each) =>
-        classBar(each, () =>
-          open({ name, label: each.name }, `${each.name}, taken for something else`),
-        ),
-      ),
+  const draw = (/** @type {ClassAccuracy[]} */ order) =>
+    fill(
+      list,
+      order.map((each) => {
+        const title = `${each.name}, taken for something else`;
+        return classBar(each, () => open({ name, label: each.name }, title));
+      }),
     );
   draw(hardest);
-  const sort = el(
-    "button",
-    {
-      class: "link",
-      type: "button",
-      onclick: () => (
-        (sort.textContent = sort.textContent === "by name" ? "hardest first" : "by name"),
-        draw(sort.textContent === "by name" ? hardest : byName)
-      ),
-    },
-    "by name",
-  );
-  return [
+  const sort = button({ class: "link", onclick: turn }, "by name");
+  function turn() {
+    const isByName = sort.textContent === "by name";
+    sort.textContent = isByName ? "hardest first" : "by name";
+    draw(isByName ? found.classes : hardest);
+  }
+  return el(
+    "div",
+    { class: "two" },
     el(
       "div",
-      { class: "two" },
+      {},
       el(
-        "div",
-        {},
-        el(
-          "p",
-          { class: "soft small" },
-          `${count(found.classes.length, "class", "classes")}, the hardest first; `,
-          sort,
-        ),
-        el(
-          "div",
-          { class: "tall", tabindex: "0", role: "region", "aria-label": "Accuracy of each class" },
-          list,
-        ),
+        "p",
+        { class: "soft small" },
+        `${count(found.classes.length, "class", "classes")}, the hardest first; `,
+        sort,
       ),
       el(
         "div",
-        {},
-        el("p", { class: "soft small" }, "The most frequent mistakes"),
-        el(
-          "ol",
-          { class: "mistakes" },
-          found.mistakes.map((each) =>
-            mistake(each, () =>
-              open(
-                { name, label: each.true, taken: each.predicted },
-                `${each.true}, taken for ${each.predicted}`,
-              ),
-            ),
+        { class: "tall", tabindex: "0", role: "region", "aria-label": "Accuracy of each class" },
+        list,
+      ),
+    ),
+    el(
+      "div",
+      {},
+      el("p", { class: "soft small" }, "The most frequent mistakes"),
+      el(
+        "ol",
+        { class: "mistakes" },
+        found.mistakes.map(({ true: label, predicted: taken, count, images }) =>
+          line(
+            { onclick: () => open({ name, label, taken }, `${label}, taken for ${taken}`) },
+            el("span", {}, label, el("span", { class: "soft" }, " taken for "), taken),
+            el("span", { class: "number" }, `${count} of ${images}`),
           ),
         ),
       ),
     ),
-  ];
-}
-
-function classBar(each, onclick) {
-  const part = each.right / each.images;
-  return el(
-    "li",
-    {},
-    el(
-      "button",
-      { class: "class-bar", type: "button", disabled: each.right === each.images, onclick },
-      el("span", {}, each.name),
-      el("span", { class: "bar", "--part": part, "aria-hidden": "true" }),
-      el("span", { class: "number" }, `${each.right} of ${each.images}`),
-    ),
   );
 }
 
-function mistake(each, onclick) {
-  return el(
-    "li",
-    {},
-    el(
-      "button",
-      { class: "class-bar", type: "button", onclick },
-      el("span", {}, each.true, el("span", { class: "soft" }, " taken for "), each.predicted),
-      el("span", { class: "number" }, `${each.count} of ${each.images}`),
-    ),
+/** @param {ClassAccuracy} each @param {() => void} onclick */
+function classBar({ name, right, images }, onclick) {
+  return line(
+    { disabled: right === images, onclick },
+    el("span", {}, name),
+    bar(right / images),
+    el("span", { class: "number" }, `${right} of ${images}`),
   );
 }
 
-/** Show the rows that went wrong, some at a time. */
-export async function failures(place, query, title) {
-  place.replaceChildren(el("h2", {}, title), el("p", { class: "waiting" }, "Looking …"));
+/** @param {{ onclick: () => void, disabled?: boolean }} attributes @param {Child[]} children */
+function line(attributes, ...children) {
+  return el("li", {}, button({ class: "class-bar", ...attributes }, ...children));
+}
+
+/**
+ * Show the rows that went wrong, some at a time.
+ *
+ * @param {HTMLElement} place
+ * @param {Which} which
+ * @param {string} title
+ */
+export async function failures(place, which, title) {
+  const list = el("div", {}, waiting("Looking …"));
+  fill(place, el("h2", {}, title), list);
   place.focus({ preventScroll: true });
-  const all = [];
-  async function more(start) {
-    const found = await ask("/api/results/failures", { ...query, start });
-    all.push(
-      ...found.rows.map((row) => ({
-        ...row,
-        note: row.taken
-          ? el(
-              "span",
-              { class: "taken" },
-              el("span", { class: "right" }, row.label),
-              " taken for ",
-              el("span", { class: "wrong" }, row.taken),
-            )
-          : undefined,
-      })),
-    );
-    place.replaceChildren(
-      el("h2", {}, title),
-      el(
-        "p",
-        { class: "soft" },
-        `${found.failed.toLocaleString("en")} of ${found.of.toLocaleString("en")} went wrong. `,
-        "Open one to see what is near it.",
-      ),
-      grid(found.split, all, { captionOf: (row) => bestCaption(row) }),
-      all.length < found.total
-        ? el(
-            "p",
-            { class: "more" },
-            el(
-              "button",
-              { class: "button", type: "button", onclick: () => more(all.length) },
-              `More (${(found.total - all.length).toLocaleString("en")})`,
-            ),
-          )
-        : "",
-    );
-    announce(`${found.failed} of ${found.of} went wrong.`);
-  }
-  try {
-    await more(0);
-    place.scrollIntoView({
-      block: "start",
-      behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth",
-    });
-  } catch (error) {
-    place.replaceChildren(el("p", { class: "problem", role: "alert" }, prose(error.message)));
-  }
+  await paged(
+    list,
+    (start) => ask("/api/results/failures", { ...which, start }),
+    (rows, { split, failed, of }) => {
+      announce(`${failed} of ${of} went wrong.`);
+      return [
+        el(
+          "p",
+          { class: "soft" },
+          `${grouped(failed)} of ${grouped(of)} went wrong. `,
+          "Open one to see what is near it.",
+        ),
+        grid(split, rows, openRow),
+      ];
+    },
+  );
+  place.scrollIntoView({
+    block: "start",
+    behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth",
+  });
 }

@@ -1,98 +1,113 @@
 // Rows as a grid of pictures with captions and scores.
 
 import { picture } from "./api.js";
-import { el } from "./dom.js";
-import { openRow } from "./row.js";
+import { bar, button, el, unseen } from "./dom.js";
+import { clamp } from "./numbers.js";
 
-/** A list of cards; arrow keys go from card to card. */
-export function grid(split, rows, { captionOf = bestCaption } = {}) {
-  const list = el(
+/** @import { Hit, Row } from "../answers.d.ts" */
+/** @typedef {Row & Partial<Hit> & { taken?: string | null }} Card */
+/** @typedef {(split: string, row: number) => void} Open What opens a row. */
+
+/**
+ * A list of cards; arrow keys go from card to card.
+ *
+ * @param {string} split
+ * @param {Card[]} rows
+ * @param {Open} open
+ */
+export function grid(split, rows, open) {
+  return el(
     "ol",
     { class: "grid", onkeydown: walk },
-    rows.map((row, i) => card(split, row, i, captionOf(row))),
+    rows.map((row, i) => el("li", {}, card(split, row, i, open))),
   );
-  return list;
 }
 
-/** The picture of a row, or words where there is none. */
-export function photo(split, row, words, side = 256) {
+/**
+ * The picture of a row, or words where there is none.
+ *
+ * @param {string} split
+ * @param {number} row
+ * @param {string} words
+ * @param {96 | 256 | 768} [side]
+ */
+export function photo(split, row, words, side) {
   const image = el("img", {
     src: picture(split, row, side),
     alt: words,
     loading: "lazy",
     decoding: "async",
   });
-  image.addEventListener(
-    "error",
-    () => image.replaceWith(el("span", { class: "no-picture" }, "no picture")),
-    { once: true },
-  );
+  const instead = el("span", { class: "no-picture" }, "no picture");
+  image.addEventListener("error", () => image.replaceWith(instead), { once: true });
   return image;
 }
 
-/** The caption that was found, or else the most telling one: the longest. */
+/** The caption that was found, or else the most telling one: the longest. @param {Card} row */
 export function bestCaption(row) {
-  if (row.field) return row.captions[row.field];
-  return Object.values(row.captions).reduce(
-    (best, each) => (each.length > best.length ? each : best),
-    "",
-  );
+  return row.field ? row.captions[row.field] : longest(Object.values(row.captions));
 }
 
-function card(split, row, place, caption) {
-  const words = caption || row.key;
-  const score =
-    row.cosine === null || row.cosine === undefined
-      ? null
-      : el(
-          "span",
-          { class: "score" },
-          el("span", {
-            class: "bar",
-            "--part": Math.max(0, Math.min(1, row.cosine)),
-            "aria-hidden": "true",
-          }),
-          el("span", { class: "hidden" }, "cosine "),
-          row.cosine.toFixed(3),
-        );
-  return el(
-    "li",
-    {},
+/** @param {string[]} texts */
+export function longest(texts) {
+  return texts.reduce((best, each) => (each.length > best.length ? each : best), "");
+}
+
+/** @param {string} split @param {Card} row @param {number} place @param {Open} open */
+function card(split, row, place, open) {
+  return button(
+    { class: "card", onclick: () => open(split, row.row) },
     el(
-      "button",
-      { class: "card", type: "button", onclick: () => openRow(split, row.row) },
-      el(
-        "span",
-        { class: "frame" },
-        photo(split, row.row, ""),
-        score ? el("span", { class: "rank", "aria-hidden": "true" }, String(place + 1)) : null,
-      ),
-      el("span", { class: "words", dir: "auto" }, words),
-      el(
-        "span",
-        { class: "foot" },
-        row.note ?? el("span", { class: "soft" }, row.label ?? row.key.split("/").at(-1)),
-        score,
-      ),
+      "span",
+      { class: "frame" },
+      photo(split, row.row, ""),
+      row.cosine !== undefined
+        ? el("span", { class: "rank", "aria-hidden": "true" }, String(place + 1))
+        : null,
+    ),
+    el("span", { class: "words", dir: "auto" }, bestCaption(row) || row.key),
+    el(
+      "span",
+      { class: "foot" },
+      row.taken
+        ? el(
+            "span",
+            { class: "taken" },
+            el("span", { class: "right" }, row.label),
+            " taken for ",
+            el("span", { class: "wrong" }, row.taken),
+          )
+        : el("span", { class: "soft" }, row.label ?? row.key.split("/").at(-1)),
+      row.cosine === undefined ? null : score(row.cosine),
     ),
   );
 }
 
+/** @param {number} cosine */
+function score(cosine) {
+  return el("span", { class: "score" }, bar(clamp(cosine)), unseen("cosine "), cosine.toFixed(3));
+}
+
+/** @param {KeyboardEvent} event */
 function walk(event) {
-  const cards = [...event.currentTarget.querySelectorAll(".card")];
-  const at = cards.indexOf(document.activeElement);
+  const list = /** @type {HTMLElement} */ (event.currentTarget);
+  const cards = /** @type {HTMLElement[]} */ ([...list.querySelectorAll(".card")]);
+  const at = cards.findIndex((each) => each === document.activeElement);
   if (at < 0) return;
   const top = cards[0].getBoundingClientRect().top;
   const columns = cards.findIndex((each) => each.getBoundingClientRect().top > top + 4);
   const width = columns < 0 ? cards.length : columns;
-  const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: width, ArrowUp: -width };
-  const next =
-    event.key === "Home"
-      ? 0
-      : event.key === "End"
-        ? cards.length - 1
-        : at + (moves[event.key] ?? NaN);
-  if (!(next in cards)) return;
+  /** @type {{ [key: string]: number }} */
+  const places = {
+    ArrowRight: at + 1,
+    ArrowLeft: at - 1,
+    ArrowDown: at + width,
+    ArrowUp: at - width,
+    Home: 0,
+    End: cards.length - 1,
+  };
+  const next = cards[places[event.key]];
+  if (!next) return;
   event.preventDefault();
-  cards[next].focus();
+  next.focus();
 }

@@ -1,43 +1,48 @@
 // The map of the shared space, and what is said beside it.
 
+import { splitChoice, splitOf } from "./address.js";
 import { ask, askBytes } from "./api.js";
-import { choice, count, el, heading, noHead, noStore, percent } from "./dom.js";
+import { el, fill, heading, noHead, noStore, waiting } from "./dom.js";
 import { MapView } from "./mapview.js";
+import { count, percent } from "./numbers.js";
+
+/** @import { MapFacts } from "../answers.d.ts" */
+/** @import { View } from "./address.js" */
+/** @import { Points } from "./mapview.js" */
 
 const TITLE = "Map of the shared space";
 
-/** Show the view; return what ends it. */
+/** @type {View} */
 export async function showMap(main, parameters, run) {
-  const splits = Object.keys(run.splits);
-  const split = splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0];
+  const split = splitOf(run, parameters);
   if (!split || !run.head) {
-    main.replaceChildren(heading(TITLE), split ? noHead(run) : noStore(run));
+    fill(main, heading(TITLE), split ? noHead(run) : noStore(run));
     return;
   }
-  main.replaceChildren(
-    el("p", { class: "waiting" }, "Drawing … the first time the split is embedded."),
-  );
+  fill(main, waiting("Drawing … the first time the split is embedded."));
   const facts = await ask("/api/map", { split });
   const points = read(await askBytes("/api/map/points", { split }), facts.images + facts.texts);
   const view = new MapView(split, facts, points);
-  main.replaceChildren(
-    heading(
-      TITLE,
-      told(facts),
-      choice(
-        "split",
-        splits,
-        split,
-        (name) => (location.hash = `#/map?${new URLSearchParams({ split: name })}`),
-      ),
-    ),
+  fill(
+    main,
+    heading(TITLE, told(facts), splitChoice("map", run, split)),
     view.element,
-    gap(facts),
+    el(
+      "dl",
+      { class: "gap" },
+      number(
+        "modality gap",
+        facts.gap,
+        "distance of the mean image from the mean caption; vectors have length 1",
+      ),
+      number("cosine of pairs", facts.pair_cosine, "mean over images with their own captions"),
+    ),
   );
   view.start();
   return () => view.end();
 }
 
+/** @param {ArrayBuffer} bytes @param {number} size @returns {Points} */
 function read(bytes, size) {
   return {
     places: new Float32Array(bytes, 0, 2 * size),
@@ -46,6 +51,7 @@ function read(bytes, size) {
   };
 }
 
+/** @param {MapFacts} facts */
 function told(facts) {
   const all = facts.images < facts.rows ? ` of ${count(facts.rows, "row")}` : "";
   const variance = facts.explained.map((part) => percent(part, 0)).join(" and ");
@@ -55,27 +61,13 @@ function told(facts) {
   );
 }
 
-function gap(facts) {
+/** @param {string} name @param {number} value @param {string} explained */
+function number(name, value, explained) {
   return el(
-    "dl",
-    { class: "gap" },
-    el(
-      "div",
-      {},
-      el("dt", {}, "modality gap"),
-      el("dd", {}, facts.gap.toFixed(3)),
-      el(
-        "dd",
-        { class: "soft small" },
-        "distance of the mean image from the mean caption; vectors have length 1",
-      ),
-    ),
-    el(
-      "div",
-      {},
-      el("dt", {}, "cosine of pairs"),
-      el("dd", {}, facts.pair_cosine.toFixed(3)),
-      el("dd", { class: "soft small" }, "mean over images with their own captions"),
-    ),
+    "div",
+    {},
+    el("dt", {}, name),
+    el("dd", {}, value.toFixed(3)),
+    el("dd", { class: "soft small" }, explained),
   );
 }

@@ -2,9 +2,21 @@
 
 import { ask } from "./api.js";
 import { Camera } from "./camera.js";
-import { announce, choice, el } from "./dom.js";
+import { announce, button, choice, el, fill } from "./dom.js";
 import { bestCaption, photo } from "./grid.js";
+import { grouped } from "./numbers.js";
 import { openRow } from "./row.js";
+
+/** @import { MapFacts, Row } from "../answers.d.ts" */
+/** @import { Place } from "./camera.js" */
+/** @typedef {"image" | "text"} Kind */
+/** @typedef {{ [Name in Kind]: string }} Colors */
+/** @typedef {CanvasRenderingContext2D} Context */
+/**
+ * Of the images, then of the captions: x and y in turn, the row, the class or -1.
+ *
+ * @typedef {{ places: Float32Array, rows: Int32Array, labels: Int32Array }} Points
+ */
 
 const KEYS =
   "Arrow keys move, plus and minus zoom, 0 shows all, N goes from point to point near the " +
@@ -12,16 +24,23 @@ const KEYS =
 const NEAR = 14; // pixels within which a point is under the pointer
 const MILLISECONDS = 90; // that the pointer rests before words and picture are asked for
 
-/** points: { places, rows, labels } of the images, then of the captions. */
 export class MapView {
+  /** @type {number | null} */
+  frame = null; // that is asked for
+  /** @type {number | undefined} */
+  timer;
+  /** @type {number | null} */
+  label = null; // the class that is shown, null for all
+  at = -1; // the point under the pointer
+  /** @type {Map<number, Row>} */
+  known = new Map();
+  shown = { image: true, text: true };
+
+  /** @param {string} split @param {MapFacts} facts @param {Points} points */
   constructor(split, facts, points) {
     this.split = split;
     this.facts = facts;
     this.points = points;
-    this.shown = { image: true, text: true };
-    this.label = null;
-    this.at = -1; // the point under the pointer
-    this.known = new Map();
     this.canvas = el("canvas", {
       tabindex: "0",
       role: "application",
@@ -30,7 +49,7 @@ export class MapView {
     this.tip = el("div", { class: "tip", hidden: true });
     this.camera = new Camera(this.canvas, points.places, {
       onmove: () => this.draw(),
-      onpoint: (x, y) => this.point(x, y),
+      onpoint: (place) => this.point(place),
       onclick: () => this.open(),
     });
     this.canvas.addEventListener("keydown", (event) => this.key(event));
@@ -41,10 +60,10 @@ export class MapView {
       el("div", { class: "map-frame" }, this.canvas, this.tip, this.buttons()),
     );
     this.redraw = () => this.draw();
+    this.observer = new ResizeObserver(() => this.camera.resize());
   }
 
   start() {
-    this.observer = new ResizeObserver(() => this.camera.resize());
     this.observer.observe(this.canvas);
     window.addEventListener("themechange", this.redraw);
     this.camera.fit();
@@ -52,57 +71,54 @@ export class MapView {
 
   end() {
     this.observer.disconnect();
-    cancelAnimationFrame(this.frame);
+    if (this.frame !== null) cancelAnimationFrame(this.frame);
     clearTimeout(this.timer);
     window.removeEventListener("themechange", this.redraw);
   }
 
   tools() {
-    const kind = (name, words) =>
-      el(
-        "label",
-        { class: `kind ${name}` },
-        el("input", {
-          type: "checkbox",
-          checked: true,
-          onchange: (event) => ((this.shown[name] = event.target.checked), this.draw()),
-        }),
-        el("span", { class: "swatch", "aria-hidden": "true" }),
-        words,
-      );
-    const classes = this.facts.classes.length
-      ? choice(
-          "class",
-          ["all", ...this.facts.classes],
-          "all",
-          (name) => (
-            (this.label = name === "all" ? null : this.facts.classes.indexOf(name)),
-            this.draw()
-          ),
-        )
-      : null;
+    const { classes } = this.facts;
     return el(
       "div",
       { class: "map-tools" },
-      kind("image", "images"),
-      kind("text", "captions"),
-      classes,
+      this.switch("image", "images"),
+      this.switch("text", "captions"),
+      classes.length
+        ? choice("class", ["all", ...classes], "all", (name) => {
+            this.label = name === "all" ? null : classes.indexOf(name);
+            this.draw();
+          })
+        : null,
     );
   }
 
+  /** @param {Kind} name @param {string} words */
+  switch(name, words) {
+    const box = el("input", {
+      type: "checkbox",
+      checked: true,
+      onchange: () => {
+        this.shown[name] = box.checked;
+        this.draw();
+      },
+    });
+    const swatch = el("span", { class: "swatch", "aria-hidden": "true" });
+    return el("label", { class: `kind ${name}` }, box, swatch, words);
+  }
+
   buttons() {
-    const button = (label, sign, act) =>
-      el(
-        "button",
-        { class: "icon-button", type: "button", "aria-label": label, onclick: act },
-        sign,
-      );
+    /** @type {[label: string, sign: string, act: () => void][]} */
+    const all = [
+      ["Zoom in", "+", () => this.camera.zoom(1.5)],
+      ["Zoom out", "−", () => this.camera.zoom(1 / 1.5)],
+      ["Show all", "⤢", () => this.camera.fit()],
+    ];
     return el(
       "div",
       { class: "map-buttons" },
-      button("Zoom in", "+", () => this.camera.zoom(1.5)),
-      button("Zoom out", "−", () => this.camera.zoom(1 / 1.5)),
-      button("Show all", "⤢", () => this.camera.fit()),
+      all.map(([label, sign, onclick]) =>
+        button({ class: "icon-button", "aria-label": label, onclick }, sign),
+      ),
     );
   }
 
@@ -116,7 +132,7 @@ export class MapView {
 
   paint() {
     const { canvas, camera, points, facts } = this;
-    const context = canvas.getContext("2d");
+    const context = /** @type {Context} */ (canvas.getContext("2d"));
     const ratio = camera.ratio;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, camera.width, camera.height);
@@ -125,6 +141,7 @@ export class MapView {
       1.6,
       Math.min(5, 1.7 + 0.9 * camera.magnification ** 0.5 + 900 / (points.rows.length + 400)),
     );
+    /** @type {[name: Kind, from: number, to: number][]} */
     const parts = [
       ["text", facts.images, points.rows.length],
       ["image", 0, facts.images],
@@ -132,32 +149,42 @@ export class MapView {
     for (const strong of this.label === null ? [true] : [false, true]) {
       for (const [name, from, to] of parts) {
         if (!this.shown[name]) continue;
-        context.fillStyle = colors[name];
+        const dot = stamp(colors[name], strong ? size : size * 0.8, ratio);
         context.globalAlpha = this.label === null ? 0.62 : strong ? 0.95 : 0.08;
-        this.dots(context, from, to, strong ? size : size * 0.8, strong);
+        this.dots(context, dot, from, to, strong);
       }
     }
     context.globalAlpha = 1;
     if (this.at >= 0) this.mark(context, size, colors);
   }
 
-  dots(context, from, to, size, strong) {
+  /**
+   * Draw the points of a kind; `strong`: those of the chosen class, or else the others.
+   *
+   * @param {Context} context
+   * @param {OffscreenCanvas} dot
+   * @param {number} from
+   * @param {number} to
+   * @param {boolean} strong
+   */
+  dots(context, dot, from, to, strong) {
     const { places, labels } = this.points;
     const { scale, left, top, width, height, ratio } = this.camera;
-    const dot = stamp(context.fillStyle, size, ratio);
     const half = dot.width / 2;
+    const edge = half / ratio;
     context.save();
     context.resetTransform(); // whole pixels of the screen: far faster than a path each
     for (let i = from; i < to; i++) {
       if (this.label !== null && (labels[i] === this.label) !== strong) continue;
       const x = left + places[2 * i] * scale;
       const y = top - places[2 * i + 1] * scale;
-      if (x < -size || y < -size || x > width + size || y > height + size) continue;
+      if (x < -edge || y < -edge || x > width + edge || y > height + edge) continue;
       context.drawImage(dot, Math.round(x * ratio - half), Math.round(y * ratio - half));
     }
     context.restore();
   }
 
+  /** @param {Context} context @param {number} size @param {Colors} colors */
   mark(context, size, colors) {
     const [x, y] = this.camera.screen(this.at);
     context.strokeStyle = color(this.canvas, "--ink");
@@ -169,21 +196,24 @@ export class MapView {
     context.stroke();
   }
 
+  /** @param {number} i @returns {Kind} */
   kind(i) {
     return i < this.facts.images ? "image" : "text";
   }
 
+  /** @param {number} i */
   isShown(i) {
     return (
       this.shown[this.kind(i)] && (this.label === null || this.points.labels[i] === this.label)
     );
   }
 
-  /** The pointer is at a place of the canvas, or has left it. */
-  point(x, y) {
-    this.select(x === null ? -1 : this.camera.nearest(x, y, NEAR, (i) => this.isShown(i)));
+  /** The pointer is at a place of the canvas, or has left it. @param {Place | null} place */
+  point(place) {
+    this.select(place ? this.camera.nearest(place, NEAR, (i) => this.isShown(i)) : -1);
   }
 
+  /** @param {number} i */
   select(i) {
     if (i === this.at) return;
     this.at = i;
@@ -194,25 +224,24 @@ export class MapView {
     else this.timer = setTimeout(() => this.tell(i), MILLISECONDS);
   }
 
+  /** @param {number} i */
   async tell(i) {
     const row = this.points.rows[i];
-    if (!this.known.has(row)) {
-      try {
-        this.known.set(row, await ask("/api/shown", { split: this.split, row }));
-      } catch {
-        return;
-      }
-    }
+    const facts =
+      this.known.get(row) ??
+      (await ask("/api/shown", { split: this.split, row }).catch(() => undefined));
+    if (!facts) return;
+    this.known.set(row, facts);
     if (this.at !== i) return;
-    const facts = this.known.get(row);
     const isImage = this.kind(i) === "image";
-    this.tip.replaceChildren(
+    fill(
+      this.tip,
       photo(this.split, row, "", 96),
       el(
         "div",
         {},
         el("b", {}, isImage ? "image" : "caption"),
-        el("span", { class: "soft" }, ` row ${row.toLocaleString("en")} `),
+        el("span", { class: "soft" }, ` row ${grouped(row)} `),
         el(
           "span",
           { class: "tip-words", dir: "auto" },
@@ -235,7 +264,9 @@ export class MapView {
     if (this.at >= 0) openRow(this.split, this.points.rows[this.at]);
   }
 
+  /** @param {KeyboardEvent} event */
   key(event) {
+    /** @type {{ [key: string]: [x: number, y: number] }} */
     const moves = {
       ArrowLeft: [60, 0],
       ArrowRight: [-60, 0],
@@ -255,16 +286,17 @@ export class MapView {
   /** Go to the next point outwards from the middle. */
   next() {
     const { width, height } = this.camera;
-    const order = this.camera.outwards(width / 2, height / 2, (i) => this.isShown(i)).slice(0, 200);
+    const middle = /** @type {Place} */ ([width / 2, height / 2]);
+    const order = this.camera.outwards(middle, (i) => this.isShown(i)).slice(0, 200);
     this.select(order[(order.indexOf(this.at) + 1) % order.length] ?? -1);
   }
 }
 
-/** Return a picture of a dot. */
+/** A picture of a dot. @param {string} fill @param {number} size @param {number} ratio */
 function stamp(fill, size, ratio) {
   const side = Math.ceil(2 * size * ratio) + 2;
   const dot = new OffscreenCanvas(side, side);
-  const context = dot.getContext("2d");
+  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (dot.getContext("2d"));
   context.fillStyle = fill;
   context.beginPath();
   context.arc(side / 2, side / 2, size * ratio, 0, 2 * Math.PI);
@@ -272,7 +304,12 @@ function stamp(fill, size, ratio) {
   return dot;
 }
 
-/** A colour of the style sheet as the canvas can use it: `light-dark()` is resolved for the element. */
+/**
+ * A colour of the style sheet as the canvas can use it: `light-dark()` is resolved for the element.
+ *
+ * @param {HTMLElement} element
+ * @param {string} name
+ */
 function color(element, name) {
   const before = element.style.color;
   element.style.color = `var(${name})`;

@@ -1,9 +1,15 @@
 // The numbers of the evaluation, and the rows that went wrong behind each.
 
 import { ask } from "./api.js";
-import { el, heading, notYet, percent } from "./dom.js";
+import { button, el, fill, heading, notYet, tableOf, unseen } from "./dom.js";
 import { classes, failures } from "./failures.js";
+import { clamp, grouped, percent } from "./numbers.js";
 
+/** @import { Result } from "../answers.d.ts" */
+/** @import { View } from "./address.js" */
+/** @import { Open, Which } from "./failures.js" */
+
+/** Of each part of the page: which tasks, its title, what is measured. */
 const TITLES = [
   ["zero_shot", "Zero-shot classification", "The class of a picture, picked from all class names."],
   ["retrieval/", "Retrieval", "The right caption of an image, the right image of a caption."],
@@ -26,12 +32,12 @@ const TITLES = [
   ],
 ];
 
-/** Show the view. */
-export async function showResults(main, parameters, run) {
+/** @type {View} */
+export async function showResults(main, _parameters, run) {
   if (!run.is_evaluated) {
     const words = "Scores, and the rows that went wrong behind each, are shown once it is.";
     const note = notYet("This run is not evaluated yet", words, `sail eval ${run.run_file}`);
-    main.replaceChildren(heading("Results"), note);
+    fill(main, heading("Results"), note);
     return;
   }
   const found = await ask("/api/results");
@@ -40,14 +46,16 @@ export async function showResults(main, parameters, run) {
     tabindex: "-1",
     "aria-label": "Rows that went wrong",
   });
-  const open = (query, title) => failures(rows, query, title);
-  main.replaceChildren(
+  const open = (/** @type {Which} */ which, /** @type {string} */ title) =>
+    failures(rows, which, title);
+  fill(
+    main,
     heading(
       "Results",
       "Bars are the score, whiskers its 95 % interval, the red line what guessing gives.",
     ),
     found.is_current
-      ? ""
+      ? null
       : notYet(
           "The head has changed since",
           "These are the scores of an earlier one than there is now.",
@@ -56,14 +64,17 @@ export async function showResults(main, parameters, run) {
     el(
       "div",
       { class: "tables" },
-      grouped(found.results).map((group) => table(group, open)),
+      byTask(found.results).map((group) => panel(group, open)),
     ),
-    ...found.classified.map((split) => classes(split, open)),
+    found.classified.map((split) => classes(split, open)),
     rows,
   );
 }
 
-function grouped(results) {
+/** @typedef {{ title: string, words: string, results: Result[] }} Group */
+
+/** @param {Result[]} results @returns {Group[]} */
+function byTask(results) {
   const groups = TITLES.map(([task, title, words]) => ({
     title,
     words,
@@ -79,7 +90,8 @@ function grouped(results) {
   return groups.filter((group) => group.results.length);
 }
 
-function table({ title, words, results }, open) {
+/** @param {Group} group @param {Open} open */
+function panel({ title, words, results }, open) {
   const details = results.filter((each) => each.is_detail);
   const shown = results.filter((each) => !each.is_detail);
   return el(
@@ -98,85 +110,54 @@ function table({ title, words, results }, open) {
   );
 }
 
-function scores(words, results, open) {
-  const heading = (attributes, ...content) => el("th", { scope: "col", ...attributes }, ...content);
-  return el(
-    "div",
-    { class: "scroll" },
-    el(
-      "table",
-      { class: "scores" },
-      words ? el("caption", {}, words) : null,
-      el(
-        "thead",
-        {},
-        el(
-          "tr",
-          {},
-          heading({}, "measure"),
-          heading({ class: "number" }, "score"),
-          heading({}, unseen("drawn")),
-          heading({ class: "number" }, "n"),
-          heading({}, unseen("failures")),
-        ),
-      ),
-      el(
-        "tbody",
-        {},
-        results.map((each) => line(each, open)),
-      ),
-    ),
+/** @param {string} caption @param {Result[]} results @param {Open} open */
+function scores(caption, results, open) {
+  return tableOf(
+    [
+      "measure",
+      ["score", "number"],
+      [unseen("drawn"), "drawn"],
+      ["n", "number soft"],
+      [unseen("failures"), "number"],
+    ],
+    results.map((each) => line(each, open)),
+    { class: "scores", caption },
   );
 }
 
+/** The cells of a result. @param {Result} each @param {Open} open */
 function line(each, open) {
   const name = named(each);
-  const go =
-    each.has_rows && each.value < 1
-      ? el(
-          "button",
-          {
-            class: "link",
-            type: "button",
-            "aria-label": `Rows that went wrong: ${name}`,
-            onclick: () => open({ name: each.name }, name),
-          },
-          "failures",
-        )
-      : null;
-  const format = each.task.startsWith("alignment/") ? (value) => value.toFixed(3) : percent;
-  return el(
-    "tr",
-    {},
-    el("th", { scope: "row" }, breakable(name), " ", el("span", {}, breakable(each.dataset))),
-    el("td", { class: "number" }, el("b", {}, format(each.value)), interval(each.ci95, format)),
-    el(
-      "td",
-      { class: "drawn" },
-      meter(each),
-      each.chance === null ? null : unseen(`guessing gives ${format(each.chance)}`),
-    ),
-    el("td", { class: "number soft" }, each.n.toLocaleString("en")),
-    el("td", { class: "number" }, go),
-  );
+  const format = each.task.startsWith("alignment/")
+    ? (/** @type {number} */ value) => value.toFixed(3)
+    : percent;
+  const attributes = {
+    class: "link",
+    "aria-label": `Rows that went wrong: ${name}`,
+    onclick: () => open({ name: each.name }, name),
+  };
+  return [
+    [breakable(name), " ", el("span", {}, breakable(each.dataset))],
+    [el("b", {}, format(each.value)), interval(each.ci95, format)],
+    [meter(each), each.chance === null ? null : unseen(`guessing gives ${format(each.chance)}`)],
+    grouped(each.n),
+    each.has_rows && each.value < 1 ? button(attributes, "failures") : null,
+  ];
 }
 
-function unseen(words) {
-  return el("span", { class: "hidden" }, words);
-}
-
-/** A name that may break at its slashes, where it is long. */
+/** A name that may break at its slashes, where it is long. @param {string} name */
 function breakable(name) {
   return name.replaceAll("/", "/\u200b").replaceAll("|", " | ");
 }
 
+/** @param {Result["ci95"]} ends @param {(value: number) => string} format */
 function interval(ends, format) {
   if (!ends) return null;
   const [low, high] = ends.map((end) => format(end).replace("\u00a0%", ""));
   return el("span", { class: "interval" }, unseen("95 % interval "), `${low}–${high}`);
 }
 
-/** What was measured, in few words; the heading says the rest. */
+/** What was measured, in few words; the heading says the rest. @param {Result} each */
 function named(each) {
   const [task, part = ""] = each.task.split("/", 2);
   const metric = each.metric.replaceAll("_", " ");
@@ -188,21 +169,15 @@ function named(each) {
   return detail && task !== "zero_shot" ? `${metric}, ${detail}` : metric;
 }
 
-function meter(each) {
-  const parts = {
-    "--part": clamp(each.value),
-    "--low": clamp(each.ci95?.[0] ?? each.value),
-    "--high": clamp(each.ci95?.[1] ?? each.value),
-  };
+/** @param {Result} each */
+function meter({ value, ci95, chance }) {
+  const [low, high] = ci95 ?? [value, value];
+  const parts = { "--part": clamp(value), "--low": clamp(low), "--high": clamp(high) };
   return el(
     "span",
     { class: "meter", "aria-hidden": "true", ...parts },
     el("span", { class: "fill" }),
-    each.ci95 ? el("span", { class: "whisker" }) : null,
-    each.chance === null ? null : el("span", { class: "chance", "--at": clamp(each.chance) }),
+    ci95 ? el("span", { class: "whisker" }) : null,
+    chance === null ? null : el("span", { class: "chance", "--at": clamp(chance) }),
   );
-}
-
-function clamp(value) {
-  return Math.max(0, Math.min(1, value));
 }

@@ -1,37 +1,69 @@
 // Search by words, by an image that is sent, or by a row.
 
-import { ask, picture } from "./api.js";
-import { announce, choice, count, el, heading, noHead, noStore, prose, segments } from "./dom.js";
+import { address, splitOf } from "./address.js";
+import { ask, isAbort, picture } from "./api.js";
+import {
+  announce,
+  button,
+  choice,
+  el,
+  fill,
+  heading,
+  noHead,
+  noStore,
+  problem,
+  segments,
+  waiting,
+} from "./dom.js";
 import { grid } from "./grid.js";
+import { count, grouped } from "./numbers.js";
+import { openRow } from "./row.js";
+
+/** @import { Found, Run } from "../answers.d.ts" */
+/** @import { View } from "./address.js" */
+/** @import { Parameters } from "./api.js" */
+/**
+ * What the address asks for: `text`, `row` or `sent` at most is there.
+ *
+ * @typedef {{
+ *   split: string,
+ *   among: "images" | "captions",
+ *   text: string | null,
+ *   row: string | null,
+ *   sent: { file: File, url: string } | null,
+ * }} State
+ */
 
 const TOP = 24;
+/** @type {State["sent"]} */
 let sent = null; // the image that was sent last, for changes of split or of what is found
 
-/** Show the view. */
+/** @type {View} */
 export async function showSearch(main, parameters, run) {
-  const splits = Object.keys(run.splits);
+  const split = splitOf(run, parameters);
+  if (!split) {
+    fill(main, heading("Search"), noStore(run));
+    return;
+  }
+  /** @type {State} */
   const state = {
-    split: splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0],
+    split,
     among: parameters.get("among") === "captions" ? "captions" : "images",
     text: parameters.get("text"),
     row: parameters.get("row"),
-    sent: parameters.has("sent"),
+    sent: parameters.has("sent") ? sent : null,
   };
-  if (!splits.length) {
-    main.replaceChildren(heading("Search"), noStore(run));
-    return;
-  }
   const results = el("section", { class: "results", "aria-label": "Results" });
-  main.replaceChildren(form(state, splits), results);
+  fill(main, form(state, run), results);
   const controller = new AbortController();
   show(results, state, run, controller.signal).catch((error) => {
-    if (error.name !== "AbortError")
-      results.replaceChildren(el("p", { class: "problem", role: "alert" }, prose(error.message)));
+    if (!isAbort(error)) fill(results, problem(error));
   });
   return () => controller.abort();
 }
 
-function form(state, splits) {
+/** @param {State} state @param {Run} run */
+function form(state, run) {
   const words = el("input", {
     type: "search",
     id: "words",
@@ -47,7 +79,9 @@ function form(state, splits) {
     id: "file",
     accept: "image/*",
     class: "hidden",
-    onchange: () => send(file.files[0], state),
+    onchange: () => {
+      send(file.files, state);
+    },
   });
   const all = el(
     "form",
@@ -62,11 +96,13 @@ function form(state, splits) {
         event.preventDefault();
         all.classList.add("dropping");
       },
-      ondragleave: () => all.classList.remove("dropping"),
+      ondragleave: () => {
+        all.classList.remove("dropping");
+      },
       ondrop: (event) => {
         event.preventDefault();
         all.classList.remove("dropping");
-        if (event.dataTransfer.files.length) send(event.dataTransfer.files[0], state);
+        send(event.dataTransfer?.files, state);
       },
     },
     el("h1", { class: "hidden" }, "Search"),
@@ -77,7 +113,7 @@ function form(state, splits) {
       words,
       el("label", { class: "button quiet", for: "file" }, "By image …"),
       file,
-      el("button", { class: "button main", type: "submit" }, "Search"),
+      button({ class: "button main", type: "submit" }, "Search"),
     ),
     el(
       "div",
@@ -92,118 +128,126 @@ function form(state, splits) {
         state.among,
         (among) => again(state, { among }),
       ),
-      choice("in", splits, state.split, (split) => again(state, { split, row: null })),
+      choice("in", Object.keys(run.splits), state.split, (split) =>
+        again(state, { split, row: null }),
+      ),
       el("p", { class: "soft hint" }, "or drop an image here"),
     ),
   );
   return all;
 }
 
+/** @param {Element} results @param {State} state @param {Run} run @param {AbortSignal} signal */
 async function show(results, state, run, signal) {
   const { split, among } = state;
-  const question = asked(state);
-  if (!question || !run.head) return look(results, split, run, signal);
-  results.replaceChildren(
-    query(state),
-    el("p", { class: "waiting" }, "Searching … the first search of a split embeds it, once."),
+  const question = run.head && asked(state);
+  if (!question) return look(results, split, run, signal);
+  fill(
+    results,
+    question.title,
+    waiting("Searching … the first search of a split embeds it, once."),
   );
-  const found = await question(signal);
+  const found = await question.ask(signal);
   const searched = count(found.searched, among === "images" ? "image" : "caption");
   const how = `${searched}, ${found.method}, ${found.milliseconds.toFixed(1)} ms`;
   announce(`${count(found.hits.length, "result")} of ${searched}.`);
-  results.replaceChildren(
-    query(state),
+  fill(
+    results,
+    question.title,
     el("p", { class: "soft small" }, `${count(found.hits.length, "result")} of ${how}`),
-    grid(split, found.hits),
+    grid(split, found.hits, openRow),
   );
 }
 
-/** Return what asks the server, null where nothing was asked. */
-function asked(state) {
-  const common = { split: state.split, among: state.among, top: TOP };
-  if (state.text)
-    return (signal) => ask("/api/search", { ...common, text: state.text }, { signal });
-  if (state.row !== null)
-    return (signal) => ask("/api/similar", { ...common, row: state.row }, { signal });
-  if (state.sent && sent)
-    return (signal) => ask("/api/search", common, { method: "POST", body: sent.file, signal });
+/**
+ * What asks the server, and what was asked with as words or a picture; null where nothing was.
+ *
+ * @param {State} state
+ * @returns {{ title: Element, ask: (signal: AbortSignal) => Promise<Found> } | null}
+ */
+function asked({ split, among, text, row, sent }) {
+  const common = { split, among, top: TOP };
+  if (text)
+    return {
+      title: el("h2", { class: "asked", dir: "auto" }, `“${text}”`),
+      ask: (signal) => ask("/api/search", { ...common, text }, { signal }),
+    };
+  if (row !== null)
+    return {
+      title: like(picture(split, row), `row ${row} of ${split}`),
+      ask: (signal) => ask("/api/similar", { ...common, row }, { signal }),
+    };
+  if (sent)
+    return {
+      title: like(sent.url, sent.file.name || "your image"),
+      ask: (signal) => ask("/api/search", common, { method: "POST", body: sent.file, signal }),
+    };
   return null;
 }
 
-/** What was asked with, as words or a picture. */
-function query(state) {
-  if (state.text) return el("h2", { class: "asked", dir: "auto" }, `“${state.text}”`);
-  const source = state.sent ? sent.url : picture(state.split, state.row);
-  const words = state.sent
-    ? `Like ${sent.file.name || "your image"}`
-    : `Like row ${state.row} of ${state.split}`;
-  return el("h2", { class: "query" }, el("img", { src: source, alt: "" }), words);
+/** @param {string} src @param {string} words */
+function like(src, words) {
+  return el("h2", { class: "query" }, el("img", { src, alt: "" }), `Like ${words}`);
 }
 
-/** Before anything is asked: some rows, and words to try. */
+/**
+ * Before anything is asked: some rows, and words to try.
+ *
+ * @param {Element} results
+ * @param {string} split
+ * @param {Run} run
+ * @param {AbortSignal} signal
+ */
 async function look(results, split, run, signal) {
   const { rows } = await ask("/api/rows", { split, count: TOP }, { signal });
-  const tries = [
-    ...new Set(
-      rows.map((row) =>
-        Object.values(row.captions).reduce(
-          (a, b) => (b.length < a.length ? b : a),
-          Object.values(row.captions)[0] ?? "",
-        ),
-      ),
-    ),
-  ];
-  results.replaceChildren(
+  const shortest = rows.map(
+    (row) => Object.values(row.captions).sort((a, b) => a.length - b.length)[0],
+  );
+  const tries = [...new Set(shortest)].filter((words) => words && words.length < 80).slice(0, 4);
+  fill(
+    results,
     run.head
       ? el(
           "p",
           { class: "tries" },
           el("span", { class: "soft" }, "Try"),
-          tries
-            .filter((words) => words && words.length < 80)
-            .slice(0, 4)
-            .map((text) =>
-              el("a", { class: "chip", href: address({ split, among: "images", text }) }, text),
-            ),
+          tries.map((text) => {
+            const href = address("search", { split, among: "images", text });
+            return el("a", { class: "chip", href }, text);
+          }),
         )
       : noHead(run),
     el("h2", {}, `A look into ${split}`),
     el(
       "p",
       { class: "soft small" },
-      `${count(rows.length, "row")} of ${run.splits[split].rows.toLocaleString("en")}, evenly spaced`,
+      `${count(rows.length, "row")} of ${grouped(run.splits[split].rows)}, evenly spaced`,
     ),
-    grid(split, rows),
+    grid(split, rows, openRow),
   );
 }
 
-function send(file, state) {
+/** @param {FileList | null | undefined} files @param {State} state */
+function send(files, state) {
+  const file = files?.[0];
   if (!file) return;
   if (sent) URL.revokeObjectURL(sent.url);
   sent = { file, url: URL.createObjectURL(file) };
-  go(state, { sent: sent.url.slice(-8) });
+  go(state, { sent: named(sent) });
 }
 
-/** Ask anew, for something else. */
-function go(state, question) {
-  location.hash = address({ split: state.split, among: state.among, ...question });
+/** Ask anew, for something else. @param {State} state @param {Parameters} question */
+function go({ split, among }, question) {
+  location.hash = address("search", { split, among, ...question });
 }
 
-/** Ask the same elsewhere, or for the other kind. */
-function again(state, change) {
-  const { split, among, text, row } = { ...state, ...change };
-  location.hash = address({
-    split,
-    among,
-    text,
-    row,
-    sent: state.sent && sent ? sent.url.slice(-8) : null,
-  });
+/** Ask the same, but for a change. @param {State} state @param {Parameters} change */
+function again({ split, among, text, row, sent }, change) {
+  const now = { split, among, text, row, sent: sent && named(sent), ...change };
+  location.hash = address("search", now);
 }
 
-function address(parameters) {
-  const given = Object.entries(parameters).filter(
-    ([, value]) => value !== null && value !== undefined && value !== false,
-  );
-  return `#/search?${new URLSearchParams(given)}`;
+/** What tells images that were sent apart in the address. @param {{ url: string }} image */
+function named(image) {
+  return image.url.slice(-8);
 }

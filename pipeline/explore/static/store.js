@@ -1,57 +1,64 @@
 // How a store is: columns, what is quarantined, lengths, and rows that nearly repeat.
 
+import { splitChoice, splitOf } from "./address.js";
 import { ask } from "./api.js";
 import { histogram } from "./chart.js";
-import { choice, count, el, heading, noStore, prose } from "./dom.js";
+import {
+  button,
+  choice,
+  el,
+  fill,
+  heading,
+  noStore,
+  paged,
+  problem,
+  tableOf,
+  waiting,
+} from "./dom.js";
 import { photo } from "./grid.js";
+import { count, grouped } from "./numbers.js";
 import { openRow } from "./row.js";
 
-/** Show the view. */
+/** @import { ColumnFacts, Pair, StoreFacts } from "../answers.d.ts" */
+/** @import { View } from "./address.js" */
+
+/** @type {View} */
 export async function showStore(main, parameters, run) {
-  const splits = Object.keys(run.splits);
-  if (!splits.length) {
-    main.replaceChildren(heading("Store"), noStore(run));
+  const split = splitOf(run, parameters);
+  if (!split) {
+    fill(main, heading("Store"), noStore(run));
     return;
   }
-  const split = splits.includes(parameters.get("split")) ? parameters.get("split") : splits[0];
   const facts = await ask("/api/store", { split });
-  const pick = choice(
-    "split",
-    splits,
-    split,
-    (name) => (location.hash = `#/store?${new URLSearchParams({ split: name })}`),
-  );
-  const images = facts.columns.filter((column) => column.name.startsWith("image/"));
-  main.replaceChildren(
-    heading("Store", summary(facts), pick),
+  const names = facts.columns.map((column) => column.name);
+  const images = names.filter((name) => name.startsWith("image/"));
+  fill(
+    main,
+    heading("Store", summary(facts), splitChoice("store", run, split)),
     el(
       "div",
       { class: "columns" },
       facts.columns.map((column) => panel(split, facts.rows, column)),
     ),
-    images.length
-      ? alike(
-          split,
-          images.map((column) => column.name),
-        )
-      : "",
+    images.length ? alike(split, images) : null,
   );
 }
 
+/** @param {StoreFacts} facts */
 function summary(facts) {
   const parts = [
     count(facts.rows, "row"),
     `${count(facts.fields.length, "caption field")} (${facts.fields.join(", ")})`,
   ];
   if (facts.classes) parts.push(count(facts.classes, "class", "classes"));
-  parts.push(`${facts.rows_per_chunk.toLocaleString("en")} rows a chunk`);
+  parts.push(`${grouped(facts.rows_per_chunk)} rows a chunk`);
   return parts.join(" · ");
 }
 
+/** @param {string} split @param {number} rows @param {ColumnFacts} column */
 function panel(split, rows, column) {
-  const bad = Object.entries(column.status).filter(([name]) => name !== "ok");
-  const ok = column.status.ok ?? 0;
-  const quarantined = bad
+  const { ok = 0, ...bad } = column.status;
+  const quarantined = Object.entries(bad)
     .filter(([name]) => name !== "pending")
     .reduce((sum, [, number]) => sum + number, 0);
   return el(
@@ -74,17 +81,15 @@ function panel(split, rows, column) {
     el(
       "p",
       { class: "statuses" },
-      el("span", { class: "tag right" }, `${ok.toLocaleString("en")} ok`),
-      bad
-        .map(([name, number]) => [
-          " ",
-          el(
-            "span",
-            { class: name === "pending" ? "tag" : "tag wrong" },
-            `${number.toLocaleString("en")} ${name}`,
-          ),
-        ])
-        .flat(),
+      el("span", { class: "tag right" }, `${grouped(ok)} ok`),
+      Object.entries(bad).map(([name, number]) => [
+        " ",
+        el(
+          "span",
+          { class: name === "pending" ? "tag" : "tag wrong" },
+          `${grouped(number)} ${name}`,
+        ),
+      ]),
     ),
     column.lengths
       ? histogram(`length of ${count(column.looked_at, "vector")}`, column.lengths)
@@ -93,75 +98,38 @@ function panel(split, rows, column) {
   );
 }
 
+/** @param {string} split @param {string} column @param {number} number */
 function quarantine(split, column, number) {
-  const list = el("div", {});
+  const list = el("div");
+  const load = (/** @type {number} */ start) =>
+    ask("/api/store/quarantine", { split, column, start });
+  const opened = () =>
+    paged(list, load, (rows) =>
+      tableOf(
+        ["row", "reason", "key"],
+        rows.map(({ row, reason, key }) => [
+          button({ class: "link", onclick: () => openRow(split, row) }, grouped(row)),
+          reason,
+          el("code", {}, key),
+        ]),
+      ),
+    );
   const details = el(
     "details",
-    { ontoggle: () => details.open && !list.childElementCount && more(0) },
+    {
+      ontoggle: () => {
+        if (details.open && !list.childElementCount) opened();
+      },
+    },
     el("summary", {}, `Show the ${count(number, "quarantined row")}`),
     list,
   );
-  async function more(start) {
-    const found = await ask("/api/store/quarantine", { split, column, start });
-    list.querySelector("button.more")?.remove();
-    if (!start) {
-      list.replaceChildren(
-        el(
-          "div",
-          { class: "scroll" },
-          el(
-            "table",
-            {},
-            el(
-              "thead",
-              {},
-              el(
-                "tr",
-                {},
-                ["row", "reason", "key"].map((name) => el("th", { scope: "col" }, name)),
-              ),
-            ),
-            el("tbody", {}),
-          ),
-        ),
-      );
-    }
-    list
-      .querySelector("tbody")
-      .append(
-        ...found.rows.map((each) =>
-          el(
-            "tr",
-            {},
-            el(
-              "td",
-              {},
-              el(
-                "button",
-                { class: "link", type: "button", onclick: () => openRow(split, each.row) },
-                each.row.toLocaleString("en"),
-              ),
-            ),
-            el("td", {}, each.reason),
-            el("td", {}, el("code", {}, each.key)),
-          ),
-        ),
-      );
-    const next = start + found.rows.length;
-    if (next < found.total)
-      list.append(
-        el(
-          "button",
-          { class: "button more", type: "button", onclick: () => more(next) },
-          `More (${found.total - next})`,
-        ),
-      );
-  }
   return details;
 }
 
+/** @param {string} split @param {string[]} columns */
 function alike(split, columns) {
-  const pairs = el("div", {}, el("p", { class: "waiting" }, "Comparing …"));
+  const pairs = el("div", {}, waiting("Comparing …"));
   const section = el(
     "section",
     { class: "alike" },
@@ -173,10 +141,12 @@ function alike(split, columns) {
     ),
     pairs,
   );
+  /** @param {string} column */
   async function compare(column) {
     try {
       const found = await ask("/api/store/duplicates", { split, column });
-      pairs.replaceChildren(
+      fill(
+        pairs,
         el(
           "p",
           { class: "soft" },
@@ -190,26 +160,21 @@ function alike(split, columns) {
         ),
       );
     } catch (error) {
-      pairs.replaceChildren(el("p", { class: "problem" }, prose(error.message)));
+      fill(pairs, problem(error));
     }
   }
   compare(columns[0]);
   return section;
 }
 
+/** @param {string} split @param {Pair} pair */
 function two(split, pair) {
   return el(
     "li",
     { class: "pair" },
     pair.rows.map((row) =>
-      el(
-        "button",
-        {
-          class: "frame",
-          type: "button",
-          "aria-label": `Open row ${row}`,
-          onclick: () => openRow(split, row),
-        },
+      button(
+        { class: "frame", "aria-label": `Open row ${row}`, onclick: () => openRow(split, row) },
         photo(split, row, ""),
       ),
     ),

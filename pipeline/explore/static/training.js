@@ -1,54 +1,55 @@
 // The curves of the training; asks again every other second while it goes on.
 
 import { ask } from "./api.js";
-import { lineChart, short } from "./chart.js";
-import { announce, el, heading, notYet, percent, prose } from "./dom.js";
+import { lineChart } from "./chart.js";
+import { announce, el, fill, heading, messageOf, notYet, prose } from "./dom.js";
+import { grouped, percent } from "./numbers.js";
+
+/** @import { Curve, Training } from "../answers.d.ts" */
+/** @import { View } from "./address.js" */
+/** @import { NamedCurve, Options } from "./chart.js" */
 
 const MILLISECONDS = 2000;
+const AS_PERCENT = { format: (/** @type {number} */ value) => percent(value, 0) };
+/** @type {[title: string, names: RegExp, options: Options][]} */
 const PANELS = [
-  [
-    "Held-out recall",
-    /^heldout\/(recall@\d+|mean_recall)$/,
-    { format: (value) => percent(value, 0) },
-  ],
+  ["Held-out recall", /^heldout\/(recall@\d+|mean_recall)$/, AS_PERCENT],
   ["Loss", /^loss/, {}],
-  [
-    "Held-out, image to text",
-    /^heldout\/.*image_to_text$/,
-    { format: (value) => percent(value, 0) },
-  ],
-  [
-    "Held-out, text to image",
-    /^heldout\/.*text_to_image$/,
-    { format: (value) => percent(value, 0) },
-  ],
+  ["Held-out, image to text", /^heldout\/.*image_to_text$/, AS_PERCENT],
+  ["Held-out, text to image", /^heldout\/.*text_to_image$/, AS_PERCENT],
   ["Learning rate", /^learning_rate$/, {}],
   ["Scale and bias", /^(scale|bias)$/, {}],
-  ["Images per second", /per_second$/, { format: short }],
-  ["Seconds waited for data, each step", /^wait/, { format: short }],
+  ["Images per second", /per_second$/, {}],
+  ["Seconds waited for data, each step", /^wait/, {}],
   ["Gradient norm", /grad/, { log: true }],
 ];
 
-/** Show the view; return what ends it. */
-export async function showTraining(main, parameters, run) {
+/** @type {View} */
+export async function showTraining(main, _parameters, run) {
   const charts = el("div", { class: "charts" });
   const state = el("p", { class: "state" });
   const top = heading("Training");
-  top.firstChild.append(state);
-  main.replaceChildren(top, charts);
+  top.firstElementChild?.append(state);
+  fill(main, top, charts);
+  const notBegun = notYet(
+    "Training has made no step yet",
+    "The curves appear here as soon as it does.",
+    `sail align ${run.run_file}`,
+  );
   let seen = 0;
+  /** @type {boolean | null} */
   let wasLive = null;
-  let timer = null;
+  let timer = 0;
   let ended = false;
   async function look() {
     try {
       const facts = await ask("/api/training", { seen });
       if (ended) return;
       if (facts.curves) {
-        const isBegun = facts.step !== null && facts.step !== undefined;
-        if (isBegun) charts.replaceChildren(...drawn(facts));
-        else if (!charts.firstChild) charts.append(notBegun(run)); // once: its command is copied
-        state.replaceChildren(...said(facts));
+        const isBegun = typeof facts.step === "number";
+        if (isBegun) fill(charts, drawn(facts.curves, facts.best_step));
+        else if (!charts.firstChild) charts.append(notBegun); // once: its command is copied
+        fill(state, said(facts));
         seen = facts.bytes;
       }
       if (facts.live !== wasLive) {
@@ -57,7 +58,7 @@ export async function showTraining(main, parameters, run) {
         wasLive = facts.live;
       }
     } catch (error) {
-      state.replaceChildren(el("span", {}, prose(error.message)));
+      fill(state, el("span", {}, prose(messageOf(error))));
       state.classList.remove("live");
       wasLive = null;
       seen = 0; // so that all is drawn again when the server is back
@@ -71,47 +72,35 @@ export async function showTraining(main, parameters, run) {
   };
 }
 
-function notBegun(run) {
-  return notYet(
-    "Training has made no step yet",
-    "The curves appear here as soon as it does.",
-    `sail align ${run.run_file}`,
-  );
-}
-
-function said(facts) {
-  if (facts.step === null || facts.step === undefined) return [];
-  const parts = [`step ${facts.step.toLocaleString("en")}`];
-  if (facts.epoch)
-    parts.push(`epoch ${facts.epoch.toFixed(1)}${facts.epochs ? ` of ${facts.epochs}` : ""}`);
-  if (facts.best_step !== null)
-    parts.push(`best head at step ${facts.best_step.toLocaleString("en")} (dashed)`);
+/** @param {Training} facts */
+function said({ step, epoch, epochs, best_step: best }) {
+  if (typeof step !== "number") return null;
+  const parts = [`step ${grouped(step)}`];
+  if (epoch) parts.push(`epoch ${epoch.toFixed(1)}${epochs ? ` of ${epochs}` : ""}`);
+  if (best !== null) parts.push(`best head at step ${grouped(best)} (dashed)`);
   return [el("span", { class: "pulse", "aria-hidden": "true" }), parts.join(" · ")];
 }
 
-function drawn(facts) {
-  const left = new Map(Object.entries(facts.curves));
-  const panels = [];
-  for (const [title, names, options] of PANELS) {
+/** @param {{ [name: string]: Curve }} all @param {number | null} best */
+function drawn(all, best) {
+  const left = new Map(Object.entries(all));
+  const panels = PANELS.map(([title, names, options]) => {
     const curves = [...left].filter(([name]) => names.test(name));
     curves.forEach(([name]) => left.delete(name));
-    if (!curves.length) continue;
-    const lines = curves.map(([name, curve]) => ({
-      name: name.replace("heldout/", "").split("/")[0].replaceAll("_", " "),
-      ...curve,
-    }));
-    panels.push(
-      el(
-        "section",
-        { class: "panel" },
-        lineChart(title, lines, {
-          ...options,
-          mark: names.source.includes("heldout") ? facts.best_step : null,
-        }),
-      ),
-    );
-  }
-  for (const [name, curve] of left)
-    panels.push(el("section", { class: "panel" }, lineChart(name, [{ name: "value", ...curve }])));
-  return panels;
+    const mark = names.source.includes("heldout") ? best : null;
+    return panel(title, curves.map(named), { ...options, mark });
+  });
+  const others = [...left].map(([name, curve]) => panel(name, [{ name: "value", ...curve }]));
+  return [panels, others];
+}
+
+/** @param {string} title @param {NamedCurve[]} curves @param {Options} [options] */
+function panel(title, curves, options) {
+  if (!curves.length) return null;
+  return el("section", { class: "panel" }, lineChart(title, curves, options));
+}
+
+/** @param {[name: string, curve: Curve]} each @returns {NamedCurve} */
+function named([name, curve]) {
+  return { name: name.replace("heldout/", "").split("/")[0].replaceAll("_", " "), ...curve };
 }
