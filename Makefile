@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
 SAIL := $(BIN)/sail
+TYPESCRIPT := 7.0.2
+TSC := $(VENV)/typescript-$(TYPESCRIPT)/node_modules/typescript/bin/tsc
 PACKAGES := pipeline features align evaluate
 
 .DEFAULT_GOAL := help
@@ -34,10 +36,11 @@ demo: ## All three stages on the embedded demo world, offline, on a CPU
 test: $(DEV_STAMP) ## Tests that need no network and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not network and not gpu"
 
-check: $(DEV_STAMP) ## Lint, format and types, as CI runs them; changes nothing
+check: $(DEV_STAMP) $(TSC) ## Lint, format and types, as CI runs them; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/node $(TSC) -p pipeline/explore/jsconfig.json
 
 format: $(DEV_STAMP) ## Rewrite the code into the house style, and docs/recipes.md from the settings
 	$(BIN)/ruff check --fix .
@@ -67,3 +70,8 @@ $(DEV_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mistral-common
 	touch $@
+
+# What checks the types of the page's JavaScript. Node.js is one of the wheels of the extra `dev`,
+# so this check is skipped nowhere; the compiler comes from npm, once.
+$(TSC): | $(DEV_STAMP)
+	$(BIN)/npm install --loglevel error --no-audit --no-fund --no-save --no-package-lock --prefix $(VENV)/typescript-$(TYPESCRIPT) typescript@$(TYPESCRIPT)

@@ -2,25 +2,30 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.routing import APIRoute
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from features.errors import ConfigError
 from features.store import FeatureStore
-from pipeline.explore.app import Access, create_app
+from pipeline.explore.app import STATIC, Access, create_app, router
 from pipeline.explore.search import MAX_UPLOAD_BYTES
 from pipeline.explore.session import Session
 from pipeline.run.config import load_config
@@ -370,3 +375,51 @@ def test_a_run_without_a_head_is_shown_as_far_as_it_is(run: Path, tmp_path: Path
     assert "Run `sail eval`" in refused(page, 409, "/api/results")
     with pytest.raises(ConfigError, match=r"has no config\.toml"):
         Session(tmp_path)
+
+
+COMPILER = next(Path(sys.prefix).glob("typescript-*/node_modules/typescript/bin/tsc"), None)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no TypeScript in .venv (make check)")
+def test_the_types_of_the_page_are_those_of_the_answers(page: TestClient, tmp_path: Path) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "/api/run": {},
+        "/api/rows": {"split": "test"},
+        "/api/shown": {"split": "test", "row": 1},
+        "/api/row": {"split": "test", "row": BROKEN},
+        "/api/search": {"split": "test", "text": "a star", "among": "captions"},
+        "/api/similar": {"split": "test", "row": 1},
+        "/api/map": {"split": "test"},
+        "/api/results": {},
+        "/api/results/classes": {"split": "test"},
+        "/api/results/failures": {"name": "zero_shot test top1"},
+        "/api/training": {},
+        "/api/store": {"split": "test"},
+        "/api/store/quarantine": {"split": "test", "column": "image/vit"},
+        "/api/store/duplicates": {"split": "test", "column": "image/vit"},
+    }
+    served = {route.path for route in router.routes if isinstance(route, APIRoute)}
+    assert {path for path in served if path.startswith("/api/")} == {*asked, "/api/map/points"}
+    answers = {path: given(page, path, **parameters) for path, parameters in asked.items()}
+    assert answers["/api/results/failures"]["rows"]
+    seen = answers["/api/training"]["bytes"]
+    unchanged = given(page, "/api/training", seen=seen)
+    (tmp_path / "answers.ts").write_text(
+        f"import type {{ Answers }} from {json.dumps(str(STATIC.with_name('answers.d.ts')))};\n"
+        f"export const answers: Answers = {json.dumps(answers)};\n"
+        f"export const unchanged: Answers['/api/training'] = {json.dumps(unchanged)};\n"
+    )
+    settings = {"extends": str(STATIC.with_name("jsconfig.json")), "include": ["answers.ts"]}
+    (tmp_path / "tsconfig.json").write_text(json.dumps(settings))
+    command = [Path(sys.prefix) / "bin" / "node", str(COMPILER), "-p", tmp_path]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_modules_of_the_page_import_each_other_in_no_circle() -> None:
+    imported = {
+        path.name: re.findall(r'from "\./([^"]+)"', path.read_text(encoding="utf-8"))
+        for path in STATIC.glob("*.js")
+    }
+    assert imported["app.js"]
+    TopologicalSorter(imported).prepare()  # it raises where there is a circle

@@ -4,7 +4,7 @@ const MOST = 400; // times the view of all points
 
 /** @typedef {[x: number, y: number]} Place Of the canvas, in CSS pixels from its corner. */
 /** @typedef {(i: number) => boolean} IsShown */
-/** @typedef {(place: Place | null) => void} OnPoint Told where the pointer is, null when it leaves. */
+/** @typedef {(place: Place | null) => void} OnPoint Where the pointer is, null when it leaves. */
 /** @typedef {{ onmove: () => void, onpoint: OnPoint, onclick: () => void }} Told */
 
 export class Camera {

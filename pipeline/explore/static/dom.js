@@ -5,7 +5,7 @@ import { grouped } from "./numbers.js";
 /** @import { Run } from "../answers.d.ts" */
 /** @typedef {Node | string | null | undefined | Child[]} Child What is null is left out. */
 /** @typedef {GlobalEventHandlersEventMap} Events */
-/** @typedef {{ [Name in keyof Events as `on${Name}`]?: (event: Events[Name]) => void }} Handlers */
+/** @typedef {{ [Key in keyof Events as `on${Key}`]?: (event: Events[Key]) => void }} Handlers */
 /** @typedef {string | number | boolean | null | undefined | object} Value A function, if an object. */
 /**
  * Handlers of events, attributes, and properties of the style by `--name`; what is null or false is

@@ -8,7 +8,7 @@ import { openRow } from "./row.js";
 
 /** @import { ClassAccuracy, Classes } from "../answers.d.ts" */
 /** @import { Child } from "./dom.js" */
-/** @typedef {{ name: string, label?: string, taken?: string }} Which A number; a class; its mistake. */
+/** @typedef {{ name: string, label?: string, taken?: string }} Which Of a number, of a class. */
 /** @typedef {(which: Which, title: string) => void} Open Shows failures. */
 
 /**
