@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from align.columns import Columns
 from align.heads import AlignmentModel
 from align.loss import Pairs
-from features.storage.column import Column
 from features.store import key_hashes
 
 RECALL_AT = (1, 5, 10)
@@ -33,7 +32,7 @@ class HeldOutRows:
 
     def texts(self) -> Float16[np.ndarray, "queries fields dim"]:
         """Read the features of all captions."""
-        return np.stack([_read_rows(column, self.rows) for column in self.columns.text], axis=1)
+        return np.stack([column.rows_at(self.rows) for column in self.columns.text], axis=1)
 
 
 class HeldOut:
@@ -56,7 +55,7 @@ class HeldOut:
         """
         self.device = device
         fields = max(len(part.columns.text) for part in parts)
-        images = [_read_rows(part.columns.image, part.rows) for part in parts]
+        images = [part.columns.image.rows_at(part.rows) for part in parts]
         texts = [_filled(part.texts(), fields) for part in parts]
         weights = [_filled(part.text_ok, fields).astype(np.float32) for part in parts]
         self._image = torch.from_numpy(np.concatenate(images)).to(device)
@@ -131,17 +130,6 @@ def _ranks(
         cosine = image[start : start + BLOCK_ROWS] @ text.T
         by_text += (~(cosine < nearest - TIE) & ~right).sum(dim=0)
     return torch.cat(by_image), by_text
-
-
-def _read_rows(
-    column: Column, rows: Int64[np.ndarray, "queries"]
-) -> Float16[np.ndarray, "queries dim"]:
-    """Read scattered rows, chunk by chunk; of a chunk only what lies between the first and last."""
-    features = np.empty((len(rows), column.dim), dtype=np.float16)
-    for part in _by_chunk(rows, column.rows_per_chunk):
-        first, last = int(rows[part][0]), int(rows[part][-1])
-        features[part] = column.read(first, last + 1)[rows[part] - first]
-    return features
 
 
 def _caption_ids(

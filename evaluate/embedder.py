@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from align.checkpoint import Checkpoint
 from align.heads import AlignmentModel
 from features.errors import EvaluationError
-from features.status import Status
 from features.storage.column import Column
 from features.storage.files import write
 from features.storage.fingerprint import Fingerprint
@@ -86,7 +85,7 @@ class Embedder:
         """Yield the embeddings of rows in order, one block at a time."""
         is_image = column.name.startswith("image/")
         embed = self.model.embed_image if is_image else self.model.embed_text
-        for features in feature_blocks(column, rows):
+        for features in column.blocks(rows):
             yield self.apply(embed, features).cpu().numpy()
 
     @torch.no_grad()
@@ -101,8 +100,8 @@ class Embedder:
     ) -> Embedded:
         key = f"{store.path}/{column.name}"
         if key not in self._known:
-            rows = ok_rows(column)
-            blocks = [self.apply(embed, block) for block in feature_blocks(column, rows)]
+            rows = column.ok_rows()
+            blocks = [self.apply(embed, block) for block in column.blocks(rows)]
             if not blocks:
                 raise EvaluationError(
                     f"{key} has no row that is ok. At least one was expected. See why with `sail "
@@ -136,22 +135,6 @@ def complete_column(store: FeatureStore, name: str) -> Column:
             f"was expected. Finish it with `sail extract`."
         )
     return column
-
-
-def ok_rows(column: Column) -> Int64[np.ndarray, "ok"]:
-    """Return the rows of a column that can be used, in order."""
-    return np.flatnonzero(column.status() == Status.OK)
-
-
-def feature_blocks(
-    column: Column, rows: Int64[np.ndarray, "rows"]
-) -> Iterator[Float16[np.ndarray, "batch dim"]]:
-    """Yield the features of some rows, which must be in order, block by block."""
-    for start in range(0, column.rows, ROWS_AT_ONCE):
-        first, last = np.searchsorted(rows, [start, start + ROWS_AT_ONCE])
-        if first < last:
-            low, high = int(rows[first]), int(rows[last - 1])
-            yield column.read(low, high + 1)[rows[first:last] - low]
 
 
 def check_same_encoder(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int64
 from numpy.lib.format import open_memmap
 
-from evaluate.embedder import Embedder, ok_rows
+from evaluate.embedder import Embedder
 from evaluate.nearest import nearest_neighbours
 from features.errors import EvaluationError
 from features.storage.column import Column
@@ -143,7 +143,7 @@ def _nearest(
     top: int,
 ) -> list[tuple[float, int]]:
     """Return cosine and row of the nearest rows of a column."""
-    rows = ok_rows(column)
+    rows = column.ok_rows()
     embeddings = open_embeddings(aligned, embedder, column, rows)
     blocks = (
         embeddings[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)

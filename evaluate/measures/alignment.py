@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from evaluate.config import EvalConfig
-from evaluate.embedder import complete_column, feature_blocks, ok_rows
+from evaluate.embedder import complete_column
 from evaluate.measures.context import Context
 from evaluate.nearest import Cknna, MutualKnn, nearest_among, nearest_others
 from evaluate.results import Result
@@ -252,7 +252,7 @@ def score_alignment(context: Context, split: str) -> None:
             text=complete_column(store, f"text/{text}/{field}"),
             field=field,
             encoders={"image": image, "text": text},
-            vectors=feature_blocks,
+            vectors=Column.blocks,
         )
         for image in encoders.image_columns
         for text in encoders.text
@@ -276,7 +276,7 @@ def score_alignment(context: Context, split: str) -> None:
 
 def _score(context: Context, split: str, pair: _Pair) -> None:
     settings = context.config.eval
-    both = np.intersect1d(ok_rows(pair.image), ok_rows(pair.text))
+    both = np.intersect1d(pair.image.ok_rows(), pair.text.ok_rows())
     held = min(len(both), settings.alignment_rows, settings.alignment_held)
     if held < max(LEAST_ROWS, 2 * settings.alignment_k + 2):
         context.findings.note(

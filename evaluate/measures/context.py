@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from evaluate.embedder import ROWS_AT_ONCE, Embedder, ok_rows, prompt_features
+from evaluate.embedder import ROWS_AT_ONCE, Embedder, prompt_features
 from evaluate.report import Confusions, ExamplePanel, GroupExample, SegmentedPicture
 from evaluate.results import Items, Result
 from evaluate.statistics import Interval, ratio_interval
@@ -110,7 +110,7 @@ class Context:
             EvaluationError: There are none.
         """
         labels = self.stores[split].labels()
-        rows = ok_rows(column)
+        rows = column.ok_rows()
         if labels is not None:
             rows = rows[labels[rows] >= 0]
         if labels is None or not len(rows):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from evaluate.config import EvalConfig
-from evaluate.embedder import complete_column, feature_blocks
+from evaluate.embedder import complete_column
 from evaluate.measures.context import Context
 from evaluate.nearest import (
     LEAST_ROWS,
@@ -44,7 +44,7 @@ def score_knn(context: Context, split: str, reference: str) -> None:
         columns = [complete_column(store, f"image/{name}") for store in (queries, voters)]
         encoders: dict[str, str | None] = {"image": name, "text": None}
         about = "frozen features, not centred"
-        search = _Search("image_features", encoders, columns[0], columns[1:], feature_blocks, about)
+        search = _Search("image_features", encoders, columns[0], columns[1:], Column.blocks, about)
         _score(context, split, reference, search)
     embedder = context.embedder
     query, voter = embedder.image_column(queries), embedder.image_column(voters)

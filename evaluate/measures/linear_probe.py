@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.embedder import complete_column, feature_blocks
+from evaluate.embedder import complete_column
 from evaluate.measures.context import Context
 from evaluate.results import Items, Result
 from features.storage.column import Column
@@ -225,7 +225,7 @@ def _fit(context: Context, reference: str, column: Column) -> tuple[LinearProbe,
     rows, labels = rows[chosen], labels[chosen]
     if not held_out.any() or len(np.unique(labels)) < 2:
         return None
-    features = np.concatenate(list(feature_blocks(column, rows)))
+    features = column.rows_at(rows)
     probe = fit_linear_probe(features, labels, held_out, device=context.embedder.device)
     return probe, len(rows)
 
@@ -236,7 +236,7 @@ def _score(
     probe, number = fitted
     column = complete_column(context.stores[split], f"image/{name}")
     rows, labels = context.labelled_rows(split, column)
-    predicted = np.concatenate([probe.predict(block) for block in feature_blocks(column, rows)])
+    predicted = np.concatenate([probe.predict(block) for block in column.blocks(rows)])
     hits = (predicted == labels).astype(np.int64)
     context.add(
         Result(

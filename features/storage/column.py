@@ -25,6 +25,8 @@ from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 
 GREATEST = 127
+BLOCK_ROWS = 4096
+"""Rows of a column that are in memory at once, where they are read in blocks."""
 
 
 def quantise(
@@ -282,6 +284,27 @@ class Column:
             fill, parts, remote=self.is_remote and stop - start > self.rows_per_chunk
         ):
             pass
+        return features
+
+    def ok_rows(self) -> Int64[np.ndarray, "ok"]:
+        """Return the rows that can be used, in order."""
+        return np.flatnonzero(self.status() == Status.OK)
+
+    def blocks(self, rows: Int64[np.ndarray, "rows"]) -> Iterator[Float16[np.ndarray, "some dim"]]:
+        """Yield the features of rows that are in order, block by block."""
+        for start in range(0, self.rows, BLOCK_ROWS):
+            first, last = np.searchsorted(rows, [start, start + BLOCK_ROWS])
+            if first < last:
+                low, high = int(rows[first]), int(rows[last - 1])
+                yield self.read(low, high + 1)[rows[first:last] - low]
+
+    def rows_at(self, rows: Int64[np.ndarray, "rows"]) -> Float16[np.ndarray, "rows dim"]:
+        """Return the features of rows in any order; each part of the store is read once."""
+        features = np.empty((len(rows), self.dim), dtype=np.float16)
+        order, done = np.argsort(rows, kind="stable"), 0
+        for block in self.blocks(rows[order]):
+            features[order[done : done + len(block)]] = block
+            done += len(block)
         return features
 
     def _done(self, among: Iterable[int] | None = None) -> list[int]:

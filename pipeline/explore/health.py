@@ -63,7 +63,7 @@ def near_duplicates(session: Session, split: str, column: str) -> dict[str, Any]
         StoreError: There is no such column.
     """
     opened = _column(session, split, column)
-    rows = np.flatnonzero(opened.status() == Status.OK)
+    rows = opened.ok_rows()
     rows = rows[np.linspace(0, len(rows), min(len(rows), ROWS_COMPARED), False, dtype=np.int64)]
     if len(rows) < 2:
         return {"compared": len(rows), "same": 0, "cosine": ALIKE, "pairs": []}
@@ -141,11 +141,6 @@ def _histogram(lengths: Float32[np.ndarray, "rows"]) -> dict[str, list[float]] |
 
 def _features(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray, "rows dim"]:
     """Return the features of rows, normalised."""
-    found = np.empty((len(rows), column.dim), dtype=np.float32)
-    for start in range(0, column.rows, column.rows_per_chunk):
-        first, last = np.searchsorted(rows, [start, start + column.rows_per_chunk])
-        if first < last:
-            low, high = int(rows[first]), int(rows[last - 1])
-            found[first:last] = column.read(low, high + 1)[rows[first:last] - low]
+    found = column.rows_at(rows).astype(np.float32)
     faiss.normalize_L2(found)
     return found

@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 from jaxtyping import Int64
 
-from evaluate.embedder import ok_rows
 from evaluate.measures.compositional import pair_rows
 from evaluate.results import Result
 from features.store import FeatureStore
@@ -37,7 +36,7 @@ def rows_behind(session: Session, result: Result) -> Int64[np.ndarray, "items ea
 def _chosen(
     session: Session, store: FeatureStore, result: Result
 ) -> Int64[np.ndarray, "items each"]:
-    rows = ok_rows(store.column(f"image/{result.encoders['image']}"))
+    rows = store.column(f"image/{result.encoders['image']}").ok_rows()
     if result.task.startswith(BY_LABEL):
         labels = session.labels(store)
         return rows[:, None] if labels is None else rows[labels[rows] >= 0][:, None]
@@ -70,4 +69,4 @@ def _captioned(store: FeatureStore, result: Result) -> list[Int64[np.ndarray, "o
     """Return the rows whose caption can be used, of each field of a number."""
     named = result.protocol["captions"]
     fields = [named] if isinstance(named, str) else named
-    return [ok_rows(store.column(f"text/{result.encoders['text']}/{field}")) for field in fields]
+    return [store.column(f"text/{result.encoders['text']}/{field}").ok_rows() for field in fields]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64
 
 from align.checkpoint import Checkpoint
-from evaluate.embedder import Embedder, ok_rows
+from evaluate.embedder import Embedder
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
 from features.storage.place import Place
 from features.store import FeatureStore
@@ -190,7 +190,7 @@ class Session:
                     if field is None
                     else embedder.text_column(store, field)
                 )
-                rows = ok_rows(column)
+                rows = column.ok_rows()
                 embeddings = open_embeddings(aligned, embedder, column, rows)
                 path = embeddings_file(aligned, column, rows)
                 search = open_search(embeddings, path.with_suffix(".faiss"), self.memory_bytes)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32, Int64
 
 from align.checkpoint import load_head
-from evaluate.embedder import Embedder, ok_rows
+from evaluate.embedder import Embedder
 from features.errors import EncoderError, EvaluationError
 from features.images import check_can_be_fast
 from features.index import Index, SampleReader
@@ -186,7 +186,7 @@ def _draw(aligned: Aligned, folder: RunFolder) -> _Sample:
     field = (searched or store.fields)[0]
     embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
     columns = {"image": embedder.image_column(store), "text": embedder.text_column(store, field)}
-    both = np.intersect1d(ok_rows(columns["image"]), ok_rows(columns["text"]))
+    both = np.intersect1d(columns["image"].ok_rows(), columns["text"].ok_rows())
     if not len(both):
         raise EvaluationError(
             f"{store.path} has no row with both an image and a caption {field!r} that are ok. At "

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from features.errors import ConfigError, SourceError, StoreMismatchError
-from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
 from features.store import FeatureStore
@@ -243,7 +242,7 @@ def _convert(column: Column, converted: Column, stop: StopRequest) -> None:
 
 
 def _loss(column: Column, converted: Column) -> dict[str, float]:
-    ok = np.flatnonzero(column.status() == Status.OK)
+    ok = column.ok_rows()
     errors = [
         _relative_errors(column, converted, ok[first : first + column.rows_per_chunk])
         for first in range(0, len(ok), column.rows_per_chunk)
@@ -261,7 +260,7 @@ def _loss(column: Column, converted: Column) -> dict[str, float]:
 def _relative_errors(
     column: Column, converted: Column, rows: Int64[np.ndarray, "rows"]
 ) -> Float32[np.ndarray, "rows"]:
-    before, after = (_features(each, rows) for each in (column, converted))
+    before, after = (each.rows_at(rows).astype(np.float32) for each in (column, converted))
     errors: np.ndarray = np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1)
     return errors
 
@@ -275,7 +274,8 @@ def _same_neighbours(column: Column, converted: Column, ok: Int64[np.ndarray, "o
     if count < 1:
         return 1.0
     before, after = (
-        _nearest(_features(each, rows), queries, count) for each in (column, converted)
+        _nearest(each.rows_at(rows).astype(np.float32), queries, count)
+        for each in (column, converted)
     )
     same = [len(set(a) & set(b)) for a, b in zip(before.tolist(), after.tolist(), strict=True)]
     return float(np.mean(same) / count)
@@ -289,14 +289,3 @@ def _nearest(
     cosine[np.arange(len(queries)), queries] = -np.inf  # a row is not its own neighbour
     nearest: np.ndarray = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
     return nearest
-
-
-def _features(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray, "rows dim"]:
-    """Read rows, which are in order, chunk by chunk."""
-    features = np.empty((len(rows), column.dim), dtype=np.float32)
-    for chunk in np.unique(rows // column.rows_per_chunk).tolist():
-        start = chunk * column.rows_per_chunk
-        inside = rows // column.rows_per_chunk == chunk
-        block = column.read(start, start + column.rows_per_chunk)
-        features[inside] = block[rows[inside] - start]
-    return features

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.embedder import feature_blocks, ok_rows
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.column import Column
@@ -46,7 +45,7 @@ def first_of_alike(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stays = among.copy()
-    rows = np.flatnonzero(among & np.isin(np.arange(column.rows), ok_rows(column)))
+    rows = np.flatnonzero(among & np.isin(np.arange(column.rows), column.ok_rows()))
     size = column.rows_per_chunk
     chunks = [rows[rows // size == chunk] for chunk in np.unique(rows // size)]
     with ProgressLine(f"alike in {column.name}", len(chunks), "chunks") as line:
@@ -66,7 +65,7 @@ def first_of_alike(
 def _directions(
     column: Column, rows: Int64[np.ndarray, "rows"], device: torch.device
 ) -> Float[Tensor, "rows dim"]:
-    features = np.concatenate(list(feature_blocks(column, rows)))
+    features = column.rows_at(rows)
     return F.normalize(torch.from_numpy(features).to(device).float(), dim=-1)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 
 from align.checkpoint import load_head
 from align.columns import Columns, select_rows
-from evaluate.embedder import Embedder, complete_column, feature_blocks, ok_rows
+from evaluate.embedder import Embedder, complete_column
 from evaluate.measures.knn import find_neighbours
 from evaluate.measures.linear_probe import fit_linear_probe
 from evaluate.measures.retrieval import Relevance, hits_per_image, retrieval_ranks
@@ -270,7 +270,7 @@ def _labelled(config: RunConfig, split: str, name: str) -> _Labelled:
     store = open_evaluated(config, run_folder(config), split)
     column = complete_column(store, f"image/{name}")
     labels = store.labels()
-    rows = ok_rows(column)
+    rows = column.ok_rows()
     known = np.full(store.rows, -1) if labels is None else labels.astype(np.int64)
     rows = rows[known[rows] >= 0]
     return _Labelled(column, rows, known[rows])
@@ -283,7 +283,7 @@ def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str,
     neighbours, about = find_neighbours(
         settings,
         _read(query.column, query.rows),
-        lambda: feature_blocks(reference.column, reference.rows),
+        lambda: reference.column.blocks(reference.rows),
         len(reference.rows),
         max(ks),
     )
@@ -333,7 +333,7 @@ def _read_both(
 
 
 def _read(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float[np.ndarray, "rows dim"]:
-    return np.concatenate(list(feature_blocks(column, rows))).astype(np.float32)
+    return column.rows_at(rows).astype(np.float32)
 
 
 def _described(labelled: _Labelled) -> list[Any]:

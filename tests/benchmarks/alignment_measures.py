@@ -12,14 +12,12 @@ import json
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import zarr
 
 from evaluate.config import EvalConfig
-from evaluate.embedder import feature_blocks, ok_rows
 from evaluate.measures.alignment import alignment_values
 from features.status import Status
 from features.storage.column import create_column
@@ -89,9 +87,9 @@ def main(path: str) -> None:
     values = {
         found.name: round(found.calibrated.value, 6)
         for found in alignment_values(
-            partial(feature_blocks, image),
-            partial(feature_blocks, text),
-            np.intersect1d(ok_rows(image), ok_rows(text)),
+            image.blocks,
+            text.blocks,
+            np.intersect1d(image.ok_rows(), text.ok_rows()),
             EvalConfig(alignment_rows=store.rows),
         )
     }

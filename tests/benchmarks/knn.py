@@ -21,7 +21,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from evaluate.embedder import feature_blocks, ok_rows
 from evaluate.nearest import nearest_neighbours
 from features.store import FeatureStore
 from tests.benchmarks.figure import Figure, figure_of
@@ -46,7 +45,7 @@ def search(store: Path, queries: int) -> None:
     """Search as many queries among the rows of a store."""
     column = FeatureStore.open(store).column("image/synthetic")
     asked = np.random.default_rng(0).standard_normal((queries, DIM), dtype=np.float32)
-    nearest_neighbours(asked, feature_blocks(column, ok_rows(column)), K)
+    nearest_neighbours(asked, column.blocks(column.ok_rows()), K)
 
 
 def _peak(queries: int, rows: int) -> Figure:
