@@ -378,6 +378,20 @@ class Index:
                 row_captions = dict(zip(self.fields, row_texts, strict=True))
                 yield Sample(**dict(zip(names, values, strict=True)), captions=row_captions)
 
+    @property
+    def row_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that a store of these rows has: `key`, `caption/<field>`, ..."""
+        numbers = (("label", self.has_labels), ("group", self.has_groups))
+        captions = (f"caption/{field}" for field in self.fields)
+        return ("key", *captions, *(name for name, is_there in numbers if is_there))
+
+    def blocks(
+        self, names: Sequence[str], rows: int, *, first: int = 0
+    ) -> Iterator[dict[str, list[Any]]]:
+        """Yield the values of such arrays by name, from row `first` on, so many rows at once."""
+        for table in self.batches(rows, tuple(names), first=first):
+            yield {name: table.column(name).to_pylist() for name in names}
+
     def batches(
         self, rows: int, columns: tuple[str, ...] | None = None, *, first: int = 0
     ) -> Iterator[pa.Table]:

@@ -13,18 +13,17 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from features.errors import SourceError, StoreError, StoreMismatchError, StoreNotFoundError
-from features.index import Index
 from features.storage.column import Column, create_column
 from features.storage.files import (
     children,
@@ -46,7 +45,29 @@ FORMAT = "sail-features"
 FORMAT_VERSION = 1
 KEYS_AT_ONCE = 65_536
 NUMBERS = ("label", "group")
+"""Row arrays of int32, -1 where unknown; all others are of strings."""
 STRINGS = np.dtypes.StringDType()
+
+
+class RowSource(Protocol):
+    """What is known of the rows of a store that is made or grows; an `Index`, mostly."""
+
+    path: Path
+    rows: int
+    class_names: tuple[str, ...] | None
+    source: dict[str, Any]
+    """Where they come from, as the store records it."""
+    grown_from: tuple[int, ...]
+    """Rows there were before each time that rows were appended."""
+
+    @property
+    def row_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays: `key`, `caption/<field>`, `label`, `group`."""
+
+    def blocks(
+        self, names: Sequence[str], rows: int, *, first: int = 0
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """Yield the values of some arrays by name, from row `first` on, so many rows at once."""
 
 
 class FeatureStore:
@@ -87,8 +108,8 @@ class FeatureStore:
         return cls(path, group)
 
     @classmethod
-    def create(cls, path: Place, index: Index, *, rows_per_chunk: int) -> "FeatureStore":
-        """Write the rows of an index as a new store without columns: all of it, or nothing.
+    def create(cls, path: Place, rows: RowSource, *, rows_per_chunk: int) -> "FeatureStore":
+        """Write rows as a new store without columns: all of it, or nothing.
 
         Several may do so at once: one store comes of it, and all open that.
 
@@ -96,7 +117,16 @@ class FeatureStore:
             StoreMismatchError: There is a store already, of other rows.
         """
         with new_group(path, store=path) as folder:
-            digest = _write_new(folder, index, rows_per_chunk)
+            digest = keys_digest(rows)
+            names = rows.row_arrays
+            facts = {
+                "rows": rows.rows,
+                "rows_per_chunk": rows_per_chunk,
+                "keys_sha256": digest,
+                "source": rows.source,
+            }
+            group = create_group(folder, names, facts, rows.class_names)
+            write_rows(group, names, rows, rows_per_chunk)
         store = cls.open(path)
         if store.keys_sha256 != digest:
             raise StoreMismatchError(
@@ -271,27 +301,27 @@ class FeatureStore:
             raise StoreMismatchError(str(self.path / name), field, found=found, expected=wanted)
 
 
-def _write_new(folder: Path, index: Index, rows_per_chunk: int) -> str:
-    """Make the group of a store without columns, and return the digest of its keys."""
-    group = zarr.create_group(folder)
-    names = row_array_names(index)
+def create_group(
+    folder: Path,
+    names: Iterable[str],
+    facts: dict[str, Any],
+    class_names: Sequence[str] | None,
+) -> zarr.Group:
+    """Make the group of a store without columns, with empty row arrays.
+
+    Args:
+        folder: Where.
+        names: Of the row arrays.
+        facts: The attributes `rows`, `rows_per_chunk`, `keys_sha256` and `source`.
+        class_names: Of the labels.
+    """
+    attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts}
+    group = zarr.create_group(folder, attributes=attributes)
     for name in names:
-        create_row_array(group, name, index, rows_per_chunk)
-    write_rows(group, names, index, rows_per_chunk)
+        create_row_array(group, name, facts["rows"], facts["rows_per_chunk"], class_names)
     group.create_group("image")
     group.create_group("text")
-    digest = keys_digest(index)
-    group.attrs.update(
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "rows": index.rows,
-            "rows_per_chunk": rows_per_chunk,
-            "keys_sha256": digest,
-            "source": index.source,
-        }
-    )
-    return digest
+    return group
 
 
 def _copy_rows(store: Place, folder: Path) -> None:
@@ -309,57 +339,57 @@ def _copy_rows(store: Place, folder: Path) -> None:
     (folder / "zarr.json").write_text(json.dumps(metadata))
 
 
-def keys_digest(index: Index, rows: int | None = None) -> str:
+def keys_digest(source: RowSource, rows: int | None = None) -> str:
     """Return the sha256 over the keys, each ended by a newline: equal keys in equal order.
 
     Args:
-        index: Whose keys.
+        source: Whose keys.
         rows: How many of the first; all if not given.
     """
     digest = hashlib.sha256()
-    left = index.rows if rows is None else rows
-    for table in index.batches(KEYS_AT_ONCE, ("key",)):
-        keys = table.column("key").slice(0, left).to_pylist()
+    left = source.rows if rows is None else rows
+    for block in source.blocks(("key",), KEYS_AT_ONCE):
+        keys = block["key"][:left]
         digest.update("".join(f"{key}\n" for key in keys).encode())
         left -= len(keys)
     return digest.hexdigest()
 
 
-def row_array_names(index: Index) -> list[str]:
-    """Return the names of the arrays that hold what an index says of its rows."""
-    there = {"label": index.has_labels, "group": index.has_groups}
-    captions = [f"caption/{field}" for field in index.fields]
-    return ["key", *captions, *(name for name in there if there[name])]
-
-
-def create_row_array(group: zarr.Group, name: str, index: Index, rows_per_chunk: int) -> None:
-    """Make the empty array of that name, with a value for each row of an index."""
+def create_row_array(
+    group: zarr.Group,
+    name: str,
+    rows: int,
+    rows_per_chunk: int,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Make the empty array of that name, with a value for each row."""
     is_number = name in NUMBERS
     array = group.create_array(
         name,
-        shape=(index.rows,),
+        shape=(rows,),
         chunks=(rows_per_chunk,),
         dtype="int32" if is_number else "string",
         fill_value=-1 if is_number else "",
         dimension_names=["row"],
     )
-    if name == "label" and index.class_names:
-        array.attrs["class_names"] = list(index.class_names)
+    if name == "label" and class_names:
+        array.attrs["class_names"] = list(class_names)
 
 
 def write_rows(
-    group: zarr.Group, names: Sequence[str], index: Index, rows_per_chunk: int, first_chunk: int = 0
+    group: zarr.Group,
+    names: Sequence[str],
+    source: RowSource,
+    rows_per_chunk: int,
+    first_chunk: int = 0,
 ) -> None:
     """Write the chunks of some row arrays, from one on."""
     first = first_chunk * rows_per_chunk
-    for table in index.batches(rows_per_chunk, tuple(names), first=first):
-        stop = first + table.num_rows
+    for block in source.blocks(names, rows_per_chunk, first=first):
+        stop = first + len(block[names[0]])
         for name in names:
-            column = table.column(name)
-            values = column.to_numpy() if name in NUMBERS else column.to_pylist()
-            _array(group, name)[first:stop] = np.array(
-                values, dtype=np.int32 if name in NUMBERS else STRINGS
-            )
+            dtype = np.int32 if name in NUMBERS else STRINGS
+            _array(group, name)[first:stop] = np.array(block[name], dtype=dtype)
         first = stop
 
 
@@ -418,7 +448,7 @@ logger = logging.getLogger(__name__)
 METADATA = "zarr.json"
 
 
-def follow_index(store: FeatureStore, index: Index, *, append: bool) -> FeatureStore:
+def extend_store(store: FeatureStore, index: RowSource, *, append: bool) -> FeatureStore:
     """Return the store with all rows and caption fields of an index, whose first rows it has.
 
     Args:
@@ -433,7 +463,7 @@ def follow_index(store: FeatureStore, index: Index, *, append: bool) -> FeatureS
     _check_first_rows(store, index, append=append)
     if isinstance(store.path, Path):
         remove_leftovers(store.path)
-    added = [name for name in row_array_names(index) if not is_file(store.path / name / METADATA)]
+    added = [name for name in index.row_arrays if not is_file(store.path / name / METADATA)]
     if not added and index.rows == store.rows and index.source == store.source:
         return store
     with _folder_beside(store.path) as folder:
@@ -443,7 +473,7 @@ def follow_index(store: FeatureStore, index: Index, *, append: bool) -> FeatureS
     return FeatureStore.open(store.path)
 
 
-def _check_first_rows(store: FeatureStore, index: Index, *, append: bool) -> None:
+def _check_first_rows(store: FeatureStore, index: RowSource, *, append: bool) -> None:
     has_them = store.rows <= index.rows
     if not has_them or store.keys_sha256 != keys_digest(index, store.rows):
         raise SourceError(
@@ -460,7 +490,7 @@ def _check_first_rows(store: FeatureStore, index: Index, *, append: bool) -> Non
         )
 
 
-def _write(folder: Path, store: FeatureStore, index: Index, added: list[str]) -> None:
+def _write(folder: Path, store: FeatureStore, index: RowSource, added: list[str]) -> None:
     """Write beside the store what it will have, except chunks that it has already."""
     attributes = store.attributes | {
         "rows": index.rows,
@@ -469,9 +499,9 @@ def _write(folder: Path, store: FeatureStore, index: Index, added: list[str]) ->
     }
     group = zarr.create_group(folder, attributes=attributes)
     grows = index.rows > store.rows
-    there = [name for name in row_array_names(index) if name not in added]
+    there = [name for name in index.row_arrays if name not in added]
     for name in [*added, *(there if grows else [])]:
-        create_row_array(group, name, index, store.rows_per_chunk)
+        create_row_array(group, name, index.rows, store.rows_per_chunk, index.class_names)
     if added:
         write_rows(group, added, index, store.rows_per_chunk)
     if grows:

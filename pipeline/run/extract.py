@@ -9,7 +9,7 @@ from features.config import ScenesSource, Source
 from features.errors import ConfigError
 from features.index import Index, find_changes, update_index
 from features.storage.place import Place
-from features.store import FeatureStore, follow_index
+from features.store import FeatureStore, extend_store
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
 from pipeline.run.config import RunConfig
@@ -134,4 +134,4 @@ def _open_store(
     path = folder.store(split)
     if not FeatureStore.is_at(path):
         return FeatureStore.create(path, index, rows_per_chunk=config.extract.rows_per_chunk)
-    return follow_index(FeatureStore.open(path), index, append=append)
+    return extend_store(FeatureStore.open(path), index, append=append)

@@ -16,10 +16,10 @@ from features.storage.files import zarr_store
 from features.storage.groups import publish
 from features.storage.place import Place, RemotePath
 from features.storage.remote import check_writable
-from features.store import FORMAT, FORMAT_VERSION, NUMBERS, FeatureStore, key_hashes
+from features.store import FORMAT_VERSION, NUMBERS, FeatureStore, create_group, key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.stores.blocks import STRINGS, Block, Layout, Rows, chunks_of, encoder_of
+from pipeline.stores.blocks import Block, Layout, Rows, chunks_of, encoder_of
 from pipeline.stores.resumable import check_free, unfinished
 
 logger = logging.getLogger(__name__)
@@ -211,29 +211,13 @@ class _Writer:
 def _create(folder: Path, layout: Layout) -> zarr.Group:
     """Make the empty arrays of a store."""
     rows, size = layout.rows, layout.rows_per_chunk
-    attributes = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+    facts = {
         "rows": rows,
         "rows_per_chunk": size,
         "keys_sha256": "",
         "source": dict(layout.source),
     }
-    group = zarr.create_group(folder, attributes=attributes)
-    for name in layout.names:
-        is_number = name in NUMBERS
-        names = layout.class_names if name == "label" else None
-        group.create_array(
-            name,
-            shape=(rows,),
-            chunks=(size,),
-            dtype="int32" if is_number else STRINGS,
-            fill_value=-1 if is_number else "",
-            dimension_names=["row"],
-            attributes={"class_names": list(names)} if names else {},
-        )
-    for kind in ("image", "text"):
-        group.require_group(kind)
+    group = create_group(folder, layout.names, facts, layout.class_names)
     for encoder, fingerprint in layout.fingerprints.items():
         group.require_group(encoder).attrs.update(dict(fingerprint))
     for name, dim in layout.columns.items():

@@ -14,7 +14,7 @@ import pytest
 from features.index import Index
 from features.status import Status
 from features.storage.place import Place
-from features.store import FeatureStore, follow_index
+from features.store import FeatureStore, extend_store
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
@@ -28,7 +28,7 @@ KILLS = 5
 GROW_AND_DIE = """
 import os, shutil, signal, sys
 from pathlib import Path
-from features.store import follow_index
+from features.store import extend_store
 from features.index import Index
 from features.store import FeatureStore
 
@@ -50,7 +50,7 @@ while not survived:  # a process of its own for each moment; the imports are don
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die_in_time)
-        follow_index(FeatureStore.open(store), Index.open(index), append=False)
+        extend_store(FeatureStore.open(store), Index.open(index), append=False)
         os._exit(0)
     survived = os.wait()[1] == 0
     after += 1
@@ -141,7 +141,7 @@ def test_killed_before_any_change_on_disk_a_store_has_its_old_rows_and_can_go_on
     for moment in range(moments):
         path = tmp_path / "killed" / f"{moment}.zarr"
         rows.append(fresh.check(path))
-        grown = follow_index(FeatureStore.open(path), Index.open(grown_index), append=False)
+        grown = extend_store(FeatureStore.open(path), Index.open(grown_index), append=False)
         assert grown.rows == ROWS + MORE_ROWS
         assert digests(path) == whole, moment
     assert rows == sorted(rows)

@@ -12,7 +12,7 @@ import pytest
 from features.config import WebdatasetSource
 from features.errors import StoreMismatchError
 from features.index import Index, find_changes, update_index
-from features.store import FeatureStore, follow_index
+from features.store import FeatureStore, extend_store
 from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import store_digests
@@ -133,7 +133,7 @@ def test_of_eight_that_append_to_an_index_and_a_store_each_ends_with_all_rows(
         index = Index.open(path)
         if changes := find_changes(index, source):
             index = update_index(index, source, changes, append=True)
-        follow_index(FeatureStore.open(store), index, append=False)
+        extend_store(FeatureStore.open(store), index, append=False)
 
     assert all_at_once(*[append] * 8) == [None] * 8
     whole = FeatureStore.create(tmp_path / "w.zarr", Index.build(source, path), rows_per_chunk=4)
