@@ -18,7 +18,7 @@ from features.errors import EncoderError, SourceError
 from features.sources.reader import IMAGE_SUFFIXES
 from features.storage.files import appearing, partial_path
 from pipeline.interrupt import StopRequest
-from pipeline.python import Aligned
+from pipeline.run.aligned import Aligned
 from pipeline.run.cpu import usable_processors
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from features.errors import EvaluationError
 from features.storage.column import Column
 from features.storage.files import appearing
 from features.store import FeatureStore
-from pipeline.python import Aligned
+from pipeline.run.aligned import Aligned
 from pipeline.run.folder import open_evaluated, run_folder
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from evaluate.zero_shot import class_embeddings, make_prompts
 from features.errors import EvaluationError
 from features.storage.column import Column
 from features.store import FeatureStore
-from pipeline.python import Aligned
+from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import RunFolder
 

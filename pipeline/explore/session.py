@@ -15,7 +15,8 @@ from features.errors import CheckpointError, EvaluationError, StoreError, StoreN
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.explore.nearest import Search, open_search
-from pipeline.python import Aligned, load_aligned, open_run
+from pipeline.python import load_aligned, open_run
+from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import RunFolder, open_evaluated, run_folder
 from pipeline.search import embeddings_file, open_embeddings

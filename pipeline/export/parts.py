@@ -18,7 +18,8 @@ from features.encoders.checkpoint import (
 )
 from features.errors import EncoderError
 from pipeline.card import model_card
-from pipeline.python import Aligned, load_aligned
+from pipeline.python import load_aligned
+from pipeline.run.aligned import Aligned
 
 logger = logging.getLogger(__name__)
 

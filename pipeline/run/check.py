@@ -19,7 +19,7 @@ from features.storage.files import write
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import timed
-from pipeline.python import Aligned
+from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import RunFolder, open_evaluated, run_folder

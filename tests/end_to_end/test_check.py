@@ -138,7 +138,7 @@ def test_an_encoder_whose_images_see_each_other_is_found(
 
         return replace(encoder, forward=forward)
 
-    monkeypatch.setattr("pipeline.python.load_image_encoder", load)
+    monkeypatch.setattr("pipeline.run.aligned.load_image_encoder", load)
     error = sail("eval", run_file, "--check", expect=1).stderr
     for over in ("store", "batch size", "padding"):
         assert f"image embeddings over {over} (" in error

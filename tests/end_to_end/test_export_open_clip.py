@@ -12,7 +12,8 @@ from torch import nn
 
 from align.heads import HEADS
 from pipeline.export.exports import export_run
-from pipeline.python import Aligned, load_aligned
+from pipeline.python import load_aligned
+from pipeline.run.aligned import Aligned
 from tests.commands import sail
 from tests.trained import trained
 

@@ -17,8 +17,9 @@ from evaluate.embedder import Embedder
 from features.errors import EncoderError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
-from pipeline.python import Aligned, load_aligned
+from pipeline.python import load_aligned
 from pipeline.run.align import align_run
+from pipeline.run.aligned import Aligned
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from tests import tiny
