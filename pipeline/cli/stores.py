@@ -1,4 +1,4 @@
-"""The commands of `sail` that make stores of stores.
+"""The commands of `sail` that make stores of stores, or of what other programs wrote.
 
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
@@ -11,16 +11,16 @@ from typing import Any
 import click
 
 from pipeline.cli.options import complete_folder, store_argument, until_stopped
+from pipeline.stores import FORMATS
 
-TARGETS = {"hdf5": ".h5", "parquet": "-parquet", "clip-retrieval": "-clip-retrieval"}
-FORMS = ["hdf5", "npy", "npz", "parquet", "safetensors", "clip-retrieval", "sail-pt"]
+WRITTEN = [name for name, each in FORMATS.items() if each.ending]
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
 @store_argument
 @click.option("--dtype", type=click.Choice(["int8", "float16"]), help="Of the features.")
-@click.option("--to", "form", type=click.Choice(list(TARGETS)), help="Another format.")
+@click.option("--to", "form", type=click.Choice(WRITTEN), help="Another format.")
 @click.option("--out", metavar="PLACE", help="Where it goes.")
 @as_json_option
 def convert(
@@ -55,7 +55,7 @@ def convert(
     if form is not None:
         from pipeline.stores.convert import export_store
 
-        file = Path(out or f"{source.stem}{TARGETS[form]}")
+        file = Path(out or f"{source.stem}{FORMATS[form].ending}")
         until_stopped(lambda stop: export_store(source, form, file, stop))
         _print_store(str(file), as_json=as_json)
         return
@@ -74,7 +74,9 @@ def convert(
 @click.command(name="import-store")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", required=True, metavar="STORE", help="Where the store goes.")
-@click.option("--from", "form", type=click.Choice(FORMS), help="What PATH is, if it does not tell.")
+@click.option(
+    "--from", "form", type=click.Choice(list(FORMATS)), help="What PATH is, if it does not tell."
+)
 @click.option("--take", multiple=True, metavar="NAME=ARRAY", help="What becomes what.")
 @click.option(
     "--table", type=click.Path(path_type=Path), help="A row for each row: captions, keys."

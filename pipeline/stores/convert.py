@@ -1,8 +1,7 @@
-"""`sail convert --dtype`: a store with features of another type, and what that costs."""
+"""`sail convert` and `sail import-store`: a store in another format or type, and back."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,12 @@ from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.stores.arrays import Arrays, NpyArrays, SafetensorsArrays, WrittenRows
+from pipeline.stores import FORMATS, recognise
+from pipeline.stores.arrays import Arrays, WithTable, WrittenRows
 from pipeline.stores.blocks import Layout, Rows
-from pipeline.stores.clip_retrieval import ClipRetrievalArrays, write_clip_retrieval
-from pipeline.stores.hdf5 import Hdf5Arrays, write_hdf5
 from pipeline.stores.mapping import COLUMN, PLAIN, TakenRows
-from pipeline.stores.parquet import ParquetArrays, WithTable, write_parquet
-from pipeline.stores.released_sail import ReleasedArrays
 from pipeline.stores.resumable import check_free
 from pipeline.stores.writer import StoreRows, complete_columns, write_store
-
-WRITERS: Mapping[str, Callable[[StoreRows, Path, StopRequest], Path]] = {
-    "hdf5": write_hdf5,
-    "parquet": write_parquet,
-    "clip-retrieval": write_clip_retrieval,
-}
 
 
 def export_store(store: Place, form: str, out: Path, stop: StopRequest) -> Path:
@@ -40,7 +30,7 @@ def export_store(store: Place, form: str, out: Path, stop: StopRequest) -> Path:
 
     Args:
         store: Every chunk of its columns must be done.
-        form: One of `WRITERS`.
+        form: A key of `FORMATS` that stores are written in.
         out: The HDF5 file, of which an older one is replaced; or the folder, which must not be
             there.
         stop: Asked before every chunk.
@@ -50,28 +40,8 @@ def export_store(store: Place, form: str, out: Path, stop: StopRequest) -> Path:
             `out` that is not replaced, or another process is at it.
         Stopped: A signal came.
     """
-    rows = StoreRows(FeatureStore.open(store))
-    return WRITERS[form](rows, out, stop)
-
-
-FORMS: Mapping[str, Callable[[Path], Any]] = {
-    "hdf5": Hdf5Arrays,
-    "npy": NpyArrays,
-    "npz": NpyArrays,
-    "parquet": ParquetArrays,
-    "safetensors": SafetensorsArrays,
-    "clip-retrieval": ClipRetrievalArrays,
-    "sail-pt": ReleasedArrays,
-}
-SUFFIXES = {
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".npy": "npy",
-    ".npz": "npz",
-    ".parquet": "parquet",
-    ".safetensors": "safetensors",
-    ".pt": "sail-pt",
-}
+    written: Path = FORMATS[form].load().write(StoreRows(FeatureStore.open(store)), out, stop)
+    return written
 
 
 @dataclass(frozen=True)
@@ -79,7 +49,7 @@ class Wanted:
     """What a user says of the files."""
 
     form: str | None = None
-    """One of `FORMS`; seen from the path if not given."""
+    """A key of `FORMATS`; seen from the path if not given."""
     taken: Mapping[str, str] = field(default_factory=dict)
     """Names in the store and of arrays. An empty array drops what would be taken by itself."""
     table: Path | None = None
@@ -112,33 +82,23 @@ def import_store(path: Path, out: Place, wanted: Wanted, stop: StopRequest) -> P
             f"There is nothing at {path}. A file or folder with features was expected. Correct the "
             f"path."
         )
-    form = wanted.form or form_of(path)
-    opened: AbstractContextManager[Any] = FORMS[form](path)
-    with opened:
-        arrays: Any = opened
+    form = wanted.form or _recognised(path)
+    opened: Arrays = FORMATS[form].load().read(path)
+    with opened as arrays:
         rows = _rows(path, form, arrays, wanted, stop)
         return write_store(out, rows, stop, origin=path, rows_per_chunk=wanted.rows_per_chunk)
 
 
-def form_of(path: Path) -> str:
-    """Return the form that a path looks like.
-
-    Raises:
-        ConfigError: It does not tell.
-    """
-    if path.is_dir():
-        if (path / "img_emb").is_dir() or (path / "text_emb").is_dir():
-            return "clip-retrieval"
-        found = {SUFFIXES.get(each.suffix) for each in path.rglob("*") if each.is_file()} - {None}
-    else:
-        found = {SUFFIXES.get(path.suffix)} - {None}
+def _recognised(path: Path) -> str:
+    found = recognise(path)
     if len(found) != 1:
+        suffixes = [suffix for each in FORMATS.values() for suffix in each.suffixes]
         raise ConfigError(
-            f"{path} does not tell what it is. A path that ends in one of {', '.join(SUFFIXES)}, "
+            f"{path} does not tell what it is. A path that ends in one of {', '.join(suffixes)}, "
             f"or a folder of such files of one kind, was expected. Name the form with --from: "
-            f"{', '.join(FORMS)}."
+            f"{', '.join(FORMATS)}."
         )
-    return str(found.pop())
+    return found[0]
 
 
 def _rows(path: Path, form: str, arrays: Arrays, wanted: Wanted, stop: StopRequest) -> Rows:

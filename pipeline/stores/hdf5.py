@@ -9,9 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -22,7 +22,7 @@ from features.status import Status
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.stores.arrays import unreadable
+from pipeline.stores.arrays import Arrays, unreadable
 from pipeline.stores.blocks import STRINGS, Layout, encoder_of
 from pipeline.stores.resumable import unfinished
 from pipeline.stores.writer import StoreRows
@@ -31,7 +31,7 @@ TEXT = h5py.string_dtype("utf-8")
 EXPECTED = "An HDF5 file"
 
 
-def write_hdf5(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
+def write(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
     """Write a store as an HDF5 file: it appears when all of it is there, and goes on where stopped.
 
     A process that is killed while it changes the tree of an HDF5 file leaves nothing readable. So
@@ -74,53 +74,31 @@ def write_hdf5(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
     return out
 
 
-class Hdf5Arrays(AbstractContextManager["Hdf5Arrays"]):
+class Hdf5Arrays(Arrays):
     """The datasets of an HDF5 file. Links to other files are not followed."""
 
-    usual: Mapping[str, str] = {}
-
-    def __init__(self, path: Path) -> None:
-        """Open a file.
-
-        Raises:
-            SourceError: It is none, keeps values in other files, or is half of an export.
-        """
+    def _open(self, path: Path, stack: ExitStack) -> None:
         self.files = (path,)
         try:
-            self._file = h5py.File(path, "r")
+            file = stack.enter_context(h5py.File(path, "r"))
         except OSError as error:
             raise unreadable(path, error, EXPECTED) from error
-        try:
-            self.shapes = self._found(path)
-            is_ours = self._file.attrs.get("format") == json.dumps(FORMAT)
-            self.layout = _layout(path, self._file, self.shapes) if is_ours else None
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop` of a dataset."""
-        dataset = self._file[name]
-        is_text = h5py.check_string_dtype(dataset.dtype) is not None
-        values = dataset.asstr()[start:stop].astype(STRINGS) if is_text else dataset[start:stop]
-        return np.asarray(values)
-
-    def _found(self, path: Path) -> dict[str, tuple[int, ...]]:
-        shapes = dict[str, tuple[int, ...]]()
 
         def see(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
                 if item.is_virtual or item.external:
                     raise unreadable(path, f"{name} keeps its values in another file", EXPECTED)
-                shapes[name] = item.shape
+                self._add(name, item.shape, partial(_values, item))
 
-        self._file.visititems(see)  # follows no link
-        return shapes
+        file.visititems(see)  # follows no link
+        is_ours = file.attrs.get("format") == json.dumps(FORMAT)
+        self.layout = _layout(path, file, self.shapes) if is_ours else None
+
+
+def _values(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    is_text = h5py.check_string_dtype(dataset.dtype) is not None
+    values = dataset.asstr()[start:stop].astype(STRINGS) if is_text else dataset[start:stop]
+    return np.asarray(values)
 
 
 def _create(file: h5py.File, layout: Layout) -> None:
@@ -235,3 +213,6 @@ def _write_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
 def _attributes(source: Any) -> dict[str, Any]:
     names = list(source.attrs)  # an iterator of h5py that is left half-way keeps its global lock
     return {name: json.loads(source.attrs[name]) for name in names}
+
+
+read = Hdf5Arrays

@@ -9,8 +9,8 @@ last fewer, none may miss, and all folders must have the same rows. (That the ro
 filtered otherwise between two runs, with the same number left, no check of the files can find.)
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -19,47 +19,33 @@ import torch
 from torch import Tensor
 
 from features.errors import SourceError
-from pipeline.stores.arrays import Stream, unreadable
-from pipeline.stores.blocks import Layout
+from pipeline.stores.arrays import Arrays, Stream, unreadable
 
 EXPECTED = "A tensor of (rows, features) as the released encode.py saves it"
 KINDS = {"image_embedding": "image", "text_embedding": "text"}
 
 
-class ReleasedArrays(nullcontext[None]):
-    """The folders of tensors below a folder, each an array."""
+class ReleasedArrays(Arrays):
+    """The folders of tensors below a folder, each an array.
 
-    layout: Layout | None = None
+    They are taken as `image/<model>` and `text/<model>/<data>_<caption>`, by their own names.
+    """
 
-    def __init__(self, path: Path) -> None:
-        """Read the shape of every tensor.
-
-        Raises:
-            SourceError: There are none, one cannot be read, or rows are not where they belong.
-        """
-        super().__init__()
+    def _open(self, path: Path, stack: ExitStack) -> None:  # noqa: ARG002 - nothing stays open
         folders = sorted({file.parent for file in path.rglob("*.pt")})
         if not folders:
             raise unreadable(path, "there is no .pt file", EXPECTED)
-        self._folders = {folder.relative_to(path).as_posix(): _Folder(folder) for folder in folders}
-        self.files = tuple(file for folder in self._folders.values() for file in folder.files)
-        self.shapes = {name: folder.shape for name, folder in self._folders.items()}
-        self._streams = {name: Stream(each.tensors) for name, each in self._folders.items()}
-
-    @property
-    def usual(self) -> Mapping[str, str]:
-        """`image/<model>` and `text/<model>/<data>_<caption>`, of the folders' own names."""
-        taken = dict[str, str]()
-        for name in self.shapes:
+        every = [_Folder(folder) for folder in folders]
+        self.files = [file for each in every for file in each.files]
+        usual = dict[str, str]()
+        for folder, each in zip(folders, every, strict=True):
+            name = folder.relative_to(path).as_posix()
+            self._add(name, each.shape, Stream(each.tensors).read)
             *_, kind, model, data = ["", "", *name.split("/")]
             if kind in KINDS:
                 column = f"image/{model}" if KINDS[kind] == "image" else f"text/{model}/{data}"
-                taken[f"image/{model}-{data}" if column in taken else column] = name
-        return taken
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop` of a folder."""
-        return self._streams[name].read(start, stop)
+                usual[f"image/{model}-{data}" if column in usual else column] = name
+        self.usual = usual
 
 
 class _Folder:
@@ -114,3 +100,6 @@ def _misplaced(folder: Path, row: int, why: str) -> SourceError:
         f"rows were expected, only the last with fewer. Encode this folder again: nothing tells "
         f"which images the rows belong to."
     )
+
+
+read = ReleasedArrays

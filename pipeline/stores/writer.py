@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import zarr
@@ -155,6 +157,58 @@ def write_store(
             line.advance(1)
         writer.finish(origin)
         publish(work.made, out)
+    return out
+
+
+class Part(Protocol):
+    """Files of a folder with the same rows, as they are written."""
+
+    files: Sequence[Path]
+
+    def write(self, block: Block) -> None:
+        """Write the next rows."""
+
+
+PartOpener = Callable[[Path, int, range], AbstractContextManager[Part]]
+"""Begins a part: of a folder, its number among all, and the rows that it will have."""
+
+
+def write_parts(
+    rows: Rows, out: Path, form: str, rows_per_part: int, stop: StopRequest, begin: PartOpener
+) -> Path:
+    """Write rows as a folder of parts: it appears when all is there, and goes on where stopped.
+
+    Args:
+        rows: Of a store.
+        out: The folder; there must be none.
+        form: What it is, to go on with nothing else.
+        rows_per_part: Rounded down to whole chunks, at least one.
+        stop: Asked before every chunk.
+        begin: Begins a part.
+
+    Raises:
+        StoreError: There is something at `out`, or another process is at it.
+        Stopped: A signal came.
+    """
+    check_free(out)
+    layout, size = rows.layout, rows.layout.rows_per_chunk
+    chunks = range(-(-layout.rows // size))
+    per_part = max(1, rows_per_part // size)
+    with (
+        unfinished(out, form, per_part, layout.to_json(), rows.stamp) as work,
+        ProgressLine(out.name, None, "chunks") as line,
+    ):
+        work.made.mkdir(exist_ok=True)
+        line.set(work.done * per_part, len(chunks))
+        for first in chunks[::per_part][work.done :]:
+            inside = chunks[first : first + per_part]
+            covered = range(first * size, min(inside.stop * size, layout.rows))
+            with begin(work.made, first // per_part, covered) as part:
+                for block in chunks_of(rows, size, stop, inside):
+                    part.write(block)
+                    line.advance(1)
+            work.advance(*part.files)
+        work.made.rename(out)
     return out
 
 

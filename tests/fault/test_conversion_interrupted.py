@@ -17,11 +17,9 @@ from features.errors import SourceError, StorageError, StoreCorruptError, StoreE
 from features.storage.place import as_place
 from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
-from pipeline.stores.clip_retrieval import write_clip_retrieval
+from pipeline.stores import clip_retrieval, hdf5, parquet
 from pipeline.stores.convert import Wanted, import_store
-from pipeline.stores.hdf5 import write_hdf5
 from pipeline.stores.merge import merge_stores, rechunk_store
-from pipeline.stores.parquet import write_parquet
 from pipeline.stores.resumable import unfinished
 from pipeline.stores.subset import Choice, subset_store
 from pipeline.stores.writer import StoreRows
@@ -59,15 +57,15 @@ def rows_in(folder: Path) -> StoreRows:
 
 
 def to_hdf5(folder: Path, stop: StopRequest) -> object:
-    return write_hdf5(rows_in(folder), folder / "out", stop)
+    return hdf5.write(rows_in(folder), folder / "out", stop)
 
 
 def to_parquet(folder: Path, stop: StopRequest) -> object:
-    return write_parquet(rows_in(folder), folder / "out", stop, file_bytes=1)
+    return parquet.write(rows_in(folder), folder / "out", stop, file_bytes=1)
 
 
 def to_clip_retrieval(folder: Path, stop: StopRequest) -> object:
-    return write_clip_retrieval(rows_in(folder), folder / "out", stop, rows_per_file=16)
+    return clip_retrieval.write(rows_in(folder), folder / "out", stop, rows_per_file=16)
 
 
 def from_hdf5(folder: Path, stop: StopRequest) -> object:
@@ -112,8 +110,8 @@ WORKS = [
 def folder(tmp_path: Path) -> Path:
     make_store(tmp_path / "s.zarr", rows=100, bad_images=(33,))
     make_store(tmp_path / "t.zarr", rows=50, seed=1)
-    write_hdf5(rows_in(tmp_path), tmp_path / "in.h5", StopRequest())
-    write_parquet(rows_in(tmp_path), tmp_path / "in.parquet", StopRequest())
+    hdf5.write(rows_in(tmp_path), tmp_path / "in.h5", StopRequest())
+    parquet.write(rows_in(tmp_path), tmp_path / "in.parquet", StopRequest())
     return tmp_path
 
 

@@ -1,6 +1,7 @@
 """Stores in other forms: what comes back is byte-identical, what does not fit is refused."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.numpy import save_file
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.store import FeatureStore
+from pipeline.cli.stores import WRITTEN
 from pipeline.interrupt import StopRequest
-from pipeline.stores.clip_retrieval import write_clip_retrieval
-from pipeline.stores.convert import FORMS, WRITERS, Wanted, export_store, import_store
+from pipeline.stores import FORMATS, clip_retrieval
+from pipeline.stores.convert import Wanted, export_store, import_store
 from pipeline.stores.parquet import ParquetArrays
 from pipeline.stores.verify import verify_store
 from pipeline.stores.writer import StoreRows
@@ -45,7 +47,7 @@ def vectors(seed: int, rows: int = ROWS, dtype: Any = np.float16) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", WRITTEN)
 def test_a_store_comes_back_byte_identical(store: FeatureStore, tmp_path: Path, form: str) -> None:
     out, copy = tmp_path / f"out.{form}", tmp_path / "copy.zarr"
     assert sail("convert", store.path, "--to", form, "--out", out).stdout == f"{out}\n"
@@ -68,7 +70,7 @@ def test_damaged_features_are_not_carried_over(store: FeatureStore, tmp_path: Pa
 def test_clip_retrieval_finds_its_files_and_any_number_of_rows_in_each(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    folder = write_clip_retrieval(StoreRows(store), tmp_path / "out", GO_ON, rows_per_file=40)
+    folder = clip_retrieval.write(StoreRows(store), tmp_path / "out", GO_ON, rows_per_file=40)
     parts = sorted(path.name for path in (folder / "img_emb").iterdir())
     assert parts == ["img_emb_0.npy", "img_emb_1.npy", "img_emb_2.npy", "img_emb_3.npy"]
     loaded = [np.load(folder / "img_emb" / name, allow_pickle=False) for name in parts]
@@ -160,7 +162,14 @@ def test_features_of_another_program_arrive_bit_for_bit_in_chunks(
 
 
 def test_every_form_is_tried_here() -> None:
-    assert set(OTHERS) | set(WRITERS) == set(FORMS)
+    assert set(OTHERS) | set(WRITTEN) == set(FORMATS)
+
+
+def test_the_table_of_the_page_has_every_form_and_says_which_are_written() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*`) \| (yes)? ?\| yes \|", page, re.MULTILINE)
+    told = {name: bool(written) for names, written in rows for name in re.findall("`(.+?)`", names)}
+    assert told == {name: bool(each.ending) for name, each in FORMATS.items()}
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
