@@ -5,19 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64, Shaped
+from jaxtyping import Bool, Float16, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from align.columns import Columns
 from align.heads import AlignmentModel
-from align.loss import Pairs
+from align.ranks import Relevance, retrieval_ranks
 from features.store import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024
-TIE = 1e-6
-"""Cosines that differ by less are the same: products of equal vectors differ so much."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,11 @@ class HeldOut:
         if identical:
             every = [_filled(_caption_ids(part.columns, part.rows), fields) for part in parts]
             ids = torch.from_numpy(np.concatenate(every)).to(device)
-        used = torch.from_numpy(np.concatenate(weights)).flatten().to(device)
-        self._pairs = Pairs(fields, used, ids)
+        used = torch.from_numpy(np.concatenate(weights)).flatten().to(device) > 0
+        self._text = self._text[used]
+        owner = torch.arange(len(self._image), device=device).repeat_interleave(fields)[used]
+        words = None if ids is None else ids.flatten()[used]
+        self._relevance = Relevance(len(self._image), owner, words)
 
     def __len__(self) -> int:
         return len(self._image)
@@ -87,11 +88,10 @@ class HeldOut:
         text = self._embed(model.embed_text, self._text)
         model.train(was_training)
         with torch.autocast(self.device.type, enabled=False):
-            by_image, by_text = _ranks(image, text, self._pairs)
-        by_text = by_text[self._pairs.weights > 0]
+            found = retrieval_ranks(image, text, self._relevance)
         scores = {}
         for k in RECALL_AT:
-            both = [(ranks < k).double().mean().item() for ranks in (by_image, by_text)]
+            both = [(ranks < k).double().mean().item() for ranks in (found.by_image, found.by_text)]
             scores[f"recall@{k}"] = sum(both) / 2
             scores[f"recall@{k}/image_to_text"], scores[f"recall@{k}/text_to_image"] = both
         scores["mean_recall"] = sum(scores[f"recall@{k}"] for k in RECALL_AT) / len(RECALL_AT)
@@ -102,34 +102,6 @@ class HeldOut:
     ) -> Tensor:
         blocks = [embed(block) for block in torch.split(features, BLOCK_ROWS)]
         return F.normalize(torch.cat(blocks).float(), dim=-1)
-
-
-def _ranks(
-    image: Float[Tensor, "queries dim"], text: Float[Tensor, "texts dim"], pairs: Pairs
-) -> tuple[Int64[Tensor, "queries"], Int64[Tensor, "texts"]]:
-    """For each image and each text, count the wrong ones as near as its nearest right one.
-
-    A cosine that is not a number counts as near, so that a broken model never scores. Cosines are
-    float32 whatever the heads compute in: in bfloat16 a wrong one often ties with the right one.
-
-    Goes over the images in blocks, twice: the nearest right image of a text is known only after
-    the first time.
-    """
-    unused = pairs.weights == 0
-    by_image = [torch.empty(0, dtype=torch.int64, device=image.device)]
-    nearest = torch.full((len(text),), -torch.inf, device=image.device)
-    by_text = torch.zeros(len(text), dtype=torch.int64, device=image.device)
-    for start in range(0, len(image), BLOCK_ROWS):
-        right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
-        cosine = (image[start : start + BLOCK_ROWS] @ text.T).masked_fill_(unused, -torch.inf)
-        own = cosine.masked_fill(~right, -torch.inf)
-        by_image.append((~(cosine < own.amax(dim=1, keepdim=True) - TIE) & ~right).sum(dim=1))
-        nearest = torch.maximum(nearest, own.amax(dim=0))
-    for start in range(0, len(image), BLOCK_ROWS):
-        right = pairs.positives(start, min(start + BLOCK_ROWS, len(image)))
-        cosine = image[start : start + BLOCK_ROWS] @ text.T
-        by_text += (~(cosine < nearest - TIE) & ~right).sum(dim=0)
-    return torch.cat(by_image), by_text
 
 
 def _caption_ids(

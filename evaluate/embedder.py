@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from align.checkpoint import Checkpoint
 from align.heads import AlignmentModel
+from features.config import TextEncoderConfig
 from features.errors import EvaluationError
 from features.storage.column import Column
 from features.storage.files import write
 from features.storage.fingerprint import Fingerprint
 from features.store import FeatureStore
-from pipeline.run.config import RunConfig
 
 ROWS_AT_ONCE = 4096
 
@@ -33,6 +33,11 @@ class Embedded:
     """Rows of the store, in order."""
     vectors: Float[Tensor, "ok dim"]
     """Normalised."""
+
+    def at(self, rows: Int64[np.ndarray, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        """Return the vectors of rows of the store, which must be among those here."""
+        places = torch.from_numpy(np.searchsorted(self.rows, rows))
+        return self.vectors[places.to(self.vectors.device)]
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,12 @@ def check_same_encoder(
 
 
 def prompt_features(
-    config: RunConfig, embedder: Embedder, prompts: list[str], cache: Path
+    encoders: Mapping[str, TextEncoderConfig], embedder: Embedder, prompts: list[str], cache: Path
 ) -> Float16[np.ndarray, "prompts dim"]:
     """Return the frozen features of prompts, from the cache if they were encoded before.
 
     Args:
-        config: Names the text encoder.
+        encoders: Settings of the text encoders of the recipe.
         embedder: Says of what encoder the features must be.
         prompts: Sentences.
         cache: Folder for the features, one file per list of prompts and encoder.
@@ -183,14 +188,14 @@ def prompt_features(
         features: np.ndarray = np.load(path, allow_pickle=False)
         return features
     name = embedder.text
-    if name not in config.encoders.text:
+    if name not in encoders:
         raise EvaluationError(
             f"The head was trained on the text encoder {name!r}, which the recipe does not have. "
             f"Zero-shot prompts must be encoded by it. Add [encoders.text.{name}]."
         )
     from features.encoders import load_text_encoder  # slow to import, and mostly not needed
 
-    encoder = load_text_encoder(name, config.encoders.text[name], embedder.device)
+    encoder = load_text_encoder(name, encoders[name], embedder.device)
     check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared)
     features = encoder.encode(prompts).astype(np.float16)
     buffer = io.BytesIO()

@@ -4,13 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, Integer
 from PIL import Image
 
-from evaluate.config import MaskFolder, SceneMasks
 from evaluate.segmentation_sets import FOLDER, SEGMENTATION_SETS
 from features.errors import EvaluationError
 from features.images import DECODER_ERRORS, ImageFault, decode, open_image
@@ -143,39 +142,39 @@ class MaskedPictures(Protocol):
         """Return plain data that change when a picture or a mask does."""
 
 
-def open_masked(config: MaskFolder | SceneMasks, *, max_pixels: int) -> MaskedPictures:
-    """Open a data set.
-
-    Args:
-        config: Its section of the run file.
-        max_pixels: Width times height of a picture that is still decoded.
-
-    Raises:
-        EvaluationError: Its files are not there, or not all.
-    """
-    if isinstance(config, SceneMasks):
-        return ScenePictures(config)
-    return FolderPictures(config, max_pixels=max_pixels)
-
-
 class FolderPictures:
     """Pictures and masks in two folders.
+
+    Args:
+        images: Folder of the pictures.
+        masks: Folder of the masks; the settings say what all of this is.
+        classes: A set that ships with the program, or a JSON file.
+        names: File of the names that belong to the split; all if not given.
+        pictures: How many to take; all if not given.
+        max_pixels: Width times height of a picture that is still decoded.
 
     Raises:
         EvaluationError: There is none, a picture or a mask is missing, or two have the same name.
     """
 
-    def __init__(self, config: MaskFolder, *, max_pixels: int) -> None:
-        self.classes = read_mask_classes(config.classes)
-        self._pictures = _by_stem(config.images, PICTURES, "images")
-        self._masks = _by_stem(config.masks, MASKS, "masks")
+    def __init__(
+        self,
+        images: Place,
+        masks: Place,
+        classes: str | Place,
+        names: Place | None = None,
+        pictures: int | None = None,
+        *,
+        max_pixels: int,
+    ) -> None:
+        self.classes = read_mask_classes(classes)
+        self._pictures = _by_stem(images, PICTURES, "images")
+        self._masks = _by_stem(masks, MASKS, "masks")
         self._max_pixels = max_pixels
-        if config.names is None:
-            named = tuple(sorted(self._pictures.keys() | self._masks.keys()))
-        else:
-            named = _read_names(config.names)
-        self._check(named, config)
-        self.names = named[: config.pictures]
+        there = tuple(sorted(self._pictures.keys() | self._masks.keys()))
+        named = there if names is None else _read_names(names)
+        self._check(named, images, masks)
+        self.names = named[:pictures]
 
     def read(self, name: str) -> Masked:
         """Read a picture and its mask.
@@ -205,10 +204,10 @@ class FolderPictures:
             for name in self.names
         ]
 
-    def _check(self, named: tuple[str, ...], config: MaskFolder) -> None:
+    def _check(self, named: tuple[str, ...], images: Place, masks: Place) -> None:
         for found, what, place in (
-            (self._pictures, "picture", config.images),
-            (self._masks, "mask", config.masks),
+            (self._pictures, "picture", images),
+            (self._masks, "mask", masks),
         ):
             if missing := [name for name in named if name not in found]:
                 raise EvaluationError(
@@ -219,23 +218,23 @@ class FolderPictures:
                 )
         if not named:
             raise EvaluationError(
-                f"There are no pictures in {config.images}. At least one, with a mask in "
-                f"{config.masks}, was expected. Correct the folders in [eval.segmentation]."
+                f"There are no pictures in {images}. At least one, with a mask in "
+                f"{masks}, was expected. Correct the folders in [eval.segmentation]."
             )
 
 
 class ScenePictures:
     """Pictures of the demo world as its shards have them, drawn again with their masks."""
 
-    def __init__(self, config: SceneMasks) -> None:
+    def __init__(self, split: Literal["train", "test"], seed: int, pictures: int) -> None:
         names = tuple((name,) for name in CLASS_NAMES)
         self.classes = MaskClasses(names, tuple(range(len(names))), (BACKGROUND,))
-        self.names = tuple(f"{row:06d}" for row in range(config.pictures))
-        self._config = config
+        self.names = tuple(f"{row:06d}" for row in range(pictures))
+        self._world = split, seed
 
     def read(self, name: str) -> Masked:
         """Draw a picture and its mask."""
-        row = sample(self._config.split, self._config.seed, int(name))
+        row = sample(*self._world, int(name))
         encoded = dict(members(row))
         picture = decode(encoded["jpg"], max_pixels=MOST_PIXELS)
         mask = read_mask(encoded["mask.png"], name, max_pixels=MOST_PIXELS)
@@ -243,7 +242,7 @@ class ScenePictures:
 
     def version(self) -> object:
         """Return what decides what is drawn."""
-        return [WORLD_VERSION, self._config.split, self._config.seed, len(self.names)]
+        return [WORLD_VERSION, *self._world, len(self.names)]
 
 
 def read_mask(data: bytes, place: object, *, max_pixels: int) -> Int64[np.ndarray, "height width"]:

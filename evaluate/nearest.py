@@ -1,18 +1,26 @@
-"""Mutual k-NN and CKNNA: whether two sets of features call the same rows neighbours."""
+"""The nearest rows by cosine: one exact search, block by block, and one index for many rows.
+
+Every search of the program goes through here: k-NN classification, the alignment measures, `sail
+search`, `sail explore` and its near-duplicates.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float16, Float32, Int64
 
-from evaluate.similarity import ratio
 from features.errors import EvaluationError
+from features.storage.files import appearing
+
+logger = logging.getLogger(__name__)
+Reference = Callable[[], Iterable[Float[np.ndarray, "_ dim"]]]
+"""Reads the blocks of all rows anew, in order."""
 
 COSINES_AT_ONCE = 1 << 26
 """In torch, where a matrix of queries × rows is made: 256 MiB."""
@@ -40,6 +48,8 @@ def flat_search() -> FlatSearch:
     try:
         import faiss  # heavy, and not needed by the other measures
     except ImportError as error:
+        import torch
+
         return FlatSearch(f"torch {torch.__version__}: no FAISS ({error})", _of_torch)
     on_processor = partial(_on_processor, faiss)
     name = f"FAISS {faiss.__version__}"
@@ -65,6 +75,8 @@ def _on_gpu(faiss: Any, resources: Any, queries: Queries, block: Block, k: int) 
 
 
 def _of_torch(queries: Queries, block: Block, k: int) -> Found:
+    import torch  # as FAISS
+
     rows = torch.from_numpy(block)
     step = max(1, COSINES_AT_ONCE // len(block))
     parts = [
@@ -76,6 +88,7 @@ def _of_torch(queries: Queries, block: Block, k: int) -> Found:
 
 
 VOTES_AT_ONCE = 1 << 23
+QUERIES_AT_ONCE, ROWS_AT_ONCE = 4096, 65_536
 BLOCK_BYTES = 1 << 26
 """Of the reference that is searched at once: new pages for every block would cost more time than
 reading it."""
@@ -119,43 +132,55 @@ def nearest_neighbours(
     return nearest
 
 
-def vote(
-    neighbours: Neighbours,
-    labels: Int64[np.ndarray, "rows"],
-    *,
-    k: int,
-    temperature: float,
-    num_classes: int,
-) -> Int64[np.ndarray, "queries"]:
-    """Return the class with most votes, each neighbour's weighing exp(cosine / temperature).
+def nearest_others(features: Float[np.ndarray, "rows dim"], k: int) -> Neighbours:
+    """Find the k nearest other rows of every row, by cosine, exactly.
 
-    Of classes with equal votes the one with the lowest number wins.
+    Blocks of rows are compared with blocks of rows; beside the features themselves, which may be
+    a memory map of any dtype, only the k neighbours of each row are held.
+
+    Raises:
+        ValueError: There are no k other rows.
+    """
+    if not 1 <= k < len(features):
+        raise ValueError(
+            f"{k} neighbours of {len(features)} rows cannot be found. A k from 1 to "
+            f"{len(features) - 1} was expected. Take a smaller k, or more rows."
+        )
+    cosines = np.empty((len(features), k), dtype=np.float32)
+    rows = np.empty((len(features), k), dtype=np.int64)
+    for start in range(0, len(features), QUERIES_AT_ONCE):
+        queries = features[start : start + QUERIES_AT_ONCE]
+        numbers = np.arange(start, start + len(queries))
+        part = nearest_among(queries, numbers, blocks_of(features), k)
+        cosines[numbers], rows[numbers] = part.cosines, part.rows
+    return Neighbours(cosines, rows)
+
+
+def nearest_among(
+    queries: Float[np.ndarray, "queries dim"],
+    numbers: Int64[np.ndarray, "queries"],
+    blocks: Iterable[Float[np.ndarray, "_ dim"]],
+    k: int,
+) -> Neighbours:
+    """Find the k nearest other rows of some rows among all, by cosine, exactly.
 
     Args:
-        neighbours: At least k of each query.
-        labels: The class of each reference row.
-        k: Neighbours that vote.
-        temperature: T; the smaller, the more the nearest decide.
-        num_classes: Classes in all.
-
-    Reference:
-        Caron et al. 2021, DINO, arXiv:2104.14294, appendix F.1, and the released `eval_knn.py`,
-        after Wu et al. 2018, arXiv:1805.01978.
+        queries: Features of these rows.
+        numbers: Their positions among all.
+        blocks: All rows in order, these among them; more than k.
+        k: Neighbours of each.
     """
-    cosines = neighbours.cosines[:, :k].astype(np.float64)
-    weights = np.exp((cosines - cosines.max(axis=1, keepdims=True, initial=-1.0)) / temperature)
-    classes = labels[neighbours.rows[:, :k]]
-    predicted = np.empty(len(cosines), dtype=np.int64)
-    step = max(1, VOTES_AT_ONCE // num_classes)
-    for start in range(0, len(cosines), step):
-        part = slice(start, start + step)
-        queries = len(classes[part])
-        place = classes[part] + num_classes * np.arange(queries)[:, None]
-        votes = np.bincount(
-            place.ravel(), weights=weights[part].ravel(), minlength=queries * num_classes
-        )
-        predicted[part] = votes.reshape(queries, num_classes).argmax(axis=1)
-    return predicted
+    found = nearest_neighbours(queries, blocks, k + 1)
+    is_self = found.rows == numbers[:, None]
+    is_self[:, -1] |= ~is_self.any(axis=1)  # where k + 1 copies of the row stand before it
+    shape = (len(numbers), k)
+    return Neighbours(found.cosines[~is_self].reshape(shape), found.rows[~is_self].reshape(shape))
+
+
+def blocks_of(features: Float[np.ndarray, "rows dim"]) -> Iterator[Float[np.ndarray, "_ dim"]]:
+    """Yield rows that are held, or mapped from a file, some at a time."""
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        yield features[start : start + ROWS_AT_ONCE]
 
 
 def nearest_of(
@@ -199,7 +224,45 @@ def _normalise(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "ro
     return rows
 
 
-logger = logging.getLogger(__name__)
+def vote(
+    neighbours: Neighbours,
+    labels: Int64[np.ndarray, "rows"],
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+) -> Int64[np.ndarray, "queries"]:
+    """Return the class with most votes, each neighbour's weighing exp(cosine / temperature).
+
+    Of classes with equal votes the one with the lowest number wins.
+
+    Args:
+        neighbours: At least k of each query.
+        labels: The class of each reference row.
+        k: Neighbours that vote.
+        temperature: T; the smaller, the more the nearest decide.
+        num_classes: Classes in all.
+
+    Reference:
+        Caron et al. 2021, DINO, arXiv:2104.14294, appendix F.1, and the released `eval_knn.py`,
+        after Wu et al. 2018, arXiv:1805.01978.
+    """
+    cosines = neighbours.cosines[:, :k].astype(np.float64)
+    weights = np.exp((cosines - cosines.max(axis=1, keepdims=True, initial=-1.0)) / temperature)
+    classes = labels[neighbours.rows[:, :k]]
+    predicted = np.empty(len(cosines), dtype=np.int64)
+    step = max(1, VOTES_AT_ONCE // num_classes)
+    for start in range(0, len(cosines), step):
+        part = slice(start, start + step)
+        queries = len(classes[part])
+        place = classes[part] + num_classes * np.arange(queries)[:, None]
+        votes = np.bincount(
+            place.ravel(), weights=weights[part].ravel(), minlength=queries * num_classes
+        )
+        predicted[part] = votes.reshape(queries, num_classes).argmax(axis=1)
+    return predicted
+
+
 LEAST_ROWS = 10_000
 """Codes of 256 values cannot be learned from many fewer."""
 TRAINED_ON = 64  # rows for each list
@@ -225,7 +288,7 @@ class Approximation:
 
 def approximate_neighbours(
     queries: Float[np.ndarray, "queries dim"],
-    reference: Callable[[], Iterable[Float[np.ndarray, "_ dim"]]],
+    reference: Reference,
     rows: int,
     k: int,
     *,
@@ -251,8 +314,11 @@ def approximate_neighbours(
         Jégou et al. 2011, Product Quantization for Nearest Neighbor Search, section IV.
     """
     generator = np.random.default_rng(seed)
-    queries = unit_rows(queries)
-    index, about = _built(reference, rows, queries.shape[1], generator)
+    queries, lists, dim = unit_rows(queries), isqrt(rows), queries.shape[1]
+    codes = max(size for size in range(1, max(2, dim // NUMBERS_PER_BYTE + 1)) if dim % size == 0)
+    name = f"IVF{lists},PQ{codes}"
+    index = _built(reference, (rows, dim), name, max(TRAINED_ON * lists, LEAST_ROWS), generator)
+    index.nprobe = max(1, lists // PROBED)
     _, found = index.search(queries, min(CANDIDATES * k, rows))
     neighbours = _compared(queries, found, reference, k)
     asked = min(RECALL_QUERIES, len(queries))
@@ -262,16 +328,18 @@ def approximate_neighbours(
         len(np.intersect1d(*each)) for each in zip(exact, neighbours.rows[sample], strict=True)
     ]
     recall = float(np.sum(shared)) / exact.size
-    return Approximation(neighbours, recall, asked, f"{about}, {found.shape[1]} candidates")
+    about = f"{name}, {index.nprobe} lists, {found.shape[1]} candidates"
+    return Approximation(neighbours, recall, asked, about)
 
 
 def _built(
-    reference: Callable[[], Iterable[Float[np.ndarray, "_ dim"]]],
-    rows: int,
-    dim: int,
+    reference: Reference,
+    shape: tuple[int, int],
+    name: str,
+    trained_on: int,
     generator: np.random.Generator,
-) -> tuple[Any, str]:
-    """Return the index of a reference, and what it is."""
+) -> Any:
+    """Return an index of all rows, its lists and codes learned from some of them."""
     try:
         import faiss  # heavy, and not needed by the other measures
     except ImportError as error:
@@ -279,18 +347,14 @@ def _built(
             f"eval.knn_search is 'ivf-pq', but FAISS cannot be imported ({error}). FAISS was "
             f"expected for it. Install faiss-cpu, or set eval.knn_search = 'exact'."
         ) from error
-    lists = isqrt(rows)
-    codes = max(size for size in range(1, max(2, dim // NUMBERS_PER_BYTE + 1)) if dim % size == 0)
-    about = f"IVF{lists},PQ{codes}"
-    index: Any = faiss.index_factory(dim, about, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = max(1, lists // PROBED)
-    number = min(rows, max(TRAINED_ON * lists, LEAST_ROWS))
-    chosen = np.sort(generator.choice(rows, number, replace=False))
-    logger.info("learning %s from %d of %d rows", about, len(chosen), rows)
+    rows, dim = shape
+    index: Any = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
+    chosen = np.sort(generator.choice(rows, min(rows, trained_on), replace=False))
+    logger.info("learning %s from %d of %d rows", name, len(chosen), rows)
     index.train(_rows_of(reference(), chosen, dim))
     for block in normalised_blocks(reference(), dim):
         index.add(block)
-    return index, f"{about}, {index.nprobe} lists"
+    return index
 
 
 def _rows_of(
@@ -308,7 +372,7 @@ def _rows_of(
 def _compared(
     queries: Float32[np.ndarray, "queries dim"],
     found: Int64[np.ndarray, "queries candidates"],
-    reference: Callable[[], Iterable[Float[np.ndarray, "_ dim"]]],
+    reference: Reference,
     k: int,
 ) -> Neighbours:
     """Return the k nearest of the candidates of every query by their exact cosines."""
@@ -321,188 +385,81 @@ def _compared(
         first, last = np.searchsorted(ordered, [start, start + len(block)])
         for at in range(first, last, step):
             pairs = order[at : min(at + step, last)]
-            asking, answering = (
-                queries[pairs // found.shape[1]],
-                block[found.ravel()[pairs] - start],
-            )
-            cosines[pairs] = np.einsum("ij,ij->i", asking, answering)
+            answering = block[found.ravel()[pairs] - start]
+            cosines[pairs] = np.einsum("ij,ij->i", queries[pairs // found.shape[1]], answering)
         start += len(block)
     return nearest_of(cosines.reshape(found.shape), found, k)
 
 
-QUERIES_AT_ONCE = 4096
-ROWS_AT_ONCE = 65_536
+EXACT_BYTES = 1 << 29  # float32 rows that are scanned within 100 ms, and kept in memory
+LISTS, LEARNED_FROM = 1024, 64 * 1024
+PROBES = 128  # of the lists: texts lie far from all images, so that few lists would miss much
+COMPARED = 16  # rows for each neighbour that is asked for, before they are compared exactly
 
 
-class MutualKnn:
-    """Mutual k-NN, made ready to be taken with the rows of the second in other orders.
+@dataclass(frozen=True)
+class RowSearch:
+    """Finds the rows nearest to one vector, at once and again and again."""
 
-    Of each row, the share of its k nearest other rows (by cosine) in the first features that are
-    among its k nearest in the second; then the mean over rows.
+    name: str
+    """How, for the page."""
+    find: Callable[[Float32[np.ndarray, "1 dim"], int], Neighbours]
 
-    Args:
-        first: Neighbours in the first features, from `nearest_others` (or, of some rows only, from
-            `nearest_among`; then there are no other orders of them).
-        second: Neighbours of the same rows in the second, of the same k.
-
-    Reference:
-        Huh et al. 2024, The Platonic Representation Hypothesis, arXiv:2405.07987, appendix A.
-    """
-
-    def __init__(self, first: Neighbours, second: Neighbours) -> None:
-        _check_same(first, second)
-        self._first, self._second = first.rows, second.rows
-
-    def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
-        """Return the mean share, with the rows of the second in an order, or as they are."""
-        return float(self.of_rows(order).mean())
-
-    def of_rows(
-        self, order: Int64[np.ndarray, "rows"] | None = None
-    ) -> Float64[np.ndarray, "rows"]:
-        """Return the share of each row."""
-        second = self._second if order is None else reordered(self._second, order)
-        shared, _ = shared_neighbours(self._first, second)
-        shares: np.ndarray = shared.sum(axis=1) / self._first.shape[1]
-        return shares
+    def __call__(self, query: Float32[np.ndarray, "dim"], k: int) -> Neighbours:
+        """Return the k nearest rows, or all where there are fewer."""
+        return self.find(unit_rows(query[None]), k)
 
 
-class Cknna:
-    """CKNNA: CKA in which only the pairs of rows count that are neighbours in both features.
-
-    The kernels are the cosines; the estimates of HSIC are the unbiased ones, over the kernel
-    matrices with zeros wherever row j is not among the k nearest others of row i in both. Only
-    these neighbours are held.
+def open_search(
+    embeddings: Float16[np.ndarray, "rows dim"], path: Path, memory_bytes: int
+) -> RowSearch:
+    """Choose how rows are searched, by their number and the memory there may be.
 
     Args:
-        first: Neighbours in the first features, from `nearest_others`, k ≥ 2.
-        second: Neighbours of the same rows in the second, of the same k.
-
-    Reference:
-        Huh et al. 2024, arXiv:2405.07987, appendix A, and the released `metrics.py`.
+        embeddings: Normalised rows, mapped from a file.
+        path: Where a FAISS index of them is, or is to be; its name stands for the rows in it.
+        memory_bytes: What one index may take.
     """
-
-    def __init__(self, first: Neighbours, second: Neighbours) -> None:
-        _check_same(first, second)
-        self._first, self._second = first, second
-        self._own = [
-            _sparse_hsic(each.rows, each.cosines, each.cosines) for each in (first, second)
-        ]
-
-    def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
-        """Return CKNNA, with the rows of the second in an order, or as they are."""
-        rows, cosines = self._second.rows, self._second.cosines
-        if order is not None:
-            rows, cosines = reordered(rows, order), cosines[order]
-        shared, place = shared_neighbours(self._first.rows, rows)
-        both = _sparse_hsic(
-            self._first.rows,
-            np.where(shared, self._first.cosines, 0),
-            np.where(shared, np.take_along_axis(cosines, place, axis=1), 0),
+    rows, dim = embeddings.shape
+    exact_bytes = rows * dim * 4
+    is_fast = exact_bytes <= EXACT_BYTES or rows < LEARNED_FROM
+    if rows and is_fast and exact_bytes <= memory_bytes:
+        held = unit_rows(embeddings)
+        return RowSearch(
+            "exact", lambda query, k: Neighbours(*flat_search().search(query, held, min(k, rows)))
         )
-        return ratio(both, *self._own)
+    if rows >= LEARNED_FROM and rows * (dim + 8) <= memory_bytes:
+        return _approximate_search(embeddings, path)
+    return RowSearch(
+        "exact, from disk",
+        lambda query, k: nearest_neighbours(query, blocks_of(embeddings), min(k, rows)),
+    )
 
 
-def nearest_others(features: Float[np.ndarray, "rows dim"], k: int) -> Neighbours:
-    """Find the k nearest other rows of every row, by cosine, exactly.
+def _approximate_search(embeddings: Float16[np.ndarray, "rows dim"], path: Path) -> RowSearch:
+    """Open the index at a path, or build it there.
 
-    Blocks of rows are compared with blocks of rows; beside the features themselves, which may be
-    a memory map of any dtype, only the k neighbours of each row are held.
-
-    Raises:
-        ValueError: There are no k other rows.
+    Its codes have a byte for each number, so finer ones than those of `approximate_neighbours`:
+    captions lie far from all images, where cosines differ by little.
     """
-    if not 1 <= k < len(features):
-        raise ValueError(
-            f"{k} neighbours of {len(features)} rows cannot be found. A k from 1 to "
-            f"{len(features) - 1} was expected. Take a smaller k, or more rows."
-        )
-    cosines = np.empty((len(features), k), dtype=np.float32)
-    rows = np.empty((len(features), k), dtype=np.int64)
-    for start in range(0, len(features), QUERIES_AT_ONCE):
-        queries = features[start : start + QUERIES_AT_ONCE]
-        numbers = np.arange(start, start + len(queries))
-        part = nearest_among(queries, numbers, _blocks_of(features), k)
-        cosines[numbers], rows[numbers] = part.cosines, part.rows
-    return Neighbours(cosines, rows)
+    import faiss
 
+    if not path.is_file():
+        logger.info("building a FAISS index of %d rows, once", len(embeddings))
+        reference, generator = partial(blocks_of, embeddings), np.random.default_rng(0)
+        name = f"IVF{LISTS},SQ8"
+        built = _built(reference, embeddings.shape, name, LEARNED_FROM, generator)
+        with appearing(path) as partial_file:
+            faiss.write_index(built, str(partial_file))
+    index = faiss.read_index(str(path))
+    lists = faiss.extract_index_ivf(index)
+    lists.parallel_mode = 1  # over the lists of one query, not over queries
+    lists.nprobe = PROBES
 
-def nearest_among(
-    queries: Float[np.ndarray, "queries dim"],
-    numbers: Int64[np.ndarray, "queries"],
-    blocks: Iterable[Float[np.ndarray, "_ dim"]],
-    k: int,
-) -> Neighbours:
-    """Find the k nearest other rows of some rows among all, by cosine, exactly.
+    def find(query: Float32[np.ndarray, "1 dim"], k: int) -> Neighbours:
+        _, places = index.search(query, min(k * COMPARED, len(embeddings)))
+        rows = np.sort(places[places >= 0])
+        cosines = embeddings[rows].astype(np.float32) @ query[0]
+        return nearest_of(cosines[None], rows[None], k)
 
-    Args:
-        queries: Features of these rows.
-        numbers: Their positions among all.
-        blocks: All rows in order, these among them; more than k.
-        k: Neighbours of each.
-    """
-    found = nearest_neighbours(queries, blocks, k + 1)
-    is_self = found.rows == numbers[:, None]
-    is_self[:, -1] |= ~is_self.any(axis=1)  # where k + 1 copies of the row stand before it
-    shape = (len(numbers), k)
-    return Neighbours(found.cosines[~is_self].reshape(shape), found.rows[~is_self].reshape(shape))
-
-
-def reordered(
-    neighbours: Int64[np.ndarray, "rows k"], order: Int64[np.ndarray, "rows"]
-) -> Int64[np.ndarray, "rows k"]:
-    """Return the neighbours that would be found if the rows came in another order."""
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    moved: np.ndarray = place[neighbours[order]]
-    return moved
-
-
-def shared_neighbours(
-    first: Int64[np.ndarray, "rows k"], second: Int64[np.ndarray, "rows k"]
-) -> tuple[Bool[np.ndarray, "rows k"], Int64[np.ndarray, "rows k"]]:
-    """Tell which neighbours in the first are neighbours in the second too, and at which place."""
-    start = (max(first.max(), second.max()) + 1) * np.arange(len(first))[:, None]
-    ranks = np.argsort(second, axis=1)
-    known = (np.take_along_axis(second, ranks, axis=1) + start).ravel()  # ascending all through
-    wanted = (first + start).ravel()
-    found = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    shared = (known[found] == wanted).reshape(first.shape)
-    place = np.where(shared, ranks.ravel()[found].reshape(first.shape), 0)
-    return shared, place
-
-
-def _blocks_of(features: Float[np.ndarray, "rows dim"]) -> Iterator[Float[np.ndarray, "_ dim"]]:
-    for start in range(0, len(features), ROWS_AT_ONCE):
-        yield features[start : start + ROWS_AT_ONCE]
-
-
-def _sparse_hsic(
-    columns: Int64[np.ndarray, "rows k"],
-    first: Float[np.ndarray, "rows k"],
-    second: Float[np.ndarray, "rows k"],
-) -> float:
-    """Return the unbiased HSIC of matrices that are zero but for k entries a row.
-
-    The kernels are symmetric, but which entries are kept is not: in tr(KL) entry (i, j) meets entry
-    (j, i), which counts only where it is kept as well.
-    """
-    n = len(columns)
-    first, second = first.astype(np.float64), second.astype(np.float64)
-    products = first * second
-    kept = products != 0
-    rows = np.broadcast_to(np.arange(n)[:, None], columns.shape)[kept]
-    there, back = rows * n + columns[kept], columns[kept] * n + rows
-    trace = float(products[kept][np.isin(back, there)].sum())
-    column_sums = np.bincount(columns.ravel(), weights=first.ravel(), minlength=n)
-    between = float(column_sums @ second.sum(axis=1))
-    sums = float(first.sum() * second.sum())
-    return (trace + sums / ((n - 1) * (n - 2)) - 2 * between / (n - 2)) / (n * (n - 3))
-
-
-def _check_same(first: Neighbours, second: Neighbours) -> None:
-    if first.rows.shape != second.rows.shape:
-        raise ValueError(
-            f"There are neighbours of shape {first.rows.shape} and {second.rows.shape}. As many of "
-            f"as many rows were expected on both sides. Take the same rows and k."
-        )
+    return RowSearch("approximate", find)

@@ -1,9 +1,11 @@
 """results.json: every number of an evaluation, with what could change it."""
 
+import hashlib
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from jaxtyping import Int
 
 from features.storage.files import write
 
+logger = logging.getLogger(__name__)
 SCHEMA = 1
 
 
@@ -43,7 +46,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """What was measured, by which it is found in another run: not by which trained encoders."""
+        """Identity of a number across runs: without the trained encoders, so heads compare."""
         parts = [self.task, self.dataset, self.metric]
         if self.encoders["text"] is None and self.encoders["image"] is not None:
             parts.append(self.encoders["image"])  # frozen features: the encoder is what is measured
@@ -86,7 +89,7 @@ def read_results(path: Path) -> list[Result]:
     ]
 
 
-PARTS = ("hits", "counts", "classes")
+PARTS = ("hits", "counts", "classes", "taken", "rows")
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,62 @@ class Items:
     """Out of how many; 1 each if not given."""
     classes: Int[np.ndarray, "items"] | None = None
     """The class of each, where the number is a mean over classes."""
+    taken: Int[np.ndarray, "items"] | None = None
+    """The class that each was taken for, where images are classified."""
+    rows: Int[np.ndarray, "items each"] | None = None
+    """The rows of the store that each is about: one, or the two of a group."""
+
+    @property
+    def out_of(self) -> Int[np.ndarray, "items"]:
+        """The counts, also where they are 1 each."""
+        return np.ones_like(self.hits) if self.counts is None else self.counts
+
+
+def rows_sha256(keys_sha256: str, rows: Int[np.ndarray, "items each"]) -> str:
+    """Return the hash that stands in a protocol for the rows of a store that a number is about."""
+    digest = hashlib.sha256(keys_sha256.encode())
+    digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Findings:
+    """What a measure found on a split."""
+
+    results: list[Result] = field(default_factory=list)
+    items: dict[str, Items] = field(default_factory=dict)
+    """By the name of a result that is a sum over items: what each item scored."""
+    exhibits: list[Any] = field(default_factory=list)
+    """What the measure's template shows beside the numbers: examples, matrices, pictures."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the report must know."""
+
+    def note(self, text: str) -> None:
+        """Say something in the log and in the report."""
+        logger.info("%s", text)
+        self.notes.append(text)
+
+    def add(self, result: Result, items: Items | None = None, keys_sha256: str = "") -> None:
+        """Keep a number, and what each item scored.
+
+        Args:
+            result: The number.
+            items: What it is the sum over; None where it is none.
+            keys_sha256: Of the store whose rows the items are about; the protocol says which.
+        """
+        if items is not None:
+            if items.rows is not None:
+                digest = rows_sha256(keys_sha256, items.rows)
+                result = replace(result, protocol=result.protocol | {"rows_sha256": digest})
+            self.items[result.name] = items
+        self.results.append(result)
 
 
 def write_items(path: Path, items: Mapping[str, Items]) -> None:
     """Write the items of all numbers, each under the name of its result: whole, or not at all.
 
-    The file is a NumPy archive of int32 arrays, `NAME.hits`, `NAME.counts` and `NAME.classes`; the
-    latter two only where the number needs them.
+    The file is a NumPy archive of int32 arrays, `NAME.hits`, `NAME.rows` and where the number needs
+    them `NAME.counts`, `NAME.classes` and `NAME.taken`.
     """
     arrays = {
         f"{name}.{part}": getattr(each, part).astype(np.int32)

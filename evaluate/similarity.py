@@ -1,12 +1,13 @@
-"""SVCCA: how well the main directions of two sets of features predict one another."""
+"""How alike two sets of features of the same rows are: CKA, SVCCA, mutual k-NN and CKNNA."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Float64, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+from evaluate.nearest import Neighbours
 
 Pair = tuple[Float[np.ndarray, "_ first_dim"], Float[np.ndarray, "_ second_dim"]]
 """The same rows of two sets of features."""
@@ -161,11 +162,11 @@ LEAST_ROWS = 4
 """The unbiased HSIC divides by rows − 3."""
 
 
-def linear_cka(pairs: Iterable[Pair], *, debiased: bool = False) -> float:
-    """Return the linear CKA of two sets of features, in one pass over blocks of rows.
+def cka_of(moments: PairMoments, *, debiased: bool = False) -> float:
+    """Return the linear CKA of two sets of features from sums over their pairs of rows.
 
     Args:
-        pairs: Blocks of rows of both; see `PairMoments.over`.
+        moments: The sums.
         debiased: Take unbiased estimates of HSIC. Without, few rows and many dimensions give high
             values even to features that have nothing to do with one another; with, those give 0
             on average (and values below 0 occur).
@@ -181,11 +182,6 @@ def linear_cka(pairs: Iterable[Pair], *, debiased: bool = False) -> float:
         arXiv:1905.00414; debiased: Murphy et al. 2024, arXiv:2405.01012, with the HSIC of Song et
         al. 2012.
     """
-    return cka_of(PairMoments.over(pairs), debiased=debiased)
-
-
-def cka_of(moments: PairMoments, *, debiased: bool = False) -> float:
-    """Return the linear CKA that follows from sums over pairs of rows; see `linear_cka`."""
     _check_number(moments.both.rows)
     return ratio(*(_hsic(each, debiased) for each in (moments.both, moments.first, moments.second)))
 
@@ -205,34 +201,6 @@ def mean_shuffled_cka(moments: PairMoments, *, debiased: bool = False) -> float:
     first, second = moments.first, moments.second
     between = np.trace(first.centred_product) * np.trace(second.centred_product)
     return ratio(float(between) / (moments.both.rows - 1), first.hsic(), second.hsic())
-
-
-def minibatch_cka(batches: Iterable[Pair]) -> float:
-    """Return the minibatch CKA: unbiased HSIC averaged over batches, then the ratio.
-
-    It does not depend on the size of the batches, on average; `linear_cka(debiased=True)` has less
-    variance at the same cost, since it also compares rows of different batches.
-
-    Args:
-        batches: Pairs of at least four rows each.
-
-    Raises:
-        ValueError: There is no batch, or one has fewer than four rows.
-
-    Reference:
-        Nguyen, Raghu, Kornblith 2021, Do Wide and Deep Networks Learn the Same Things?,
-        arXiv:2010.15327, eq. 2 to 4.
-    """
-    estimates = []
-    for batch in batches:
-        moments = PairMoments.over([batch])
-        _check_number(moments.both.rows)
-        estimates.append(
-            [each.debiased_hsic() for each in (moments.both, moments.first, moments.second)]
-        )
-    if not estimates:
-        raise ValueError("There are no batches. At least one of four rows was expected.")
-    return ratio(*np.mean(estimates, axis=0).tolist())
 
 
 class LinearCka:
@@ -335,83 +303,78 @@ class RbfCka:
 
     def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
         """Return the CKA of the first features with the second in an order, or as they are."""
-        second = self._second if order is None else self._second[torch.from_numpy(order)]
+        second = self._second if order is None else self._second[order]
         return ratio(self._hsic(self._first, second, self._widths), *self._own)
 
     def _hsic(
         self,
-        first: Float32[Tensor, "rows first_dim"],
-        second: Float32[Tensor, "rows second_dim"],
+        first: Float32[np.ndarray, "rows first_dim"],
+        second: Float32[np.ndarray, "rows second_dim"],
         widths: tuple[float, float],
     ) -> float:
         n = len(first)
-        first_rows = torch.zeros(n, dtype=torch.float64)
-        second_rows = torch.zeros(n, dtype=torch.float64)
+        sums = np.zeros((2, n))
         trace = 0.0
-        for rows, columns in _blocks(n):
+        for rows, columns in _squares(n):
             kernels = [
                 _kernel(side[rows], side[columns], width)
                 for side, width in zip((first, second), widths, strict=True)
             ]
             if self._debiased and rows == columns:
                 for kernel in kernels:
-                    kernel.fill_diagonal_(0)
-            first_rows[rows] += kernels[0].sum(dim=1, dtype=torch.float64)
-            second_rows[rows] += kernels[1].sum(dim=1, dtype=torch.float64)
-            trace += float((kernels[0] * kernels[1]).sum(dtype=torch.float64))
-        between = float(first_rows @ second_rows)
-        sums = float(first_rows.sum() * second_rows.sum())
+                    np.fill_diagonal(kernel, 0)
+            sums[:, rows] += [kernel.sum(axis=1, dtype=np.float64) for kernel in kernels]
+            trace += float((kernels[0] * kernels[1]).sum(dtype=np.float64))
+        between, whole = float(sums[0] @ sums[1]), float(sums[0].sum() * sums[1].sum())
         if self._debiased:
-            total = trace + sums / ((n - 1) * (n - 2)) - 2 * between / (n - 2)
+            total = trace + whole / ((n - 1) * (n - 2)) - 2 * between / (n - 2)
             return total / (n * (n - 3))
-        return trace + sums / n**2 - 2 * between / n
+        return trace + whole / n**2 - 2 * between / n
 
 
 def median_distance(features: Float[np.ndarray, "rows dim"]) -> float:
     """Return the median of the distances between rows (the first 2,048); 1 where it is 0."""
-    median = float(torch.pdist(_centred(features[:ROWS_FOR_MEDIAN])).median())
+    from scipy.spatial.distance import pdist
+
+    distances = pdist(features[:ROWS_FOR_MEDIAN].astype(np.float64))
+    middle = (len(distances) - 1) // 2
+    median = float(np.partition(distances, middle)[middle])
     return median if median > 0 else 1.0
 
 
-def _blocks(rows: int) -> Iterator[tuple[slice, slice]]:
+def _squares(rows: int) -> Iterator[tuple[slice, slice]]:
     parts = [slice(start, min(start + SIDE, rows)) for start in range(0, rows, SIDE)]
-    for part in parts:
-        for other in parts:
-            yield part, other
+    return product(parts, repeat=2)
 
 
 def _kernel(
-    rows: Float32[Tensor, "rows dim"], columns: Float32[Tensor, "columns dim"], width: float
-) -> Float32[Tensor, "rows columns"]:
-    squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
-    return squares.addmm_(rows, columns.T, alpha=-2).clamp_(min=0).div_(-2 * width**2).exp_()
+    rows: Float32[np.ndarray, "rows dim"], columns: Float32[np.ndarray, "columns dim"], width: float
+) -> Float32[np.ndarray, "rows columns"]:
+    squares = np.square(rows).sum(axis=1)[:, None] + np.square(columns).sum(axis=1)
+    squares -= 2 * rows @ columns.T
+    np.maximum(squares, 0, out=squares)
+    squares /= np.float32(-2 * width**2)
+    kernel: np.ndarray = np.exp(squares, out=squares)
+    return kernel
 
 
-def _centred(features: Float[np.ndarray, "rows dim"]) -> Float32[Tensor, "rows dim"]:
+def _centred(features: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
     """Move the origin to the mean: distances stay, and squares lose fewer digits."""
     rows = features.astype(np.float32)
-    return torch.from_numpy(rows - rows.mean(axis=0))
+    centred: np.ndarray = rows - rows.mean(axis=0)
+    return centred
 
 
-def svcca(pairs: Iterable[Pair], *, dims: int = 10) -> float:
-    """Return SVCCA in one pass over blocks of rows.
+def svcca_of(moments: PairMoments, *, dims: int = 10) -> float:
+    """Return the SVCCA of two sets of features from sums over their pairs of rows.
 
-    Features are standardised, the `dims` first singular directions of each side are kept, and the
-    canonical correlations between them are averaged.
-
-    Args:
-        pairs: Blocks of rows of both; see `PairMoments.over`.
-        dims: Directions kept; fewer where a side has no more.
+    Features are standardised, the `dims` first singular directions of each side are kept (fewer
+    where a side has no more), and the canonical correlations between them are averaged.
 
     Reference:
         Raghu et al. 2017, SVCCA, arXiv:1706.05806; ten directions as Huh et al. 2024,
         arXiv:2405.07987. Exact, where their code takes a randomised decomposition.
     """
-    return svcca_of(PairMoments.over(pairs), dims=dims)
-
-
-def svcca_of(moments: PairMoments, *, dims: int = 10) -> float:
-    """Return the SVCCA that follows from sums over pairs of rows; see `svcca`."""
     first = _whitening(moments.first, dims)
     second = _whitening(moments.second, dims)
     return _mean_correlation(first.T @ moments.both.centred_product @ second)
@@ -495,3 +458,127 @@ def _mean_correlation(between: Float64[np.ndarray, "first second"]) -> float:
     if not min(between.shape):
         return 0.0
     return float(np.clip(np.linalg.svd(between, compute_uv=False), 0, 1).mean())
+
+
+class MutualKnn:
+    """Mutual k-NN, made ready to be taken with the rows of the second in other orders.
+
+    Of each row, the share of its k nearest other rows (by cosine) in the first features that are
+    among its k nearest in the second; then the mean over rows.
+
+    Args:
+        first: Neighbours in the first features, from `nearest_others` (or, of some rows only, from
+            `nearest_among`; then there are no other orders of them).
+        second: Neighbours of the same rows in the second, of the same k.
+
+    Reference:
+        Huh et al. 2024, The Platonic Representation Hypothesis, arXiv:2405.07987, appendix A.
+    """
+
+    def __init__(self, first: Neighbours, second: Neighbours) -> None:
+        _check_same(first, second)
+        self._first, self._second = first.rows, second.rows
+
+    def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
+        """Return the mean share, with the rows of the second in an order, or as they are."""
+        return float(self.of_rows(order).mean())
+
+    def of_rows(
+        self, order: Int64[np.ndarray, "rows"] | None = None
+    ) -> Float64[np.ndarray, "rows"]:
+        """Return the share of each row."""
+        second = self._second if order is None else reordered(self._second, order)
+        shared, _ = shared_neighbours(self._first, second)
+        shares: np.ndarray = shared.sum(axis=1) / self._first.shape[1]
+        return shares
+
+
+class Cknna:
+    """CKNNA: CKA in which only the pairs of rows count that are neighbours in both features.
+
+    The kernels are the cosines; the estimates of HSIC are the unbiased ones, over the kernel
+    matrices with zeros wherever row j is not among the k nearest others of row i in both. Only
+    these neighbours are held.
+
+    Args:
+        first: Neighbours in the first features, from `nearest_others`, k ≥ 2.
+        second: Neighbours of the same rows in the second, of the same k.
+
+    Reference:
+        Huh et al. 2024, arXiv:2405.07987, appendix A, and the released `metrics.py`.
+    """
+
+    def __init__(self, first: Neighbours, second: Neighbours) -> None:
+        _check_same(first, second)
+        self._first, self._second = first, second
+        self._own = [
+            _sparse_hsic(each.rows, each.cosines, each.cosines) for each in (first, second)
+        ]
+
+    def __call__(self, order: Int64[np.ndarray, "rows"] | None = None) -> float:
+        """Return CKNNA, with the rows of the second in an order, or as they are."""
+        rows, cosines = self._second.rows, self._second.cosines
+        if order is not None:
+            rows, cosines = reordered(rows, order), cosines[order]
+        shared, place = shared_neighbours(self._first.rows, rows)
+        both = _sparse_hsic(
+            self._first.rows,
+            np.where(shared, self._first.cosines, 0),
+            np.where(shared, np.take_along_axis(cosines, place, axis=1), 0),
+        )
+        return ratio(both, *self._own)
+
+
+def reordered(
+    neighbours: Int64[np.ndarray, "rows k"], order: Int64[np.ndarray, "rows"]
+) -> Int64[np.ndarray, "rows k"]:
+    """Return the neighbours that would be found if the rows came in another order."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    moved: np.ndarray = place[neighbours[order]]
+    return moved
+
+
+def shared_neighbours(
+    first: Int64[np.ndarray, "rows k"], second: Int64[np.ndarray, "rows k"]
+) -> tuple[Bool[np.ndarray, "rows k"], Int64[np.ndarray, "rows k"]]:
+    """Tell which neighbours in the first are neighbours in the second too, and at which place."""
+    start = (max(first.max(), second.max()) + 1) * np.arange(len(first))[:, None]
+    ranks = np.argsort(second, axis=1)
+    known = (np.take_along_axis(second, ranks, axis=1) + start).ravel()  # ascending all through
+    wanted = (first + start).ravel()
+    found = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    shared = (known[found] == wanted).reshape(first.shape)
+    place = np.where(shared, ranks.ravel()[found].reshape(first.shape), 0)
+    return shared, place
+
+
+def _sparse_hsic(
+    columns: Int64[np.ndarray, "rows k"],
+    first: Float[np.ndarray, "rows k"],
+    second: Float[np.ndarray, "rows k"],
+) -> float:
+    """Return the unbiased HSIC of matrices that are zero but for k entries a row.
+
+    The kernels are symmetric, but which entries are kept is not: in tr(KL) entry (i, j) meets entry
+    (j, i), which counts only where it is kept as well.
+    """
+    n = len(columns)
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    products = first * second
+    kept = products != 0
+    rows = np.broadcast_to(np.arange(n)[:, None], columns.shape)[kept]
+    there, back = rows * n + columns[kept], columns[kept] * n + rows
+    trace = float(products[kept][np.isin(back, there)].sum())
+    column_sums = np.bincount(columns.ravel(), weights=first.ravel(), minlength=n)
+    between = float(column_sums @ second.sum(axis=1))
+    sums = float(first.sum() * second.sum())
+    return (trace + sums / ((n - 1) * (n - 2)) - 2 * between / (n - 2)) / (n * (n - 3))
+
+
+def _check_same(first: Neighbours, second: Neighbours) -> None:
+    if first.rows.shape != second.rows.shape:
+        raise ValueError(
+            f"There are neighbours of shape {first.rows.shape} and {second.rows.shape}. As many of "
+            f"as many rows were expected on both sides. Take the same rows and k."
+        )

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
-from evaluate.config import CheckConfig, EvalConfig, MaskFolder, SceneMasks
+from evaluate.config import CheckConfig
+from evaluate.measures import MEASURES, EvalConfig
 from features.config import (
     AnnotationSource,
     CifarSource,
@@ -58,8 +59,7 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("[align.loss]", LossConfig),
     ("[align.optimizer]", OptimizerConfig),
     ("[eval]", EvalConfig),
-    ('[eval.segmentation.NAME] with kind = "folder"', MaskFolder),
-    ('[eval.segmentation.NAME] with kind = "scenes"', SceneMasks),
+    *(section for measure in MEASURES for section in measure.sections.items()),
     ("[eval.check]", CheckConfig),
     ("[report]", ReportConfig),
 ]

@@ -1,22 +1,45 @@
-"""The measures on the stores of a run: which rows, which vectors, and what is found."""
+"""The measures: one file each, and one line in this table.
 
-from evaluate.measures.alignment import score_alignment
-from evaluate.measures.compositional import score_compositional
-from evaluate.measures.context import Context, Findings
-from evaluate.measures.knn import score_knn
-from evaluate.measures.linear_probe import score_linear_probe
-from evaluate.measures.retrieval import score_retrieval
-from evaluate.measures.segmentation import score_segmentation
-from evaluate.measures.zero_shot import score_zero_shot
+Plan, stage, settings, report, page and documentation iterate over it, in this order.
+"""
 
-__all__ = [
-    "Context",
-    "Findings",
-    "score_alignment",
-    "score_compositional",
-    "score_knn",
-    "score_linear_probe",
-    "score_retrieval",
-    "score_segmentation",
-    "score_zero_shot",
-]
+from typing import TYPE_CHECKING
+
+from pydantic import create_model
+
+from evaluate.config import EvalSettings
+from evaluate.measures.alignment import Alignment
+from evaluate.measures.compositional import CompositionalScores
+from evaluate.measures.knn import Knn
+from evaluate.measures.linear_probe import LinearProbeAccuracy
+from evaluate.measures.measure import Measure
+from evaluate.measures.retrieval import Retrieval
+from evaluate.measures.segmentation import Segmentation
+from evaluate.measures.zero_shot import ZeroShot
+from evaluate.results import Result
+
+MEASURES: tuple[Measure, ...] = (
+    ZeroShot(),
+    Retrieval(),
+    Knn(),
+    LinearProbeAccuracy(),
+    Alignment(),
+    CompositionalScores(),
+    Segmentation(),
+)
+
+
+def measure_of(result: Result) -> Measure | None:
+    """Return the measure that a result is of; None for one that this version does not know."""
+    return next((measure for measure in MEASURES if measure.owns(result)), None)
+
+
+if TYPE_CHECKING:
+    EvalConfig = EvalSettings
+else:
+    EvalConfig = create_model(
+        "EvalConfig",
+        __base__=tuple(measure.settings for measure in MEASURES),
+        __doc__=EvalSettings.__doc__,
+    )
+"""The section `eval` of a run file: the settings of all measures."""

@@ -1,20 +1,24 @@
 """How alike image and text features of the same rows are, before and after the head."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float, Int64
+from pydantic import Field, PositiveInt, model_validator
 
-from evaluate.config import EvalConfig
-from evaluate.embedder import complete_column
-from evaluate.measures.context import Context
-from evaluate.nearest import Cknna, MutualKnn, nearest_among, nearest_others
-from evaluate.results import Result
+from evaluate.config import EvalSettings, Names
+from evaluate.measures.measure import Context, Headline, Measure
+from evaluate.measures.retrieval import RetrievalSettings
+from evaluate.nearest import nearest_among, nearest_others
+from evaluate.results import Findings, Result
 from evaluate.similarity import (
+    Cknna,
     LinearCka,
+    MutualKnn,
     PairMoments,
     RbfCka,
     Svcca,
@@ -23,8 +27,154 @@ from evaluate.similarity import (
     mean_shuffled_svcca,
     svcca_of,
 )
-from evaluate.statistics import Calibrated, Measure, Prepare, calibrate, ratio_interval
+from evaluate.statistics import Calibrated, PairMeasure, Prepare, calibrate, ratio_interval
+from features.config import EachOnce
 from features.storage.column import Column
+
+logger = logging.getLogger(__name__)
+AlignmentName = Literal["cka", "cka_debiased", "cka_rbf", "mutual_knn", "cknna", "svcca"]
+LEAST_ROWS = 16
+"""Halves of fewer rows say nothing."""
+
+
+class AlignmentSettings(EvalSettings):
+    """Settings of alignment."""
+
+    alignment: Names = ()
+    """Splits on whose pairs the alignment of image with text features is measured; every split with
+    captions but the training split and those with groups, if empty."""
+    alignment_measures: Annotated[tuple[AlignmentName, ...], EachOnce] = (
+        "cka",
+        "cka_debiased",
+        "mutual_knn",
+        "cknna",
+    )
+    """Measures of alignment (docs/protocols.md); none if empty. `cka_rbf` and `svcca` take the
+    longest."""
+    alignment_rows: PositiveInt = 1024
+    """Pairs, drawn by `seed`, on which alignment is measured, at most. Values of mutual k-NN and
+    CKNNA depend on it: compare only values of as many."""
+    alignment_held: PositiveInt = 4096
+    """Where `alignment_rows` is more than this, so many pairs are held in memory: they ask for
+    their neighbours among all (`mutual_knn`), and `cknna` and `cka_rbf`, which compare all pairs
+    with all, are taken on them alone; `cka`, `cka_debiased` and `svcca` are of all pairs."""
+    alignment_k: PositiveInt = 10
+    """Neighbours of mutual k-NN and CKNNA; two at least for CKNNA."""
+    alignment_permutations: int = Field(default=20, ge=0)
+    """How often pairs are shuffled for the null of an alignment measure; 0 leaves it out."""
+    alignment_subsamples: int = Field(default=20, ge=0)
+    """Halves of the rows for its 95 % interval; fewer than two leave it out."""
+
+    @model_validator(mode="after")
+    def _cknna_has_neighbours(self) -> "AlignmentSettings":
+        if self.alignment_k < 2 and "cknna" in self.alignment_measures:
+            raise ValueError(
+                "alignment_k = 1, but cknna needs two neighbours at least. Raise it, or leave "
+                "cknna out of alignment_measures"
+            )
+        return self
+
+
+class Alignment(Measure):
+    """Similarity of the image and the text features of the same rows."""
+
+    name = "alignment"
+    title = "Alignment"
+    in_short = "Whether images that are near each other have captions that are so, too"
+    explained = (
+        "How alike the picture and caption numbers of the same rows are, from 0 to 1: whether "
+        "pictures that are near one another have captions that are near one another. A value alone "
+        "says little, since wide features and few rows lift it; **shuffled** is its mean when "
+        "pictures and captions are paired at random, and **calibrated** puts that at 0."
+    )
+    metric = "mutual_knn"
+    in_percent = False
+    settings = AlignmentSettings
+    template = "alignment.html.j2"
+
+    def headlines(self, results: Sequence[Result]) -> list[Headline]:  # noqa: ARG002
+        """Return none: a value alone says little."""
+        return []
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Measure every image column against every text encoder, then the embeddings of the head.
+
+        Of the caption fields the first one that retrieval searches is taken: one caption a row.
+        """
+        from evaluate.embedder import complete_column
+
+        store, found, embedder = context.stores[split], Findings(), context.embedder
+        searched = context.settings.of(RetrievalSettings).retrieval_fields
+        field = context.caption_fields(split, searched, "retrieval_fields")[0]
+        there = {name for name in store.columns() if not store.column(name).pending()}
+        pairs = [
+            _Pair(
+                task=f"alignment/{image}|{text}/{field}",
+                about="frozen features",
+                image=complete_column(store, f"image/{image}"),
+                text=complete_column(store, f"text/{text}/{field}"),
+                field=field,
+                encoders={"image": image, "text": text},
+                vectors=Column.blocks,
+            )
+            for image in context.image_columns
+            for text in context.text_encoders
+            if {f"image/{image}", f"text/{text}/{field}"} <= there
+        ]
+        pairs.append(
+            _Pair(
+                task="alignment/embeddings",
+                about="aligned embeddings",
+                image=embedder.image_column(store),
+                text=embedder.text_column(store, field),
+                field=field,
+                encoders=context.encoders,
+                vectors=embedder.blocks,
+            )
+        )
+        for pair in pairs:
+            _score(context, found, split, pair)
+        return found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two columns that are compared on rows that both have."""
+
+    task: str
+    about: str
+    image: Column
+    text: Column
+    field: str
+    encoders: dict[str, str | None]
+    vectors: Callable[[Column, Int64[np.ndarray, "rows"]], Iterator[Float[np.ndarray, "_ dim"]]]
+
+
+def _score(context: Context, found: Findings, split: str, pair: _Pair) -> None:
+    settings = context.settings.of(AlignmentSettings)
+    both = np.intersect1d(pair.image.ok_rows(), pair.text.ok_rows())
+    held = min(len(both), settings.alignment_rows, settings.alignment_held)
+    if held < max(LEAST_ROWS, 2 * settings.alignment_k + 2):
+        found.note(
+            f"{pair.task} is left out: only {held} rows of {split} that have both an image and a "
+            f"caption are compared, too few for k = {settings.alignment_k}."
+        )
+        return
+    sides = [partial(pair.vectors, column) for column in (pair.image, pair.text)]
+    for taken in alignment_values(sides[0], sides[1], both, settings):
+        found.add(
+            Result(
+                task=pair.task,
+                dataset=split,
+                metric=taken.name,
+                value=taken.calibrated.value,
+                n=taken.n,
+                ci95=taken.calibrated.interval,
+                encoders=pair.encoders,
+                protocol=taken.protocol | {"vectors": pair.about, "captions": [pair.field]},
+            )
+        )
+
 
 Blocks = Callable[[], Iterator[Float[np.ndarray, "_ dim"]]]
 """Reads the rows of one side anew, block by block."""
@@ -101,7 +251,6 @@ def _against(sampled: Calibrated, value: float, chance: float) -> Calibrated:
     )
 
 
-logger = logging.getLogger(__name__)
 DIMS = 10  # of SVCCA
 STREAMED = frozenset({"cka", "cka_debiased", "svcca", "mutual_knn"})
 """What is taken over all pairs, however many; the others compare all with all."""
@@ -121,7 +270,7 @@ class AlignmentValue:
 
 
 def alignment_values(
-    first: Side, second: Side, both: Int64[np.ndarray, "rows"], settings: EvalConfig
+    first: Side, second: Side, both: Int64[np.ndarray, "rows"], settings: AlignmentSettings
 ) -> Iterator[AlignmentValue]:
     """Take the measures that the settings name.
 
@@ -171,7 +320,9 @@ def alignment_values(
         yield AlignmentValue(name, found, len(sample) if is_asked else taken, protocol)
 
 
-def _streamed(name: str, pair: StreamedPair, found: Calibrated, settings: EvalConfig) -> Calibrated:
+def _streamed(
+    name: str, pair: StreamedPair, found: Calibrated, settings: AlignmentSettings
+) -> Calibrated:
     known: dict[str, Callable[[Calibrated], Calibrated]] = {
         "cka": pair.cka,
         "cka_debiased": partial(pair.cka, debiased=True),
@@ -214,87 +365,5 @@ def _of_neighbours(
     k: int,
     first: Float[np.ndarray, "rows first_dim"],
     second: Float[np.ndarray, "rows second_dim"],
-) -> Measure:
+) -> PairMeasure:
     return measure(nearest_others(first, k), nearest_others(second, k))
-
-
-LEAST_ROWS = 16
-"""Halves of fewer rows say nothing."""
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two columns that are compared on rows that both have."""
-
-    task: str
-    about: str
-    image: Column
-    text: Column
-    field: str
-    encoders: dict[str, str | None]
-    vectors: Callable[[Column, Int64[np.ndarray, "rows"]], Iterator[Float[np.ndarray, "_ dim"]]]
-
-
-def score_alignment(context: Context, split: str) -> None:
-    """Measure every image column against every text encoder, then the embeddings of the head.
-
-    Of the caption fields the first one that retrieval searches is taken: one caption a row.
-    """
-    store, settings = context.stores[split], context.config.eval
-    field = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")[0]
-    encoders = context.config.encoders
-    there = {name for name in store.columns() if not store.column(name).pending()}
-    pairs = [
-        _Pair(
-            task=f"alignment/{image}|{text}/{field}",
-            about="frozen features",
-            image=complete_column(store, f"image/{image}"),
-            text=complete_column(store, f"text/{text}/{field}"),
-            field=field,
-            encoders={"image": image, "text": text},
-            vectors=Column.blocks,
-        )
-        for image in encoders.image_columns
-        for text in encoders.text
-        if {f"image/{image}", f"text/{text}/{field}"} <= there
-    ]
-    embedder = context.embedder
-    pairs.append(
-        _Pair(
-            task="alignment/embeddings",
-            about="aligned embeddings",
-            image=embedder.image_column(store),
-            text=embedder.text_column(store, field),
-            field=field,
-            encoders=context.encoders,
-            vectors=embedder.blocks,
-        )
-    )
-    for pair in pairs:
-        _score(context, split, pair)
-
-
-def _score(context: Context, split: str, pair: _Pair) -> None:
-    settings = context.config.eval
-    both = np.intersect1d(pair.image.ok_rows(), pair.text.ok_rows())
-    held = min(len(both), settings.alignment_rows, settings.alignment_held)
-    if held < max(LEAST_ROWS, 2 * settings.alignment_k + 2):
-        context.findings.note(
-            f"{pair.task} is left out: only {held} rows of {split} that have both an image and a "
-            f"caption are compared, too few for k = {settings.alignment_k}."
-        )
-        return
-    sides = [partial(pair.vectors, column) for column in (pair.image, pair.text)]
-    for found in alignment_values(sides[0], sides[1], both, settings):
-        context.findings.results.append(
-            Result(
-                task=pair.task,
-                dataset=split,
-                metric=found.name,
-                value=found.calibrated.value,
-                n=found.n,
-                ci95=found.calibrated.interval,
-                encoders=pair.encoders,
-                protocol=found.protocol | {"vectors": pair.about, "captions": [pair.field]},
-            )
-        )

@@ -1,20 +1,101 @@
 """Compositional scores of a split whose rows form groups of two, or are each a choice."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-from evaluate.embedder import Embedded
-from evaluate.examples import Gallery, draw
-from evaluate.measures.context import Context
-from evaluate.report import GroupExample
-from evaluate.results import Items, Result
+from evaluate.config import EvalSettings, Names
+from evaluate.examples import draw
+from evaluate.measures.measure import Context, Measure
+from evaluate.results import Findings, Items, Result
 from features.errors import EvaluationError
 from features.store import FeatureStore
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": round(1 / 6, 8)}
 """Scores of random cosines: both of two independent choices, and all four at once."""
+
+
+class CompositionalSettings(EvalSettings):
+    """Settings of the compositional scores."""
+
+    compositional: Names = ()
+    """Splits with groups; every such split if empty."""
+    compositional_fields: Names = ()
+    """Caption fields that are compared; all in which the captions of a group differ if empty."""
+
+
+class CompositionalScores(Measure):
+    """Share of groups whose images and captions are told apart."""
+
+    name = "compositional"
+    title = "Compositional understanding"
+    in_short = "Two images, two captions of the same words: all matched"
+    explained = (
+        "Each group has two pictures and two captions that say nearly the same words: who is left "
+        "of whom, which thing has which colour. Knowing *what* is there does not help; one has to "
+        "know *how* it is put together. **text score**: each picture prefers its own caption. "
+        "**image score**: each caption prefers its own picture. **group score**: both. A tie is "
+        "wrong. Scores below guessing are common: when one of the two pictures is nearer to *both* "
+        "captions, the image score is lost for certain."
+    )
+    method = "Winoground’s scores, by strictly greater cosine."
+    metric = "group_score"
+    settings = CompositionalSettings
+    needs = "groups with captions"
+    of_groups = True
+    template = "compositional.html.j2"
+
+    def can_measure(self, store: FeatureStore) -> bool:
+        """Return whether there are groups and captions."""
+        return store.groups() is not None and bool(store.fields)
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Score the groups, for each caption field that tells the rows of a group apart.
+
+        Where every group is one row with several captions, the first of these is the right one.
+        """
+        found = Findings()
+        named = context.settings.of(CompositionalSettings).compositional_fields
+        fields = context.caption_fields(split, named, "compositional_fields")
+        store = context.stores[split]
+        if len(fields) > 1 and _has_one_row_each(store):
+            _score_choice(context, found, split, fields)
+            return found
+        telling = [name for name in fields if named or _tells_apart(store, name)]
+        for name in telling:
+            dataset = split if len(telling) == 1 else f"{split}/{name}"
+            _score_field(context, found, dataset, name)
+        if not telling:
+            found.note(
+                f"The two captions of every group of {split} are the same in {list(fields)}: there "
+                f"is nothing to tell apart, and so no compositional score."
+            )
+        return found
+
+    def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return whether some groups are one image with several captions."""
+        return {"has_choices": any("one image" in str(r.protocol.get("form")) for r in results)}
+
+
+@dataclass(frozen=True)
+class GroupExample:
+    """Two images, two captions, and the four cosines."""
+
+    dataset: str
+    pictures: tuple[str | None, str | None]
+    captions: tuple[str, str]
+    cosines: tuple[tuple[float, float], tuple[float, float]]
+    """Image i (row) with caption j (column)."""
+    text: bool
+    image: bool
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all four choices are right."""
+        return self.text and self.image
 
 
 @dataclass(frozen=True)
@@ -123,35 +204,14 @@ def _normalised(rows: Float[np.ndarray, "*rows dim"]) -> Float[np.ndarray, "*row
     return normalised
 
 
-def score_compositional(context: Context, split: str) -> None:
-    """Score the groups, for each caption field that tells the rows of a group apart.
-
-    Where every group is one row with several captions, the first of these is the right one.
-    """
-    named = context.config.eval.compositional_fields
-    fields = context.caption_fields(split, named, "compositional_fields")
-    store = context.stores[split]
-    if len(fields) > 1 and _has_one_row_each(store):
-        _score_choice(context, split, fields)
-        return
-    telling = [name for name in fields if named or _tells_apart(store, name)]
-    for name in telling:
-        _score_field(context, split, name, split if len(telling) == 1 else f"{split}/{name}")
-    if not telling:
-        context.findings.note(
-            f"The two captions of every group of {split} are the same in {list(fields)}: there is "
-            f"nothing to tell apart, and so no compositional score."
-        )
-
-
-def _score_field(context: Context, split: str, field: str, dataset: str) -> None:
-    store = context.stores[split]
+def _score_field(context: Context, found: Findings, dataset: str, field: str) -> None:
+    store = context.stores[dataset.partition("/")[0]]
     images, texts = context.embedder.images(store), context.embedder.captions(store, field)
     usable = np.zeros(store.rows, dtype=bool)
     usable[np.intersect1d(images.rows, texts.rows)] = True
     pairs, left_out = pair_rows(_groups(store), usable)
     if left_out:
-        context.findings.note(
+        found.note(
             f"{left_out} groups of {dataset} are left out: they have not exactly two rows, or one "
             f"of these cannot be used."
         )
@@ -161,34 +221,28 @@ def _score_field(context: Context, split: str, field: str, dataset: str) -> None
             f"`group` were expected. Correct the source, or name other splits in "
             f"eval.compositional."
         )
-    found = compare_groups(
-        _vectors_of(images, pairs), _vectors_of(texts, pairs), np.arange(pairs.size).reshape(-1, 2)
-    )
-    for metric, hits in found.hits().items():
+    numbers = np.arange(pairs.size).reshape(-1, 2)
+    flat = pairs.ravel()
+    compared = compare_groups(images.at(flat).cpu().numpy(), texts.at(flat).cpu().numpy(), numbers)
+    for metric, hits in compared.hits().items():
         context.add(
-            Result(
-                task="compositional",
-                dataset=dataset,
-                metric=metric,
-                value=float(hits.mean()),
-                n=len(pairs),
-                ci95=context.interval(hits.astype(np.int64)),
-                encoders=context.encoders,
-                protocol={
-                    "form": "Winoground: two images, two captions",
-                    "captions": field,
-                    "ties": "count as wrong (strictly greater)",
-                    "groups_left_out": left_out,
-                    "chance": CHANCE[metric],
-                },
-            ),
-            pairs.ravel(),
-            Items(hits.astype(np.int64)),
+            found,
+            Items(hits.astype(np.int64), rows=pairs),
+            task="compositional",
+            dataset=dataset,
+            metric=metric,
+            protocol={
+                "form": "Winoground: two images, two captions",
+                "captions": field,
+                "ties": "count as wrong (strictly greater)",
+                "groups_left_out": left_out,
+                "chance": CHANCE[metric],
+            },
         )
-    _add_examples(context, split, field, pairs, found)
+    _add_examples(context, found, dataset, field, pairs, compared)
 
 
-def _score_choice(context: Context, split: str, fields: tuple[str, ...]) -> None:
+def _score_choice(context: Context, found: Findings, split: str, fields: tuple[str, ...]) -> None:
     store = context.stores[split]
     images = context.embedder.images(store)
     texts = [context.embedder.captions(store, field) for field in fields]
@@ -197,7 +251,7 @@ def _score_choice(context: Context, split: str, fields: tuple[str, ...]) -> None
     for embedded in (images, *texts):
         rows = np.intersect1d(rows, embedded.rows)
     if left_out := left_out - len(rows):
-        context.findings.note(
+        found.note(
             f"{left_out} groups of {split} are left out: their image or one of their "
             f"{len(fields)} captions cannot be used."
         )
@@ -207,50 +261,45 @@ def _score_choice(context: Context, split: str, fields: tuple[str, ...]) -> None
             f"At least one was expected. Correct the source, or name other splits in "
             f"eval.compositional."
         )
-    vectors = np.stack([_vectors_of(embedded, rows) for embedded in texts], axis=1)
-    hits = choose_captions(_vectors_of(images, rows), vectors)
+    vectors = np.stack([embedded.at(rows).cpu().numpy() for embedded in texts], axis=1)
+    hits = choose_captions(images.at(rows).cpu().numpy(), vectors)
     context.add(
-        Result(
-            task="compositional",
-            dataset=split,
-            metric="text_score",
-            value=float(hits.mean()),
-            n=len(rows),
-            ci95=context.interval(hits.astype(np.int64)),
-            encoders=context.encoders,
-            protocol={
-                "form": f"one image, {len(fields)} captions, the first right",
-                "captions": list(fields),
-                "ties": "count as wrong (strictly greater)",
-                "groups_left_out": left_out,
-                "chance": round(1 / len(fields), 8),
-            },
-        ),
-        rows,
-        Items(hits.astype(np.int64)),
+        found,
+        Items(hits.astype(np.int64), rows=rows[:, None]),
+        task="compositional",
+        dataset=split,
+        metric="text_score",
+        protocol={
+            "form": f"one image, {len(fields)} captions, the first right",
+            "captions": list(fields),
+            "ties": "count as wrong (strictly greater)",
+            "groups_left_out": left_out,
+            "chance": round(1 / len(fields), 8),
+        },
     )
 
 
 def _add_examples(
     context: Context,
-    split: str,
+    found: Findings,
+    dataset: str,
     field: str,
     pairs: Int64[np.ndarray, "groups 2"],
-    found: Compositional,
+    compared: Compositional,
 ) -> None:
-    settings, store = context.config.eval, context.stores[split]
-    gallery = Gallery(context.config, context.folder, store, split)
-    for number in draw(found.group, settings.examples, seed=settings.seed):
+    split = dataset.partition("/")[0]
+    settings, gallery = context.settings, context.gallery(split)
+    for number in draw(compared.group, settings.examples, seed=settings.seed):
         first, second = (int(row) for row in pairs[number])
-        s = found.cosines[number].tolist()
-        context.findings.groups.append(
+        s = compared.cosines[number].tolist()
+        found.exhibits.append(
             GroupExample(
                 dataset=split,
                 pictures=(gallery.picture(first), gallery.picture(second)),
                 captions=(gallery.caption(field, first), gallery.caption(field, second)),
                 cosines=((s[0][0], s[0][1]), (s[1][0], s[1][1])),
-                text=bool(found.text[number]),
-                image=bool(found.image[number]),
+                text=bool(compared.text[number]),
+                image=bool(compared.image[number]),
             )
         )
 
@@ -270,10 +319,3 @@ def _has_one_row_each(store: FeatureStore) -> bool:
 def _groups(store: FeatureStore) -> np.ndarray:
     groups = store.groups()
     return np.full(store.rows, -1, dtype=np.int32) if groups is None else groups
-
-
-def _vectors_of(embedded: Embedded, rows: Int64[np.ndarray, "*groups"]) -> np.ndarray:
-    """Return the vectors of rows of the store, group after group."""
-    places = np.searchsorted(embedded.rows, rows.ravel())
-    vectors: np.ndarray = embedded.vectors.cpu().numpy()[places]
-    return vectors

@@ -1,221 +1,99 @@
 """The linear probe of a labelled split, trained on the rows of another."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
-from torch import Tensor
-from torch.nn import functional as F
+from pydantic import Field
 
-from evaluate.embedder import complete_column
-from evaluate.measures.context import Context
-from evaluate.results import Items, Result
+from evaluate.config import EvalSettings
+from evaluate.measures.knn import Knn, knn_reference
+from evaluate.measures.measure import Context, Measure, Splits
+from evaluate.results import Findings, Items
 from features.storage.column import Column
 from features.store import key_hashes
-
-REGULARISATIONS = tuple(float(value) for value in 10.0 ** np.arange(-6, 1))
-ROWS_AT_ONCE = 16_384
-TOLERANCE = 1e-4
-"""Greatest entry of the gradient at which a fit has converged, as in scikit-learn."""
-STEPS = 1000
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A fitted classifier."""
-
-    weight: Float64[Tensor, "classes dim"]
-    bias: Float64[Tensor, "classes"]
-    mean: Float32[Tensor, "dim"]
-    scale: float
-    """Features are centred, then divided by this: one number, so that directions keep their
-    weight."""
-    regularisation: float
-    """λ that was chosen."""
-    held_out: dict[float, float]
-    """Accuracy on the held-out rows by λ."""
-    converged: bool
-    """Whether the last fit came to the tolerance within the steps."""
-
-    @torch.no_grad()
-    def predict(self, features: Float[np.ndarray, "rows dim"]) -> Int64[np.ndarray, "rows"]:
-        """Return the class of each row."""
-        predicted = [
-            F.linear(_scaled(block, self.mean, self.scale).double(), self.weight, self.bias).argmax(
-                dim=1
-            )
-            for block in _blocks(features)
-        ]
-        return torch.cat(predicted).cpu().numpy() if predicted else np.empty(0, dtype=np.int64)
-
-
-def fit_linear_probe(
-    features: Float[np.ndarray, "rows dim"],
-    labels: Int64[np.ndarray, "rows"],
-    held_out: Bool[np.ndarray, "rows"],
-    *,
-    regularisations: Sequence[float] = REGULARISATIONS,
-    device: torch.device | None = None,
-) -> LinearProbe:
-    """Choose the regularisation on held-out rows, then fit all rows with it, to convergence.
-
-    Minimises the mean cross-entropy plus λ/2 · ‖W‖², the bias free: scikit-learn's
-    `LogisticRegression` with C = 1 / (λ · rows). By L-BFGS of torch, because it also runs on a
-    GPU, where a probe of ImageNet takes a minute, and adds no dependency. Strong regularisation
-    comes first, and each fit begins where the one before ended. Parameters, logits and loss are
-    float64: in float32 the line search stalls before the gradient is as small as wanted.
-
-    Args:
-        features: Of the training rows, of any float dtype; held once more as float32.
-        labels: Their classes.
-        held_out: Rows on which λ is chosen; both some and not all.
-        regularisations: The λ that are tried.
-        device: Where it is computed; the CPU if not given.
-
-    Raises:
-        ValueError: All rows or none are held out.
-
-    Reference:
-        Radford et al. 2021, CLIP, arXiv:2103.00020, appendix A.3 (L-BFGS, λ by validation rows).
-    """
-    if held_out.all() or not held_out.any():
-        raise ValueError(
-            f"{int(held_out.sum())} of {len(labels)} rows are held out to choose the "
-            f"regularisation. Some and not all were expected. Hold out others."
-        )
-    problem = _Problem.of(features, labels, device or torch.device("cpu"))
-    chosen = torch.from_numpy(~held_out).to(problem.rows.device)
-    accuracies: dict[float, float] = {}
-    parameters = problem.zeros()
-    for regularisation in sorted(regularisations, reverse=True):
-        problem.fit(parameters, regularisation, chosen)
-        accuracies[regularisation] = problem.accuracy(parameters, ~chosen)
-    # Of equally good ones the strongest, which came first.
-    best = max(accuracies, key=lambda regularisation: accuracies[regularisation])
-    parameters = problem.zeros()
-    converged = problem.fit(parameters, best, torch.ones_like(chosen))
-    weight, bias = parameters[:, :-1].detach(), parameters[:, -1].detach()
-    return LinearProbe(weight, bias, problem.mean, problem.scale, best, accuracies, converged)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The rows that are fitted."""
-
-    rows: Float32[Tensor, "rows dim"]
-    labels: Int64[Tensor, "rows"]
-    mean: Float32[Tensor, "dim"]
-    scale: float
-    classes: int
-
-    @classmethod
-    def of(
-        cls,
-        features: Float[np.ndarray, "rows dim"],
-        labels: Int64[np.ndarray, "rows"],
-        device: torch.device,
-    ) -> "_Problem":
-        mean = torch.from_numpy(features.mean(axis=0, dtype=np.float64).astype(np.float32))
-        mean = mean.to(device)
-        rows = torch.cat([_scaled(block, mean, 1.0) for block in _blocks(features)])
-        scale = max(float(rows.square().mean().sqrt()), 1e-12)
-        classes = int(labels.max()) + 1
-        return cls(rows.div_(scale), torch.from_numpy(labels).to(device), mean, scale, classes)
-
-    def zeros(self) -> Float64[Tensor, "classes columns"]:
-        """Return weights and, in the last column, biases to begin with."""
-        shape = (self.classes, self.rows.shape[1] + 1)
-        return torch.zeros(shape, dtype=torch.float64, device=self.rows.device, requires_grad=True)
-
-    def fit(
-        self,
-        parameters: Float64[Tensor, "classes columns"],
-        regularisation: float,
-        chosen: Bool[Tensor, "rows"],
-    ) -> bool:
-        """Minimise over the chosen rows, in place; return whether the gradient is as good as 0."""
-        optimizer = torch.optim.LBFGS(
-            [parameters],
-            max_iter=STEPS,
-            max_eval=2 * STEPS,
-            tolerance_grad=TOLERANCE,
-            tolerance_change=0,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
-        numbers = torch.nonzero(chosen)[:, 0]
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = regularisation / 2 * parameters[:, :-1].square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = loss.detach()
-            for part in torch.split(numbers, ROWS_AT_ONCE):
-                logits = self.logits(parameters, part)
-                share = F.cross_entropy(logits, self.labels[part], reduction="sum") / len(numbers)
-                share.backward()  # type: ignore[no-untyped-call]
-                total = total + share.detach()
-            return total
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        closure()
-        gradient = parameters.grad
-        return gradient is not None and float(gradient.abs().max()) <= TOLERANCE
-
-    @torch.no_grad()
-    def accuracy(
-        self, parameters: Float64[Tensor, "classes columns"], chosen: Bool[Tensor, "rows"]
-    ) -> float:
-        numbers = torch.nonzero(chosen)[:, 0]
-        right = 0
-        for part in torch.split(numbers, ROWS_AT_ONCE):
-            predicted = self.logits(parameters, part).argmax(dim=1)
-            right += int((predicted == self.labels[part]).sum())
-        return right / len(numbers)
-
-    def logits(
-        self, parameters: Float64[Tensor, "classes columns"], part: Int64[Tensor, "part"]
-    ) -> Float64[Tensor, "part classes"]:
-        return F.linear(self.rows[part].double(), parameters[:, :-1], parameters[:, -1])
-
-
-def _blocks(features: Float[np.ndarray, "rows dim"]) -> list[np.ndarray]:
-    return [
-        features[start : start + ROWS_AT_ONCE] for start in range(0, len(features), ROWS_AT_ONCE)
-    ]
-
-
-def _scaled(
-    features: Float[np.ndarray, "rows dim"], mean: Float32[Tensor, "dim"], scale: float
-) -> Float32[Tensor, "rows dim"]:
-    rows = torch.from_numpy(features.astype(np.float32)).to(mean.device)
-    return (rows - mean) / scale
-
 
 HELD_OUT = 0.1
 """Share of the training rows on which the regularisation is chosen."""
 
 
-def score_linear_probe(context: Context, splits: tuple[str, ...], reference: str) -> None:
-    """Fit a probe for the features of every image encoder, and test it on some splits."""
-    store = context.stores[reference]
-    for name in context.config.encoders.image_columns:
-        column = complete_column(store, f"image/{name}")
-        fitted = _fit(context, reference, column)
-        if fitted is None:
-            context.findings.note(
-                f"The linear probe of {name} is left out: {reference} has too few rows to hold "
-                f"some out, or only one class."
+class LinearProbeSettings(EvalSettings):
+    """Settings of the linear probe."""
+
+    linear_probe_rows: int = Field(default=0, ge=0)
+    """Rows of `knn_reference` to which linear probes of the image features are fitted, at most; the
+    splits of `knn` test them. 0 leaves them out: to converge takes minutes on a CPU."""
+
+
+class LinearProbeAccuracy(Measure):
+    """Accuracy of a linear classifier on frozen image features."""
+
+    name = "linear_probe"
+    title = "Linear probe"
+    in_short = "A linear classifier on frozen features"
+    explained = (
+        "Logistic regression on the frozen image features: what an encoder knows of the classes, "
+        "once a linear map may read it out."
+    )
+    metric = "linear_probe_top1"
+    settings = LinearProbeSettings
+    needs = "labels"
+
+    def mentions(self, settings: EvalSettings) -> dict[str, Any]:  # noqa: ARG002
+        """Return none: its splits are those of k-NN."""
+        return {}
+
+    def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:
+        """Return the splits of k-NN, if probes are asked for."""
+        wanted = settings.of(LinearProbeSettings).linear_probe_rows
+        return Knn().splits(settings, splits) if wanted else ()
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Test the probe of every image encoder, which is fitted once for all splits."""
+        from evaluate.embedder import complete_column
+
+        found = Findings()
+        reference = knn_reference(context.settings, context.trained)
+        for name in context.image_columns:
+            voters = complete_column(context.stores[reference], f"image/{name}")
+            fitted = context.once((name, reference), partial(_fit, context, reference, voters))
+            if fitted is None:
+                found.note(
+                    f"The linear probe of {name} is left out: {reference} has too few rows to hold "
+                    f"some out, or only one class."
+                )
+                continue
+            probe, number = fitted
+            column = complete_column(context.stores[split], f"image/{name}")
+            rows, labels = context.labelled_rows(split, column)
+            predicted = np.concatenate([probe.predict(block) for block in column.blocks(rows)])
+            tried = ", ".join(f"{value:g}" for value in probe.held_out)
+            context.add(
+                found,
+                Items((predicted == labels).astype(np.int64), rows=rows[:, None]),
+                task=f"linear_probe/{name}",
+                dataset=split,
+                metric="linear_probe_top1",
+                encoders={"image": name, "text": None},
+                protocol={
+                    "classifier": "logistic regression, L-BFGS to a gradient of 1e-4",
+                    "converged": probe.converged,
+                    "vectors": "frozen features, centred, divided by their root mean square",
+                    "reference": reference,
+                    "reference_rows": number,
+                    "regularisation": probe.regularisation,
+                    "chosen": f"of {tried} on {100 * HELD_OUT:.0f} % of the reference rows, by "
+                    f"hash of the key",
+                    "chance": round(1 / len(probe.bias), 8),
+                },
             )
-            continue
-        for split in splits:
-            _score(context, split, name, reference, fitted)
+        return found
 
 
-def _fit(context: Context, reference: str, column: Column) -> tuple[LinearProbe, int] | None:
-    settings, store = context.config.eval, context.stores[reference]
+def _fit(context: Context, reference: str, column: Column) -> tuple[Any, int] | None:
+    from evaluate.linear_probe import fit_linear_probe
+
+    settings, store = context.settings.of(LinearProbeSettings), context.stores[reference]
     rows, labels = context.labelled_rows(reference, column)
     # By hash of the key, so that neither choice depends on the order of the rows.
     order = np.argsort(key_hashes(store.keys()[rows], len(rows)), kind="stable")
@@ -228,37 +106,3 @@ def _fit(context: Context, reference: str, column: Column) -> tuple[LinearProbe,
     features = column.rows_at(rows)
     probe = fit_linear_probe(features, labels, held_out, device=context.embedder.device)
     return probe, len(rows)
-
-
-def _score(
-    context: Context, split: str, name: str, reference: str, fitted: tuple[LinearProbe, int]
-) -> None:
-    probe, number = fitted
-    column = complete_column(context.stores[split], f"image/{name}")
-    rows, labels = context.labelled_rows(split, column)
-    predicted = np.concatenate([probe.predict(block) for block in column.blocks(rows)])
-    hits = (predicted == labels).astype(np.int64)
-    context.add(
-        Result(
-            task=f"linear_probe/{name}",
-            dataset=split,
-            metric="linear_probe_top1",
-            value=float(hits.mean()),
-            n=len(hits),
-            ci95=context.interval(hits),
-            encoders={"image": name, "text": None},
-            protocol={
-                "classifier": "logistic regression, L-BFGS to a gradient of 1e-4",
-                "converged": probe.converged,
-                "vectors": "frozen features, centred, divided by their root mean square",
-                "reference": reference,
-                "reference_rows": number,
-                "regularisation": probe.regularisation,
-                "chosen": f"of {', '.join(f'{value:g}' for value in probe.held_out)} on "
-                f"{100 * HELD_OUT:.0f} % of the reference rows, by hash of the key",
-                "chance": round(1 / len(probe.bias), 8),
-            },
-        ),
-        rows,
-        Items(hits),
-    )

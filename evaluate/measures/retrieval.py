@@ -1,109 +1,116 @@
 """Retrieval on a split: over all its caption fields, and over each that has a name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor
-from torch.nn import functional as F
+from jaxtyping import Float, Int64
 
-from evaluate.examples import Gallery, Search, draw, search_example
-from evaluate.measures.context import TIES, Context
-from evaluate.report import ExamplePanel
-from evaluate.results import Items, Result
+from evaluate.config import EvalSettings, Names
+from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
+from evaluate.measures.measure import TIES, Context, Headline, Measure, Tensor
+from evaluate.results import Findings, Items, Result
 from features.errors import EvaluationError
 
-COSINES_AT_ONCE = 1 << 23
-TIE = 1e-6
-"""Cosines that differ by less are the same: float32 products of equal vectors differ so much."""
+RECALL_AT = (1, 5, 10)
+REPEATED = 0.02  # above this share of captions that repeat, the report says so
+DIRECTIONS = {
+    "retrieval/image_to_text": ("image → text", "Image → caption", "A right caption comes first"),
+    "retrieval/text_to_image": (
+        "text → image",
+        "Caption → image",
+        "The right image comes first",
+    ),
+}
+"""Of each task: its label, its title, and what its recall@1 says."""
+
+
+class RetrievalSettings(EvalSettings):
+    """Settings of retrieval."""
+
+    retrieval: Names = ()
+    """Splits for image–text retrieval; every split but the training split, those with labels only
+    and those with groups, if empty."""
+    retrieval_fields: Names = ()
+    """Caption fields that are searched; all if empty. Fields that have names rather than numbers
+    are also scored one by one."""
+    retrieval_positives: Literal["own", "identical"] = "own"
+    """`own`: only an image's own captions are right (the usual protocol). `identical`: also those
+    of other images with the same words, for captions that repeat."""
+
+
+class Retrieval(Measure):
+    """Recall of images by captions, and of captions by images."""
+
+    name = "retrieval"
+    title = "Retrieval"
+    in_short = "The right caption of an image, the right image of a caption"
+    explained = (
+        "A caption looks for its image among all images of the split, or an image for one of its "
+        "captions among all captions. **recall@k** is the share of queries that have a right "
+        "answer among the first k. Kinds of captions, where there are several, are also shown "
+        "apart."
+    )
+    metric = "recall@1"
+    settings = RetrievalSettings
+    template = "retrieval.html.j2"
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Score both directions.
+
+        Fields that are numbers are captions of one kind; fields with names (`short`, `long`) are of
+        different kinds, and so each is also a data set of its own.
+        """
+        from align.ranks import retrieval_ranks
+
+        found, settings = Findings(), context.settings.of(RetrievalSettings)
+        fields = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")
+        parts = {split: fields}
+        if len(fields) > 1 and not all(name.isdigit() for name in fields):
+            parts |= {f"{split}/{name}": (name,) for name in fields}
+        for dataset, names in parts.items():
+            pairs = _searched(context, split, names)
+            ranks = retrieval_ranks(pairs.image, pairs.text, pairs.relevance)
+            _note_repeated(found, dataset, pairs)
+            arrays = {name: value.cpu().numpy() for name, value in vars(ranks).items()}
+            _add_results(context, found, dataset, names, pairs, arrays)
+            if dataset == split:
+                _add_examples(context, found, split, pairs, arrays)
+        return found
+
+    def label(self, result: Result) -> str:
+        """Return the direction and the metric."""
+        return f"{DIRECTIONS[result.task][0]}, {result.metric}"
+
+    def headlines(self, results: Sequence[Result]) -> list[Headline]:
+        """Return the recall@1 of either direction."""
+        firsts: dict[str, Result] = {}
+        for result in results:
+            if result.metric == self.metric:
+                firsts.setdefault(result.task, result)
+        return [
+            Headline(title, in_short, firsts[task])
+            for task, (_, title, in_short) in reversed(DIRECTIONS.items())
+            if task in firsts
+        ]
+
+    def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return the titles of the directions."""
+        return {"titles": {task: title for task, (_, title, _) in DIRECTIONS.items()}}
 
 
 @dataclass(frozen=True)
-class Relevance:
-    """Which captions are right for which images."""
+class _Searched:
+    """The images and captions among which is searched."""
 
-    images: int
-    owner: Int64[Tensor, "texts"]
-    """Image that each caption came with; every image has one at least."""
-    words: Int64[Tensor, "texts"] | None = None
-    """Equal where captions are the same string: then a caption is right for every image that came
-    with these words. None: only an image's own captions are right."""
-
-    def right(self, images: slice, texts: slice) -> Bool[Tensor, "block_images block_texts"]:
-        """Return which captions of a block are right for which images of a block."""
-        if self.words is None:
-            numbers = torch.arange(images.start, images.stop, device=self.owner.device)
-            return self.owner[texts] == numbers[:, None]
-        matrix = torch.zeros(
-            images.stop - images.start,
-            texts.stop - texts.start,
-            dtype=torch.bool,
-            device=self.owner.device,
-        )
-        for words in self._words_of_images[images].unbind(dim=1):
-            matrix |= words[:, None] == self.words[texts]
-        return matrix
-
-    @cached_property
-    def _words_of_images(self) -> Int64[Tensor, "images most_captions"]:
-        """Return the words of each image's captions, filled up with -1."""
-        if self.words is None:
-            raise ValueError("There are no words: only an image's own captions are right.")
-        order = torch.argsort(self.owner, stable=True)
-        counts = torch.bincount(self.owner, minlength=self.images)
-        first = counts.cumsum(0) - counts
-        place = torch.arange(len(order), device=order.device) - first[self.owner[order]]
-        table = torch.full(
-            (self.images, int(counts.max())), -1, dtype=torch.int64, device=order.device
-        )
-        table[self.owner[order], place] = self.words[order]
-        return table
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """For each query, how many wrong items are as near as its nearest right one."""
-
-    by_image: Int64[np.ndarray, "images"]
-    """Of image queries: 0 when a right caption is nearest of all."""
-    by_text: Int64[np.ndarray, "texts"]
-    """Of caption queries: 0 when a right image is nearest of all."""
-    right_texts: Int64[np.ndarray, "images"]
-    """Captions that are right for each image."""
-    right_images: Int64[np.ndarray, "texts"]
-    """Images that are right for each caption."""
-
-
-def retrieval_ranks(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
-) -> Ranks:
-    """Rank every caption for every image and the other way round, block by block.
-
-    A wrong item that is as near as the right one (to within 1e-6 of cosine) counts as nearer, and
-    so does one whose cosine is not a number: embeddings that are all the same score nothing.
-
-    Goes over all pairs once, or twice where equal words are right, since then the nearest right
-    image of a caption is known only after the first time; no more than `COSINES_AT_ONCE` cosines
-    are held.
-
-    Args:
-        image: Image embeddings of any length; normalised here.
-        text: Caption embeddings, likewise.
-        relevance: What is right.
-    """
-    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    nearest = _nearest_own if relevance.words is None else _nearest_of_equal_words
-    best_of_image, best_of_text, right_of_image, right_of_text = nearest(image, text, relevance)
-    by_image, by_text = _zeros(image), _zeros(text)
-    for images, texts, cosine, right in _blocks(image, text, relevance):
-        # "Not lower" rather than "higher or equal", so that a NaN on either side counts.
-        by_image[images] += (~(cosine < best_of_image[images, None] - TIE) & ~right).sum(dim=1)
-        by_text[texts] += (~(cosine < best_of_text[texts] - TIE) & ~right).sum(dim=0)
-    arrays = (by_image, by_text, right_of_image, right_of_text)
-    return Ranks(*(array.cpu().numpy() for array in arrays))
+    rows: Int64[np.ndarray, "images"]
+    """Rows of the store whose image and at least one caption can be used."""
+    image: Float[Tensor, "images dim"]
+    text: Float[Tensor, "texts dim"]
+    owner: Int64[np.ndarray, "texts"]
+    captions: list[str]
+    relevance: Any
 
 
 def recall(ranks: Int64[np.ndarray, "queries"], k: int) -> float:
@@ -149,103 +156,15 @@ def same_words(captions: Sequence[str]) -> Int64[np.ndarray, "texts"]:
     )
 
 
-Nearest = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each image and of each caption, the cosine of the nearest right item; then their numbers."""
+def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searched:
+    import torch
 
+    from align.ranks import Relevance
 
-def _nearest_own(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
-) -> Nearest:
-    """Compare each caption with its own image only."""
-    owner = relevance.owner
-    step = max(1, COSINES_AT_ONCE // max(image.shape[1], 1))
-    parts = [
-        (text[start : start + step] * image[owner[start : start + step]]).sum(dim=1)
-        for start in range(0, len(text), step)
-    ]
-    of_text = torch.cat(parts) if parts else text.new_empty(0)
-    of_image = image.new_full((len(image),), -torch.inf)
-    of_image = of_image.scatter_reduce(0, owner, of_text, "amax")
-    return of_image, of_text, torch.bincount(owner, minlength=len(image)), _zeros(text) + 1
-
-
-def _nearest_of_equal_words(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
-) -> Nearest:
-    """Compare everything with everything: any caption may be right."""
-    of_image = image.new_full((len(image),), -torch.inf)
-    of_text = text.new_full((len(text),), -torch.inf)
-    right_of_image, right_of_text = _zeros(image), _zeros(text)
-    for images, texts, cosine, right in _blocks(image, text, relevance):
-        own = cosine.masked_fill(~right, -torch.inf)
-        of_image[images] = torch.maximum(of_image[images], own.amax(dim=1))
-        of_text[texts] = torch.maximum(of_text[texts], own.amax(dim=0))
-        right_of_image[images] += right.sum(dim=1)
-        right_of_text[texts] += right.sum(dim=0)
-    return of_image, of_text, right_of_image, right_of_text
-
-
-def _blocks(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yield blocks of images and of texts, the cosines between them, and which pairs are right."""
-    side = max(1, int(COSINES_AT_ONCE**0.5))
-    width = min(len(text), max(side, COSINES_AT_ONCE // max(len(image), 1)))
-    height = max(1, COSINES_AT_ONCE // max(width, 1))
-    for row in range(0, len(image), height):
-        images = slice(row, min(row + height, len(image)))
-        for column in range(0, len(text), width):
-            texts = slice(column, min(column + width, len(text)))
-            yield images, texts, image[images] @ text[texts].T, relevance.right(images, texts)
-
-
-def _zeros(items: Tensor) -> Int64[Tensor, "items"]:
-    return torch.zeros(len(items), dtype=torch.int64, device=items.device)
-
-
-RECALL_AT = (1, 5, 10)
-REPEATED = 0.02  # above this share of captions that repeat, the report says so
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The images and captions among which is searched."""
-
-    rows: Int64[np.ndarray, "images"]
-    """Rows of the store whose image and at least one caption can be used."""
-    image: Float[Tensor, "images dim"]
-    text: Float[Tensor, "texts dim"]
-    owner: Int64[np.ndarray, "texts"]
-    captions: list[str]
-    relevance: Relevance
-
-
-def score_retrieval(context: Context, split: str) -> None:
-    """Score both directions.
-
-    Fields that are numbers are captions of one kind; fields with names (`short`, `long`) are of
-    different kinds, and so each is also a data set of its own.
-    """
-    settings = context.config.eval
-    fields = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")
-    parts = {split: fields}
-    if len(fields) > 1 and not all(name.isdigit() for name in fields):
-        parts |= {f"{split}/{name}": (name,) for name in fields}
-    for dataset, names in parts.items():
-        pool = _pool(context, split, names)
-        ranks = retrieval_ranks(pool.image, pool.text, pool.relevance)
-        _note_repeated(context, dataset, pool)
-        _add_results(context, dataset, names, pool, ranks)
-        if dataset == split:
-            _add_examples(context, split, pool, ranks)
-
-
-def _pool(context: Context, split: str, fields: tuple[str, ...]) -> Pool:
     store, embedder = context.stores[split], context.embedder
     images = embedder.images(store)
     texts = [embedder.captions(store, name) for name in fields]
-    with_text = np.unique(np.concatenate([text.rows for text in texts]))
-    rows = np.intersect1d(images.rows, with_text)
+    rows = np.intersect1d(images.rows, np.concatenate([text.rows for text in texts]))
     if not len(rows):
         raise EvaluationError(
             f"{store.path} has no row whose image and caption are both ok. At least one was "
@@ -253,17 +172,17 @@ def _pool(context: Context, split: str, fields: tuple[str, ...]) -> Pool:
         )
     vectors, owners, captions = [], [], []
     for name, text in zip(fields, texts, strict=True):
-        kept = np.isin(text.rows, rows)
-        vectors.append(text.vectors[torch.from_numpy(kept).to(text.vectors.device)])
-        owners.append(np.searchsorted(rows, text.rows[kept]))
-        captions += store.captions(name)[text.rows[kept]].tolist()
+        kept = text.rows[np.isin(text.rows, rows)]
+        vectors.append(text.at(kept))
+        owners.append(np.searchsorted(rows, kept))
+        captions += store.captions(name)[kept].tolist()
     owner, device = np.concatenate(owners), images.vectors.device
     words = None
-    if context.config.eval.retrieval_positives == "identical":
+    if context.settings.of(RetrievalSettings).retrieval_positives == "identical":
         words = torch.from_numpy(same_words(captions)).to(device)
-    return Pool(
+    return _Searched(
         rows=rows,
-        image=images.vectors[torch.from_numpy(np.searchsorted(images.rows, rows)).to(device)],
+        image=images.at(rows),
         text=torch.cat(vectors),
         owner=owner,
         captions=captions,
@@ -271,15 +190,14 @@ def _pool(context: Context, split: str, fields: tuple[str, ...]) -> Pool:
     )
 
 
-def _note_repeated(context: Context, dataset: str, pool: Pool) -> None:
-    if pool.relevance.words is not None:
+def _note_repeated(found: Findings, dataset: str, pairs: _Searched) -> None:
+    if pairs.relevance.words is not None:
         return
-    words = same_words(pool.captions)
-    pairs = np.unique(np.stack([words, pool.owner], axis=1), axis=0)
-    images = np.bincount(pairs[:, 0])
+    words = same_words(pairs.captions)
+    images = np.bincount(np.unique(np.stack([words, pairs.owner], axis=1), axis=0)[:, 0])
     share = float(np.mean(images[words] > 1))
     if share > REPEATED:
-        context.findings.note(
+        found.note(
             f"{100 * share:.0f} % of the captions of {dataset} are, word for word, also the "
             f"caption of another image. In retrieval these count as wrong, as is usual, so that "
             f'recall cannot be perfect. Set eval.retrieval_positives = "identical" to count them '
@@ -288,82 +206,88 @@ def _note_repeated(context: Context, dataset: str, pool: Pool) -> None:
 
 
 def _add_results(
-    context: Context, dataset: str, fields: tuple[str, ...], pool: Pool, ranks: Ranks
+    context: Context,
+    found: Findings,
+    dataset: str,
+    fields: tuple[str, ...],
+    pairs: _Searched,
+    ranks: dict[str, np.ndarray],
 ) -> None:
-    images, texts = len(pool.rows), len(pool.owner)
+    images, texts = len(pairs.rows), len(pairs.owner)
     protocol = {
         "captions": list(fields),
-        "positives": context.config.eval.retrieval_positives,
+        "positives": context.settings.of(RetrievalSettings).retrieval_positives,
         "ties": TIES,
     }
-    for task, by_query, right, gallery in (
-        ("retrieval/image_to_text", ranks.by_image, ranks.right_texts, texts),
-        ("retrieval/text_to_image", ranks.by_text, ranks.right_images, images),
+    for task, by_query, right, owner, gallery in (
+        (
+            "retrieval/image_to_text",
+            ranks["by_image"],
+            ranks["right_texts"],
+            np.arange(images),
+            texts,
+        ),
+        ("retrieval/text_to_image", ranks["by_text"], ranks["right_images"], pairs.owner, images),
     ):
-        owner = np.arange(images) if task.endswith("to_text") else pool.owner
         # Results are fractions, and a protocol holds what is set: a rank is neither.
-        context.findings.note(
+        found.note(
             f"The median rank of {task.removeprefix('retrieval/').replace('_', ' ')} in "
             f"{dataset} is {median_rank(by_query):g} of {gallery:,}."
         )
         for k in RECALL_AT:
             hits, counts = hits_per_image(by_query, owner, images=images, k=k)
             context.add(
-                Result(
-                    task=task,
-                    dataset=dataset,
-                    metric=f"recall@{k}",
-                    value=recall(by_query, k),
-                    n=images,
-                    ci95=context.interval(hits, counts),
-                    encoders=context.encoders,
-                    protocol=protocol
-                    | {
-                        "k": k,
-                        "queries": len(by_query),
-                        "gallery": gallery,
-                        "chance": chance_recall(right, gallery, k),
-                    },
-                ),
-                pool.rows,
-                Items(hits, counts),
+                found,
+                Items(hits, counts, rows=pairs.rows[:, None]),
+                task=task,
+                dataset=dataset,
+                metric=f"recall@{k}",
+                protocol=protocol
+                | {
+                    "k": k,
+                    "queries": len(by_query),
+                    "gallery": gallery,
+                    "chance": chance_recall(right, gallery, k),
+                },
             )
 
 
-def _add_examples(context: Context, split: str, pool: Pool, ranks: Ranks) -> None:
+def _add_examples(
+    context: Context, found: Findings, split: str, pairs: _Searched, ranks: dict[str, np.ndarray]
+) -> None:
     """Search again for a few queries, to show what they found."""
-    settings = context.config.eval
-    gallery = Gallery(context.config, context.folder, context.stores[split], split)
+    settings, gallery = context.settings, context.gallery(split)
 
-    def captions_for(image: int) -> Search:
-        right = pool.relevance.right(slice(image, image + 1), slice(0, len(pool.owner)))[0]
-        return Search(
-            words=gallery.key(int(pool.rows[image])),
-            picture=gallery.picture(int(pool.rows[image])),
-            rank=int(ranks.by_image[image]) + 1,
-            cosines=(pool.text @ pool.image[image]).cpu().numpy(),
+    def captions_for(image: int) -> ExampleQuery:
+        right = pairs.relevance.right(slice(image, image + 1), slice(0, len(pairs.owner)))[0]
+        row = int(pairs.rows[image])
+        return ExampleQuery(
+            words=gallery.key(row),
+            picture=gallery.picture(row),
+            rank=int(ranks["by_image"][image]) + 1,
+            cosines=(pairs.text @ pairs.image[image]).cpu().numpy(),
             right=right.cpu().numpy(),
-            item=lambda text: (pool.captions[text], None),
+            item=lambda text: (pairs.captions[text], None),
         )
 
-    def images_for(text: int) -> Search:
-        right = pool.relevance.right(slice(0, len(pool.rows)), slice(text, text + 1))[:, 0]
-        return Search(
-            words=pool.captions[text],
+    def images_for(text: int) -> ExampleQuery:
+        right = pairs.relevance.right(slice(0, len(pairs.rows)), slice(text, text + 1))[:, 0]
+        return ExampleQuery(
+            words=pairs.captions[text],
             picture=None,
-            rank=int(ranks.by_text[text]) + 1,
-            cosines=(pool.image @ pool.text[text]).cpu().numpy(),
+            rank=int(ranks["by_text"][text]) + 1,
+            cosines=(pairs.image @ pairs.text[text]).cpu().numpy(),
             right=right.cpu().numpy(),
             item=lambda image: (
-                gallery.key(int(pool.rows[image])),
-                gallery.picture(int(pool.rows[image])),
+                gallery.key(int(pairs.rows[image])),
+                gallery.picture(int(pairs.rows[image])),
             ),
         )
 
-    for task, by_query, search in (
-        ("retrieval/text_to_image", ranks.by_text, images_for),
-        ("retrieval/image_to_text", ranks.by_image, captions_for),
+    for task, by_query, query in (
+        ("retrieval/text_to_image", ranks["by_text"], images_for),
+        ("retrieval/image_to_text", ranks["by_image"], captions_for),
     ):
         chosen = draw(by_query == 0, settings.examples, seed=settings.seed)
-        examples = tuple(search_example(search(query)) for query in chosen)
-        context.findings.panels.append(ExamplePanel(task, split, examples))
+        examples = tuple(search_example(query(each)) for each in chosen)
+        found.exhibits.append(ExamplePanel(task, split, examples))

@@ -2,32 +2,40 @@
 
 import colorsys
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    model_validator,
+)
 
-from evaluate.charts import thumbnail
-from evaluate.config import MaskFolder, SceneMasks
-from evaluate.embedder import ROWS_AT_ONCE
-from evaluate.masks import Masked, MaskedPictures
-from evaluate.measures.context import Context
-from evaluate.report import LegendEntry, SegmentedPicture
-from evaluate.results import Items, Result
-from evaluate.statistics import Interval, percentile_interval
-from evaluate.zero_shot import read_templates
-from features.encoders.patches import PatchEncoder, patch_encoder
+from evaluate.config import EvalSettings
+from evaluate.examples import thumbnail
+from evaluate.measures.measure import Context, Inputs, Measure, Splits, Tensor
+from evaluate.prompts import read_templates
+from evaluate.results import Findings, Items, Result
+from evaluate.segmentation_sets import SEGMENTATION_SETS
+from features.config import SETTINGS, Name, PatchAttention
 from features.errors import EvaluationError
-from pipeline.interrupt import StopRequest
-from pipeline.progress import ProgressLine
+from features.storage.place import Place, PlaceSetting, as_place_setting
+
+if TYPE_CHECKING:
+    from evaluate.masks import Masked, MaskedPictures
+    from evaluate.segmentation import Areas, Names, Sliding
+    from features.encoders.patches import PatchEncoder
+else:
+    Areas = Names = Sliding = Masked = MaskedPictures = PatchEncoder = Any
 
 SIDE = 300
 OPAQUE = 0.7
@@ -70,273 +78,6 @@ def hex_colour(colour: UInt8[np.ndarray, "3"]) -> str:
     return "#" + "".join(f"{part:02x}" for part in colour.tolist())
 
 
-IGNORED = -1
-RESAMPLES_AT_ONCE = 50
-
-
-@dataclass(frozen=True)
-class Areas:
-    """Pixels of each picture and class: all that IoU depends on."""
-
-    right: Int64[np.ndarray, "pictures classes"]
-    """Of the class, and taken for it."""
-    true: Int64[np.ndarray, "pictures classes"]
-    """Of the class."""
-    taken: Int64[np.ndarray, "pictures classes"]
-    """Taken for the class."""
-
-    def iou(self) -> Float[np.ndarray, "classes"]:
-        """Return each class's IoU over all pictures, NaN where neither mask nor prediction has it.
-
-        Reference:
-            Everingham et al. 2015, The PASCAL Visual Object Classes Challenge: A Retrospective,
-            IJCV 111, section 3.2.4: the sums are of the split, it is no mean over pictures.
-        """
-        return _iou(self.right.sum(axis=0), self.true.sum(axis=0), self.taken.sum(axis=0))
-
-    def random_class(self) -> float:
-        """Return the mean IoU to expect when each pixel takes a class at random."""
-        true = self.true.sum(axis=0)
-        each = true.sum() / len(true)
-        return mean_iou(_iou(true / len(true), true, np.full(len(true), each)))
-
-    def majority_class(self) -> float:
-        """Return the mean IoU when every pixel takes the most frequent class."""
-        true = self.true.sum(axis=0)
-        taken = np.where(np.arange(len(true)) == true.argmax(), true.sum(), 0)
-        return mean_iou(_iou(np.where(taken > 0, true, 0), true, taken))
-
-    def intervals(
-        self, *, resamples: int, seed: int
-    ) -> tuple[Interval | None, list[Interval | None]]:
-        """Return the 95 % interval of the mean IoU and of each class, pictures drawn anew.
-
-        A class whose pictures all fall out of a resample does not count there: its IoU would be 0
-        whenever a pixel elsewhere is taken for it.
-
-        Args:
-            resamples: How often the pictures are drawn, with replacement; 0 for no interval.
-            seed: Of the drawing.
-        """
-        pictures, classes = self.right.shape
-        if not resamples or not pictures:
-            return None, [None] * classes
-        generator = np.random.default_rng(seed)
-        occurs = self.true.any(axis=0)
-        parts = []
-        for start in range(0, resamples, RESAMPLES_AT_ONCE):
-            count = min(RESAMPLES_AT_ONCE, resamples - start)
-            drawn = generator.multinomial(pictures, np.full(pictures, 1 / pictures), size=count)
-            true = drawn @ self.true
-            iou = _iou(drawn @ self.right, true, drawn @ self.taken)
-            iou[(true == 0) & occurs] = np.nan
-            parts.append(iou)
-        drawn_iou = np.concatenate(parts)
-        means = np.array([mean_iou(each) for each in drawn_iou])
-        return _interval(means), [_interval(each) for each in drawn_iou.T]
-
-
-def pixel_confusion(
-    labels: Int64[np.ndarray, "*pixels"],
-    predicted: Int64[np.ndarray, "*taken"],
-    num_classes: int,
-) -> Int64[np.ndarray, "classes classes"]:
-    """Count pixels by their class (row) and the class they were taken for (column).
-
-    Args:
-        labels: Classes below `num_classes`; pixels of -1 are left out.
-        predicted: Of the same shape, below `num_classes`.
-        num_classes: Classes that are scored.
-
-    Raises:
-        EvaluationError: The shapes differ, or a label is no class.
-    """
-    if labels.shape != predicted.shape:
-        raise EvaluationError(
-            f"The mask has the shape {labels.shape}, its prediction {predicted.shape}. The same "
-            f"shape was expected. Put the mask of the same picture beside it."
-        )
-    kept = labels != IGNORED
-    true, taken = labels[kept], predicted[kept]
-    if true.size and not 0 <= true.min() <= true.max() < num_classes:
-        wrong = int(true.min() if true.min() < 0 else true.max())
-        raise EvaluationError(
-            f"The mask has the label {wrong}. Labels from 0 to {num_classes - 1}, or {IGNORED} for "
-            f"pixels that do not count, were expected. Correct the list of classes or the mask."
-        )
-    flat: np.ndarray = np.bincount(true * num_classes + taken, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes)
-
-
-def mean_iou(iou: Float[np.ndarray, "classes"]) -> float:
-    """Return the mean over the classes that occur; NaN where none does."""
-    there = iou[np.isfinite(iou)]
-    return float(there.mean()) if len(there) else float("nan")
-
-
-def _iou(right: np.ndarray, true: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    union = np.asarray(true + taken - right, dtype=np.float64)
-    iou = np.full(union.shape, np.nan)
-    np.divide(right, union, out=iou, where=union > 0)
-    return iou
-
-
-def _interval(values: Float[np.ndarray, "resamples"]) -> Interval | None:
-    """Return the percentiles of the resamples in which the class occurs."""
-    there = values[np.isfinite(values)]
-    return percentile_interval(there) if len(there) else None
-
-
-Encode = Callable[
-    [Float[Tensor, "windows 3 height width"]], Float[Tensor, "windows rows columns dim"]
-]
-"""Aligned patch features of standardised windows whose sides are multiples of the patch."""
-COSINES_AT_ONCE = 1 << 25
-
-
-@dataclass(frozen=True)
-class Sliding:
-    """How a picture is cut into windows, in pixels."""
-
-    crop: int = 448
-    stride: int = 224
-    patch: int = 14
-    windows_at_once: int = 16
-
-
-@dataclass(frozen=True)
-class Names:
-    """What patches are compared with."""
-
-    embeddings: Float[Tensor, "names dim"]
-    """Of any length; normalised here."""
-    owners: Int64[Tensor, "names"]
-    """The class of each name; several names of one class are synonyms."""
-
-
-def fit_size(height: int, width: int, *, short: int = 448, longest: int = 2048) -> tuple[int, int]:
-    """Return the height and width that keep the ratio: as large as both bounds allow.
-
-    Args:
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
-        short: The shorter side is at most this.
-        longest: The longer side is at most this.
-    """
-    scale = min(short / min(height, width), longest / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
-def window_starts(extent: int, crop: int, stride: int) -> list[int]:
-    """Return where the windows along a side begin; the last one ends at the border.
-
-    Raises:
-        EvaluationError: The stride would leave pixels between windows out.
-    """
-    if not 0 < stride <= crop:
-        raise EvaluationError(
-            f"The stride of the windows is {stride} pixels and their side is {crop}. A stride of "
-            f"1 to {crop} was expected, so that every pixel is seen. Correct the stride."
-        )
-    last = max(extent - crop, 0)
-    return [*range(0, last, stride), last]
-
-
-@torch.inference_mode()
-def segment(
-    image: Float[Tensor, "3 height width"],
-    encode: Encode,
-    names: Names,
-    sliding: Sliding,
-    size: tuple[int, int],
-) -> Int64[Tensor, "mask_height mask_width"]:
-    """Return the class of every pixel: that of the nearest name, of equally near ones the first.
-
-    The cosines of the patches of a window are enlarged bilinearly to its pixels; where windows
-    overlap, the mean counts; the whole is enlarged bilinearly to the size of the mask. As many
-    names are looked at together as fit into 128 MB, which changes nothing.
-
-    Args:
-        image: Resized, and standardised with the statistics of the encoder.
-        encode: Gives the aligned features of the patches of some windows.
-        names: Of the classes.
-        sliding: The windows. A window whose sides are no multiples of the patch is padded below
-            and to the right with zeros, the mean colour.
-        size: Height and width of the mask.
-
-    Raises:
-        EvaluationError: A cosine is not a number.
-    """
-    height, width = image.shape[1:]
-    places = list(
-        product(
-            window_starts(height, sliding.crop, sliding.stride),
-            window_starts(width, sliding.crop, sliding.stride),
-        )
-    )
-    cosines = _cosines(image, encode, names, sliding, places)
-    step = max(1, COSINES_AT_ONCE // (height * width + size[0] * size[1]))
-    best = torch.full(size, -torch.inf, device=image.device)
-    taken = torch.zeros(size, dtype=torch.int64, device=image.device)
-    for start in range(0, len(names.owners), step):
-        whole = _joined(cosines[..., start : start + step], places, (height, width), sliding)
-        enlarged = F.interpolate(whole[None], size=size, mode="bilinear", align_corners=False)[0]
-        nearest, name = enlarged.max(dim=0)
-        taken = torch.where(nearest > best, names.owners[start + name], taken)
-        best = torch.maximum(best, nearest)
-    return taken
-
-
-def _cosines(
-    image: Float[Tensor, "3 height width"],
-    encode: Encode,
-    names: Names,
-    sliding: Sliding,
-    places: list[tuple[int, int]],
-) -> Float[Tensor, "windows rows columns names"]:
-    """Return the cosine of every patch of every window with every name."""
-    text = F.normalize(names.embeddings, dim=-1)
-    parts = []
-    for start in range(0, len(places), sliding.windows_at_once):
-        windows = torch.stack(
-            [
-                image[:, top : top + sliding.crop, left : left + sliding.crop]
-                for top, left in places[start : start + sliding.windows_at_once]
-            ]
-        )
-        right, below = -windows.shape[-1] % sliding.patch, -windows.shape[-2] % sliding.patch
-        patches = encode(F.pad(windows, (0, right, 0, below)))
-        parts.append(F.normalize(patches, dim=-1) @ text.T)
-    cosines = torch.cat(parts)
-    if not torch.isfinite(cosines).all():
-        raise EvaluationError(
-            "The embedding of a patch or of a class name is not a number. Finite embeddings were "
-            "expected. Compute in another `precision`, or train the head again."
-        )
-    return cosines
-
-
-def _joined(
-    cosines: Float[Tensor, "windows rows columns names"],
-    places: list[tuple[int, int]],
-    size: tuple[int, int],
-    sliding: Sliding,
-) -> Float[Tensor, "names height width"]:
-    """Return the cosine of every pixel with some names, the mean over the windows that see it."""
-    total = cosines.new_zeros((cosines.shape[-1], *size))
-    seen = cosines.new_zeros(size)
-    for (top, left), window in zip(places, cosines, strict=True):
-        height, width = min(sliding.crop, size[0]), min(sliding.crop, size[1])
-        padded = (height + -height % sliding.patch, width + -width % sliding.patch)
-        pixels = F.interpolate(
-            window.permute(2, 0, 1)[None], size=padded, mode="bilinear", align_corners=False
-        )
-        here = slice(top, top + height), slice(left, left + width)
-        total[:, *here] += pixels[0, :, :height, :width]
-        seen[here] += 1
-    return total / seen
-
-
 FORMS = {
     "patch": "patch token",
     "cls+patch": "[class token of the window; patch token]",
@@ -344,8 +85,233 @@ FORMS = {
 }
 
 
+def _classes(value: Any) -> str | Place:
+    return value if value in SEGMENTATION_SETS else as_place_setting(value)
+
+
+class _Segmentation(BaseModel):
+    model_config = SETTINGS
+
+    templates: tuple[str, ...] | str = "imagenet-1k"
+    """Prompts for a class name, in the forms of `eval.templates`; the 80 of CLIP if not given."""
+    synonyms: bool = True
+    """A class takes the nearest of its names. `false`: its first name alone, as most published
+    numbers have it."""
+    attention: PatchAttention = "plain"
+    """What the last block of the encoder attends to. `plain`: as it was trained. `maskclip`: each
+    patch to itself. `qq`, `kk`, `vv`: by the similarity of queries, keys or values among
+    themselves. `sclip`: queries and keys together. `clearclip`: queries, without the residual and
+    the MLP of the block. Convolutional encoders have `plain` alone."""
+    short: PositiveInt = 448
+    """The shorter side of a picture is resized to this, its proportions kept."""
+    longest: PositiveInt = 2048
+    """The longer side is at most this."""
+    crop: PositiveInt = 448
+    """Side of the windows that the encoder sees, in pixels of the resized picture."""
+    stride: PositiveInt = 224
+    """From one window to the next."""
+    pictures: PositiveInt | None = None
+    """Take only the first pictures by name; all if not given."""
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> "_Segmentation":
+        if self.stride > self.crop:
+            raise ValueError(
+                f"stride = {self.stride} is more than crop = {self.crop}, so that pixels between "
+                f"the windows would not be seen. Give a stride of crop at most"
+            )
+        return self
+
+
+class MaskFolder(_Segmentation):
+    """Pictures and masks in two folders, joined by the names of their files without suffix."""
+
+    kind: Literal["folder"]
+    images: PlaceSetting
+    """Folder of the pictures."""
+    masks: PlaceSetting
+    """Folder of the masks: PNG files whose values are numbers of classes, not colours."""
+    classes: Annotated[str | Place, PlainValidator(_classes), PlainSerializer(str)]
+    """`ade20k`, `coco-stuff`, `voc20` or `camvid` (docs/datasets.md), or a JSON file of your own
+    `{"classes": ["sky", ["road", "street"]], "values": [0, 1], "ignored": [255]}`."""
+    names: PlaceSetting | None = None
+    """Text file with a name a line, where not all pictures of the folder belong to the split (VOC:
+    `ImageSets/Segmentation/val.txt`); every picture must have a mask if not given."""
+
+
+class SceneMasks(_Segmentation):
+    """The bundled demo world, whose masks are known since it is drawn."""
+
+    kind: Literal["scenes"]
+    split: Literal["train", "test"]
+    """Which part of the world."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drawing."""
+    pictures: PositiveInt = 100
+    """How many pictures to draw."""
+
+
+SegmentationConfig = Annotated[MaskFolder | SceneMasks, Field(discriminator="kind")]
+
+
+class SegmentationSettings(EvalSettings):
+    """Settings of segmentation."""
+
+    segmentation: dict[Name, SegmentationConfig] = Field(default={})
+    """Data sets for open-vocabulary segmentation by name, each a section of its own."""
+
+
+class Segmentation(Measure):
+    """Mean IoU of the class that is nearest to the patches of each pixel."""
+
+    name = "segmentation"
+    title = "Open-vocabulary segmentation"
+    in_short = "Each pixel's class from the names alone: mean IoU"
+    explained = (
+        "Every pixel takes the class whose name is nearest to the part of the picture it lies in; "
+        "no mask was ever learned from. **iou** of a class is the area that is right, divided by "
+        "the area that is of the class or was taken for it, over all pictures; **miou** is its "
+        "mean over the classes, small ones like large ones, **pixel accuracy** counts pixels. "
+        "**One class everywhere** is what the most frequent class would score if every pixel took "
+        "it."
+    )
+    method = (
+        "Windows slide over the resized picture; the cosines of their patches with the names are "
+        "enlarged to the mask’s size, and every pixel takes the nearest. Pixels that the masks "
+        "leave open do not count."
+    )
+    metric = "miou"
+    settings = SegmentationSettings
+    sections: ClassVar = {
+        '[eval.segmentation.NAME] with kind = "folder"': MaskFolder,
+        '[eval.segmentation.NAME] with kind = "scenes"': SceneMasks,
+    }
+    needs = "data sets with masks"
+    template = "segmentation.html.j2"
+
+    def mentions(self, settings: EvalSettings) -> dict[str, Sequence[str]]:  # noqa: ARG002
+        """Return none: its data sets are no splits."""
+        return {}
+
+    def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the names of the data sets."""
+        return tuple(settings.of(SegmentationSettings).segmentation)
+
+    def inputs(self, settings: EvalSettings, max_pixels: int) -> Mapping[str, Inputs]:
+        """Open the data sets.
+
+        Raises:
+            EvaluationError: The files of one are not there, or not all.
+        """
+        from evaluate.masks import FolderPictures, ScenePictures
+
+        opened: dict[str, Inputs] = {}
+        for name, config in settings.of(SegmentationSettings).segmentation.items():
+            if isinstance(config, SceneMasks):
+                opened[name] = ScenePictures(config.split, config.seed, config.pictures)
+            else:
+                opened[name] = FolderPictures(
+                    config.images,
+                    config.masks,
+                    config.classes,
+                    config.names,
+                    config.pictures,
+                    max_pixels=max_pixels,
+                )
+        return opened
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Score a data set picture by picture; while one is segmented, the next is read.
+
+        Raises:
+            EncoderError: The image encoder has no patches, or no such attention.
+            EvaluationError: A picture or mask cannot be used, or no pixel counts.
+        """
+        from evaluate.segmentation import Areas, pixel_confusion
+        from features.encoders.patches import patch_encoder
+
+        found, pictures = Findings(), context.inputs[self.name][split]
+        settings = context.settings.of(SegmentationSettings).segmentation[split]
+        patches = patch_encoder(*context.image_encoder(), settings.attention)
+        names = _class_names(context, settings, pictures)
+        task = _Segmented(context, split, settings, pictures, patches, names)
+        classes, count = len(pictures.classes.names), len(pictures.names)
+        generator = np.random.default_rng(context.settings.seed)
+        chosen = generator.choice(count, min(context.settings.examples, count), replace=False)
+        areas = np.zeros((3, count, classes), dtype=np.int64)
+        with context.progress(f"segment {split}", count, "pictures") as line:
+            for number, (masked, predicted) in enumerate(_segmented(task)):
+                confusion = pixel_confusion(masked.labels, predicted, classes)
+                areas[:, number] = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+                if number in chosen:
+                    found.exhibits.append(_example(task, masked, predicted))
+                line.advance(1)
+                context.check_stop()
+        _add_results(task, found, Areas(*areas))
+        return found
+
+    def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:
+        """Return the numbers and pictures of each data set."""
+        return {"views": segmentation_views(results, exhibits)}
+
+
 @dataclass(frozen=True)
-class _Task:
+class LegendEntry:
+    """A class of a segmented picture."""
+
+    colour: str
+    """As CSS has it."""
+    name: str
+    is_there: bool
+    is_predicted: bool
+
+
+@dataclass(frozen=True)
+class SegmentedPicture:
+    """A picture, its mask, and what was predicted."""
+
+    dataset: str
+    name: str
+    picture: str
+    """Data URI, as the next two."""
+    truth: str
+    prediction: str
+    accuracy: float | None
+    """Fraction of its pixels that are right; None where none counts."""
+    legend: tuple[LegendEntry, ...]
+
+
+@dataclass(frozen=True)
+class SegmentationView:
+    """The numbers and pictures of a data set."""
+
+    dataset: str
+    scores: list[Result]
+    classes: list[Result]
+    """IoU of each class, best first."""
+    pictures: list[SegmentedPicture]
+
+
+def segmentation_views(
+    results: Sequence[Result], pictures: Sequence[SegmentedPicture]
+) -> list[SegmentationView]:
+    """Gather the numbers and pictures of each segmented data set."""
+    return [
+        SegmentationView(
+            name,
+            [each for each in results if each.dataset == name],
+            sorted(
+                (each for each in results if each.is_detail and each.split == name),
+                key=lambda each: -each.value,
+            ),
+            [each for each in pictures if each.dataset == name],
+        )
+        for name in dict.fromkeys(each.split for each in results)
+    ]
+
+
+@dataclass(frozen=True)
+class _Segmented:
     """A data set, and what it takes to segment it."""
 
     context: Context
@@ -361,44 +327,9 @@ class _Task:
         encoder, crop = self.patches.encoder, self.settings.crop
         height, width = encoder.preprocessing.output_size
         at_once = max(1, encoder.batch_size * height * width // crop**2)
+        from evaluate.segmentation import Sliding
+
         return Sliding(crop, self.settings.stride, self.patches.patch, at_once)
-
-
-def score_segmentation(
-    context: Context, name: str, pictures: MaskedPictures, stop: StopRequest
-) -> None:
-    """Score a data set picture by picture; while one is segmented, the next is read.
-
-    Args:
-        context: The run.
-        name: Section of `eval.segmentation`.
-        pictures: The data set, opened.
-        stop: Looked at after each picture.
-
-    Raises:
-        EncoderError: The image encoder has no patches, or no such attention.
-        EvaluationError: A picture or mask cannot be used, or no pixel counts.
-        Stopped: A signal came.
-    """
-    settings = context.config.eval.segmentation[name]
-    aligned = context.aligned
-    patches = patch_encoder(aligned.image_encoder, aligned.image_column, settings.attention)
-    task = _Task(
-        context, name, settings, pictures, patches, _class_names(context, settings, pictures)
-    )
-    classes, count = len(pictures.classes.names), len(pictures.names)
-    generator = np.random.default_rng(context.config.eval.seed)
-    chosen = generator.choice(count, min(context.config.eval.examples, count), replace=False)
-    areas = np.zeros((3, count, classes), dtype=np.int64)
-    with ProgressLine(f"segment {name}", count, "pictures") as line:
-        for number, (masked, predicted) in enumerate(_segmented(task)):
-            confusion = pixel_confusion(masked.labels, predicted, classes)
-            areas[:, number] = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-            if number in chosen:
-                context.findings.segmented.append(_example(task, masked, predicted))
-            line.advance(1)
-            stop.check()
-    _add_results(task, Areas(*areas))
 
 
 def _class_names(
@@ -413,12 +344,20 @@ def _class_names(
     embeddings = context.class_embeddings(
         [name for name, _ in wanted], read_templates(settings.templates)
     )
+    import torch
+
+    from evaluate.segmentation import Names
+
     owners = torch.tensor([owner for _, owner in wanted], device=embeddings.device)
     return Names(embeddings, owners)
 
 
-def _segmented(task: _Task) -> Iterator[tuple[Masked, Int64[np.ndarray, "height width"]]]:
+def _segmented(task: _Segmented) -> Iterator[tuple[Masked, Int64[np.ndarray, "height width"]]]:
     """Yield each picture with the class of each of its pixels."""
+    import torch
+
+    from evaluate.segmentation import fit_size, segment
+
     encode, names = _aligned_patches(task), task.pictures.names
 
     def read(name: str) -> tuple[Masked, UInt8[Tensor, "3 height width"]]:
@@ -440,7 +379,11 @@ def _segmented(task: _Task) -> Iterator[tuple[Masked, Int64[np.ndarray, "height 
             yield masked, predicted.cpu().numpy()
 
 
-def _aligned_patches(task: _Task) -> Encode:
+def _aligned_patches(task: _Segmented) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    from evaluate.embedder import ROWS_AT_ONCE
+
     embed = task.context.embedder.model.embed_image
 
     def encode(
@@ -456,7 +399,9 @@ def _aligned_patches(task: _Task) -> Encode:
     return encode
 
 
-def _add_results(task: _Task, areas: Areas) -> None:
+def _add_results(task: _Segmented, found: Findings, areas: Areas) -> None:
+    from evaluate.segmentation import mean_iou
+
     context, classes = task.context, task.pictures.classes
     right, scored = areas.right.sum(axis=1), areas.true.sum(axis=1)
     if not scored.sum():
@@ -464,7 +409,7 @@ def _add_results(task: _Task, areas: Areas) -> None:
             f"No pixel of eval.segmentation.{task.name} counts: all have the values "
             f"{list(classes.ignored)}. Pixels of the classes were expected. Correct `classes`."
         )
-    iou, settings = areas.iou(), context.config.eval
+    iou, settings = areas.iou(), context.settings
     whole, each = areas.intervals(resamples=settings.bootstrap, seed=settings.seed)
     made = partial(Result, task="segmentation", encoders=context.encoders)
     protocol, frequent = _protocol(task), int(areas.true.sum(axis=0).max())
@@ -477,16 +422,16 @@ def _add_results(task: _Task, areas: Areas) -> None:
         protocol=protocol
         | {"chance": areas.random_class(), "majority_class": areas.majority_class()},
     )
-    accuracy = made(
+    found.add(miou)
+    context.add(
+        found,
+        Items(right, scored),
+        task="segmentation",
         dataset=task.name,
         metric="pixel_accuracy",
-        value=float(right.sum() / scored.sum()),
-        n=len(scored),
-        ci95=context.interval(right, scored),
         protocol=protocol
         | {"chance": 1 / len(iou), "majority_class": frequent / int(scored.sum())},
     )
-    context.findings.items[accuracy.name] = Items(right, scored)
     there = (areas.true > 0).sum(axis=0)
     of_classes = [
         made(
@@ -499,15 +444,15 @@ def _add_results(task: _Task, areas: Areas) -> None:
         )
         for number in np.flatnonzero(np.isfinite(iou))
     ]
-    context.findings.results += [miou, accuracy, *of_classes]
+    found.results += of_classes
     if missing := len(iou) - len(of_classes):
-        context.findings.note(
+        found.note(
             f"{missing} of {len(iou)} classes of {task.name} are in no mask and no prediction, and "
             f"do not count in its mean IoU."
         )
 
 
-def _protocol(task: _Task) -> dict[str, object]:
+def _protocol(task: _Segmented) -> dict[str, object]:
     """Return what could change the numbers of a data set."""
     settings, preprocessing = task.settings, task.patches.encoder.preprocessing
     names = "\n".join(task.pictures.names)
@@ -531,7 +476,7 @@ def _protocol(task: _Task) -> dict[str, object]:
 
 
 def _example(
-    task: _Task, masked: Masked, predicted: Int64[np.ndarray, "height width"]
+    task: _Segmented, masked: Masked, predicted: Int64[np.ndarray, "height width"]
 ) -> SegmentedPicture:
     classes = task.pictures.classes
     colours = class_colours(len(classes.names))

@@ -1,91 +1,125 @@
 """Zero-shot classification of a labelled split."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from pydantic import Field
 
-from evaluate.examples import Gallery, Search, draw, search_example
-from evaluate.measures.context import TIES, Context
-from evaluate.report import Confusions, ExamplePanel
-from evaluate.results import Items, Result
-from evaluate.statistics import mean_per_class_interval
-from evaluate.zero_shot import Classified, classify, confusion_matrix, read_templates
+from evaluate.config import EvalSettings, Names
+from evaluate.confusion import Confusions, confusion_matrix, confusion_view
+from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
+from evaluate.measures.measure import TIES, Context, Measure, Tensor, is_labelled
+from evaluate.prompts import read_templates
+from evaluate.results import Findings, Items, Result
 from features.store import FeatureStore
 
 TOP = 5
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The labelled images of a split, classified."""
+class ZeroShotSettings(EvalSettings):
+    """Settings of zero-shot classification."""
 
-    rows: Int64[np.ndarray, "images"]
-    """Rows of the store."""
-    images: Float[Tensor, "images dim"]
-    classes: Float[Tensor, "classes dim"]
-    found: Classified
-
-
-def classify_split(context: Context, split: str) -> Scored:
-    """Classify all labelled images of a split by the prompts of its classes."""
-    store, embedder = context.stores[split], context.embedder
-    names, templates = store.class_names or (), _templates(context, split)
-    images = embedder.images(store)
-    rows, labels = context.labelled_rows(split, embedder.image_column(store))
-    places = torch.from_numpy(np.searchsorted(images.rows, rows)).to(embedder.device)
-    classes = context.class_embeddings(names, templates)
-    vectors = images.vectors[places]
-    return Scored(rows, vectors, classes, classify(vectors, classes, labels))
+    zero_shot: Names = ()
+    """Splits for zero-shot classification; every labelled split but the training split and those
+    with groups, if empty."""
+    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    """Prompts for a class name; their embeddings are averaged. A list, the name of a data set whose
+    prompts ship with the program (`imagenet-1k`: the 80 of CLIP; docs/datasets.md has all), or a
+    JSON file `{"templates": […]}`."""
+    split_templates: dict[str, tuple[str, ...] | str] = Field(default={})
+    """Prompts for splits that have their own, in the same three forms."""
 
 
-def score_zero_shot(context: Context, split: str) -> None:
-    """Score all images, and apart those of classes that training had no row of."""
-    store, scored = context.stores[split], classify_split(context, split)
-    rows, found, names = scored.rows, scored.found, store.class_names or ()
-    _add_results(context, split, rows, found)
-    seen = _seen_classes(context, store)
-    labels = found.labels
-    if seen is not None and 0 < seen[labels].sum() < len(labels):
-        for part, chosen in (("seen", seen[labels]), ("unseen", ~seen[labels])):
-            _add_results(context, f"{split}/{part} classes", rows[chosen], found.select(chosen))
-    matrix = confusion_matrix(labels, found.predicted, len(names))
-    context.findings.confusions.append(Confusions(split, names, matrix))
-    _add_examples(context, split, rows, scored.images @ scored.classes.T, found)
+class ZeroShot(Measure):
+    """Accuracy of the class whose prompts are nearest."""
+
+    name = "zero_shot"
+    title = "Zero-shot classification"
+    in_short = "A picture's class, picked from all class names without a labelled example"
+    explained = (
+        "Every class name is put into a few sentences, which the text side embeds; a picture gets "
+        "the class whose sentences are nearest. This step sees no labelled picture. **top5** asks "
+        "whether the class is among the five nearest; **mean per class** counts rare classes like "
+        "frequent ones."
+    )
+    method = (
+        "Each prompt is embedded and normalised, the mean over the templates is normalised again "
+        "(CLIP’s prompt ensembling)."
+    )
+    metric = "top1"
+    settings = ZeroShotSettings
+    needs = "labels with class names"
+    template = "zero_shot.html.j2"
+
+    def can_measure(self, store: FeatureStore) -> bool:
+        """Return whether there are labels with names."""
+        return is_labelled(store) and store.class_names is not None
+
+    def mentions(self, settings: EvalSettings) -> dict[str, Sequence[str]]:
+        """Return also the splits that have prompts of their own."""
+        of_splits = tuple(settings.of(ZeroShotSettings).split_templates)
+        return super().mentions(settings) | {"eval.split_templates": of_splits}
+
+    def run(self, context: Context, split: str) -> Findings:
+        """Score all images, and apart those of classes that training had no row of."""
+        from evaluate.classification import classify
+
+        store, embedder, found = context.stores[split], context.embedder, Findings()
+        names = store.class_names or ()
+        rows, labels = context.labelled_rows(split, embedder.image_column(store))
+        images = embedder.images(store).at(rows)
+        classes = context.class_embeddings(names, _templates(context, split))
+        classified = classify(images, classes, labels)
+        _add_results(context, found, split, rows, classified)
+        seen = _seen_classes(context, store)
+        if seen is not None and 0 < seen[labels].sum() < len(labels):
+            for part, chosen in (("seen", seen[labels]), ("unseen", ~seen[labels])):
+                dataset = f"{split}/{part} classes"
+                _add_results(context, found, dataset, rows[chosen], classified.select(chosen))
+        matrix = confusion_matrix(labels, classified.predicted, len(names))
+        found.exhibits.append(Confusions(split, names, matrix))
+        found.exhibits.append(_examples(context, split, rows, images @ classes.T, classified))
+        return found
+
+    def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:
+        """Return the examples, the confusion matrices, and whether some classes were not seen."""
+        matrices = [each for each in exhibits if isinstance(each, Confusions)]
+        return {
+            "panels": [each for each in exhibits if isinstance(each, ExamplePanel)],
+            "confusions": [confusion_view(each) for each in matrices],
+            "has_unseen": any(each.dataset.endswith("/unseen classes") for each in results),
+        }
 
 
 def _templates(context: Context, split: str) -> tuple[str, ...]:
-    settings = context.config.eval
+    settings = context.settings.of(ZeroShotSettings)
     return read_templates(settings.split_templates.get(split, settings.templates))
 
 
 def _add_results(
-    context: Context, dataset: str, rows: Int64[np.ndarray, "images"], found: Classified
+    context: Context,
+    found: Findings,
+    dataset: str,
+    rows: Int64[np.ndarray, "images"],
+    classified: Any,
 ) -> None:
-    settings = context.config.eval
     split = dataset.partition("/")[0]
     num_classes = len(context.stores[split].class_names or ())
-    right = (found.ranks < 1).astype(np.int64)
-    measured = {"top1": Items(right)}
+    right = (classified.ranks < 1).astype(np.int64)
+    each = rows[:, None]
+    measured = {"top1": Items(right, taken=classified.predicted, rows=each)}
     if num_classes > TOP:
-        measured["top5"] = Items((found.ranks < TOP).astype(np.int64))
-    measured["mean_per_class"] = Items(right, classes=found.labels)
-    intervals = {name: context.interval(items.hits) for name, items in measured.items()}
-    intervals["mean_per_class"] = mean_per_class_interval(
-        found.labels, found.ranks == 0, resamples=settings.bootstrap, seed=settings.seed
-    )
+        measured["top5"] = Items((classified.ranks < TOP).astype(np.int64), rows=each)
+    measured["mean_per_class"] = Items(right, classes=classified.labels, rows=each)
     for metric, items in measured.items():
-        mean = metric == "mean_per_class"
-        result = Result(
+        context.add(
+            found,
+            items,
             task="zero_shot",
             dataset=dataset,
             metric=metric,
-            value=found.mean_per_class() if mean else float(items.hits.mean()),
-            n=len(found.labels),
-            ci95=intervals[metric],
-            encoders=context.encoders,
             protocol={
                 "templates": list(_templates(context, split)),
                 "classes": num_classes,
@@ -93,13 +127,12 @@ def _add_results(
                 "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),
             },
         )
-        context.add(result, rows, items)
 
 
 def _seen_classes(context: Context, store: FeatureStore) -> Bool[np.ndarray, "classes"] | None:
     """Return which classes were trained on, by name; None if a training split has no labels."""
     seen = set[str]()
-    for split in context.config.trained_splits:
+    for split in context.trained:
         labels, names = context.stores[split].labels(), context.stores[split].class_names
         if labels is None or names is None:
             return None
@@ -107,28 +140,26 @@ def _seen_classes(context: Context, store: FeatureStore) -> Bool[np.ndarray, "cl
     return np.array([name in seen for name in store.class_names or ()])
 
 
-def _add_examples(
+def _examples(
     context: Context,
     split: str,
     rows: Int64[np.ndarray, "images"],
     cosines: Float[Tensor, "images classes"],
-    found: Classified,
-) -> None:
-    settings, store = context.config.eval, context.stores[split]
-    gallery = Gallery(context.config, context.folder, store, split)
-    names = store.class_names or ()
+    classified: Any,
+) -> ExamplePanel:
+    settings, gallery = context.settings, context.gallery(split)
+    names = context.stores[split].class_names or ()
 
-    def classes_for(image: int) -> Search:
-        label = int(found.labels[image])
-        return Search(
+    def classes_for(image: int) -> ExampleQuery:
+        label = int(classified.labels[image])
+        return ExampleQuery(
             words=names[label],
             picture=gallery.picture(int(rows[image])),
-            rank=int(found.ranks[image]) + 1,
+            rank=int(classified.ranks[image]) + 1,
             cosines=cosines[image].cpu().numpy(),
             right=np.arange(len(names)) == label,
             item=lambda number: (names[number], None),
         )
 
-    chosen = draw(found.ranks == 0, settings.examples, seed=settings.seed)
-    examples = tuple(search_example(classes_for(image)) for image in chosen)
-    context.findings.panels.append(ExamplePanel("zero_shot", split, examples))
+    chosen = draw(classified.ranks == 0, settings.examples, seed=settings.seed)
+    return ExamplePanel("zero_shot", split, tuple(search_example(classes_for(i)) for i in chosen))

@@ -21,23 +21,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from features.errors import SailError
 from features.images import ImageFault
-from pipeline.explore.health import health, near_duplicates, quarantined
-from pipeline.explore.images import SIDES, Pictures
-from pipeline.explore.map import map_facts, open_map
-from pipeline.explore.results import classes, failures, results
 from pipeline.explore.search import (
     MAX_UPLOAD_BYTES,
     Among,
     find,
     look,
+    map_facts,
+    open_map,
     row_facts,
     show,
     vector_of_image,
     vector_of_row,
     vector_of_words,
 )
-from pipeline.explore.session import Session
-from pipeline.explore.training import training_facts
+from pipeline.explore.session import SIDES, Pictures, Session
+from pipeline.explore.views import (
+    classes,
+    failures,
+    health,
+    near_duplicates,
+    quarantined,
+    results,
+    training_facts,
+)
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 HEADERS = {

@@ -1,22 +1,28 @@
-"""Search among the rows of a split: by words, by an image that was sent, or by another row."""
+"""Search among the rows of a split by words, an image or a row; and the map of its embeddings."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault, open_image
+from features.storage.files import appearing
 from features.store import FeatureStore
 from pipeline.explore.session import Searchable, Session
 from pipeline.stores.inspect import describe_row
 
+logger = logging.getLogger(__name__)
 MAX_UPLOAD_BYTES = 16 << 20
 MAX_UPLOAD_PIXELS = 50_000_000
 Among = Literal["images", "captions"]
+POINTS = 20_000
+"""Images, and captions, that are drawn at most."""
+PARTS = ("places", "image_rows", "text_rows", "explained", "gap", "pair_cosine")
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ def find(
     hits: list[tuple[float, int, str | None]] = []
     for field, column in columns:
         found = column.search(vector, top)
-        rows = column.rows[found.places]
-        hits += [(float(c), int(row), field) for c, row in zip(found.cosines, rows, strict=True)]
+        rows = column.rows[found.rows[0]]
+        hits += [(float(c), int(row), field) for c, row in zip(found.cosines[0], rows, strict=True)]
     hits = sorted(hits, key=lambda hit: -hit[0])[:top]
     shown = show(session, store, [row for _, row, _ in hits])
     seconds = time.perf_counter() - started
@@ -144,3 +150,101 @@ def show(session: Session, store: FeatureStore, rows: Sequence[int]) -> list[Sho
 
 def _column(session: Session, split: str, field: str | None) -> Searchable:
     return session.images(split) if field is None else session.captions(split, field)
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Where the points are."""
+
+    places: Float32[np.ndarray, "points 2"]
+    """Of the images, then of the captions."""
+    image_rows: Int32[np.ndarray, "images"]
+    text_rows: Int32[np.ndarray, "texts"]
+    explained: Float32[np.ndarray, "2"]
+    """Fraction of the variance of all points along each direction."""
+    gap: Float32[np.ndarray, ""]
+    """Distance of the mean image from the mean caption; embeddings have length 1."""
+    pair_cosine: Float32[np.ndarray, ""]
+    """Mean cosine of an image with its own caption."""
+
+    def as_bytes(self, labels: Int32[np.ndarray, "rows"] | None) -> bytes:
+        """Return places (float32), then rows, then labels (int32), little-endian."""
+        rows = np.concatenate([self.image_rows, self.text_rows])
+        classes = np.full(len(rows), -1) if labels is None else labels[rows]
+        parts = [self.places.astype("<f4"), rows.astype("<i4"), classes.astype("<i4")]
+        return b"".join(part.tobytes() for part in parts)
+
+
+def open_map(session: Session, split: str) -> EmbeddingMap:
+    """Return the map of a split, made at the first call and kept in `run.dir/search`.
+
+    Principal components of the embeddings themselves, images and captions together, so that what
+    sets the two apart (the modality gap) is seen as it is. Of more than `POINTS` rows, as many are
+    drawn, evenly spaced.
+
+    Reference:
+        Liang et al. 2022, Mind the Gap: Understanding the Modality Gap in Multi-modal Contrastive
+        Representation Learning, arXiv:2203.02053.
+    """
+    field = caption_field(session, split)
+    images, texts = session.images(split), session.captions(split, field)
+    path = images.path.with_name(f"map-{images.path.stem}-{texts.path.stem}.npz")
+    if not path.is_file():
+        logger.info("drawing the map of %s, once", split)
+        made = _drawn(images, texts)
+        with appearing(path) as partial, partial.open("wb") as file:
+            np.savez(file, **{name: getattr(made, name) for name in PARTS})
+    with np.load(path, allow_pickle=False) as archive:
+        return EmbeddingMap(*(archive[name] for name in PARTS))
+
+
+def map_facts(session: Session, split: str) -> dict[str, Any]:
+    """Return what is said beside the map."""
+    drawn, store = open_map(session, split), session.store(split)
+    return {
+        "field": caption_field(session, split),
+        "images": len(drawn.image_rows),
+        "texts": len(drawn.text_rows),
+        "rows": store.rows,
+        "explained": [float(value) for value in drawn.explained],
+        "gap": float(drawn.gap),
+        "pair_cosine": float(drawn.pair_cosine),
+        "classes": list(store.class_names or ()),
+    }
+
+
+def caption_field(session: Session, split: str) -> str:
+    """Return the field whose captions are drawn: that of the longest, by a look at the first."""
+    store = session.store(split)
+    firsts = {name: store.captions(name, 0, 100) for name in store.fields}
+    return max(firsts, key=lambda name: sum(map(len, firsts[name])))
+
+
+def _drawn(images: Searchable, texts: Searchable) -> EmbeddingMap:
+    from sklearn.decomposition import PCA  # which takes a second to import
+
+    of_images, of_texts = _chosen(len(images.rows)), _chosen(len(texts.rows))
+    vectors = [
+        images.embeddings[of_images].astype(np.float32),
+        texts.embeddings[of_texts].astype(np.float32),
+    ]
+    pca = PCA(2, svd_solver="covariance_eigh")
+    places = pca.fit_transform(np.concatenate(vectors))
+    means = [each.mean(axis=0, dtype=np.float64) for each in vectors]
+    _, image, text = np.intersect1d(
+        images.rows[of_images], texts.rows[of_texts], return_indices=True
+    )
+    return EmbeddingMap(
+        places=places.astype(np.float32),
+        image_rows=images.rows[of_images].astype(np.int32),
+        text_rows=texts.rows[of_texts].astype(np.int32),
+        explained=pca.explained_variance_ratio_.astype(np.float32),
+        gap=np.array(np.linalg.norm(means[0] - means[1]), dtype=np.float32),
+        pair_cosine=np.array(
+            (vectors[0][image] * vectors[1][text]).sum(axis=1).mean(), dtype=np.float32
+        ),
+    )
+
+
+def _chosen(count: int) -> np.ndarray:
+    return np.linspace(0, count, min(count, POINTS), endpoint=False, dtype=np.int64)

@@ -1,27 +1,34 @@
 """A run that is looked at: opened as it is needed, and again when training has a better head."""
 
+import io
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64
+from PIL import Image
 
 from align.checkpoint import Checkpoint
 from evaluate.embedder import Embedder
+from evaluate.nearest import RowSearch, open_search
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
+from features.images import as_rgb, open_image, turned
+from features.index import Index, SampleReader
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.explore.nearest import Search, open_search
 from pipeline.python import load_aligned, open_run
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import RunFolder, open_evaluated, run_folder
 from pipeline.search import embeddings_file, open_embeddings
 
-Made = TypeVar("Made")
+SIDES = (96, 256, 768)
+"""Pixels of the longer side: on the map, in the grid, of the whole row."""
+QUALITY = 85
+CACHE_BYTES = 64 << 20
+DECODED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Searchable:
     """Rows of the store, in order."""
     embeddings: Float16[np.ndarray, "ok dim"]
     """Normalised; mapped from a file."""
-    search: Search
+    search: RowSearch
 
     def vector(self, row: int) -> Float32[np.ndarray, "dim"] | None:
         """Return the embedding of a row, None where the row is quarantined."""
@@ -73,7 +80,6 @@ class Session:
         self._aligned: Aligned | None = None
         self._columns: dict[tuple[str, str | None, str], Searchable] = {}
         self._stores: dict[str, tuple[FeatureStore, int]] = {}
-        self._made: dict[tuple[str, ...], tuple[Path, Any]] = {}
         self._labels: dict[tuple[str, str], np.ndarray | None] = {}
 
     @property
@@ -100,11 +106,7 @@ class Session:
             EvaluationError: The run has no such split.
             StoreError: It has no store.
         """
-        if split not in self.config.data:
-            raise EvaluationError(
-                f"The run has no split {split!r}. One of {list(self.config.data)} was expected. "
-                f"Choose one of these."
-            )
+        self.check_split(split)
         if not FeatureStore.is_at(self.folder.store(split)):
             raise StoreNotFoundError(self.folder.store(split))
         stamp = _stamp(self.folder.store(split))
@@ -112,6 +114,18 @@ class Session:
             if self._stores.get(split, (None, None))[1] != stamp:
                 self._stores[split] = (open_evaluated(self.config, self.folder, split), stamp)
             return self._stores[split][0]
+
+    def check_split(self, split: str) -> None:
+        """Check that the run has a split.
+
+        Raises:
+            EvaluationError: It has none of that name.
+        """
+        if split not in self.config.data:
+            raise EvaluationError(
+                f"The run has no split {split!r}. One of {list(self.config.data)} was expected. "
+                f"Choose one of these."
+            )
 
     def checked(self, split: str, row: int) -> FeatureStore:
         """Open the store of a split that has a row.
@@ -171,15 +185,6 @@ class Session:
         label = int(labels[row])
         return names[label] if names and label < len(names) else str(label)
 
-    def once(self, name: tuple[str, ...], make: Callable[[], Made]) -> Made:
-        """Return what is made at the first call, and anew when there is another head."""
-        with self._opening:
-            head = self.aligned().checkpoint.path
-            if name not in self._made or self._made[name][0] != head:
-                self._made[name] = (head, make())
-            made: Made = self._made[name][1]
-            return made
-
     def _searchable(self, split: str, field: str | None) -> Searchable:
         with self._opening:
             aligned, store = self.aligned(), self.store(split)
@@ -202,3 +207,78 @@ class Session:
 def _stamp(store: Place) -> int:
     """Return what changes when rows come to a store; under a URL it is opened once."""
     return (store / "zarr.json").stat().st_mtime_ns if isinstance(store, Path) else 0
+
+
+class Pictures:
+    """Thumbnails of the rows that the run's index knows, the last ones kept in memory."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._readers: dict[str, SampleReader] = {}
+        self._cache: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+        self._decoding = threading.Semaphore(DECODED_AT_ONCE)
+
+    def jpeg(self, split: str, row: int, side: int) -> bytes | None:
+        """Return the picture of a row as a small JPEG, None where the row has no image.
+
+        Args:
+            split: Of the run.
+            row: Of its store.
+            side: One of `SIDES`; larger pictures are made smaller, never the other way round.
+
+        Raises:
+            EvaluationError: The run has no such split or row.
+            SourceError: The source is not as it was when it was indexed.
+            ImageFault: The image is damaged.
+        """
+        place = (split, row, side)
+        with self._lock:
+            if place in self._cache:
+                self._cache.move_to_end(place)
+                return self._cache[place]
+        with self._decoding:
+            data = self._reader(split, row).read_row(row)
+            if data is None:
+                return None
+            made = _small(data, side, self._session.config.extract.max_pixels)
+        self._keep(place, made)
+        return made
+
+    def _reader(self, split: str, row: int) -> SampleReader:
+        session = self._session
+        session.check_split(split)
+        with self._lock:
+            if split not in self._readers:
+                self._readers[split] = SampleReader(
+                    Index.open(session.folder.index(split)),
+                    max_pixels=session.config.extract.max_pixels,
+                )
+            reader = self._readers[split]
+        if not 0 <= row < reader.index.rows:
+            raise EvaluationError(
+                f"{split} has no row {row}. A row from 0 to {reader.index.rows - 1} was expected. "
+                f"Choose one of these."
+            )
+        return reader
+
+    def _keep(self, place: tuple[str, int, int], made: bytes) -> None:
+        with self._lock:
+            if place in self._cache:
+                return
+            self._cache[place] = made
+            self._cached_bytes += len(made)
+            while self._cached_bytes > CACHE_BYTES:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= len(oldest)
+
+
+def _small(data: bytes, side: int, max_pixels: int) -> bytes:
+    image = open_image(data, max_pixels=max_pixels)
+    image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
+    small = turned(as_rgb(image), image)  # as every viewer shows it
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    return buffer.getvalue()

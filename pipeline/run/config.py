@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_valid
 from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
-from evaluate.config import EvalConfig
+from evaluate.measures import MEASURES, EvalConfig
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS
 from features.config import (
@@ -110,14 +110,16 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "RunConfig":
-        evaluated = self.eval.retrieval + self.eval.zero_shot + self.eval.knn
         named: list[tuple[str, str | None]] = [
             *(("align.mix", split) for split in self.align.mix),
             ("align.split", None if self.align.mix else self.align.split),
-            ("eval.knn_reference", self.eval.knn_reference),
+            *(
+                (setting, split)
+                for measure in MEASURES
+                for setting, splits in measure.mentions(self.eval).items()
+                for split in splits
+            ),
         ]
-        named += [("eval", split) for split in evaluated + self.eval.compositional]
-        named += [("eval.split_templates", split) for split in self.eval.split_templates]
         for setting, split in named:
             if split is not None and split not in self.data:
                 raise ValueError(

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -16,187 +15,76 @@ from rich.text import Text
 
 from align.checkpoint import Checkpoint, load_head
 from evaluate.charts import Curve
-from evaluate.config import EvalConfig
+from evaluate.context import Context
 from evaluate.embedder import Embedder
-from evaluate.masks import MaskedPictures, open_masked
-from evaluate.measures import (
-    Context,
-    Findings,
-    score_alignment,
-    score_compositional,
-    score_knn,
-    score_linear_probe,
-    score_retrieval,
-    score_segmentation,
-    score_zero_shot,
+from evaluate.measures import MEASURES, measure_of
+from evaluate.measures.measure import Inputs, Measure, Splits
+from evaluate.report import (
+    ColumnFacts,
+    EncoderFacts,
+    Report,
+    Section,
+    SplitFacts,
+    TrainingFacts,
+    render,
 )
-from evaluate.report import ColumnFacts, EncoderFacts, Report, SplitFacts, TrainingFacts, render
-from evaluate.results import Result, read_results, write_items, write_results
+from evaluate.results import Findings, Result, read_results, write_items, write_results
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.files import write
 from features.storage.fingerprint import differences
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
-from pipeline.progress import timed
+from pipeline.progress import ProgressLine, timed
+from pipeline.python import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import open_evaluated, run_folder, start_run
 from pipeline.tables import rendered
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The splits of each measure."""
-
-    retrieval: tuple[str, ...]
-    zero_shot: tuple[str, ...]
-    knn: tuple[str, ...]
-    knn_reference: str
-    compositional: tuple[str, ...]
-    alignment: tuple[str, ...]
-    segmentation: tuple[str, ...]
-    """Not splits, but data sets with masks."""
-
-    def uses_of(self, split: str) -> tuple[str, ...]:
-        """Return, in words, what a split is used for."""
-        uses = {
-            "retrieval": self.retrieval,
-            "zero-shot": self.zero_shot,
-            "k-NN queries": self.knn,
-            "k-NN reference": (self.knn_reference,) if self.knn else (),
-            "compositional": self.compositional,
-            "alignment": self.alignment,
-        }
-        return tuple(use for use, splits in uses.items() if split in splits)
-
-
-def make_plan(
-    config: EvalConfig, trained: Sequence[str], stores: Mapping[str, FeatureStore]
-) -> Plan:
-    """Take the splits that the settings name, or else all that have what a measure needs.
-
-    Args:
-        config: Settings.
-        trained: The splits that the head was trained on; measured only if they are named. The first
-            is the reference of k-NN if none is named.
-        stores: All splits.
-
-    Raises:
-        EvaluationError: A split that is named lacks what the measure needs, or none has anything.
-    """
-    choice = _Choice(stores, [split for split in stores if split not in trained])
-    plain = choice.without_groups()
-    reference = config.knn_reference or trained[0]
-    plan = Plan(
-        retrieval=plain.of(config.retrieval, "retrieval", "captions", _has_captions),
-        zero_shot=plain.of(
-            config.zero_shot, "zero_shot", "labels with class names", _has_named_classes
-        ),
-        knn=_knn_splits(config, reference, plain),
-        knn_reference=reference,
-        compositional=choice.of(
-            config.compositional, "compositional", "groups with captions", _has_groups
-        ),
-        alignment=plain.of(config.alignment, "alignment", "captions", _has_captions),
-        segmentation=tuple(config.segmentation),
-    )
-    measured = (plan.retrieval, plan.zero_shot, plan.knn, plan.compositional, plan.segmentation)
-    if not any(measured):
-        others = f"only {', '.join(choice.others)}" if choice.others else "no split"
-        raise EvaluationError(
-            f"There is nothing to measure: beside {', '.join(map(repr, trained))}, on which the "
-            f"head was trained, [data] has {others}. A split with captions, labels or groups was "
-            f"expected. Add one of pictures kept from training, such as [data.test], or name "
-            f"{trained[0]!r} in eval.retrieval."
-        )
-    return plan
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Takes the splits that a setting names, or all that were not trained on and pass a test."""
-
-    stores: Mapping[str, FeatureStore]
-    others: list[str]
-
-    def of(
-        self, named: tuple[str, ...], setting: str, needs: str, test: Callable[[FeatureStore], bool]
-    ) -> tuple[str, ...]:
-        for split in named:
-            if not test(self.stores[split]):
-                raise EvaluationError(
-                    f"eval.{setting} names {split!r}, but {self.stores[split].path} has no "
-                    f"{needs}. A split that has them was expected. Take it out, or leave the "
-                    f"setting empty."
-                )
-        return named or tuple(split for split in self.others if test(self.stores[split]))
-
-    def without_groups(self) -> "_Choice":
-        """Return the same choice, but of rows that were not made to be compared in groups."""
-        plain = [split for split in self.others if self.stores[split].groups() is None]
-        return _Choice(self.stores, plain)
-
-
-def _knn_splits(config: EvalConfig, reference: str, choice: _Choice) -> tuple[str, ...]:
-    voters = choice.stores[reference]
-    if not is_labelled(voters):
-        if not config.knn and config.knn_reference is None:
-            return ()
-        raise EvaluationError(
-            f"The reference split of k-NN, {reference!r}, has no labels. A labelled split was "
-            f"expected. Set eval.knn_reference, or leave eval.knn empty."
-        )
-
-    def can_be_voted_on(store: FeatureStore) -> bool:
-        is_other = store.path != voters.path
-        return is_other and is_labelled(store) and store.class_names == voters.class_names
-
-    needs = f"labels of the same classes as {reference!r}, or is that split itself"
-    return choice.of(config.knn, "knn", needs, can_be_voted_on)
-
-
-def is_labelled(store: FeatureStore) -> bool:
-    """Return whether any row of a store has a label."""
-    labels = store.labels()
-    return labels is not None and bool(np.any(labels >= 0))
-
-
-def _has_named_classes(store: FeatureStore) -> bool:
-    return is_labelled(store) and store.class_names is not None
-
-
-def _has_groups(store: FeatureStore) -> bool:
-    return store.groups() is not None and bool(store.fields)
-
-
-def _has_captions(store: FeatureStore) -> bool:
-    return bool(store.fields)
-
-
 RECALLS = ("recall@1", "recall@5", "recall@10")
 
 
-def make_report(context: Context, plan: Plan, metrics: Path) -> Report:
-    """Gather everything the report shows."""
-    config, checkpoint = context.config, context.embedder.checkpoint
-    findings = context.findings
-    kind = config.eval.checkpoint
+def make_report(
+    config: RunConfig, context: Context, found: dict[str, Findings], metrics: Path
+) -> Report:
+    """Gather everything the report shows.
+
+    Args:
+        config: The run file.
+        context: The run.
+        found: What each measure found, by its name.
+        metrics: The log of the training.
+    """
+    checkpoint = context.embedder.checkpoint
+    splits = Splits(context.stores, context.trained)
+    uses = [use for measure in MEASURES for use in measure.uses(config.eval, splits).items()]
     return Report(
         title=config.report.title or f"SAIL run {config.run.name}",
         run=config.run.name,
         written=f"Written on {date.today().isoformat()} by sail {metadata_version()}",
         checkpoint_sha256=checkpoint.sha256,
-        checkpoint=f"{kind} head, of step {checkpoint.step:,}",
+        checkpoint=f"{config.eval.checkpoint} head, of step {checkpoint.step:,}",
         encoders=tuple(_encoders(context)),
-        splits=tuple(_split(name, store, plan, config) for name, store in context.stores.items()),
+        splits=tuple(
+            _split(
+                split,
+                store,
+                tuple(["training"] * (split in context.trained))
+                + tuple(use for use, names in uses if split in names),
+            )
+            for split, store in context.stores.items()
+        ),
         training=training_facts(context, metrics),
-        results=tuple(findings.results),
-        panels=tuple(findings.panels),
-        groups=tuple(findings.groups),
-        confusions=tuple(findings.confusions),
-        segmented=tuple(findings.segmented),
-        notes=tuple(findings.notes),
+        sections=tuple(
+            Section(
+                measure,
+                tuple(found[measure.name].results),
+                tuple(found[measure.name].exhibits),
+            )
+            for measure in MEASURES
+        ),
+        notes=tuple(dict.fromkeys(note for each in found.values() for note in each.notes)),
         reference=tuple(read_reference(config.report.reference)),
     )
 
@@ -274,7 +162,7 @@ def _encoders(context: Context) -> list[EncoderFacts]:
         EncoderFacts(kind, each["name"], True, int(each["dim"]), _full(each["fingerprint"]))
         for kind, each in aligned
     ]
-    for name in context.config.encoders.image_columns:
+    for name in context.image_columns:
         columns = [
             store.column(f"image/{name}")
             for store in context.stores.values()
@@ -291,14 +179,13 @@ def _full(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: fingerprint.get(key) for key in keys.split()}
 
 
-def _split(name: str, store: FeatureStore, plan: Plan, config: RunConfig) -> SplitFacts:
-    training = ("training",) if name in config.trained_splits else ()
+def _split(name: str, store: FeatureStore, uses: tuple[str, ...]) -> SplitFacts:
     source = store.source
     path = source.get("path", "")
     place = ", ".join(map(str, path)) if isinstance(path, list) else str(path)
     return SplitFacts(
         name=name,
-        used_for=training + plan.uses_of(name),
+        used_for=uses,
         rows=store.rows,
         fields=store.fields,
         classes=len(store.class_names or ()),
@@ -352,7 +239,7 @@ def _loss_name(loss: dict[str, Any]) -> str:
 
 
 logger = logging.getLogger(__name__)
-VERSION = 6  # raised when the same inputs give other results or another report
+VERSION = 7  # raised when the same inputs give other results or another report
 
 
 def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
@@ -371,37 +258,95 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     if "imported" not in checkpoint.run:
         _say_other_head(checkpoint, config)
     stores = {split: open_evaluated(config, folder, split) for split in config.data}
-    masked = {
-        name: open_masked(settings, max_pixels=config.extract.max_pixels)
-        for name, settings in config.eval.segmentation.items()
+    inputs = {
+        measure.name: measure.inputs(config.eval, config.extract.max_pixels) for measure in MEASURES
     }
+    work = _plan(config, Splits(stores, config.trained_splits))
     results, report = folder.eval / "results.json", folder.eval / "report.html"
-    plan = make_plan(config.eval, config.trained_splits, stores)
     start_run(config)
-    inputs = folder.eval / "inputs.sha256"
-    digest = _digest(config, plan, checkpoint, stores, masked)
-    written = results.is_file() and report.is_file() and inputs.is_file()
-    if written and inputs.read_text(encoding="utf-8").strip() == digest:
+    stamp = folder.eval / "inputs.sha256"
+    digest = _digest(config, work, checkpoint, stores, inputs)
+    written = results.is_file() and report.is_file() and stamp.is_file()
+    if written and stamp.read_text(encoding="utf-8").strip() == digest:
         logger.info("%s is up to date", results)
         return results
     folder.eval.mkdir(parents=True, exist_ok=True)
-    device = prepare_device(config.run)
-    model, checkpoint = load_head(checkpoint_path, device)
-    embedder = Embedder(model, checkpoint, device)
-    context = Context(config, folder, stores, embedder, Findings())
-    _measure(context, plan, masked, stop)
-    page = render(make_report(context, plan, folder.align / "metrics.jsonl"))
-    inputs.unlink(missing_ok=True)  # from here on the files may not belong together
-    write_items(folder.eval / "items.npz", context.findings.items)
+    context = _context(config, checkpoint_path, stores, inputs, stop)
+    found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
+    page = render(make_report(config, context, found, folder.align / "metrics.jsonl"))
+    stamp.unlink(missing_ok=True)  # from here on the files may not belong together
+    items = {name: each for part in found.values() for name, each in part.items.items()}
+    write_items(folder.eval / "items.npz", items)
     write_results(
         results,
         run=config.run.name,
-        checkpoint_sha256=checkpoint.sha256,
-        results=context.findings.results,
+        checkpoint_sha256=context.embedder.checkpoint.sha256,
+        results=[result for part in found.values() for result in part.results],
     )
     write(report, page.encode())
-    write(inputs, f"{digest}\n".encode())
+    write(stamp, f"{digest}\n".encode())
     return results
+
+
+def _context(
+    config: RunConfig,
+    checkpoint_path: Path,
+    stores: dict[str, FeatureStore],
+    inputs: dict[str, Mapping[str, Inputs]],
+    stop: StopRequest,
+) -> Context:
+    folder, device = run_folder(config), prepare_device(config.run)
+    model, checkpoint = load_head(checkpoint_path, device)
+    aligned = Aligned.of_run(config, checkpoint, model, device)
+
+    return Context(
+        settings=config.eval,
+        trained=config.trained_splits,
+        stores=stores,
+        embedder=Embedder(model, checkpoint, device),
+        image_columns=config.encoders.image_columns,
+        text_encoders=config.encoders.text,
+        image_encoder=lambda: (aligned.image_encoder, aligned.image_column),
+        index=folder.index,
+        max_pixels=config.extract.max_pixels,
+        prompts=folder.eval,
+        inputs=inputs,
+        check_stop=stop.check,
+        progress=ProgressLine,
+    )
+
+
+def _plan(config: RunConfig, splits: Splits) -> dict[str, tuple[str, ...]]:
+    """Return, by the name of each measure, what it is taken on.
+
+    Raises:
+        EvaluationError: A split that is named lacks what the measure needs, or none has anything.
+    """
+    work = {measure.name: measure.splits(config.eval, splits) for measure in MEASURES}
+    if not any(work.values()):
+        trained = splits.trained
+        others = ", ".join(split for split in splits.stores if split not in trained)
+        raise EvaluationError(
+            f"There is nothing to measure: beside {', '.join(map(repr, trained))}, on which the "
+            f"head was trained, [data] has {'only ' * bool(others)}{others or 'no split'}. A "
+            f"split with captions, labels or groups was expected. Add one of pictures kept from "
+            f"training, such as [data.test], or name {trained[0]!r} in eval.retrieval."
+        )
+    return work
+
+
+def _taken(measure: Measure, splits: tuple[str, ...], context: Context) -> Findings:
+    """Return what a measure found on all its splits."""
+    every = Findings()
+    for split in splits:
+        with timed(f"{measure.title} on {split}"):
+            found = measure.run(context, split)
+        every.results += found.results
+        every.items |= found.items
+        every.exhibits += found.exhibits
+        every.notes += found.notes
+        context.check_stop()
+    return every
 
 
 def results_table(path: Path) -> str:
@@ -424,9 +369,9 @@ def results_table(path: Path) -> str:
 
 
 def _metric(result: Result) -> str:
-    if result.metric == "knn_top1":
-        return f"{result.metric}, k = {result.protocol['k']}, {result.encoders['image']}"
-    return result.metric
+    measure = measure_of(result)
+    variant = measure.variant(result) if measure else ""
+    return f"{result.metric}, {variant}" if variant else result.metric
 
 
 def _numbers(result: Result) -> tuple[str, str, str, str]:
@@ -451,51 +396,29 @@ def _say_other_head(checkpoint: Checkpoint, config: RunConfig) -> None:
         )
 
 
-def _measure(
-    context: Context, plan: Plan, masked: dict[str, MaskedPictures], stop: StopRequest
-) -> None:
-    work = [
-        *(("zero-shot", score_zero_shot, split) for split in plan.zero_shot),
-        *(("retrieval", score_retrieval, split) for split in plan.retrieval),
-        *(("compositional", score_compositional, split) for split in plan.compositional),
-        *(("alignment", score_alignment, split) for split in plan.alignment),
-    ]
-    for name, measure, split in work:
-        with timed(f"{name} on {split}"):
-            measure(context, split)
-        stop.check()
-    for split in plan.knn:
-        with timed(f"k-NN on {split}"):
-            score_knn(context, split, plan.knn_reference)
-        stop.check()
-    if plan.knn and context.config.eval.linear_probe_rows:
-        with timed("linear probe"):
-            score_linear_probe(context, plan.knn, plan.knn_reference)
-    for name, pictures in masked.items():
-        with timed(f"segmentation of {name}"):
-            score_segmentation(context, name, pictures, stop)
-
-
 def _digest(
     config: RunConfig,
-    plan: Plan,
+    work: dict[str, tuple[str, ...]],
     checkpoint: Checkpoint,
     stores: dict[str, FeatureStore],
-    masked: dict[str, MaskedPictures],
+    inputs: dict[str, Mapping[str, Inputs]],
 ) -> str:
     """Return a hash of everything that the results and the report depend on."""
     reference = config.report.reference
     known: dict[str, Any] = {
         "version": VERSION,
         "run": config.run.name,
-        "plan": asdict(plan),
+        "work": work,
         "eval": config.eval.model_dump(mode="json", exclude={"check"}),
         "report": config.report.model_dump(mode="json"),
         "reference": _sha256(reference.read_bytes()) if reference and reference.is_file() else None,
         "image_encoders": list(config.encoders.image_columns),
         "checkpoint": [checkpoint.sha256, checkpoint.metadata],
         "stores": {split: _describe(store) for split, store in stores.items()},
-        "masked": {name: pictures.version() for name, pictures in masked.items()},
+        "inputs": {
+            measure: {name: each.version() for name, each in opened.items()}
+            for measure, opened in inputs.items()
+        },
     }
     return _sha256(json.dumps(known, sort_keys=True, default=str).encode())
 

@@ -1,6 +1,7 @@
 """House rules that no linter checks."""
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
@@ -173,7 +174,7 @@ def declared() -> set[str]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     extras = [each for name, each in project["optional-dependencies"].items() if name != "dev"]
-    return set(map(_normal, _names([*project["dependencies"], *sum(extras, [])])))
+    return set(map(_normal, _names([*project["dependencies"], *itertools.chain(*extras)])))
 
 
 def _names(requirements: Iterable[str]) -> Iterator[str]:
