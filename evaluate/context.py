@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from features.store import FeatureStore
 Made = TypeVar("Made")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """A line that tells how much is done."""
 

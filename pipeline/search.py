@@ -11,7 +11,7 @@ from jaxtyping import Float16, Float32, Int64
 from numpy.lib.format import open_memmap
 
 from evaluate.embedder import Embedder
-from evaluate.nearest import nearest_neighbours
+from evaluate.nearest import blocks_of, nearest_neighbours
 from features.errors import EvaluationError
 from features.storage.column import Column
 from features.storage.files import appearing
@@ -20,7 +20,6 @@ from pipeline.run.aligned import Aligned
 from pipeline.run.folder import open_evaluated, run_folder
 
 logger = logging.getLogger(__name__)
-ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,7 @@ def _nearest(
     """Return cosine and row of the nearest rows of a column."""
     rows = column.ok_rows()
     embeddings = open_embeddings(aligned, embedder, column, rows)
-    blocks = (
-        embeddings[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)
-    )
-    found = nearest_neighbours(query, blocks, min(top, len(rows)))
+    found = nearest_neighbours(query, blocks_of(embeddings), min(top, len(rows)))
     return [
         (float(cosine), int(rows[place]))
         for cosine, place in zip(found.cosines[0], found.rows[0], strict=True)

@@ -292,7 +292,7 @@ def alignment_values(
         (partial(first, rows), partial(second, rows)), number, sample, (features[0], features[1])
     )
     for name in settings.alignment_measures:
-        prepare, about = _measure(name, settings.alignment_k)
+        prepare, about = pair_measure(name, settings.alignment_k)
         found = calibrate(
             prepare,
             pair.features,
@@ -346,7 +346,7 @@ def _described(name: str, held: int, rows: int) -> dict[str, object]:
     return null | {"interval": f"halves of {held} of the rows, narrowed by √({held} / {rows})"}
 
 
-def _measure(name: str, k: int) -> tuple[Prepare, dict[str, object]]:
+def pair_measure(name: AlignmentName, k: int) -> tuple[Prepare, dict[str, object]]:
     """Return a measure by its name, and what could change it."""
     neighbours: dict[str, object] = {"k": k, "similarity": "cosine"}
     known: dict[str, tuple[Prepare, dict[str, object]]] = {

@@ -8,7 +8,13 @@ export interface Answers {
   "/api/search": Found;
   "/api/similar": Found;
   "/api/map": MapFacts;
-  "/api/results": { is_current: boolean; results: Result[]; classified: string[] };
+  "/api/results": {
+    is_current: boolean;
+    measures: Measure[];
+    results: Result[];
+    /** Splits whose images were classified. */
+    classified: string[];
+  };
   "/api/results/classes": Classes;
   "/api/results/failures": Failures;
   "/api/training": Training;
@@ -65,7 +71,20 @@ export interface MapFacts {
   classes: string[];
 }
 
+export interface Measure {
+  name: string;
+  title: string;
+  /** What is asked. */
+  words: string;
+}
+
 export interface Result {
+  /** Name of its measure; null for one that this version does not know. */
+  measure: string | null;
+  /** What was measured, in few words; the heading of the measure says the rest. */
+  label: string;
+  /** Whether it is shown in per cent, rather than as it is. */
+  in_percent: boolean;
   task: string;
   dataset: string;
   metric: string;
@@ -95,6 +114,8 @@ export interface Mistake {
 }
 
 export interface Classes {
+  /** Of the number that is right of each class. */
+  name: string;
   classes: ClassAccuracy[];
   mistakes: Mistake[];
 }

@@ -45,11 +45,10 @@ def results(session: Session) -> dict[str, Any]:
     return {
         "is_current": head is not None and head.sha256 == document["checkpoint_sha256"],
         "measures": [
-            {"title": measure.title, "words": f"{measure.in_short}.", "results": told}
+            {"name": measure.name, "title": measure.title, "words": f"{measure.in_short}."}
             for measure in MEASURES
-            if (told := [_told(session, each, items) for each in found if measure.owns(each)])
         ],
-        "others": [_told(session, each, items) for each in found if measure_of(each) is None],
+        "results": [_told(session, each, items) for each in found],
         "classified": list(_classified(found, items)),
     }
 
@@ -121,6 +120,7 @@ def _told(session: Session, result: Result, items: dict[str, Items]) -> dict[str
     """Return a number with what the page says of it."""
     measure = measure_of(result)
     return asdict(result) | {
+        "measure": measure.name if measure else None,
         "name": result.name,
         "label": measure.label(result) if measure else f"{result.task} {result.metric}",
         "in_percent": measure.in_percent if measure else True,

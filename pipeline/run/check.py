@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int64
 
 from align.checkpoint import load_head
 from evaluate.embedder import Embedder
+from evaluate.measures.retrieval import RetrievalSettings
 from features.errors import EncoderError, EvaluationError
 from features.images import check_can_be_fast
 from features.index import Index, SampleReader
@@ -182,7 +183,8 @@ def _draw(aligned: Aligned, folder: RunFolder) -> _Sample:
     """Draw rows that have an image and a caption, and read both from the source."""
     config = aligned.config
     split, store = _split(config, folder)
-    searched = [field for field in config.eval.retrieval_fields if field in store.fields]
+    named = config.eval.of(RetrievalSettings).retrieval_fields
+    searched = [field for field in named if field in store.fields]
     field = (searched or store.fields)[0]
     embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
     columns = {"image": embedder.image_column(store), "text": embedder.text_column(store, field)}

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from evaluate.measures.knn import KnnSettings
 from evaluate.statistics import LEAST_POINTS, correlate, percentile_interval
 from features.errors import ConfigError
 from features.storage.files import appearing, write
@@ -344,6 +345,7 @@ def _of_pairs(pairs: Sequence[Mapping[str, Any]]) -> Series:
 
 def _labelled_splits(config: RunConfig) -> tuple[str, str] | None:
     """Return the splits of k-NN and the linear probe: those that [eval] names, or none."""
-    if not config.eval.knn:
+    settings = config.eval.of(KnnSettings)
+    if not settings.knn:
         return None
-    return config.eval.knn[0], config.eval.knn_reference or config.align.split
+    return settings.knn[0], settings.knn_reference or config.align.split

@@ -21,13 +21,14 @@ from jaxtyping import Bool, Float, Int64
 
 from align.checkpoint import load_head
 from align.columns import Columns, select_rows
+from align.ranks import Relevance, retrieval_ranks
 from evaluate.embedder import Embedder, complete_column
-from evaluate.measures.knn import find_neighbours
-from evaluate.measures.linear_probe import fit_linear_probe
-from evaluate.measures.retrieval import Relevance, hits_per_image, retrieval_ranks
-from evaluate.nearest import Cknna, MutualKnn, nearest_others, vote
+from evaluate.linear_probe import fit_linear_probe
+from evaluate.measures.alignment import AlignmentName, pair_measure
+from evaluate.measures.knn import KnnSettings, find_neighbours
+from evaluate.measures.retrieval import hits_per_image
+from evaluate.nearest import vote
 from evaluate.results import Items, read_items, write_items
-from evaluate.similarity import LinearCka, Svcca
 from evaluate.statistics import Prepare, calibrate, half_sample_interval, ratio_interval
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
@@ -142,13 +143,11 @@ PERMUTATIONS, HALVES, SEED = 20, 20, 0
 HELD_OUT = 5
 """Every so many rows of the reference choose the regularisation of the linear probe."""
 Features = Float[np.ndarray, "rows dim"]
-PAIR_MEASURES: dict[str, Prepare] = {
-    "cka": lambda first, second: LinearCka(first, second, debiased=True),
-    "mutual_knn": lambda first, second: MutualKnn(
-        nearest_others(first, K), nearest_others(second, K)
-    ),
-    "cknna": lambda first, second: Cknna(nearest_others(first, K), nearest_others(second, K)),
-    "svcca": Svcca,
+PAIR_MEASURES: dict[str, AlignmentName] = {
+    "cka": "cka_debiased",
+    "mutual_knn": "mutual_knn",
+    "cknna": "cknna",
+    "svcca": "svcca",
 }
 
 
@@ -222,7 +221,8 @@ def measure_pairs(
             texts = rows.store.column(f"text/{text}/{rows.fields[0]}")
             inputs = [rows.sha256, _fingerprint(column), _fingerprint(texts), K, PERMUTATIONS]
             measures = {}
-            for name, prepare in PAIR_MEASURES.items():
+            for name, measure in PAIR_MEASURES.items():
+                prepare, _ = pair_measure(measure, K)
                 _go_on(stop, f"{name} of {image} and {text}")
                 read = partial(_read_both, column, texts, rows.rows)
                 found = kept.get([name, *inputs], partial(_calibrated, prepare, read))
@@ -278,7 +278,7 @@ def _labelled(config: RunConfig, split: str, name: str) -> _Labelled:
 
 def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str, Any]:
     """Return the best accuracy over the k of the settings, as DINO reports it."""
-    settings = config.eval
+    settings = config.eval.of(KnnSettings)
     ks = [k for k in settings.knn_k if k <= len(reference.rows)] or [len(reference.rows)]
     neighbours, about = find_neighbours(
         settings,
@@ -448,16 +448,15 @@ def _scored(embedder: Embedder, rows: StudyRows) -> dict[str, Items]:
         torch.from_numpy(np.concatenate(vectors)),
         Relevance(images, torch.from_numpy(owner)),
     )
-    hits, counts = hits_per_image(ranks.by_text, owner, images=images, k=RECALL_AT)
-    of_images = Items((ranks.by_image < RECALL_AT).astype(np.int64))
+    hits, counts = hits_per_image(ranks.by_text.numpy(), owner, images=images, k=RECALL_AT)
+    of_images = Items((ranks.by_image.numpy() < RECALL_AT).astype(np.int64))
     return {WAYS[0]: of_images, WAYS[1]: Items(hits, counts)}
 
 
 def _ratio(
     drawn: Int64[np.ndarray, "resamples images"], items: Items
 ) -> Float[np.ndarray, "resamples"]:
-    counts = np.ones_like(items.hits) if items.counts is None else items.counts
-    ratio: np.ndarray = (drawn @ items.hits) / np.maximum(drawn @ counts, 1)
+    ratio: np.ndarray = (drawn @ items.hits) / np.maximum(drawn @ items.out_of, 1)
     return ratio
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from evaluate.config import EvalConfig
-from evaluate.measures.alignment import alignment_values
+from evaluate.measures.alignment import AlignmentSettings, alignment_values
 from features.status import Status
 from features.storage.column import create_column
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
@@ -90,7 +89,7 @@ def main(path: str) -> None:
             image.blocks,
             text.blocks,
             np.intersect1d(image.ok_rows(), text.ok_rows()),
-            EvalConfig(alignment_rows=store.rows),
+            AlignmentSettings(alignment_rows=store.rows),
         )
     }
     seconds = time.perf_counter() - started

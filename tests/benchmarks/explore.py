@@ -21,9 +21,8 @@ import numpy as np
 import zarr
 from numpy.lib.format import open_memmap
 
-from evaluate.nearest import nearest_neighbours
+from evaluate.nearest import nearest_neighbours, open_search
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
-from pipeline.explore.nearest import ApproximateSearch, open_search
 from tests.benchmarks.figure import Figure, figure_of
 
 ROWS, DIM, QUERIES, TOP, SHOWN, ROWS_AT_ONCE = 1_000_000, 768, 50, 10, 24, 65_536
@@ -37,13 +36,13 @@ def measure(rows: int = ROWS) -> list[Figure]:
         embeddings, queries = written(Path(folder) / "rows.npy", rows)
         store = store_of(Path(folder) / "rows.zarr", rows)
         search = open_search(embeddings, Path(folder) / "rows.faiss", MEMORY_BYTES)
-        if not isinstance(search, ApproximateSearch):
+        if search.name != "approximate":
             raise SystemExit(f"{rows} rows are searched {search.name}: there is nothing to measure")
         milliseconds, found = [], []
         search(queries[0], SHOWN)  # the file comes into the page cache
         for query in queries:
             started = time.perf_counter()
-            places = search(query, SHOWN).places
+            places = search(query, SHOWN).rows[0]
             for name in ("key", "caption/long"):
                 store.strings_at(name, places)
             milliseconds.append(1000 * (time.perf_counter() - started))

@@ -9,8 +9,8 @@ given as 100 there for 1 here.
 import numpy as np
 import pytest
 
-from evaluate.nearest import Cknna, MutualKnn, nearest_others
-from evaluate.similarity import LinearCka, RbfCka
+from evaluate.nearest import nearest_others
+from evaluate.similarity import Cknna, LinearCka, MutualKnn, RbfCka
 
 
 def features(rows: int = 200, dims: tuple[int, int] = (24, 16)) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.measures.linear_probe import fit_linear_probe
+from evaluate.linear_probe import fit_linear_probe
 
 
 @pytest.mark.parametrize("regularisation", [1e-4, 1e-2])

@@ -7,15 +7,18 @@ import pytest
 
 from evaluate import nearest as mutual_knn_module
 from evaluate import similarity as rbf_cka_module
-from evaluate.nearest import Cknna, MutualKnn, nearest_others, reordered
+from evaluate.nearest import nearest_others
 from evaluate.similarity import (
+    Cknna,
     LinearCka,
+    MutualKnn,
+    PairMoments,
     RbfCka,
     Svcca,
-    linear_cka,
+    cka_of,
     median_distance,
-    minibatch_cka,
-    svcca,
+    reordered,
+    svcca_of,
 )
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -77,7 +80,9 @@ def test_linear_cka_in_one_pass_over_blocks_is_that_of_whole_kernels(
 ) -> None:
     pair = related()
     expected = cka_of_kernels(gram(pair[0]), gram(pair[1]), debiased=debiased)
-    assert linear_cka(blocks(pair, rows), debiased=debiased) == pytest.approx(expected, abs=1e-9)
+    assert cka_of(PairMoments.over(blocks(pair, rows)), debiased=debiased) == pytest.approx(
+        expected, abs=1e-9
+    )
     assert LinearCka(*pair, debiased=debiased)() == pytest.approx(expected, abs=1e-9)
 
 
@@ -124,19 +129,6 @@ def test_debiased_cka_of_unrelated_features_is_about_zero_where_the_biased_one_i
     assert abs(np.mean(debiased)) < 0.02
 
 
-def test_minibatch_cka_of_one_batch_is_debiased_cka_and_of_many_near_it() -> None:
-    pair = related(rows=2000)
-    whole = linear_cka([pair], debiased=True)
-    assert minibatch_cka([pair]) == pytest.approx(whole, abs=1e-12)
-    assert minibatch_cka(blocks(pair, 50)) == pytest.approx(whole, abs=0.02)
-
-
-def test_minibatch_cka_averages_the_estimates_and_not_the_ratios() -> None:
-    small, large = related(seed=1), related(seed=2)
-    large = (10 * large[0], 10 * large[1])  # its HSIC are 10⁴ times those of the other
-    assert minibatch_cka([small, large]) == pytest.approx(minibatch_cka([large]), abs=1e-3)
-
-
 def test_features_that_are_all_the_same_have_no_alignment() -> None:
     same, other = np.ones((10, 3)), np.random.default_rng(0).standard_normal((10, 3))
     assert LinearCka(same, other)() == 0
@@ -145,9 +137,9 @@ def test_features_that_are_all_the_same_have_no_alignment() -> None:
 
 def test_too_few_rows_are_refused_with_their_number() -> None:
     with pytest.raises(ValueError, match=r"CKA of 3 rows .* At least 4"):
-        linear_cka([(np.zeros((3, 2)), np.zeros((3, 2)))])
+        cka_of(PairMoments.over([(np.zeros((3, 2)), np.zeros((3, 2)))]))
     with pytest.raises(ValueError, match="2 rows on the first side and 3 on the second"):
-        linear_cka([(np.zeros((2, 2)), np.zeros((3, 2)))])
+        PairMoments.over([(np.zeros((2, 2)), np.zeros((3, 2)))])
     with pytest.raises(ValueError, match="5 neighbours of 5 rows"):
         nearest_others(np.zeros((5, 2)), 5)
 
@@ -220,7 +212,7 @@ def test_svcca_over_blocks_is_that_of_the_whole_and_that_of_a_singular_value_dec
         rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
         sides.append(np.linalg.svd(rows, full_matrices=False)[0][:, :3])
     expected = np.linalg.svd(sides[0].T @ sides[1], compute_uv=False).mean()
-    assert svcca(blocks(pair, 20), dims=3) == pytest.approx(expected, abs=1e-9)
+    assert svcca_of(PairMoments.over(blocks(pair, 20)), dims=3) == pytest.approx(expected, abs=1e-9)
     assert Svcca(*pair, dims=3)() == pytest.approx(expected, abs=1e-9)
 
 
@@ -228,4 +220,6 @@ def test_svcca_of_wide_features_is_the_same_from_products_of_rows() -> None:
     pair = unrelated(20, 50)
     constant = np.full((20, 1), 0.1)
     wide = np.hstack([pair[0], constant]), np.hstack([constant, pair[1]])
-    assert Svcca(*wide, dims=3)() == pytest.approx(svcca([pair], dims=3), abs=1e-9)
+    assert Svcca(*wide, dims=3)() == pytest.approx(
+        svcca_of(PairMoments.over([pair]), dims=3), abs=1e-9
+    )

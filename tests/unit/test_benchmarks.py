@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluate import nearest
 from features.encoders.nvembed import NVEmbed
-from pipeline.explore import nearest
 from pipeline.planning.estimate import KNOWN_TEXT
 from tests import tiny
 from tests.benchmarks import (
@@ -166,7 +166,7 @@ def test_knn_benchmark_measures_a_ratio_and_bytes_of_another_process() -> None:
 def test_the_search_benchmark_measures_milliseconds_and_recall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"LISTS": 16, "TRAINED_ON": 1024, "EXACT_BYTES": 1, "PROBES": 8}.items():
+    for name, value in {"LISTS": 16, "LEARNED_FROM": 1024, "EXACT_BYTES": 1, "PROBES": 8}.items():
         monkeypatch.setattr(nearest, name, value)
     milliseconds, recall = explore.measure(rows=4096)
     assert (milliseconds.unit, recall.unit) == ("ms", "fraction")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
-from evaluate.config import EvalConfig
+from evaluate.measures import EvalConfig
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS, FOLDER, check_order, read_class_list
 from features.config import Source

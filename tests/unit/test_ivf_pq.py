@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from evaluate import nearest as ivf_pq
-from evaluate.config import EvalConfig
-from evaluate.measures import knn as knn_measure
+from evaluate.measures.knn import KnnSettings, find_neighbours
 from evaluate.nearest import approximate_neighbours, nearest_neighbours, unit_rows, vote
 from features.errors import EvaluationError
 
@@ -76,14 +75,10 @@ def test_the_setting_decides_the_search_and_the_protocol_tells_it(
     data: tuple[np.ndarray, np.ndarray], caplog: pytest.LogCaptureFixture
 ) -> None:
     queries, reference = data
-    settings = EvalConfig(knn_search="ivf-pq")
+    settings = KnnSettings(knn_search="ivf-pq")
     with caplog.at_level("INFO"):
-        found, about = knn_measure.find_neighbours(
-            settings, queries, partial(blocks, reference), ROWS, K
-        )
-        few, exact = knn_measure.find_neighbours(
-            settings, queries, partial(blocks, reference[:500]), 500, K
-        )
+        found, about = find_neighbours(settings, queries, partial(blocks, reference), ROWS, K)
+        few, exact = find_neighbours(settings, queries, partial(blocks, reference[:500]), 500, K)
     assert found.rows.shape == few.rows.shape == (300, K)
     assert about["recall_of"] == "the exact 10 nearest of 256 queries"
     assert 0.8 < float(str(about["recall"])) < 1

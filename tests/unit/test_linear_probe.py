@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.measures.linear_probe import fit_linear_probe
+from evaluate.linear_probe import fit_linear_probe
 
 
 def classes(rows: int, dim: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

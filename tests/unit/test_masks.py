@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate.config import EvalConfig, MaskFolder, SceneMasks
-from evaluate.masks import FolderPictures, open_masked, read_mask, read_mask_classes
+from evaluate.masks import FolderPictures, MaskedPictures, read_mask, read_mask_classes
+from evaluate.measures.segmentation import Segmentation, SegmentationSettings
 from evaluate.segmentation_sets import FOLDER, SEGMENTATION_SETS
 from features.errors import ConfigError, EvaluationError
 from pipeline.run.config import load_config
@@ -37,13 +37,16 @@ def put(folder: Path, name: str, values: Any, **options: Any) -> None:
     save(folder / "masks" / f"{name}.png", values, **options)
 
 
-def section_of(settings: dict[str, Any]) -> MaskFolder | SceneMasks:
-    return EvalConfig.model_validate({"segmentation": {"own": settings}}).segmentation["own"]
+def open_masked(section: dict[str, Any], max_pixels: int) -> MaskedPictures:
+    settings = SegmentationSettings.model_validate({"segmentation": {"own": section}})
+    found = Segmentation().inputs(settings, max_pixels)["own"]
+    assert isinstance(found, MaskedPictures)
+    return found
 
 
 def opened(folder: Path, classes: str, **settings: Any) -> FolderPictures:
     section = {"kind": "folder", "images": folder / "images", "masks": folder / "masks"}
-    found = open_masked(section_of(section | {"classes": classes} | settings), max_pixels=10_000)
+    found = open_masked(section | {"classes": classes} | settings, max_pixels=10_000)
     assert isinstance(found, FolderPictures)
     return found
 
@@ -103,7 +106,7 @@ def test_the_street_scenes_beside_the_repository_are_read(tmp_path: Path) -> Non
     names = read_mask_classes("camvid").names
     assert all(word in names[number] for number, word in enumerate(own))
     section = {"kind": "folder", "images": folder / "images", "masks": folder / "masks"}
-    found = open_masked(section_of(section | {"classes": "camvid"}), max_pixels=1_000_000)
+    found = open_masked(section | {"classes": "camvid"}, max_pixels=1_000_000)
     assert len(found.names) == 60
     assert found.read(found.names[0]).labels.shape == (360, 480)
 
@@ -211,7 +214,7 @@ def test_pictures_and_masks_may_be_in_a_bucket(tmp_path: Path, s3: Bucket) -> No
 
 def test_scenes_are_drawn_with_their_masks() -> None:
     section = {"kind": "scenes", "split": "test", "pictures": 3}
-    found = open_masked(section_of(section), max_pixels=1)
+    found = open_masked(section, max_pixels=1)
     scene = found.read(found.names[2])
     assert scene.picture.size == scene.labels.shape == (96, 96)
     assert len(found.classes.names) == 120

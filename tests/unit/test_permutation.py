@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from evaluate.nearest import MutualKnn, nearest_others
-from evaluate.similarity import LinearCka
-from evaluate.statistics import Measure, calibrate, half_sample_interval, permutation_null
+from evaluate.nearest import nearest_others
+from evaluate.similarity import LinearCka, MutualKnn
+from evaluate.statistics import PairMeasure, calibrate, half_sample_interval, permutation_null
 
 
-def mutual(first: np.ndarray, second: np.ndarray) -> Measure:
+def mutual(first: np.ndarray, second: np.ndarray) -> PairMeasure:
     return MutualKnn(nearest_others(first, 5), nearest_others(second, 5))
 
 

@@ -8,26 +8,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate.charts import Curve, line_chart, meter, thumbnail
-from evaluate.report import (
-    Candidate,
-    ColumnFacts,
+from evaluate.charts import Curve, line_chart
+from evaluate.confusion import (
     Confusions,
+    by_attribute,
+    confusion_view,
+    hardest_classes,
+    matrix_chart,
+    worst_mistakes,
+)
+from evaluate.examples import Candidate, ExamplePanel, RetrievalExample, thumbnail
+from evaluate.measures import MEASURES
+from evaluate.measures.compositional import GroupExample
+from evaluate.measures.knn import knn_tables
+from evaluate.measures.measure import Measure
+from evaluate.report import (
+    ColumnFacts,
     EncoderFacts,
-    ExamplePanel,
-    GroupExample,
     Report,
-    RetrievalExample,
+    Section,
     SplitFacts,
     TrainingFacts,
-    by_attribute,
-    hardest_classes,
-    headlines,
-    knn_tables,
-    matrix_chart,
+    marked,
     ordinal,
     render,
-    worst_mistakes,
 )
 from evaluate.results import Result
 
@@ -75,6 +79,18 @@ RESULTS = (
 )
 
 
+def sections(results: tuple[Result, ...], **exhibits: tuple[Any, ...]) -> tuple[Section, ...]:
+    """What every measure of the table found, of some numbers."""
+    return tuple(
+        Section(
+            measure,
+            tuple(each for each in results if measure.owns(each)),
+            exhibits.get(measure.name, ()),
+        )
+        for measure in MEASURES
+    )
+
+
 def report(**changes: Any) -> Report:
     picture = thumbnail(Image.new("RGB", (300, 200), "teal"))
     wrong = RetrievalExample(
@@ -114,18 +130,24 @@ def report(**changes: Any) -> Report:
             recalls=(Curve("recall@1", [1.0, 3.0], [0.1, 0.3]),),
             best_step=3,
         ),
-        results=RESULTS,
-        panels=(
-            ExamplePanel("retrieval/text_to_image", "test", (right, wrong)),
-            ExamplePanel("retrieval/image_to_text", "test", (replace(right, picture=picture),)),
-            ExamplePanel("zero_shot", "test", (wrong,)),
-        ),
-        groups=(
-            GroupExample(
-                "test", (picture, None), ("a on b", "b on a"), ((0.3, 0.2), (0.1, 0.4)), True, True
+        sections=sections(
+            RESULTS,
+            retrieval=(
+                ExamplePanel("retrieval/text_to_image", "test", (right, wrong)),
+                ExamplePanel("retrieval/image_to_text", "test", (replace(right, picture=picture),)),
+            ),
+            zero_shot=(ExamplePanel("zero_shot", "test", (wrong,)), CONFUSIONS),
+            compositional=(
+                GroupExample(
+                    "test",
+                    (picture, None),
+                    ("a on b", "b on a"),
+                    ((0.3, 0.2), (0.1, 0.4)),
+                    True,
+                    True,
+                ),
             ),
         ),
-        confusions=(CONFUSIONS,),
         notes=("7 groups are left out.",),
         reference=({"what": "older", "value": 0.1}, {"what": "oldest", "commit": "abc"}),
     )
@@ -154,7 +176,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
 
 
 def test_sections_without_numbers_are_left_out() -> None:
-    page = render(report(results=(), panels=(), groups=(), confusions=(), reference=()))
+    page = render(report(sections=sections(()), reference=()))
     assert 'id="zero-shot"' not in page
     assert 'id="compositional"' not in page
     assert 'id="reference"' not in page
@@ -162,7 +184,7 @@ def test_sections_without_numbers_are_left_out() -> None:
 
 def test_groups_of_one_picture_are_explained_where_there_are_some() -> None:
     choice = result("compositional", "text_score", form="one image, 3 captions, the first right")
-    assert "one picture with several captions" in render(report(results=(choice,)))
+    assert "one picture with several captions" in render(report(sections=sections((choice,))))
     assert "one picture with several captions" not in render(report())
 
 
@@ -170,7 +192,9 @@ def test_numbers_and_intervals_below_zero_are_shown_in_one_unit_and_without_a_ne
     None
 ):
     facts = {"calibrated": -0.0004, "p_value": 0.5, "chance": -0.0001}
-    page = render(report(results=(result("alignment/embeddings", "cka_debiased", 0.05, **facts),)))
+    page = render(
+        report(sections=sections((result("alignment/embeddings", "cka_debiased", 0.05, **facts),)))
+    )
     assert "0.0500</td><td>-0.0500 – 0.1500" in page
     assert "-0.000<" not in page
 
@@ -181,23 +205,53 @@ def test_a_run_without_metrics_still_has_a_report() -> None:
 
 
 def test_headlines_take_k_of_twenty_for_the_image_encoder() -> None:
-    found = {each.name: each.result.value for each in headlines(RESULTS)}
+    found = {
+        headline.title: headline.result.value
+        for section in sections(RESULTS)
+        for headline in section.measure.headlines(section.results)
+    }
     assert found == {
         "Zero-shot classification": 0.613,
-        "k-NN, image encoder alone": 0.45,
         "Caption → image": 0.271,
         "Image → caption": 0.342,
-        "Compositional": 0.2,
+        "k-NN, image encoder alone": 0.45,
+        "Compositional understanding": 0.2,
     }
 
 
 def test_knn_is_a_table_of_vectors_by_k_with_the_best_marked() -> None:
-    (table,) = knn_tables(RESULTS)
+    (table,) = knn_tables([each for each in RESULTS if each.metric == "knn_top1"])
     assert table.ks == [10, 20]
     assert [(row.vectors, row.encoder, row.best) for row in table.rows] == [
         ("image_features", "eye", 20),
         ("image_embeddings", "eye + reader", 10),
     ]
+
+
+def test_the_columns_of_retrieval_are_the_recalls_there_are() -> None:
+    found = [result("retrieval/text_to_image", f"recall@{k}", k / 100) for k in (1, 5, 10, 50)]
+    found += [result("retrieval/image_to_text", f"recall@{k}", k / 200) for k in (1, 50)]
+    page = render(report(sections=sections(tuple(found))))
+    table = page[page.index("<th>direction</th>") : page.index("</table>", page.index("direction"))]
+    headings, *rows = table.split("<tr>")
+    assert re.findall(r"recall@\d+", headings) == ["recall@1", "recall@5", "recall@10", "recall@50"]
+    cells = [re.findall(r"<b>([\d.]+)</b> %|<td>(–)</td>", row) for row in rows]
+    assert cells[0] == [("1.0", ""), ("5.0", ""), ("10.0", ""), ("50.0", "")]
+    assert cells[1] == [("0.5", ""), ("", "–"), ("", "–"), ("25.0", "")]
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_every_measure_explains_itself(measure: Measure) -> None:
+    assert not measure.in_short.endswith(".")
+    assert measure.explained.endswith(".")
+    assert measure.metric
+    assert f"eval.{measure.name}" in measure.mentions(measure.settings()) or not measure.mentions(
+        measure.settings()
+    )
+
+
+def test_marks_become_elements_and_what_looks_like_markup_does_not() -> None:
+    assert marked("**a** *b* `c` <d>") == "<b>a</b> <i>b</i> <code>c</code> &lt;d&gt;"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +283,7 @@ def test_a_curve_leaves_out_what_is_not_a_number() -> None:
     chart = line_chart(
         [Curve("a", [1.0, 2.0, 3.0], [1.0, float("nan"), 2.0])], x_label="step", y_label="loss"
     )
-    assert chart.count("<circle") == 2
+    assert chart.count("<use") == 2
     assert "nan" not in chart
 
 
@@ -242,21 +296,35 @@ def test_any_range_of_values_gives_coordinates_within_the_chart(values: list[flo
     chart = line_chart(
         [Curve("a", [float(i) for i in range(len(values))], values)], x_label="x", y_label="y"
     )
-    points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
-    assert len(points) == len(values)
-    assert all(0 <= float(each) <= 560 for point in points for each in point.split(","))
+    places = [float(each) for each in re.findall(r"<use [^>]*? [xy]=\"(-?[\d.]+)\"", chart)]
+    assert len(places) == len(values)
+    assert all(0 <= each <= 570 for each in places)
 
 
 def test_a_long_curve_is_thinned_but_keeps_its_end() -> None:
     many = [float(i) for i in range(10_000)]
     chart = line_chart([Curve("a", many, many)], x_label="x", y_label="y")
-    points = re.findall(r"points=\"([^\"]*)\"", chart)[0].split()
-    assert len(points) <= 402
-    assert points[-1].startswith("546")
+    (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--s0\)', chart)
+    points = line.split("L")
+    assert 300 <= len(points) <= 402
+    assert len(chart) < 30_000
+
+
+def test_charts_take_the_colours_of_the_page_and_share_no_ids() -> None:
+    curves = [Curve("a", [1.0, 2.0], [0.1, 0.2]), Curve("<b>", [1.0, 2.0], [0.2, 0.3])]
+    charts = [line_chart(curves, x_label="step", y_label=name) for name in ("loss", "recall")]
+    assert "#000" not in charts[0]
+    assert "var(--s1)" in charts[0]
+    assert "&lt;b&gt;" in charts[0]
+    first, second = (set(re.findall(r' id="([^"]*)"', chart)) for chart in charts)
+    assert first
+    assert not first & second
 
 
 def test_a_meter_has_the_length_of_its_value() -> None:
-    assert '<rect class="fill" width="25.00"' in meter(0.25, (0.2, 0.3), 0.1)
+    page = render(report(sections=sections((result("zero_shot", "top1", 0.25),))))
+    assert '<rect class="fill" width="25.00"' in page
+    assert '<rect class="whisker" x="15.00"' in page
 
 
 # Confusions
@@ -291,19 +359,24 @@ def test_names_that_are_no_grid_of_words_are_not_taken_apart(names: tuple[str, .
 
 
 def test_each_pair_that_occurs_is_one_square() -> None:
-    chart = matrix_chart(CONFUSIONS)
-    assert chart.count('class="hit"') == 3
-    assert chart.count('class="miss"') == 2
-    assert "blue circle → red circle: 2 of 3" in chart
+    squares = matrix_chart(CONFUSIONS)["squares"]
+    kinds = [each["kind"] for each in squares]
+    assert (kinds.count("hit"), kinds.count("miss")) == (3, 2)
+    assert "blue circle → red circle: 2 of 3" in [each["title"] for each in squares]
+    page = render(report())
+    assert page.count('class="hit"') == 3 + 2 + 2  # the words apart and together
 
 
 def test_neighbouring_classes_are_drawn_as_one_where_there_are_too_many() -> None:
     names = tuple(f"class {i}" for i in range(1000))
     chart = matrix_chart(Confusions("test", names, np.eye(1000, dtype=np.int64)))
-    assert chart.count('class="hit"') == 250
-    assert "class 0 … class 3 → class 0 … class 3: 4 of 4" in chart
+    assert len(chart["squares"]) == 250
+    assert chart["squares"][0]["title"] == "class 0 … class 3 → class 0 … class 3: 4 of 4"
 
 
 def test_names_of_classes_are_escaped() -> None:
     names = (HOSTILE, "b")
-    assert "<script" not in matrix_chart(Confusions("test", names, np.eye(2, dtype=np.int64)))
+    matrix = Confusions("test", names, np.eye(2, dtype=np.int64))
+    found = sections((result("zero_shot", "top1"),), zero_shot=(matrix,))
+    assert "<script" not in render(report(sections=found))
+    assert confusion_view(matrix)["hardest"][0][0] == HOSTILE

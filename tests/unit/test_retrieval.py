@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from align.ranks import Relevance, retrieval_ranks
 from evaluate.measures.retrieval import (
-    Relevance,
     chance_recall,
     hits_per_image,
     median_rank,
     recall,
-    retrieval_ranks,
     same_words,
 )
 
@@ -35,8 +34,8 @@ def test_an_image_is_ranked_by_the_nearest_of_its_captions() -> None:
 def test_each_caption_is_a_query_of_its_own() -> None:
     ranks = retrieval_ranks(angles(0, 90), angles(50, 10, 20), own(0, 0, 1))
     assert ranks.by_text.tolist() == [1, 0, 1]  # 50° is nearer to 90°, 20° nearer to 0°
-    assert recall(ranks.by_text, 1) == pytest.approx(1 / 3)
-    assert recall(ranks.by_text, 5) == 1
+    assert recall(ranks.by_text.numpy(), 1) == pytest.approx(1 / 3)
+    assert recall(ranks.by_text.numpy(), 5) == 1
 
 
 def test_words_that_never_repeat_rank_as_own_captions_do_also_where_some_are_no_numbers() -> None:
@@ -59,7 +58,7 @@ def test_the_median_rank_counts_from_one() -> None:
 def test_perfect_embeddings_have_recall_one_both_ways() -> None:
     points = angles(*range(0, 360, 10))
     ranks = retrieval_ranks(points, 3 * points, own(*range(36)))
-    assert recall(ranks.by_image, 1) == recall(ranks.by_text, 1) == 1
+    assert recall(ranks.by_image.numpy(), 1) == recall(ranks.by_text.numpy(), 1) == 1
 
 
 def test_embeddings_that_are_all_the_same_find_nothing() -> None:
@@ -71,6 +70,15 @@ def test_embeddings_that_are_all_the_same_find_nothing() -> None:
 def test_a_wrong_caption_as_near_as_the_right_one_counts_as_nearer() -> None:
     ranks = retrieval_ranks(angles(0, 90), angles(30, 30, 90), own(0, 1, 1))
     assert ranks.by_image.tolist() == [1, 0]
+
+
+def test_equal_captions_tie_however_their_products_are_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, caption = torch.randn(7, 5, generator=generator), torch.randn(1, 5, generator=generator)
+    ranks = retrieval_ranks(image, caption.expand(7, 5), own(*range(7)))
+    assert ranks.by_image.tolist() == [6] * 7
+    ranks = retrieval_ranks(caption.expand(7, 5), image, own(*range(7)))
+    assert ranks.by_text.tolist() == [6] * 7
 
 
 def test_a_cosine_that_is_not_a_number_never_scores() -> None:
@@ -103,7 +111,7 @@ def test_blocks_of_any_size_give_the_ranks_of_the_whole_matrix(
     for relevance in (Relevance(23, owner), Relevance(23, owner, words)):
         whole = dense_ranks(image, text, relevance)
         for cosines in (1, 50, 300, 10_000):
-            monkeypatch.setattr("evaluate.measures.retrieval.COSINES_AT_ONCE", cosines)
+            monkeypatch.setattr("align.ranks.COSINES_AT_ONCE", cosines)
             ranks = retrieval_ranks(image, text, relevance)
             assert (ranks.by_image.tolist(), ranks.by_text.tolist()) == whole
 

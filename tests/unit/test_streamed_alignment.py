@@ -6,10 +6,21 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evaluate.config import EvalConfig
-from evaluate.measures.alignment import AlignmentValue, StreamedPair, alignment_values
-from evaluate.nearest import Cknna, MutualKnn, nearest_others
-from evaluate.similarity import LinearCka, Svcca, mean_shuffled_cka, mean_shuffled_svcca
+from evaluate.measures.alignment import (
+    AlignmentSettings,
+    AlignmentValue,
+    StreamedPair,
+    alignment_values,
+)
+from evaluate.nearest import nearest_others
+from evaluate.similarity import (
+    Cknna,
+    LinearCka,
+    MutualKnn,
+    Svcca,
+    mean_shuffled_cka,
+    mean_shuffled_svcca,
+)
 from evaluate.statistics import Calibrated, calibrate, permutation_null
 
 ROWS, K = 300, 7
@@ -43,7 +54,7 @@ def pair_of(features: tuple[np.ndarray, np.ndarray], sample: np.ndarray) -> Stre
 
 
 def values_of(features: tuple[np.ndarray, np.ndarray], **settings: object) -> list[AlignmentValue]:
-    config = EvalConfig(alignment_k=K, alignment_measures=ALL, **settings)  # type: ignore[arg-type]
+    config = AlignmentSettings(alignment_k=K, alignment_measures=ALL, **settings)  # type: ignore[arg-type]
     first, second = (partial(blocks, side) for side in features)
     return list(alignment_values(first, second, np.arange(len(features[0])), config))
 
@@ -113,7 +124,7 @@ def test_what_compares_all_with_all_is_taken_on_the_held_pairs_and_says_so() -> 
         "mutual_knn": 60,
         "cknna": 60,
     }
-    generator = np.random.default_rng(EvalConfig().seed)
+    generator = np.random.default_rng(AlignmentSettings().seed)
     generator.choice(np.arange(ROWS), ROWS, replace=False)
     sample = np.sort(generator.choice(ROWS, 60, replace=False))
     near = [nearest_others(side[sample], K) for side in features]

@@ -20,15 +20,15 @@ import { openRow } from "./row.js";
 export function classes(split, open) {
   const inside = el("div", {}, waiting("Classifying …"));
   ask("/api/results/classes", { split }).then(
-    (found) => inside.replaceWith(ofClasses(split, found, open)),
+    (found) => inside.replaceWith(ofClasses(found, open)),
     (error) => fill(inside, problem(error)),
   );
   return el("section", { class: "panel by-class" }, el("h2", {}, `Classes of ${split}`), inside);
 }
 
-/** @param {string} split @param {Classes} found @param {Open} open */
-function ofClasses(split, found, open) {
-  const name = `zero_shot ${split} top1`;
+/** @param {Classes} found @param {Open} open */
+function ofClasses(found, open) {
+  const { name } = found;
   const hardest = [...found.classes].sort(
     (a, b) => a.right / a.images - b.right / b.images || b.images - a.images,
   );

@@ -5,32 +5,9 @@ import { button, el, fill, heading, notYet, tableOf, unseen } from "./dom.js";
 import { classes, failures } from "./failures.js";
 import { clamp, grouped, percent } from "./numbers.js";
 
-/** @import { Result } from "../answers.d.ts" */
+/** @import { Measure, Result } from "../answers.d.ts" */
 /** @import { View } from "./address.js" */
 /** @import { Open, Which } from "./failures.js" */
-
-/** Of each part of the page: which tasks, its title, what is measured. */
-const TITLES = [
-  ["zero_shot", "Zero-shot classification", "The class of a picture, picked from all class names."],
-  ["retrieval/", "Retrieval", "The right caption of an image, the right image of a caption."],
-  [
-    "compositional",
-    "Composition",
-    "Two images and two captions of the same words: which belongs to which.",
-  ],
-  [
-    "knn/",
-    "k-NN",
-    "The class that the nearest rows vote for: by frozen features, or by embeddings of the head.",
-  ],
-  ["linear_probe", "Linear probe", "A linear classifier on frozen features."],
-  ["segmentation", "Segmentation", "The class of every patch."],
-  [
-    "alignment/",
-    "Alignment",
-    "Whether images that are near each other have captions that are so, too.",
-  ],
-];
 
 /** @type {View} */
 export async function showResults(main, _parameters, run) {
@@ -64,7 +41,7 @@ export async function showResults(main, _parameters, run) {
     el(
       "div",
       { class: "tables" },
-      byTask(found.results).map((group) => panel(group, open)),
+      byMeasure(found.measures, found.results).map((group) => panel(group, open)),
     ),
     found.classified.map((split) => classes(split, open)),
     rows,
@@ -73,21 +50,12 @@ export async function showResults(main, _parameters, run) {
 
 /** @typedef {{ title: string, words: string, results: Result[] }} Group */
 
-/** @param {Result[]} results @returns {Group[]} */
-function byTask(results) {
-  const groups = TITLES.map(([task, title, words]) => ({
-    title,
-    words,
-    results: results.filter(
-      (each) =>
-        each.task === task ||
-        (task.endsWith("/") && each.task.startsWith(task)) ||
-        each.task.startsWith(`${task}/`),
-    ),
-  }));
-  const known = new Set(groups.flatMap((group) => group.results));
-  groups.push({ title: "Others", words: "", results: results.filter((each) => !known.has(each)) });
-  return groups.filter((group) => group.results.length);
+/** @param {Measure[]} measures @param {Result[]} results @returns {Group[]} */
+function byMeasure(measures, results) {
+  const others = { name: null, title: "Others", words: "" };
+  return [...measures, others]
+    .map((each) => ({ ...each, results: results.filter(({ measure }) => measure === each.name) }))
+    .filter((group) => group.results.length);
 }
 
 /** @param {Group} group @param {Open} open */
@@ -127,10 +95,8 @@ function scores(caption, results, open) {
 
 /** The cells of a result. @param {Result} each @param {Open} open */
 function line(each, open) {
-  const name = named(each);
-  const format = each.task.startsWith("alignment/")
-    ? (/** @type {number} */ value) => value.toFixed(3)
-    : percent;
+  const name = each.label;
+  const format = each.in_percent ? percent : (/** @type {number} */ value) => value.toFixed(3);
   const attributes = {
     class: "link",
     "aria-label": `Rows that went wrong: ${name}`,
@@ -155,18 +121,6 @@ function interval(ends, format) {
   if (!ends) return null;
   const [low, high] = ends.map((end) => format(end).replace("\u00a0%", ""));
   return el("span", { class: "interval" }, unseen("95 % interval "), `${low}–${high}`);
-}
-
-/** What was measured, in few words; the heading says the rest. @param {Result} each */
-function named(each) {
-  const [task, part = ""] = each.task.split("/", 2);
-  const metric = each.metric.replaceAll("_", " ");
-  const detail = each.task.slice(task.length + 1).replaceAll("_", " ");
-  if (task === "knn")
-    return `${detail}, k\u00a0=\u00a0${each.protocol.k}${each.encoders.text === null ? `, ${each.encoders.image}` : ""}`;
-  if (task === "retrieval")
-    return `${part === "image_to_text" ? "image → text" : "text → image"}, ${metric}`;
-  return detail && task !== "zero_shot" ? `${metric}, ${detail}` : metric;
 }
 
 /** @param {Result} each */
