@@ -1,21 +1,165 @@
-"""Retrieval on the held-out rows during training: what the best checkpoint is chosen by."""
+"""Retrieval ranks, and the recall on held-out rows by which the best checkpoint is chosen.
 
-from collections.abc import Callable, Sequence
+The evaluation ranks with the same function.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int64, Shaped
+from jaxtyping import Bool, Float, Float16, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from align.columns import Columns
 from align.heads import AlignmentModel
-from align.ranks import Relevance, retrieval_ranks
 from features.store import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024
+COSINES_AT_ONCE = 1 << 23
+TIE = 1e-6
+"""Cosines that differ by less are the same: float32 products of equal vectors differ so much."""
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Which captions are right for which images."""
+
+    images: int
+    owner: Int64[Tensor, "texts"]
+    """Image that each caption came with; every image has one at least."""
+    words: Int64[Tensor, "texts"] | None = None
+    """Equal where captions are the same string: then a caption is right for every image that came
+    with these words. None: only an image's own captions are right."""
+
+    def right(self, images: slice, texts: slice) -> Bool[Tensor, "block_images block_texts"]:
+        """Return which captions of a block are right for which images of a block."""
+        if self.words is None:
+            numbers = torch.arange(images.start, images.stop, device=self.owner.device)
+            return self.owner[texts] == numbers[:, None]
+        matrix = torch.zeros(
+            images.stop - images.start,
+            texts.stop - texts.start,
+            dtype=torch.bool,
+            device=self.owner.device,
+        )
+        for words in self._words_of_images[images].unbind(dim=1):
+            matrix |= words[:, None] == self.words[texts]
+        return matrix
+
+    @cached_property
+    def _words_of_images(self) -> Int64[Tensor, "images most_captions"]:
+        """Return the words of each image's captions, filled up with -1."""
+        if self.words is None:
+            raise ValueError("There are no words: only an image's own captions are right.")
+        order = torch.argsort(self.owner, stable=True)
+        counts = torch.bincount(self.owner, minlength=self.images)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(order), device=order.device) - first[self.owner[order]]
+        table = torch.full(
+            (self.images, int(counts.max())), -1, dtype=torch.int64, device=order.device
+        )
+        table[self.owner[order], place] = self.words[order]
+        return table
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """For each query, how many wrong items are as near as its nearest right one."""
+
+    by_image: Int64[Tensor, "images"]
+    """Of image queries: 0 when a right caption is nearest of all."""
+    by_text: Int64[Tensor, "texts"]
+    """Of caption queries: 0 when a right image is nearest of all."""
+    right_texts: Int64[Tensor, "images"]
+    """Captions that are right for each image."""
+    right_images: Int64[Tensor, "texts"]
+    """Images that are right for each caption."""
+
+
+def retrieval_ranks(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Ranks:
+    """Rank every caption for every image and the other way round, block by block.
+
+    A wrong item that is as near as the right one (to within 1e-6 of cosine) counts as nearer, and
+    so does one whose cosine is not a number: embeddings that are all the same score nothing.
+
+    Goes over all pairs once, or twice where equal words are right, since then the nearest right
+    image of a caption is known only after the first time; no more than `COSINES_AT_ONCE` cosines
+    are held.
+
+    Args:
+        image: Image embeddings of any length; normalised here.
+        text: Caption embeddings, likewise.
+        relevance: What is right.
+    """
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    nearest = _nearest_own if relevance.words is None else _nearest_of_equal_words
+    best_of_image, best_of_text, right_of_image, right_of_text = nearest(image, text, relevance)
+    by_image, by_text = _zeros(image), _zeros(text)
+    for images, texts, cosine, right in _blocks(image, text, relevance):
+        # "Not lower" rather than "higher or equal", so that a NaN on either side counts.
+        by_image[images] += (~(cosine < best_of_image[images, None] - TIE) & ~right).sum(dim=1)
+        by_text[texts] += (~(cosine < best_of_text[texts] - TIE) & ~right).sum(dim=0)
+    return Ranks(by_image, by_text, right_of_image, right_of_text)
+
+
+Nearest = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each image and of each caption, the cosine of the nearest right item; then their numbers."""
+
+
+def _nearest_own(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Nearest:
+    """Compare each caption with its own image only."""
+    owner = relevance.owner
+    step = max(1, COSINES_AT_ONCE // max(image.shape[1], 1))
+    parts = [
+        (text[start : start + step] * image[owner[start : start + step]]).sum(dim=1)
+        for start in range(0, len(text), step)
+    ]
+    of_text = torch.cat(parts) if parts else text.new_empty(0)
+    of_image = image.new_full((len(image),), -torch.inf)
+    of_image = of_image.scatter_reduce(0, owner, of_text, "amax")
+    return of_image, of_text, torch.bincount(owner, minlength=len(image)), _zeros(text) + 1
+
+
+def _nearest_of_equal_words(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Nearest:
+    """Compare everything with everything: any caption may be right."""
+    of_image = image.new_full((len(image),), -torch.inf)
+    of_text = text.new_full((len(text),), -torch.inf)
+    right_of_image, right_of_text = _zeros(image), _zeros(text)
+    for images, texts, cosine, right in _blocks(image, text, relevance):
+        own = cosine.masked_fill(~right, -torch.inf)
+        of_image[images] = torch.maximum(of_image[images], own.amax(dim=1))
+        of_text[texts] = torch.maximum(of_text[texts], own.amax(dim=0))
+        right_of_image[images] += right.sum(dim=1)
+        right_of_text[texts] += right.sum(dim=0)
+    return of_image, of_text, right_of_image, right_of_text
+
+
+def _blocks(
+    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield blocks of images and of texts, the cosines between them, and which pairs are right."""
+    side = max(1, int(COSINES_AT_ONCE**0.5))
+    width = min(len(text), max(side, COSINES_AT_ONCE // max(len(image), 1)))
+    height = max(1, COSINES_AT_ONCE // max(width, 1))
+    for row in range(0, len(image), height):
+        images = slice(row, min(row + height, len(image)))
+        for column in range(0, len(text), width):
+            texts = slice(column, min(column + width, len(text)))
+            yield images, texts, image[images] @ text[texts].T, relevance.right(images, texts)
+
+
+def _zeros(items: Tensor) -> Int64[Tensor, "items"]:
+    return torch.zeros(len(items), dtype=torch.int64, device=items.device)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import zarr
@@ -49,6 +49,7 @@ NUMBERS = ("label", "group")
 STRINGS = np.dtypes.StringDType()
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """What is known of the rows of a store that is made or grows; an `Index`, mostly."""
 

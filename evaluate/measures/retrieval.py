@@ -62,7 +62,7 @@ class Retrieval(Measure):
         Fields that are numbers are captions of one kind; fields with names (`short`, `long`) are of
         different kinds, and so each is also a data set of its own.
         """
-        from align.ranks import retrieval_ranks
+        from align.heldout import retrieval_ranks
 
         found, settings = Findings(), context.settings.of(RetrievalSettings)
         fields = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")
@@ -159,7 +159,7 @@ def same_words(captions: Sequence[str]) -> Int64[np.ndarray, "texts"]:
 def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searched:
     import torch
 
-    from align.ranks import Relevance
+    from align.heldout import Relevance
 
     store, embedder = context.stores[split], context.embedder
     images = embedder.images(store)

@@ -36,7 +36,7 @@ from features.storage.fingerprint import differences
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
-from pipeline.python import Aligned
+from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import open_evaluated, run_folder, start_run

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 
 from align.checkpoint import load_head
 from align.columns import Columns, select_rows
-from align.ranks import Relevance, retrieval_ranks
+from align.heldout import Relevance, retrieval_ranks
 from evaluate.embedder import Embedder, complete_column
 from evaluate.linear_probe import fit_linear_probe
 from evaluate.measures.alignment import AlignmentName, pair_measure

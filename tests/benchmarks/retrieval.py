@@ -10,7 +10,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from align.ranks import COSINES_AT_ONCE, Relevance, retrieval_ranks
+from align.heldout import COSINES_AT_ONCE, Relevance, retrieval_ranks
 from tests.benchmarks.figure import Figure, figure_of
 
 CAPTIONS_PER_IMAGE = 5

@@ -16,7 +16,7 @@ from evaluate.results import read_items
 from features.config import PatchAttention
 from features.encoders import load_text_encoder
 from features.errors import EncoderError, EvaluationError
-from pipeline.explore.results import results as explored
+from pipeline.explore.views import results as explored
 from pipeline.explore.session import Session
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run

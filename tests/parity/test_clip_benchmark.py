@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.ranks import Relevance, retrieval_ranks
+from align.heldout import Relevance, retrieval_ranks
 from evaluate.classification import class_embeddings, classify
 from evaluate.measures.retrieval import recall
 from evaluate.results import Items

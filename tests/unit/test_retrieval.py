@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.ranks import Relevance, retrieval_ranks
+from align.heldout import Relevance, retrieval_ranks
 from evaluate.measures.retrieval import (
     chance_recall,
     hits_per_image,
@@ -111,7 +111,7 @@ def test_blocks_of_any_size_give_the_ranks_of_the_whole_matrix(
     for relevance in (Relevance(23, owner), Relevance(23, owner, words)):
         whole = dense_ranks(image, text, relevance)
         for cosines in (1, 50, 300, 10_000):
-            monkeypatch.setattr("align.ranks.COSINES_AT_ONCE", cosines)
+            monkeypatch.setattr("align.heldout.COSINES_AT_ONCE", cosines)
             ranks = retrieval_ranks(image, text, relevance)
             assert (ranks.by_image.tolist(), ranks.by_text.tolist()) == whole
 
