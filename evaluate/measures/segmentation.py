@@ -26,9 +26,16 @@ from evaluate.measures.measure import Context, Inputs, Measure, Splits, Tensor
 from evaluate.prompts import read_templates
 from evaluate.results import Findings, Items, Result
 from evaluate.segmentation_sets import SEGMENTATION_SETS
-from features.config import SETTINGS, Name, PatchAttention
+from features.config import (
+    SETTINGS,
+    DataPlace,
+    Name,
+    PatchAttention,
+    Templates,
+    name_or_place,
+)
 from features.errors import EvaluationError
-from features.storage.place import Place, PlaceSetting, as_place_setting
+from features.storage.place import Place
 
 if TYPE_CHECKING:
     from evaluate.masks import Masked, MaskedPictures
@@ -85,14 +92,10 @@ FORMS = {
 }
 
 
-def _classes(value: Any) -> str | Place:
-    return value if value in SEGMENTATION_SETS else as_place_setting(value)
-
-
 class _Segmentation(BaseModel):
     model_config = SETTINGS
 
-    templates: tuple[str, ...] | str = "imagenet-1k"
+    templates: Templates = "imagenet-1k"
     """Prompts for a class name, in the forms of `eval.templates`; the 80 of CLIP if not given."""
     synonyms: bool = True
     """A class takes the nearest of its names. `false`: its first name alone, as most published
@@ -127,14 +130,16 @@ class MaskFolder(_Segmentation):
     """Pictures and masks in two folders, joined by the names of their files without suffix."""
 
     kind: Literal["folder"]
-    images: PlaceSetting
+    images: DataPlace
     """Folder of the pictures."""
-    masks: PlaceSetting
+    masks: DataPlace
     """Folder of the masks: PNG files whose values are numbers of classes, not colours."""
-    classes: Annotated[str | Place, PlainValidator(_classes), PlainSerializer(str)]
+    classes: Annotated[
+        str | Place, PlainValidator(name_or_place(SEGMENTATION_SETS)), PlainSerializer(str)
+    ]
     """`ade20k`, `coco-stuff`, `voc20` or `camvid` (docs/datasets.md), or a JSON file of your own
     `{"classes": ["sky", ["road", "street"]], "values": [0, 1], "ignored": [255]}`."""
-    names: PlaceSetting | None = None
+    names: DataPlace | None = None
     """Text file with a name a line, where not all pictures of the folder belong to the split (VOC:
     `ImageSets/Segmentation/val.txt`); every picture must have a mask if not given."""
 

@@ -13,6 +13,7 @@ from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
 from evaluate.measures.measure import TIES, Context, Measure, Tensor, is_labelled
 from evaluate.prompts import read_templates
 from evaluate.results import Findings, Items, Result
+from features.config import Templates
 from features.store import FeatureStore
 
 TOP = 5
@@ -24,11 +25,11 @@ class ZeroShotSettings(EvalSettings):
     zero_shot: Names = ()
     """Splits for zero-shot classification; every labelled split but the training split and those
     with groups, if empty."""
-    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    templates: Templates = ("a photo of a {}.",)
     """Prompts for a class name; their embeddings are averaged. A list, the name of a data set whose
     prompts ship with the program (`imagenet-1k`: the 80 of CLIP; docs/datasets.md has all), or a
     JSON file `{"templates": […]}`."""
-    split_templates: dict[str, tuple[str, ...] | str] = Field(default={})
+    split_templates: dict[str, Templates] = Field(default={})
     """Prompts for splits that have their own, in the same three forms."""
 
 

@@ -45,8 +45,8 @@ class ClassList:
                 f"The folders of {place} are not those of {self.name!r}: {len(unknown)} are none "
                 f"of its {len(self.classes)} classes {unknown[:NAMES_SHOWN]}, and {len(missing)} "
                 f"classes have no folder {missing[:NAMES_SHOWN]}. One folder for each class was "
-                f"expected. Correct the folders, or give a JSON file of your own as `names` of "
-                f"the source."
+                f"expected. Correct the folders, or give a JSON file of your own as "
+                f"`class_names` of the source."
             )
         return tuple(names[key] for key in found)
 

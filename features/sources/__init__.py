@@ -1,57 +1,36 @@
-"""Where samples come from: each kind of source lists its shards and reads the samples of one."""
+"""Where samples come from: one file for each kind of source, and the table of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Union
 
-from features.config import (
-    AnnotationSource,
-    CifarSource,
-    ClassFolderSource,
-    FolderSource,
-    ParquetSource,
-    Source,
-    WebdatasetSource,
-)
-from features.sources.annotations import Annotations
-from features.sources.cifar import CifarBatches
-from features.sources.class_folders import ClassFolders
-from features.sources.parquet import ImageParquet
-from features.sources.reader import Counts, Sample, Shards
-from features.sources.tables import CaptionTable
-from features.sources.webdataset import TarShards
-from features.storage.place import Place
+from pydantic import Field
 
-__all__ = ["Counts", "Sample", "Shards", "open_source"]
+from features.sources.annotations import AnnotationSource
+from features.sources.base import Counts, Sample, SourceReader, SourceSettings
+from features.sources.cifar import CifarSource
+from features.sources.class_folders import ClassFolderSource
+from features.sources.parquet import ParquetSource
+from features.sources.scenes import ScenesSource
+from features.sources.tables import FolderSource
+from features.sources.webdataset import WebdatasetSource
 
-SEVERAL_FILES: Mapping[type, Callable[..., Shards]] = MappingProxyType(
+__all__ = ["SOURCES", "Counts", "Sample", "Source", "SourceReader", "SourceSettings"]
+
+SOURCES: Mapping[str, type[SourceSettings]] = MappingProxyType(
     {
-        WebdatasetSource: TarShards,
-        ParquetSource: ImageParquet,
-        ClassFolderSource: ClassFolders,
+        "webdataset": WebdatasetSource,
+        "folder": FolderSource,
+        "parquet": ParquetSource,
+        "classes": ClassFolderSource,
+        "cifar": CifarSource,
+        "annotations": AnnotationSource,
+        "scenes": ScenesSource,
     }
 )
-ONE_PLACE: Mapping[type, Callable[..., Shards]] = MappingProxyType(
-    {
-        FolderSource: CaptionTable,
-        CifarSource: CifarBatches,
-        AnnotationSource: Annotations,
-    }
-)
-NONE: Mapping[Place, str] = MappingProxyType({})
+"""Settings of each kind of source, by what `kind` is in a run file."""
 
-
-def open_source(source: Source, known: Mapping[Place, str] = NONE) -> Shards:
-    """Return the reader for a source.
-
-    Args:
-        source: Its settings.
-        known: Files that were indexed before, with their names: they keep both, and come first.
-
-    Raises:
-        SourceError: Nothing matches its path.
-    """
-    if opens := SEVERAL_FILES.get(type(source)):
-        return opens(source, known)
-    if opens_one := ONE_PLACE.get(type(source)):
-        return opens_one(source)
-    raise ValueError(f"a source of kind {source.kind!r} is drawn before it is indexed")
+if TYPE_CHECKING:
+    Source = SourceSettings
+else:
+    Source = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="kind")]  # noqa: UP007

@@ -14,10 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
+from typing import Any, Literal
 
-from features.config import AnnotationSource
+from pydantic import PositiveInt
+
+from features.config import DataPlace
 from features.errors import SourceError
-from features.sources.reader import Counts, Keys, Sample, as_text, split_image_suffix
+from features.sources.base import (
+    NONE,
+    Counts,
+    Keys,
+    Sample,
+    SourceReader,
+    SourceSettings,
+    as_text,
+    split_image_suffix,
+)
 from features.sources.tables import ImageFolder, place_image
 from features.storage import files
 from features.storage.files import is_file
@@ -55,20 +67,36 @@ class Record:
     """The part of the image that the row is of: left, top, right and bottom in pixels."""
 
 
-class Annotations:
-    """The rows of one annotation file."""
+class AnnotationSource(SourceSettings):
+    """The annotation file of a known benchmark, as its authors publish it (docs/datasets.md)."""
 
-    def __init__(self, source: AnnotationSource) -> None:
-        if not is_file(source.path):
+    kind: Literal["annotations"]
+    path: DataPlace
+    """The annotation file."""
+    format: Literal["karpathy", "coco", "flickr30k", "winoground", "mmvp", "sugarcrepe", "aro"]
+    """`karpathy`: `dataset_coco.json`, `dataset_flickr30k.json`. `coco`: `captions_val2017.json`.
+    `flickr30k`: its `.token` or `results.csv`. `winoground`: `examples.jsonl`. `mmvp`:
+    `Questions.csv` of MMVP-VLM. `sugarcrepe`: `add_att.json` and its siblings. `aro`:
+    `visual_genome_relation.json`, `visual_genome_attribution.json`."""
+    images: DataPlace | None = None
+    """Folder that the names of the images are relative to; that of the file if not given."""
+    split: str = "test"
+    """Which split of a `karpathy` file; the other formats have none."""
+    captions_per_image: PositiveInt = 5
+    """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
+
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "Annotations":
+        """Open the annotation file."""
+        if not is_file(self.path):
             raise SourceError(
-                f"There is no file {source.path}. The annotations of {source.format} were "
+                f"There is no file {self.path}. The annotations of {self.format} were "
                 f"expected. Correct `path` of the source; docs/datasets.md says which file that is."
             )
-        self.files = {source.path: source.path.stem}
-        self._source = source
+        return Annotations(self, [self.path], known)
 
-    def class_names(self) -> None:
-        """There are no classes."""
+
+class Annotations(SourceReader[AnnotationSource]):
+    """Lists one sample per row of a benchmark."""
 
     def check(self) -> None:
         """Accept any settings: the format says where the captions are."""
@@ -80,7 +108,7 @@ class Annotations:
             SourceError: The file is not of the format, or names an image elsewhere.
         """
         keys = Keys(self.files[file], counts)
-        folder = self._source.images or file.parent
+        folder = self.source.images or file.parent
         images = ImageFolder(folder, file)
 
         def find(record: Record) -> tuple[Record, str, int | None]:
@@ -95,7 +123,7 @@ class Annotations:
             yield sample
 
     def _records(self, file: Place) -> Iterator[Record]:
-        source = self._source
+        source = self.source
         try:
             text = files.read(file).decode("utf-8-sig")
             yield from FORMATS[source.format](text, source)

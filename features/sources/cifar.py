@@ -4,16 +4,22 @@ A record is the label (CIFAR-100: the coarse label, then the fine one) and 32 ×
 green and of blue. The version "for Python" is pickled, which could run any program: never read.
 """
 
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from features.class_lists import check_order
-from features.config import CifarSource
+from features.config import DataPlace
 from features.errors import SourceError
-from features.sources.reader import Counts, Keys, Sample, read_class_names
+from features.sources.base import (
+    NONE,
+    Counts,
+    ImageReader,
+    Keys,
+    Sample,
+    SourceReader,
+    SourceSettings,
+)
 from features.storage import files
 from features.storage.place import Place
 
@@ -49,41 +55,56 @@ CIFAR_100 = _Layout(
 )
 
 
-class CifarBatches:
-    """The binary files of one split."""
+class CifarSource(SourceSettings):
+    """CIFAR-10 or CIFAR-100 in the binary version of its authors; the pickled one is refused."""
 
-    def __init__(self, source: CifarSource) -> None:
-        there = set(files.names(source.path))
+    kind: Literal["cifar"]
+    path: DataPlace
+    """Folder of the `.bin` files and the names of the classes."""
+    split: Literal["train", "test"]
+    """Which of the files."""
+
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "CifarBatches":
+        """Find the files of the split, and of which of the two data sets they are."""
+        there = set(files.names(self.path))
         layout = CIFAR_100 if CIFAR_100.names in there else CIFAR_10
-        wanted = (*layout.splits[source.split], layout.names)
-        if missing := [name for name in wanted if name not in there]:
+        batches = layout.splits[self.split]
+        if missing := [name for name in (*batches, layout.names) if name not in there]:
             pickled = {"data_batch_1", "test_batch", "train", "test"} & there
             raise SourceError(
-                f"{source.path} has no {missing[0]}"
+                f"{self.path} has no {missing[0]}"
                 + (f"; its {min(pickled)} is pickled, which is never read. " if pickled else ". ")
                 + "The binary version of CIFAR-10 or CIFAR-100 was expected. Take "
                 "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz from its authors' page."
             )
-        self.files = {source.path / name: PurePosixPath(name).stem for name in wanted[:-1]}
-        self._layout, self._source = layout, source
+        return CifarBatches(self, [self.path / name for name in batches], known, layout)
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names that the recipe gives, or the data set's own.
+    def image_reader(self) -> ImageReader:
+        """Return what makes image files of pixels."""
+        return _PlaneReader()
 
-        Raises:
-            SourceError: Both name them, in another order.
-        """
-        place = self._source.path / self._layout.names
-        own = tuple(files.read(place).decode().split())
-        given = read_class_names(self._source.class_names)
-        if given is None:
-            return tuple(name.replace("_", " ") for name in own)
-        by = f"class_names = {self._source.class_names}"
-        check_order(given, own, given_by=by, own_by=str(place))
-        return given
+
+class CifarBatches(SourceReader[CifarSource]):
+    """Lists the records of the binary files of one split."""
+
+    def __init__(
+        self,
+        source: CifarSource,
+        found: Iterable[Place],
+        known: Mapping[Place, str],
+        layout: _Layout,
+    ) -> None:
+        super().__init__(source, found, known)
+        self._layout = layout
+
+    def own_class_names(self) -> tuple[tuple[str, ...], Place]:
+        """Return the names of the data set itself."""
+        place = self.source.path / self._layout.names
+        names = files.read(place).decode().split()
+        return tuple(name.replace("_", " ") for name in names), place
 
     def check(self) -> None:
-        """Accept any settings: there are no captions to look for."""
+        """Accept any settings: there are no captions."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one file in their order.
@@ -105,7 +126,14 @@ class CifarBatches:
             yield Sample(key, str(file), offset=offset, size=IMAGE_BYTES, label=label)
 
 
-def as_image_file(planes: bytes) -> bytes:
-    """Return the pixels of a record as an image file (PPM), which any decoder reads."""
+class _PlaneReader(ImageReader):
+    """Reads the pixels of records as image files (PPM), which any decoder reads."""
+
+    def read(self, path: str, places: Sequence[tuple[int, int]]) -> Sequence[bytes | None]:
+        """Return pixels as PPM files."""
+        return [_as_ppm(planes) for planes in super().read(path, places) if planes]
+
+
+def _as_ppm(planes: bytes) -> bytes:
     pixels = np.frombuffer(planes, dtype=np.uint8).reshape(3, SIDE, SIDE)
     return PPM_HEADER + pixels.transpose(1, 2, 0).tobytes()

@@ -1,34 +1,82 @@
 """One folder of images per class (ImageFolder)."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from features.class_lists import read_class_list
-from features.config import ClassFolderSource
+from features.config import ClassNames, DataPlace
 from features.errors import SourceError
-from features.sources.reader import Counts, Keys, Sample, split_image_suffix
+from features.sources.base import (
+    NONE,
+    Counts,
+    Keys,
+    Sample,
+    SourceReader,
+    SourceSettings,
+    split_image_suffix,
+)
 from features.storage import files
 from features.storage.place import Place
 
 
-class ClassFolders:
-    """The sorted names of the folders are the classes 0, 1, …; a JSON file can name them better.
+class ClassFolderSource(SourceSettings):
+    """One folder of images per class (ImageFolder); the sorted folder names are the labels."""
+
+    class_names: ClassNames | None = None
+    """Gives folders a readable class name, by their names: a list that ships with the program, such
+    as `imagenet-1k` (docs/datasets.md has all), or a JSON file `{"folders": […], "classes": […]}`.
+    Refused where the folders are others. Run files may also call it `names`, as it was earlier."""
+    kind: Literal["classes"]
+    path: DataPlace
+    """Folder that holds one folder per class."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_earlier_name(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or "names" not in settings:
+            return settings
+        others = {name: value for name, value in settings.items() if name != "names"}
+        if others.get("class_names") is not None and settings["names"] is not None:
+            raise ValueError("`names` is the earlier name of `class_names`; give one of them")
+        return others | {"class_names": others.get("class_names") or settings["names"]}
+
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "ClassFolders":
+        """Find the folders, each a class."""
+        children = files.children(self.path)
+        folders = [name for name, size in children if size is None and name[0] != "."]
+        if not folders:
+            raise SourceError(
+                f"{self.path} has no folders. One folder of images per class was expected. "
+                f"Correct `path` of the source."
+            )
+        return ClassFolders(self, [self.path / name for name in folders], known)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as the index records them, with the earlier name of one."""
+        settings = super().recorded()  # indexes have the earlier name
+        return settings | {"names": settings["class_names"], "class_names": None}
+
+
+class ClassFolders(SourceReader[ClassFolderSource]):
+    """Lists the images of folders; the sorted names of these are the classes, from 0.
 
     Folders that come later are the classes after these.
     """
 
-    def __init__(self, source: ClassFolderSource, known: Mapping[Place, str]) -> None:
-        children = files.children(source.path)
-        folders = [name for name, size in children if size is None and name[0] != "."]
-        found: dict[Place, str] = {source.path / name: name for name in folders}
-        self.files = {folder: name for folder, name in known.items() if folder in found} | found
-        self._labels = {folder: label for label, folder in enumerate(self.files)}
-        self._source = source
-        if not self.files:
-            raise SourceError(
-                f"{source.path} has no folders. One folder of images per class was expected. "
-                f"Correct `path` of the source."
-            )
+    files_are_folders = True
+
+    @cached_property
+    def _labels(self) -> dict[Place, int]:
+        return {folder: label for label, folder in enumerate(self.files)}
+
+    def named(self, found: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
+        """Put folders in order: the known ones, then the others, each by its name."""
+        names = {folder: folder.name for folder in found}
+        return {folder: name for folder, name in known.items() if folder in names} | names
 
     def class_names(self) -> tuple[str, ...]:
         """Return one readable name per folder.
@@ -37,11 +85,11 @@ class ClassFolders:
             SourceError: The file of names lacks a folder, or the folders are not those of the list.
         """
         names = {folder.name: folder.name.replace("_", " ") for folder in self.files}
-        path = self._source.names
+        path = self.source.class_names
         if path is None:
             return tuple(names.values())
         if isinstance(path, str):
-            return read_class_list(path).names_of_folders(list(names), str(self._source.path))
+            return read_class_list(path).names_of_folders(list(names), str(self.source.path))
         try:
             document = json.loads(files.read(path))
             classes = document["classes"]
@@ -49,19 +97,18 @@ class ClassFolders:
             return tuple(str(given[name]) for name in names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(
-                f"The class names {path} do not fit the folders of {self._source.path}: "
+                f"The class names {path} do not fit the folders of {self.source.path}: "
                 f"{type(error).__name__} {error}. `folders` and `classes` of equal length (or "
                 f"`classes` alone, the folders' names), with every folder, were expected. Correct "
                 f"the file."
             ) from error
 
     def check(self) -> None:
-        """Accept any settings: there are no captions to look for."""
+        """Accept any settings: there are no captions."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one class folder, sorted by name."""
-        keys = Keys(self.files[file], counts)
-        label = self._labels[file]
+        keys, label = Keys(self.files[file], counts), self._labels[file]
         for name, size in files.children(file):
             stem, suffix = split_image_suffix(name)
             if size is None or not suffix:

@@ -1,28 +1,29 @@
 """Parquet files that hold the encoded images themselves."""
 
 import json
+import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.class_lists import check_order
-from features.config import ParquetSource
+from features.config import DataPattern
 from features.errors import SourceError
-from features.sources.reader import (
-    CaptionPicker,
+from features.sources.base import (
+    NONE,
     Counts,
+    ImageReader,
     Keys,
     Sample,
+    SourceReader,
+    SourceSettings,
     matching_files,
-    named_files,
-    read_class_names,
-    whole_number,
 )
 from features.storage.files import BUFFER_BYTES, open_file
 from features.storage.place import Place, RemotePath, as_place
@@ -33,35 +34,28 @@ BATCHES_KEPT = 16
 """So that 32 workers of 32 rows each find theirs, whichever of them comes first."""
 
 
-class ImageParquet:
-    """Parquet files with a column of encoded images, plain or as Hugging Face datasets save them.
+class ParquetSource(SourceSettings):
+    """Parquet files that hold the encoded image bytes themselves."""
 
-    Of the others only the columns of use are read; an image is found again by its file and number.
-    """
+    kind: Literal["parquet"]
+    path: DataPattern | tuple[DataPattern, ...]
+    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order."""
+    image: str = "image"
+    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
+    key: str | None = None
+    """Column with a unique name of the row; its number in the file if not given, or null."""
 
-    def __init__(self, source: ParquetSource, known: Mapping[Place, str]) -> None:
-        self.files = named_files(matching_files(source.path), known)
-        self.picker = CaptionPicker(source.captions, str(source.path))
-        self._source = source
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "ImageParquet":
+        """Find the files."""
+        return ImageParquet(self, matching_files(self.path), known)
 
-    def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels that the recipe gives, or the files themselves.
+    def image_reader(self) -> "ParquetImages":
+        """Return what reads the column of images."""
+        return ParquetImages(self.image)
 
-        Raises:
-            SourceError: Both name them, in another order.
-        """
-        given = read_class_names(self._source.class_names)
-        first = next(iter(self.files))
-        own = self._own_class_names(first)
-        if given and own:
-            check_order(
-                given, own, given_by=f"class_names = {self._source.class_names}", own_by=str(first)
-            )
-        return given or own
 
-    def check(self) -> None:
-        """Refuse a name of captions that no row had."""
-        self.picker.check()
+class ImageParquet(SourceReader[ParquetSource]):
+    """Lists the rows of parquet files by the columns of use; the images are not read."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield one sample per row of a file.
@@ -73,27 +67,24 @@ class ImageParquet:
             self._check_columns(file, parquet.schema_arrow)
             yield from self._samples(file, parquet, counts)
 
-    def num_rows(self, file: Place) -> int:
-        """Return how many samples a file has, by its footer alone.
-
-        Raises:
-            SourceError: It is no whole parquet file.
-        """
+    def num_samples(self, file: Place) -> int:
+        """Return the rows of a file, by its footer alone."""
         with _whole(file) as parquet:
             return int(parquet.metadata.num_rows)
 
-    def _own_class_names(self, file: Place) -> tuple[str, ...] | None:
+    def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
         """Return the names that Hugging Face datasets write with a column of class labels."""
+        file = next(iter(self.files))
         with _whole(file) as parquet:
             text = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
         try:
-            names = json.loads(text or b"{}")["info"]["features"][self._source.label]["names"]
+            names = json.loads(text or b"{}")["info"]["features"][self.source.label]["names"]
         except (ValueError, KeyError, TypeError):
             return None
-        return tuple(map(str, names))
+        return tuple(map(str, names)), file
 
     def _check_columns(self, file: Place, schema: pa.Schema) -> None:
-        source = self._source
+        source = self.source
         for setting, name in [("image", source.image), ("key", source.key)]:
             if name is not None and name not in schema.names:
                 raise SourceError(
@@ -110,7 +101,7 @@ class ImageParquet:
             )
 
     def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
-        source = self._source
+        source = self.source
         keys = Keys(self.files[file], counts)
         names = [name for name in parquet.schema_arrow.names if name != source.image]
         self.picker.see(names)
@@ -122,9 +113,7 @@ class ImageParquet:
                 own = row[source.key] if source.key else None
                 key, problem = keys.of(f"{number:09d}" if own is None else str(own))
                 sample = Sample(key, str(file), offset=number, problem=problem)
-                sample.captions = self.picker.pick(row, counts)
-                sample.label = whole_number(row.get(source.label or ""), counts)
-                sample.group = whole_number(row.get(source.group or ""), counts)
+                self.describe(sample, row, counts)
                 yield sample
                 number += 1
 
@@ -142,29 +131,31 @@ class _Batch:
         return self.first + len(self.images)
 
 
-class ParquetImages:
+class ParquetImages(ImageReader):
     """Reads images out of parquet files by number, a few at once; the last ones are kept.
 
     A file is read on from where it was left, so rows in order are read once, whatever the size of
-    its row groups. Not safe for several threads at once: `SampleReader` holds a lock.
+    its row groups.
     """
 
     def __init__(self, column: str) -> None:
         self._column = column
+        self._lock = threading.Lock()
         self._starts: dict[str, list[int]] = {}
         self._kept: deque[_Batch] = deque(maxlen=BATCHES_KEPT)
         self._coming: Iterator[_Batch] = iter(())
         self._position = ("", 0)
         """The file, and its row, that come next."""
 
-    def read(self, path: str, rows: Sequence[int]) -> list[bytes | None]:
+    def read(self, path: str, places: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Return the images of some rows of a file; None where the row has none.
 
         Raises:
             SourceError: The file has gone, changed, or lost rows since it was indexed.
         """
         try:
-            return [self._image(path, row) for row in rows]
+            with self._lock:
+                return [self._image(path, row) for row, _ in places]
         except (pa.ArrowException, OSError, IndexError, KeyError) as error:
             raise SourceError(
                 f"{path} cannot be read as it was indexed: {error}. The same file was expected. "

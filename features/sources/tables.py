@@ -12,23 +12,23 @@ from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
 
-from features.config import FolderSource
+from features.config import DataPlace
 from features.errors import SourceError
-from features.sources.parquet import open_parquet
-from features.sources.reader import (
-    CaptionPicker,
+from features.sources.base import (
+    NONE,
     Counts,
     Keys,
     Sample,
-    read_class_names,
+    SourceReader,
+    SourceSettings,
     split_image_suffix,
-    whole_number,
 )
+from features.sources.parquet import open_parquet
 from features.status import Status
 from features.storage.files import is_file, open_file, remote_size
 from features.storage.parallel import in_order
@@ -106,8 +106,30 @@ QUOTED = re.compile(r'"[^"]*("|$)')
 Rows = list[dict[str, Any]]
 
 
-class CaptionTable:
-    """A `.jsonl`, `.csv`, `.tsv` or `.parquet` of captions that names image files in its folder.
+class FolderSource(SourceSettings):
+    """A table of captions (`.jsonl`, `.csv`, `.tsv`, `.parquet`) that names images beside it."""
+
+    kind: Literal["folder"]
+    path: DataPlace
+    """The table, in UTF-8. Image paths in it are relative to its folder. The first line of a `.csv`
+    or `.tsv` names the columns; they are separated by what comes first there of comma, semicolon
+    and tab (those between quotation marks do not count)."""
+    image: str = "image"
+    """Column that names the image file."""
+
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "CaptionTable":
+        """Open the table."""
+        if not is_file(self.path):
+            raise SourceError(
+                f"There is no table {self.path}. A file ({', '.join(READERS)}) with a column "
+                f"{self.image!r} that names images was expected, not their folder. Correct "
+                f"`path` of the source."
+            )
+        return CaptionTable(self, [self.path], known)
+
+
+class CaptionTable(SourceReader[FolderSource]):
+    """Lists the rows of a table that names image files in its folder.
 
     Rules: rows of the same image that follow each other are one sample, their captions the fields
     0, 1, and on (if that happens anywhere in the table); an image that comes again later is a
@@ -115,24 +137,7 @@ class CaptionTable:
     keeps a quarantined row. A path that leads out of the folder is refused, also by a link.
     """
 
-    def __init__(self, source: FolderSource) -> None:
-        if not is_file(source.path):
-            raise SourceError(
-                f"There is no table {source.path}. A file ({', '.join(READERS)}) with a column "
-                f"{source.image!r} that names images was expected, not their folder. Correct "
-                f"`path` of the source."
-            )
-        self.files = {source.path: source.path.stem}
-        self.picker = CaptionPicker(source.captions, str(source.path))
-        self._source = source
-
-    def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels, where the recipe gives them."""
-        return read_class_names(self._source.class_names)
-
-    def check(self) -> None:
-        """Refuse a name of captions that no row had."""
-        self.picker.check()
+    may_be_rewritten = True
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield one sample per image of the table.
@@ -150,23 +155,22 @@ class CaptionTable:
             return *image, *images.find(image[0])
 
         for name, rows, path, size in in_order(find, named, remote=not isinstance(file, Path)):
-            captions = [self.picker.pick(row, counts) for row in rows]
             key, problem = keys.of(*split_image_suffix(name))
-            sample = Sample(key, problem=problem, captions=captions[0])
+            sample = Sample(key, problem=problem)
+            self.describe(sample, rows[0], counts)
             if several:
-                texts = [text for each in captions for text in each.values()]
+                captions = [sample.captions, *(self.picker.pick(row, counts) for row in rows[1:])]
+                texts = itertools.chain.from_iterable(each.values() for each in captions)
                 sample.captions = {str(i): text for i, text in enumerate(texts)}
-            sample.label = whole_number(rows[0].get(self._source.label or ""), counts)
-            sample.group = whole_number(rows[0].get(self._source.group or ""), counts)
             place_image(sample, path, size, counts)
             yield sample
 
     def _named_rows(self, file: Place) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(table_rows(file), 1):
-            name = row.get(self._source.image)
+            name = row.get(self.source.image)
             if not isinstance(name, str) or not name or "\0" in name:
                 raise SourceError(
-                    f"Row {number} of {file} has {self._source.image} = {name!r}; its columns are "
+                    f"Row {number} of {file} has {self.source.image} = {name!r}; its columns are "
                     f"{list(row)[:20]}. The path of an image was expected. Set `image` of the "
                     f"source to the column that names the images, or correct the row."
                 )

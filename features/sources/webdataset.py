@@ -2,31 +2,31 @@
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from features.class_lists import check_order
-from features.config import WebdatasetSource
+from features.config import DataPattern
 from features.errors import SourceError
-from features.sources.reader import (
+from features.sources.base import (
     IMAGE_SUFFIXES,
-    CaptionPicker,
+    NONE,
     Counts,
     Keys,
     Sample,
+    SourceReader,
+    SourceSettings,
     matching_files,
-    named_files,
     read_class_names,
-    whole_number,
 )
 from features.status import Status
 from features.storage.place import Place
 from features.storage.requests import open_ranges
 
 BLOCK = 512
-WINDOW_BYTES = 1 << 12  # a sample's headers and captions; what is read beyond them is in vain
+WINDOW_BYTES = 1 << 12
+"""Bytes fetched per read: enough for a header and a caption. More would be image data to skip."""
 MAX_HEADER_BYTES = 1 << 20
 ZEROS = bytes(BLOCK)
 ADLER_BASE = 65521
@@ -243,8 +243,20 @@ MAX_SUFFIXES_COUNTED = 32
 _parse_json = json.JSONDecoder().decode
 
 
-class TarShards:
-    """Reads the headers of tars, and the text of their captions; the images stay where they are.
+class WebdatasetSource(SourceSettings):
+    """Tar shards whose members share a base name: an image, and `.txt` or `.json` captions."""
+
+    kind: Literal["webdataset"]
+    path: DataPattern | tuple[DataPattern, ...]
+    """Glob pattern(s) of the tar files, `{00000..00010}` too; each read in sorted order."""
+
+    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "TarShards":
+        """Find the tars."""
+        return TarShards(self, matching_files(self.path), known)
+
+
+class TarShards(SourceReader[WebdatasetSource]):
+    """Lists the samples of tars by their headers, and reads captions; images are not read.
 
     Rules: members of one base name (up to the first dot of the file's name) that follow each other
     are one sample. A base name that comes again, or the same member once more, is a duplicate: it
@@ -253,34 +265,24 @@ class TarShards:
     neither image nor text, links, devices, and paths that lead out of the archive.
     """
 
-    def __init__(self, source: WebdatasetSource, known: Mapping[Place, str]) -> None:
-        self.files = named_files(matching_files(source.path), known)
-        self.picker = CaptionPicker(source.captions, str(source.path))
-        self._source = source
+    def __init__(
+        self, source: WebdatasetSource, found: Iterable[Place], known: Mapping[Place, str]
+    ) -> None:
+        super().__init__(source, found, known)
         self._of_use = {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
 
-    def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels, where the recipe gives them.
+    def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
+        """Return those of `classnames.txt`, which CLIP_benchmark puts beside or above local tars.
 
-        Raises:
-            SourceError: `classnames.txt`, which CLIP_benchmark puts beside or above local tars, has
-                them in another order.
+        They are only compared: without names in the settings the shards have none.
         """
-        given = read_class_names(self._source.class_names)
         folder = next(iter(self.files)).parent
-        if given is None or not isinstance(folder, Path):
-            return given
+        if self.source.class_names is None or not isinstance(folder, Path):
+            return None
         for beside in (folder / OWN_NAMES, folder.parent / OWN_NAMES):
             if beside.is_file():
-                own = read_class_names(beside) or ()
-                by = f"class_names = {self._source.class_names}"
-                check_order(given, own, given_by=by, own_by=str(beside))
-                break
-        return given
-
-    def check(self) -> None:
-        """Refuse a name of captions that no sample had."""
-        self.picker.check()
+                return read_class_names(beside) or (), beside
+        return None
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the samples of one tar.
@@ -343,14 +345,7 @@ class TarShards:
         if member.size > MAX_TEXT_BYTES:
             counts["texts over 1 MiB (cut there)"] += 1
         content = tar.read(member.offset, min(member.size, MAX_TEXT_BYTES))
-        record = _record(suffix, content, counts)
-        if captions := self.picker.pick(record, counts):
-            sample.captions |= captions
-        source = self._source
-        if source.label and source.label in record:
-            sample.label = whole_number(record[source.label], counts)
-        if source.group and source.group in record:
-            sample.group = whole_number(record[source.group], counts)
+        self.describe(sample, _record(suffix, content, counts), counts)
 
 
 def split_name(name: str) -> tuple[str, str]:

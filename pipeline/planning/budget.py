@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from features.config import ScenesSource, Source
 from features.errors import SailError, SourceError
 from features.index import Index
-from features.sources import Counts, Shards, open_source
-from features.sources.parquet import ImageParquet
+from features.sources import Counts, Source, SourceReader
 from features.storage.files import version
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
@@ -64,23 +62,23 @@ def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -
         return Rows(given, "as given", is_exact=True)
     if index.is_file():
         return Rows(Index.open(index).rows, "its index", is_exact=True)
-    if isinstance(source, ScenesSource):
-        return Rows(source.rows, "the recipe", is_exact=True)
-    found = _listed(open_source(source), seconds)
+    if source.known_rows is not None:
+        return Rows(source.known_rows, "the recipe", is_exact=True)
+    found = _listed(source.open(), seconds)
     if source.rows is not None and source.rows < found.count:
         found = Rows(source.rows, "`rows` of the source", found.is_exact)
     return found
 
 
-def _listed(shards: Shards, seconds: float) -> Rows:
+def _listed(reader: SourceReader[Any], seconds: float) -> Rows:
     """List some files, and take the others to have as many rows for their bytes."""
-    files = list(shards.files)
+    files = list(reader.files)
     last = len(files) - 1
     chosen = sorted({0, last // 2, last})[:FILES_SAMPLED]
     rows, sampled_bytes, is_whole = 0, 0.0, True
     deadline = time.monotonic() + seconds
     for number in chosen:
-        count, share = _count(shards, files[number], deadline)
+        count, share = _count(reader, files[number], deadline)
         rows += count
         sampled_bytes += share * _file_bytes(files[number])
         is_whole &= share == 1.0
@@ -92,12 +90,12 @@ def _listed(shards: Shards, seconds: float) -> Rows:
     return Rows(round(rows * total / max(sampled_bytes, 1e-9)), words, is_exact=False)
 
 
-def _count(shards: Shards, file: Place, deadline: float) -> tuple[int, float]:
+def _count(reader: SourceReader[Any], file: Place, deadline: float) -> tuple[int, float]:
     """Return the samples of a file up to the deadline, and the share of it that was listed."""
-    if isinstance(shards, ImageParquet):
-        return shards.num_rows(file), 1.0
+    if (known := reader.num_samples(file)) is not None:
+        return known, 1.0
     count, size = 0, _file_bytes(file)
-    for count, sample in enumerate(shards.samples(file, Counts()), 1):
+    for count, sample in enumerate(reader.samples(file, Counts()), 1):
         is_placed = 0 < sample.offset < size
         if count >= SAMPLES_AT_LEAST and is_placed and time.monotonic() > deadline:
             return count, (sample.offset + sample.size) / size

@@ -18,10 +18,8 @@ import numpy as np
 from packaging.requirements import Requirement
 from PIL import Image
 
-from features.config import ScenesSource
 from features.errors import SailError
 from features.images import decode
-from features.sources import open_source
 from features.store import FeatureStore
 from pipeline.planning.estimate import local_folder
 from pipeline.planning.passes import existing_folder
@@ -280,11 +278,8 @@ def _limits() -> Iterator[Check]:
 def _recipe(config: RunConfig) -> Iterator[Check]:
     folder = run_folder(config)
     for split, source in config.data.items():
-        if isinstance(source, ScenesSource):
-            yield Check(f"data.{split}", "ok", f"{source.rows} scenes, drawn when they are needed")
-            continue
         try:
-            yield Check(f"data.{split}", "ok", f"{len(open_source(source).files)} files")
+            yield Check(f"data.{split}", "ok", source.summary())
         except SailError as error:
             is_done = FeatureStore.is_at(folder.store(split))
             words = f"{error}{' Its feature store is there.' if is_done else ''}"

@@ -15,18 +15,18 @@ import torch
 import zarr
 from torch.utils.flop_counter import FlopCounterMode
 
-from features.config import ImageEncoderConfig, ScenesSource, TextEncoderConfig
+from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from features.errors import SailError
 from features.images import ImageFault
-from features.index import Index, SampleReader
+from features.index import Index, SampleReader, build_index
 from features.status import Status
 from features.storage.column import Column, create_column
 from pipeline.planning.estimate import Phase, hours, image_size, local_folder, text_size
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import RunFolder, draw_scenes
+from pipeline.run.folder import RunFolder
 
 T = TypeVar("T")
 SAMPLES = 512
@@ -181,7 +181,6 @@ def _since(started: float) -> float:
 
 
 logger = logging.getLogger(__name__)
-SCENES = 64
 ASSUMED_TOKENS = {"short": 16, "long": 120}
 ASSUMED_TOKENS_OF_OTHERS = 40
 
@@ -217,11 +216,10 @@ def sample_index(config: RunConfig, folder: RunFolder) -> Iterator[Index | None]
         yield Index.open(path)
         return
     with tempfile.TemporaryDirectory(prefix="sail-plan-") as temporary:
-        if isinstance(source, ScenesSource):
-            source = draw_scenes(source.model_copy(update={"rows": SCENES}), Path(temporary))
         few = source.model_copy(update={"rows": min(SAMPLES, source.rows or SAMPLES)})
         try:
-            index = Index.build(few, Path(temporary) / "sample.parquet")
+            reader = few.open(folder=Path(temporary))
+            index = build_index(reader, Path(temporary) / "sample.parquet")
         except SailError as error:
             logger.warning(
                 "nothing is measured on this machine, since there are no rows: %s", error
@@ -307,8 +305,7 @@ class Measuring:
         """Return some captions of each field; none where there is no data."""
         if self._index is None:
             source = self._config.data[self._config.trained_splits[0]]
-            names = source.captions if not isinstance(source, ScenesSource) else ("short", "long")
-            return {name: [] for name in names or ("caption",)}
+            return {name: [] for name in source.expected_fields or ("caption",)}
         stop = min(SAMPLES, self._index.rows)
         names = tuple(f"caption/{name}" for name in self._index.fields)
         table = self._index.rows_between(0, stop, names) if names else None

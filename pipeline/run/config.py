@@ -12,18 +12,17 @@ from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
 from evaluate.measures import MEASURES, EvalConfig
-from evaluate.segmentation_sets import SEGMENTATION_SETS
-from features.class_lists import CLASS_LISTS
 from features.config import (
     SETTINGS,
+    BesideRunFile,
     ExtractConfig,
     ImageEncoderConfig,
     Name,
-    Source,
     TextEncoderConfig,
 )
 from features.errors import ConfigError
-from features.storage.place import FolderSetting, local_path, without_secrets
+from features.sources import Source
+from features.storage.place import FolderSetting, without_secrets
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 EXPECTED = {
@@ -90,7 +89,7 @@ class ReportConfig(BaseModel):
 
     title: str | None = None
     """Title of the report; the name of the run if not given."""
-    reference: Path | None = None
+    reference: Annotated[Path, BesideRunFile] | None = None
     """JSON file of numbers measured earlier, shown as such and never mixed with the run's own."""
 
 
@@ -181,8 +180,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(run, dict):
         run.setdefault("name", path.stem)
         run.setdefault("dir", str(Path("runs") / str(run["name"])))
-    _resolve_paths(document, path.resolve().parent)
-    return _checked(document, str(path))
+    return _checked(document, str(path), path.resolve().parent)
 
 
 def vary_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -197,9 +195,9 @@ def vary_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return _checked(document, f"The run {config.run.name!r} with {', '.join(overrides)}")
 
 
-def _checked(document: dict[str, Any], what: str) -> RunConfig:
+def _checked(document: dict[str, Any], what: str, folder: Path | None = None) -> RunConfig:
     try:
-        return RunConfig.model_validate(document)
+        return RunConfig.model_validate(document, context={"folder": folder})
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors()]
         where = "; ".join(faults) if len(faults) == 1 else "".join(f"\n  {f}" for f in faults)
@@ -253,55 +251,6 @@ def _apply(document: dict[str, Any], override: str) -> None:
                 f"section, as in `--set align.batch_size=1024`."
             )
     table[key] = value
-
-
-def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
-    """Make the paths of sources and local encoders absolute: they are relative to the run file."""
-    data = document.get("data", {})
-    for source in data.values() if isinstance(data, dict) else []:
-        for key in ("path", "class_names", "names", "images"):
-            if isinstance(source, dict) and key in source:
-                value = source[key]
-                absolute = [_absolute(item, folder) for item in _as_list(value)]
-                source[key] = absolute if isinstance(value, list) else absolute[0]
-    encoders = document.get("encoders", {})
-    for kind in encoders.values() if isinstance(encoders, dict) else []:
-        for encoder in kind.values() if isinstance(kind, dict) else []:
-            model = encoder.get("model") if isinstance(encoder, dict) else None
-            if isinstance(model, str) and Path(_absolute(model, folder)).is_dir():
-                encoder["model"] = _absolute(model, folder)
-    _resolve_evaluation(document.get("eval"), folder)
-    report = document.get("report", {})
-    if isinstance(report, dict) and isinstance(report.get("reference"), str):
-        report["reference"] = _absolute(report["reference"], folder)
-
-
-def _resolve_evaluation(evaluation: Any, folder: Path) -> None:
-    if not isinstance(evaluation, dict):
-        return
-    _resolve_text(evaluation, ("templates",), folder)
-    if isinstance(of_splits := evaluation.get("split_templates"), dict):
-        _resolve_text(of_splits, tuple(of_splits), folder)
-    of_sets = evaluation.get("segmentation")
-    for section in of_sets.values() if isinstance(of_sets, dict) else []:
-        if isinstance(section, dict):
-            own = () if section.get("classes") in SEGMENTATION_SETS else ("classes",)
-            _resolve_text(section, ("images", "masks", "names", "templates", *own), folder)
-
-
-def _resolve_text(section: dict[str, Any], keys: Sequence[str], folder: Path) -> None:
-    """Make what stands under some keys absolute, where it is one path; lists are prompts."""
-    section |= {key: _absolute(section[key], folder) for key in keys if key in section}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _absolute(value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or "://" in value or value in CLASS_LISTS:
-        return value
-    return str(folder / local_path(value))
 
 
 def _describe(fault: ErrorDetails) -> str:

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from features.config import ScenesSource, Source
 from features.errors import ConfigError
-from features.index import Index, find_changes, update_index
+from features.index import Index, build_index, find_changes, update_index
+from features.sources import Source
 from features.storage.place import Place
 from features.store import FeatureStore, extend_store
 from pipeline.interrupt import StopRequest
-from pipeline.progress import ProgressLine, timed
+from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
 from pipeline.run.finished import KnownEncoders, is_finished
-from pipeline.run.folder import RunFolder, draw_scenes, start_run
+from pipeline.run.folder import RunFolder, start_run
 
 if TYPE_CHECKING:
     from pipeline.run.cluster import Cluster
@@ -52,7 +52,7 @@ def extract(
         folder = start_run(config)
         splits = []
         for split, source in config.data.items():
-            index = build_index(folder, split, _drawn(folder, split, source), stop, append=append)
+            index = current_index(folder, split, source, stop, append=append)
             splits.append((_open_store(config, folder, split, index, append=append), index))
         stores = [store for store, _ in splits]
         known = KnownEncoders(folder.path / "encoders.json")
@@ -82,7 +82,7 @@ def _cluster(
     return open_cluster(config, scheduler=scheduler, workers=workers)
 
 
-def build_index(
+def current_index(
     folder: RunFolder, split: str, source: Source, stop: StopRequest, *, append: bool
 ) -> Index:
     """Open the index of a split, bring it up to date, or build it from its source.
@@ -91,17 +91,21 @@ def build_index(
         SourceError: The source changed since the index was built, otherwise than it may.
         Stopped: A signal came; the index is as it was before.
     """
-    path = folder.index(split)
-    index = Index.open(path) if path.is_file() else None
-    if index is not None and (index.matches(source) or FeatureStore.is_at(folder.store(split))):
-        changes = find_changes(index, source)
-        if not changes:
-            return index
-        with ProgressLine(f"index {split}", None, "samples") as line:
-            advance = _until(stop, line)
-            return update_index(index, source, changes, append=append, on_progress=advance)
+    path, made = folder.index(split), folder.path / "shards" / split
+    if path.is_file():
+        index = Index.open(path)
+        reader = source.open(index.names, folder=made)
+        is_same = index.source == reader.source.recorded()
+        if is_same or FeatureStore.is_at(folder.store(split)):
+            changes = find_changes(index, reader)
+            if not changes:
+                return index
+            with ProgressLine(f"index {split}", None, "samples") as line:
+                advance = _until(stop, line)
+                return update_index(index, reader, changes, append=append, on_progress=advance)
+    reader = source.open(folder=made)
     with ProgressLine(f"index {split}", None, "samples") as line:
-        index = Index.build(source, path, on_progress=_until(stop, line))
+        index = build_index(reader, path, on_progress=_until(stop, line))
     for what, count in index.counts.items():
         if count:
             logger.info("index %s: %s: %d", split, what, count)
@@ -118,14 +122,6 @@ def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:
         stop.check()
 
     return advance
-
-
-def _drawn(folder: RunFolder, split: str, source: Source) -> Source:
-    """Draw the shards of the demo world, where that is the source; leave any other as it is."""
-    if not isinstance(source, ScenesSource):
-        return source
-    with timed(f"drawing {source.rows} scenes for {split}"):
-        return draw_scenes(source, folder.path / "shards" / split)
 
 
 def _open_store(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 from align.columns import JoinedStore, PairedStore
-from features.config import ScenesSource, WebdatasetSource
 from features.errors import ConfigError, TrainingError
 from features.storage.files import is_file, write
 from features.storage.place import Place
@@ -63,19 +62,6 @@ def start_run(config: RunConfig) -> RunFolder:
     if not (path.is_file() and path.read_bytes() == content):  # a finished run may be read-only
         write(path, content)
     return folder
-
-
-def draw_scenes(source: ScenesSource, folder: Path) -> WebdatasetSource:
-    """Draw shards of the demo world into a folder, and return the source that they are."""
-    from features.scenes.shards import write_shards
-
-    write_shards(folder, split=source.split, rows=source.rows, seed=source.seed)
-    return WebdatasetSource(
-        kind="webdataset",
-        path=str(folder / "*.tar"),
-        captions=("short", "long"),
-        class_names=folder / "classes.txt",
-    )
 
 
 def open_stores(config: RunConfig, folder: RunFolder, split: str, weight: float) -> PairedStore:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from features.config import ImageEncoderConfig, WebdatasetSource
+from features.config import ImageEncoderConfig
 from features.encoders import ImageEncoder, load_image_encoder
 from features.extract import Run, extract_images
-from features.index import Index
+from features.index import Index, build_index
+from features.sources.webdataset import WebdatasetSource
 from features.store import ColumnGroup, FeatureStore
 from pipeline.run.cpu import keep_freed_memory, usable_processors
 from tests import tiny
@@ -78,8 +79,8 @@ class Task:
             for member in [(f"{i:08d}.jpg", self.jpegs[i % self.distinct]), (f"{i:08d}.txt", b"a")]
         ]
         tar = tiny.write_tar(self.folder / "photographs.tar", members)
-        return Index.build(
-            WebdatasetSource(kind="webdataset", path=str(tar)), self.folder / "index.parquet"
+        return build_index(
+            WebdatasetSource(kind="webdataset", path=str(tar)).open(), self.folder / "index.parquet"
         )
 
     def encoder(self, mode: Literal["exact", "fast"], **settings: Any) -> ImageEncoder:

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from features.config import WebdatasetSource
-from features.index import Index
+from features.index import build_index
+from features.sources.webdataset import WebdatasetSource
 from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.synthetic import webdataset_shards
 
@@ -30,7 +30,7 @@ def seconds_of_tarfile(path: Path) -> float:
 def seconds_of_index(path: Path, index: Path) -> float:
     """Build the complete index: headers, captions, the parquet file."""
     started = time.process_time()
-    Index.build(WebdatasetSource(kind="webdataset", path=str(path)), index)
+    build_index(WebdatasetSource(kind="webdataset", path=str(path)).open(), index)
     return time.process_time() - started
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from features.config import FolderSource
-from features.index import Index
+from features.index import build_index
+from features.sources.tables import FolderSource
 from features.status import Status
 from features.storage.column import Column, create_column
 from features.store import FORMAT, FORMAT_VERSION, FeatureStore
@@ -31,7 +31,7 @@ def synthetic_store(
             captions = dict.fromkeys(fields, f"row {row}")
             lines.write(json.dumps({"image": f"{row:09d}.jpg"} | captions) + "\n")
     source = FolderSource(kind="folder", path=table, captions=fields)
-    index = Index.build(source, folder / "index.parquet")
+    index = build_index(source.open(), folder / "index.parquet")
     store = FeatureStore.create(folder / "store.zarr", index, rows_per_chunk=rows_per_chunk)
     store.add_encoder("image/synthetic", {"model": "synthetic"}, dim=image_dim)
     store.add_encoder("text/synthetic", {"model": "synthetic"}, dim=text_dim)

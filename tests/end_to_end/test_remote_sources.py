@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 from pydantic import TypeAdapter
 
-from features.config import Source
-from features.index import Index, SampleReader
+from features.index import Index, SampleReader, build_index
+from features.sources import Source
 from features.storage import remote as objects
 from features.storage.place import as_place
 from features.store import FeatureStore
@@ -143,4 +143,4 @@ def test_a_store_is_read_from_any_server_that_lists_its_files(
 
 def built(folder: Path, settings: dict[str, str]) -> Index:
     source: Source = TypeAdapter(Source).validate_python(settings)
-    return Index.build(source, folder / "index.parquet")
+    return build_index(source.open(), folder / "index.parquet")

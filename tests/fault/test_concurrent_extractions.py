@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from features.config import WebdatasetSource
 from features.errors import StoreMismatchError
-from features.index import Index, find_changes, update_index
+from features.index import Index, build_index, find_changes, update_index
+from features.sources.webdataset import WebdatasetSource
 from features.store import FeatureStore, extend_store
 from pipeline.stores.verify import verify_store
 from tests import tiny
@@ -69,7 +69,7 @@ def test_two_processes_on_one_new_store_leave_the_bytes_of_one(tmp_path: Path) -
 def index_of(folder: Path, name: str, first: int) -> Index:
     tar = tiny.write_tar(folder / f"{name}.tar", tiny.samples(12, first))
     source = WebdatasetSource(kind="webdataset", path=str(tar))
-    return Index.build(source, folder / f"{name}.parquet")
+    return build_index(source.open(), folder / f"{name}.parquet")
 
 
 def all_at_once(*works: Callable[[], object]) -> list[BaseException | None]:
@@ -126,17 +126,20 @@ def test_of_eight_that_append_to_an_index_and_a_store_each_ends_with_all_rows(
     source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "*.tar"))
     tiny.write_tar(tmp_path / "a.tar", tiny.samples(10))
     path, store = tmp_path / "index.parquet", tmp_path / "rows.zarr"
-    FeatureStore.create(store, Index.build(source, path), rows_per_chunk=4)
+    FeatureStore.create(store, build_index(source.open(), path), rows_per_chunk=4)
     tiny.write_tar(tmp_path / "b.tar", tiny.samples(7))
 
     def append() -> None:
         index = Index.open(path)
-        if changes := find_changes(index, source):
-            index = update_index(index, source, changes, append=True)
+        reader = source.open(index.names)
+        if changes := find_changes(index, reader):
+            index = update_index(index, reader, changes, append=True)
         extend_store(FeatureStore.open(store), index, append=False)
 
     assert all_at_once(*[append] * 8) == [None] * 8
-    whole = FeatureStore.create(tmp_path / "w.zarr", Index.build(source, path), rows_per_chunk=4)
+    whole = FeatureStore.create(
+        tmp_path / "w.zarr", build_index(source.open(), path), rows_per_chunk=4
+    )
     assert store_files(store) == store_files(tmp_path / "w.zarr")
     assert whole.rows == 17
     assert [entry for entry in tmp_path.rglob("*") if entry.name.startswith(".")] == []

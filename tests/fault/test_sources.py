@@ -6,9 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.config import ClassFolderSource, FolderSource, ParquetSource, WebdatasetSource
 from features.errors import SourceError
-from features.index import ROWS_PER_GROUP, Index, SampleReader
+from features.index import ROWS_PER_GROUP, Index, SampleReader, build_index
+from features.sources.class_folders import ClassFolderSource
+from features.sources.parquet import ParquetSource
+from features.sources.tables import FolderSource
+from features.sources.webdataset import WebdatasetSource
 from tests import tiny
 
 
@@ -26,7 +29,7 @@ def test_a_tar_cut_off_says_where_and_how_many_samples_were_whole(tmp_path: Path
     tar = tmp_path / "s.tar"
     tar.write_bytes(tar.read_bytes()[:6000])
     with pytest.raises(SourceError, match=r"byte 6000 \(whole samples before it: 1\)"):
-        Index.build(source, tmp_path / "index.parquet")
+        build_index(source.open(), tmp_path / "index.parquet")
     assert list(tmp_path.iterdir()) == [tar]
 
 
@@ -37,7 +40,7 @@ def test_a_tar_cut_off_between_two_members_is_not_taken_for_a_whole_one(tmp_path
     content = tar.read_bytes()
     tar.write_bytes(content[: len(content) // 512 * 512])
     with pytest.raises(SourceError, match="is cut off at byte"):
-        Index.build(source, tmp_path / "index.parquet")
+        build_index(source.open(), tmp_path / "index.parquet")
 
 
 def test_a_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
@@ -47,21 +50,21 @@ def test_a_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
     content[content.index(b"00003.json")] ^= 1
     tar.write_bytes(content)
     with pytest.raises(SourceError, match=r"damaged at byte \d+ \(whole .* it: 3\)"):
-        Index.build(source, tmp_path / "index.parquet")
+        build_index(source.open(), tmp_path / "index.parquet")
 
 
 def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(b"\x1f\x8b\x08" + bytes(2000))
     source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "s.tar"))
     with pytest.raises(SourceError, match=r"compressed with gzip.*Unpack a compressed one once"):
-        Index.build(source, tmp_path / "index.parquet")
+        build_index(source.open(), tmp_path / "index.parquet")
 
 
 def test_an_index_that_was_not_finished_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shard(tmp_path)
-    Index.build(source, tmp_path / "index.parquet")
+    build_index(source.open(), tmp_path / "index.parquet")
     before = (tmp_path / "index.parquet").read_bytes()
 
     def die(*_: object) -> None:
@@ -70,14 +73,14 @@ def test_an_index_that_was_not_finished_is_not_there(
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "add_key_value_metadata", die)
         with pytest.raises(Killed):
-            Index.build(source, tmp_path / "index.parquet")
+            build_index(source.open(), tmp_path / "index.parquet")
     assert (tmp_path / "index.parquet").read_bytes() == before
-    assert Index.build(source, tmp_path / "index.parquet").rows == 5
+    assert build_index(source.open(), tmp_path / "index.parquet").rows == 5
 
 
 @pytest.mark.parametrize("part", [0, 100, 0.5])
 def test_a_damaged_index_is_refused_by_name(tmp_path: Path, part: float) -> None:
-    path = Index.build(shard(tmp_path), tmp_path / "index.parquet").path
+    path = build_index(shard(tmp_path).open(), tmp_path / "index.parquet").path
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content)) if part < 1 else int(part)])
     with pytest.raises(SourceError, match=r"index\.parquet cannot be read"):
@@ -91,7 +94,7 @@ def test_a_parquet_file_of_someone_else_is_no_index(tmp_path: Path) -> None:
 
 
 def test_a_shard_cut_off_after_indexing_is_named(tmp_path: Path) -> None:
-    reader = SampleReader(Index.build(shard(tmp_path), tmp_path / "index.parquet"))
+    reader = SampleReader(build_index(shard(tmp_path).open(), tmp_path / "index.parquet"))
     tar = tmp_path / "s.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
     with pytest.raises(SourceError, match=r"s\.tar ends at byte \d+, within an image"):
@@ -106,7 +109,7 @@ def test_an_image_file_that_grew_after_indexing_is_named(tmp_path: Path) -> None
     image.parent.mkdir(parents=True)
     image.write_bytes(b"image")
     source = ClassFolderSource(kind="classes", path=tmp_path / "images")
-    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    reader = SampleReader(build_index(source.open(), tmp_path / "index.parquet"))
     image.write_bytes(b"image and more")
     with pytest.raises(SourceError, match=r"1\.jpg has 14 bytes and had 5"):
         reader.read_row(0)
@@ -116,7 +119,7 @@ def test_a_parquet_file_that_lost_rows_after_indexing_is_named(tmp_path: Path) -
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"image": [b"1", b"2"]}), path)
     source = ParquetSource(kind="parquet", path=str(path))
-    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    reader = SampleReader(build_index(source.open(), tmp_path / "index.parquet"))
     pq.write_table(pa.table({"image": [b"1"]}), path)
     with pytest.raises(SourceError, match=r"p\.parquet cannot be read as it was indexed.*1 rows"):
         reader.read(0, 2)
@@ -125,8 +128,9 @@ def test_a_parquet_file_that_lost_rows_after_indexing_is_named(tmp_path: Path) -
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(SourceError, match=r"p\.parquet cannot be read as parquet"):
-        Index.build(
-            ParquetSource(kind="parquet", path=str(tmp_path / "*.parquet")), tmp_path / "i.parquet"
+        build_index(
+            ParquetSource(kind="parquet", path=str(tmp_path / "*.parquet")).open(),
+            tmp_path / "i.parquet",
         )
 
 
@@ -143,7 +147,7 @@ def test_a_parquet_file_damaged_within_its_images_is_named(
     content[middle : middle + 16] = bytes(byte ^ 0xFF for byte in content[middle : middle + 16])
     path.write_bytes(content)
     source = ParquetSource(kind="parquet", path=str(path))
-    reader = SampleReader(Index.build(source, tmp_path / "index.parquet"))
+    reader = SampleReader(build_index(source.open(), tmp_path / "index.parquet"))
     with pytest.raises(SourceError, match=r"p\.parquet cannot be read as it was indexed"):
         reader.read(0, 9)
 
@@ -161,7 +165,9 @@ def test_a_parquet_file_damaged_within_its_images_is_named(
 def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=reason):
-        Index.build(FolderSource(kind="folder", path=tmp_path / name), tmp_path / "index.parquet")
+        build_index(
+            FolderSource(kind="folder", path=tmp_path / name).open(), tmp_path / "index.parquet"
+        )
 
 
 def test_a_bad_shard_behind_good_ones_leaves_no_index(tmp_path: Path) -> None:
@@ -170,5 +176,5 @@ def test_a_bad_shard_behind_good_ones_leaves_no_index(tmp_path: Path) -> None:
     (tmp_path / "s-1.tar").write_bytes(bytes(700))
     source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "s-*.tar"))
     with pytest.raises(SourceError, match=r"s-1\.tar"):
-        Index.build(source, tmp_path / "out" / "index.parquet")
+        build_index(source.open(), tmp_path / "out" / "index.parquet")
     assert not list((tmp_path / "out").iterdir())

@@ -11,10 +11,10 @@ import pytest
 import zarr
 from pydantic import TypeAdapter
 
-from features.config import Source, WebdatasetSource
 from features.errors import SourceError, StorageError, StoreError
-from features.index import Index, SampleReader, find_changes
-from features.sources import open_source
+from features.index import Index, SampleReader, build_index, find_changes
+from features.sources import Source
+from features.sources.webdataset import WebdatasetSource
 from features.storage import files, remote
 from features.storage import groups as publish
 from features.storage import remote as objects
@@ -53,7 +53,7 @@ def always(fault: str) -> Fault:
 
 def indexed(folder: Path, **settings: Any) -> Index:
     source: Source = TypeAdapter(Source).validate_python(settings)
-    return Index.build(source, folder / "index.parquet")
+    return build_index(source.open(), folder / "index.parquet")
 
 
 def images(index: Index) -> list[bytes | None]:
@@ -189,7 +189,7 @@ def test_names_on_a_web_server_cannot_be_a_pattern_with_a_star(tmp_path: Path) -
 def test_class_folders_on_a_web_server_are_refused() -> None:
     settings = {"kind": "classes", "path": "http://127.0.0.1:1/images"}
     with pytest.raises(StorageError, match=r"/images cannot be listed: a web server has no list"):
-        open_source(TypeAdapter[Source](Source).validate_python(settings))
+        TypeAdapter[Source](Source).validate_python(settings).open()
 
 
 def test_a_name_that_a_web_server_does_not_have_is_told(tmp_path: Path) -> None:
@@ -206,15 +206,15 @@ def test_a_shard_on_s3_that_changed_since_it_was_indexed_is_refused(
     tiny.write_tar(tmp_path / "shards" / "s.tar", tiny.samples(2))
     s3.upload(tmp_path / "shards", "shards")
     source = WebdatasetSource(kind="webdataset", path=s3.url("shards/*.tar"))
-    index = Index.build(source, tmp_path / "index.parquet")
-    assert not find_changes(index, source)
+    index = build_index(source.open(), tmp_path / "index.parquet")
+    assert not find_changes(index, source.open(index.names))
     tiny.write_tar(tmp_path / "shards" / "s.tar", tiny.samples(2, first=5))
     s3.upload(tmp_path / "shards", "shards")
     with pytest.raises(SourceError, match=r"s\.tar has changed since it was indexed"):
-        find_changes(index, source)
+        find_changes(index, source.open(index.names))
     files.delete(as_place(s3.url("shards/s.tar")))
     with pytest.raises(SourceError, match=r"s\.tar is gone"):
-        find_changes(index, source)
+        find_changes(index, source.open(index.names))
 
 
 def test_a_shard_on_s3_that_got_shorter_is_told_when_it_is_read(tmp_path: Path, s3: Bucket) -> None:

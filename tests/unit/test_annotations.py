@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from features.config import Source
 from features.errors import SourceError
-from features.sources import Sample, open_source
+from features.sources import Sample, Source
 from features.status import Status
 from tests import tiny
 
@@ -18,7 +17,7 @@ from tests import tiny
 def listed(counts: Counter[str] | None = None, **settings: Any) -> list[Sample]:
     """All samples of annotations given as in a run file."""
     source: Source = TypeAdapter(Source).validate_python({"kind": "annotations", **settings})
-    shards = open_source(source)
+    shards = source.open()
     counts = Counter() if counts is None else counts
     return [sample for file in shards.files for sample in shards.samples(file, counts)]
 

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from pydantic import TypeAdapter
 
-from features.config import Source
 from features.errors import SourceError
+from features.sources import Source
 from pipeline.cli import cli
 from pipeline.planning.budget import rows_of
 from tests import tiny

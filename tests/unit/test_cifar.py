@@ -8,10 +8,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from features.class_lists import read_class_list
-from features.config import Source
 from features.errors import SourceError
 from features.images import decode
-from features.index import Index, SampleReader
+from features.index import Index, SampleReader, build_index
+from features.sources import Source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 
@@ -45,7 +45,7 @@ def index(folder: Path, **settings: Any) -> Index:
     source: Source = TypeAdapter(Source).validate_python(
         {"kind": "cifar", "path": str(folder), **settings}
     )
-    return Index.build(source, folder / "index.parquet")
+    return build_index(source.open(), folder / "index.parquet")
 
 
 def test_the_pixels_and_labels_of_cifar_10_come_back(tmp_path: Path) -> None:

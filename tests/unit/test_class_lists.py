@@ -15,9 +15,8 @@ from pydantic import TypeAdapter
 from evaluate.measures import EvalConfig
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS, FOLDER, check_order, read_class_list
-from features.config import Source
 from features.errors import SourceError
-from features.sources import open_source
+from features.sources import Source
 from tests import tiny
 
 CIFAR = read_class_list("cifar-10").classes
@@ -26,7 +25,7 @@ CIFAR = read_class_list("cifar-10").classes
 def class_names(**settings: Any) -> tuple[str, ...] | None:
     """The names of the classes of a source given as in a run file."""
     source: Source = TypeAdapter(Source).validate_python(settings)
-    return open_source(source).class_names()
+    return source.open().class_names()
 
 
 def folders(root: Path, names: tuple[str, ...]) -> dict[str, Any]:

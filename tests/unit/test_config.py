@@ -214,12 +214,12 @@ def test_names_of_lists_are_no_paths_and_files_are_relative_to_the_run_file(tmp_
     run_file = tmp_path / "run.toml"
     run_file.write_text(
         '[data.train]\nkind = "folder"\npath = "t.csv"\n'
-        '[data.val]\nkind = "classes"\npath = "val"\nnames = "imagenet-1k"\n'
+        '[data.val]\nkind = "classes"\npath = "val"\nclass_names = "imagenet-1k"\n'
         '[data.own]\nkind = "classes"\npath = "own"\nnames = "names.json"\n'
         '[eval]\ntemplates = "imagenet-1k"\nsplit_templates = {own = "own.json"}\n'
     )
     config = load_config(str(run_file))
-    assert [getattr(config.data[split], "names", None) for split in ("val", "own")] == [
+    assert [config.data[split].class_names for split in ("val", "own")] == [
         "imagenet-1k",
         tmp_path / "names.json",
     ]

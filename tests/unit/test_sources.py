@@ -1,37 +1,148 @@
-"""What becomes a sample, and under which key, for each kind of source."""
+"""What every kind of source must do, and what becomes a sample of each, under which key."""
 
 import csv
 import json
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import TypeAdapter
+from pydantic import ValidationError
 
-from features.config import ScenesSource, Source
 from features.errors import SourceError
-from features.sources import Sample, open_source
+from features.index import SampleReader
+from features.scenes import shards as scenes
+from features.sources import Sample, Source
 from features.sources.parquet import ParquetImages
 from features.sources.webdataset import REPEATED
 from features.status import Status
 from tests import tiny
+from tests.source_suite import IMAGES, SourceTests, kinds_without_suite, parsed
 
 IMAGE = tiny.encoded(tiny.picture(0))
 
 
 def listed(counts: Counter[str] | None = None, **settings: Any) -> list[Sample]:
     """All samples of a source given as in a run file."""
-    source: Source = TypeAdapter(Source).validate_python(settings)
-    shards = open_source(source)
+    shards = parsed(settings).open()
     counts = Counter() if counts is None else counts
     samples = [sample for file in shards.files for sample in shards.samples(file, counts)]
     shards.check()
     return samples
+
+
+def halves(images: Sequence[bytes]) -> list[tuple[str, Sequence[bytes]]]:
+    return [("a", images[:2]), ("b", images[2:])]
+
+
+class TestEveryWebdataset(SourceTests):
+    kind = "webdataset"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        for name, some in halves(images):
+            members = [(f"{number}.jpg", image) for number, image in enumerate(some)]
+            tiny.write_tar(folder / f"{name}.tar", members)
+        return {"path": folder / "{a,b}.tar"}
+
+
+class TestEveryFolder(SourceTests):
+    kind = "folder"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        names = write_images(folder, images)
+        (folder / "table.csv").write_text("\n".join(["image", *names]))
+        return {"path": folder / "table.csv"}
+
+
+class TestEveryParquet(SourceTests):
+    kind = "parquet"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        folder.mkdir()
+        for name, some in halves(images):
+            pq.write_table(pa.table({"image": some}), folder / f"{name}.parquet")
+        return {"path": folder / "*.parquet"}
+
+
+class TestEveryClasses(SourceTests):
+    kind = "classes"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        for name, some in halves(images):
+            write_images(folder / name, some)
+        return {"path": folder}
+
+
+class TestEveryCifar(SourceTests):
+    """The images are pixels, so that none of them is broken: these are the bytes of others."""
+
+    kind = "cifar"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        folder.mkdir()
+        records = b"".join(b"\0" + self.planes(image) for image in images)
+        (folder / "test_batch.bin").write_bytes(records)
+        (folder / "batches.meta.txt").write_text("cat\ndog\n")
+        return {"path": folder, "split": "test"}
+
+    def held(self, images: Sequence[bytes]) -> list[bytes | None]:
+        pixels = [np.frombuffer(self.planes(each), np.uint8).reshape(3, -1) for each in images]
+        return [b"P6 32 32 255\n" + planes.T.tobytes() for planes in pixels]
+
+    def planes(self, image: bytes) -> bytes:
+        return image.ljust(3072, b"x")[:3072]
+
+
+class TestEveryAnnotations(SourceTests):
+    kind = "annotations"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        names = write_images(folder / "images", images)
+        (folder / "results.token").write_text("".join(f"{name}#0\ta cat\n" for name in names))
+        path, kind = folder / "results.token", "flickr30k"
+        return {"path": path, "images": folder / "images", "format": kind}
+
+
+class TestEveryScenes(SourceTests):
+    """The images are drawn, so that none of them is broken until its tar is."""
+
+    kind = "scenes"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:  # noqa: ARG002
+        return {"split": "test", "rows": len(images)}
+
+    def held(self, images: Sequence[bytes]) -> list[bytes | None]:
+        rows = range(len(images))
+        return [next(scenes.members(scenes.sample("test", 0, row)))[1] for row in rows]
+
+    def test_a_broken_image_keeps_its_row(self, tmp_path: Path) -> None:
+        settings = {"kind": self.kind, **self.make(tmp_path, IMAGES)}
+        (file,) = self.opened(tmp_path, settings).files
+        first, *others = self.held(IMAGES)
+        content, torn = Path(file).read_bytes(), bytes(len(first))
+        Path(file).write_bytes(content.replace(first, torn))
+        reader = SampleReader(self.built(tmp_path, settings))
+        assert reader.read(0, 4) == [torn, *others]
+
+    def test_a_path_that_is_not_there_is_refused(
+        self, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValidationError, match="nowhere"):  # it has none
+            self.opened(tmp_path, settings | {"path": tmp_path / "nowhere"})
+
+    def test_it_needs_a_folder_to_be_drawn_into(self, settings: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="needs a folder to draw into"):
+            parsed(settings).open()
+
+
+def test_every_kind_has_a_suite() -> None:
+    assert kinds_without_suite() == set()
 
 
 def tar(path: Path, *members: tuple[str, bytes | str]) -> dict[str, Any]:
@@ -153,10 +264,6 @@ class TestWebdataset:
         samples = listed(kind="webdataset", path=str(tmp_path / "**/*.tar"))
         assert [sample.key for sample in samples] == ["x/a/s/1", "x/b/s/1", "y/a/s/1"]
 
-    def test_a_pattern_that_matches_nothing_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(SourceError, match=r"No file matches .*nothing-\*\.tar"):
-            listed(kind="webdataset", path=str(tmp_path / "nothing-*.tar"))
-
     def test_a_caption_name_that_no_sample_has_is_met_with_the_nearest(
         self, tmp_path: Path
     ) -> None:
@@ -169,6 +276,15 @@ class TestWebdataset:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE))
         with pytest.raises(SourceError, match=r"'\.\./x' in `captions`"):
             listed(**source, captions=("../x",))
+
+
+def write_images(folder: Path, images: Sequence[bytes]) -> list[str]:
+    """Write images as files of a folder, and return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number}.jpg" for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        (folder / name).write_bytes(image)
+    return names
 
 
 def folder_of_images(path: Path, *names: str) -> None:
@@ -339,9 +455,6 @@ class TestParquet:
         with pytest.raises(SourceError, match=r"'take'\. Did you mean 'taken'"):
             listed(**source, captions=["take"])
 
-    def test_a_file_of_images_alone_has_rows(self, tmp_path: Path) -> None:
-        assert len(listed(**self.files(tmp_path, [IMAGE] * 5))) == 5
-
     @pytest.mark.parametrize("as_struct", [False, True])
     def test_images_are_found_in_any_order_and_row_group(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_struct: bool
@@ -357,7 +470,7 @@ class TestParquet:
         for _ in range(100):
             first = generator.randrange(85)
             rows = range(first, first + 5)
-            found = reader.read(generator.choice(paths), rows)
+            found = reader.read(generator.choice(paths), [(row, -1) for row in rows])
             assert found == [images[row] for row in rows]
 
     def test_a_row_group_larger_than_memory_is_read_a_few_images_at_a_time(
@@ -373,7 +486,8 @@ class TestParquet:
         reader, pool, most = ParquetImages("image"), pa.default_memory_pool(), 0
         before = pool.bytes_allocated()
         for first in range(0, 1000, 50):
-            assert reader.read(str(path), range(first, first + 50)) == images[first : first + 50]
+            places = [(row, -1) for row in range(first, first + 50)]
+            assert reader.read(str(path), places) == images[first : first + 50]
             most = max(most, pool.bytes_allocated() - before)
         assert 0 < most < path.stat().st_size / 4
 
@@ -398,28 +512,30 @@ class TestClassFolders:
         ]
         assert counts == {"files that are no images (ignored)": 1}
 
+    def named(self, folder: Path, names: dict[str, Any], setting: str) -> Source:
+        folder_of_images(folder, "images/a/1.jpg", "images/b/1.jpg")
+        (folder / "names.json").write_text(json.dumps(names))
+        place = folder / "names.json"
+        return parsed({"kind": "classes", "path": folder / "images", setting: place})
+
+    @pytest.mark.parametrize("setting", ["class_names", "names"])
     @pytest.mark.parametrize(
         "names", [{"folders": ["b", "a"], "classes": ["Bee", "Ape"]}, {"classes": ["a", "b"]}]
     )
-    def test_a_file_may_name_the_classes(self, tmp_path: Path, names: dict[str, Any]) -> None:
-        folder_of_images(tmp_path, "images/a/1.jpg", "images/b/1.jpg")
-        (tmp_path / "names.json").write_text(json.dumps(names))
-        source = TypeAdapter(Source).validate_python(
-            {"kind": "classes", "path": tmp_path / "images", "names": tmp_path / "names.json"}
-        )
+    def test_a_file_may_name_the_classes(
+        self, tmp_path: Path, names: dict[str, Any], setting: str
+    ) -> None:
+        source = self.named(tmp_path, names, setting)
         expected = ("Ape", "Bee") if "folders" in names else ("a", "b")
-        assert open_source(source).class_names() == expected
+        assert source.open().class_names() == expected
+        assert source.recorded()["names"] == str(tmp_path / "names.json")
 
     def test_a_file_of_names_that_lacks_a_folder_is_refused(self, tmp_path: Path) -> None:
-        folder_of_images(tmp_path, "images/a/1.jpg")
-        (tmp_path / "names.json").write_text('{"folders": ["b"], "classes": ["Bee"]}')
-        source = TypeAdapter(Source).validate_python(
-            {"kind": "classes", "path": tmp_path / "images", "names": tmp_path / "names.json"}
-        )
+        source = self.named(tmp_path, {"folders": ["b"], "classes": ["Bee"]}, "class_names")
         with pytest.raises(SourceError, match="do not fit the folders"):
-            open_source(source).class_names()
+            source.open().class_names()
 
-
-def test_scenes_must_have_been_drawn_first() -> None:
-    with pytest.raises(ValueError, match="is drawn before it is indexed"):
-        open_source(ScenesSource(kind="scenes", split="train", rows=1))
+    def test_a_setting_under_both_of_its_names_is_refused(self) -> None:
+        both = {"class_names": "imagenet-1k", "names": "imagenet-1k"}
+        with pytest.raises(ValidationError, match="give one of them"):
+            parsed({"kind": "classes", "path": "images", **both})

@@ -1,30 +1,42 @@
-"""What every source gives: samples with a key, a place, captions, and what was wrong with them."""
+"""What every kind of source shares: settings, samples, and how files are listed and read.
+
+A kind of source is one file beside this one, and a line in `features.sources.SOURCES`. It has
+settings, which open a reader that lists samples, and a reader of images, if they are no files.
+"""
 
 import difflib
+import os
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from features.class_lists import read_class_list
-from features.errors import SourceError
+from pydantic import BaseModel, BeforeValidator, PositiveInt
+
+from features.class_lists import check_order, read_class_list
+from features.config import SETTINGS, ClassNames
+from features.errors import FileEndsEarlyError, SourceError
 from features.status import Status
 from features.storage import files
 from features.storage.files import matching_places
-from features.storage.place import Place, posix
+from features.storage.place import Place, RemotePath, as_place, posix
+from features.storage.requests import read_ranges
 
 Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "avif", "jp2", "bmp", "gif", "tif", "tiff", "heic", "heif"}
 )
-"""Of HEIC, which cannot be decoded, too: such an image keeps its row."""
+"""Includes HEIC, which cannot be decoded, so that such an image keeps its row."""
 NO_PLACE = -1
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
+NONE: Mapping[Place, str] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -47,26 +59,232 @@ class Sample:
     captions: dict[str, str] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Shards(Protocol):
-    """A source: its files in a stated order, and the samples of each."""
+class ImageReader:
+    """Reads encoded images by their places; any number of threads may share one.
 
-    @property
-    def files(self) -> Mapping[Place, str]:
-        """Files or folders in the order in which they are read, and what their keys begin with."""
+    This one reads images that are files, or byte ranges of files.
+    """
 
-    def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the labels, where the source has them."""
+    def read(self, path: str, places: Sequence[tuple[int, int]]) -> Sequence[bytes | None]:
+        """Return images of one file; None where there is none.
 
-    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
-        """Yield the samples of one file in their order, and count what was handled by rule."""
-
-    def check(self) -> None:
-        """Refuse settings that no sample fitted; called when all samples have been read.
+        Args:
+            path: The file, as in `Sample.path`.
+            places: `Sample.offset` and `Sample.size` of each image.
 
         Raises:
-            SourceError: Naming the setting.
+            SourceError: The file is missing, cannot be read, or changed since it was indexed.
         """
+        place = as_place(path)
+        if isinstance(place, RemotePath):
+            return _remote_images(place, places)
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be opened ({error.strerror}). The file that was indexed was "
+                f"expected. Restore it, or index again."
+            ) from error
+        try:
+            return [_image(file, path, *where) for where in places]
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read ({error.strerror}). The file that was indexed was "
+                f"expected. Check the disk, and run the command again."
+            ) from error
+        finally:
+            os.close(file)
+
+
+def _image(file: int, path: str, offset: int, size: int) -> bytes:
+    image = os.pread(file, size, offset)
+    if len(image) != size:
+        raise _changed(path, f"ends at byte {offset + len(image)}, within an image")
+    if offset == 0 and os.fstat(file).st_size != size:  # within a tar, offsets are from 512
+        raise _changed(path, f"has {os.fstat(file).st_size} bytes and had {size}")
+    return image
+
+
+def _remote_images(place: RemotePath, places: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+    """Read images under a URL: a file of its own whole, those in a tar by their ranges."""
+    first, size = places[0]
+    if first == 0:
+        image = files.read(place)
+        if len(image) != size:
+            raise _changed(str(place), f"has {len(image)} bytes and had {size}")
+        return [image] * len(places)
+    try:
+        found = read_ranges(place, [(offset, offset + size) for offset, size in places])
+        return list(map(bytes, found))
+    except FileEndsEarlyError as error:
+        raise _changed(str(place), f"has {error.size} bytes") from error
+
+
+def _changed(path: str, what: str) -> SourceError:
+    return SourceError(
+        f"{path} {what}. The file as it was when it was indexed was expected. Restore it, or "
+        f"delete the index and the store to start again."
+    )
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class SourceSettings(BaseModel, ABC):
+    """Settings that all kinds of sources have; each kind adds `kind` and its own."""
+
+    model_config = SETTINGS
+
+    captions: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Name or names that hold captions (JSON keys, columns; `txt` for `.txt` members). One that
+    holds a list gives the fields `0`, `1`, … Empty: those of `caption`, `captions`, `short`,
+    `long`, `txt` that are there."""
+
+    label: str | None = "label"
+    """Name that holds the class as an integer, where there is one."""
+
+    group: str | None = "group"
+    """Name that holds the number of a compositional example, where there is one."""
+
+    class_names: ClassNames | None = None
+    """Names of the classes in the order of the labels: a list that ships with the program, such as
+    `imagenet-1k` (docs/datasets.md has all), or a text file with one name a line. Refused where the
+    data carry names of their own in another order."""
+
+    rows: PositiveInt | None = None
+    """Take only the first rows in index order; all if not given."""
+
+    @abstractmethod
+    def open(
+        self, known: Mapping[Place, str] = NONE, *, folder: Path | None = None
+    ) -> "SourceReader[Any]":
+        """Find the files of the source.
+
+        Args:
+            known: Files that were indexed before, with their names: they keep both, and come
+                first.
+            folder: Where a source that makes its own files puts them.
+
+        Raises:
+            SourceError: Nothing matches its path.
+        """
+
+    def image_reader(self) -> ImageReader:
+        """Return what reads the images of its samples."""
+        return ImageReader()
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as the index records them."""
+        return self.model_dump(mode="json")
+
+    # What `sail plan` and `sail doctor` say of a source before it is indexed.
+
+    @property
+    def known_rows(self) -> int | None:
+        """How many rows the source has, where its settings alone say so."""
+        return None
+
+    @property
+    def expected_fields(self) -> tuple[str, ...]:
+        """Caption fields that the settings name; empty where the data decide."""
+        return self.captions
+
+    def summary(self) -> str:
+        """Say in words what is there.
+
+        Raises:
+            SourceError: Nothing is.
+        """
+        return f"{len(self.open().files)} files"
+
+
+Settings = TypeVar("Settings", bound=SourceSettings)
+
+
+class SourceReader(ABC, Generic[Settings]):
+    """Lists the samples of a source, file by file.
+
+    Args:
+        source: Settings, as they are recorded in the index.
+        found: Its files or folders.
+        known: Those that were indexed before, with their names.
+    """
+
+    files_are_folders: ClassVar[bool] = False
+    """Whether `files` are folders, whose time and size say nothing of what is in them."""
+    may_be_rewritten: ClassVar[bool] = False
+    """Whether a file may change after it was indexed. Its rows are then listed and compared."""
+
+    files: Mapping[Place, str]
+    """Files or folders in the order in which they are read, and what their keys begin with."""
+
+    def __init__(
+        self, source: Settings, found: Iterable[Place], known: Mapping[Place, str] = NONE
+    ) -> None:
+        self.source = source
+        self.place = str(getattr(source, "path", ""))
+        """Where the source is, for messages."""
+        self.files = self.named(found, known)
+        self.picker = CaptionPicker(source.captions, self.place)
+
+    @abstractmethod
+    def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
+        """Yield the samples of one file in their order, and count what was handled by rule.
+
+        Raises:
+            SourceError: The file cannot be read.
+        """
+
+    def named(self, found: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
+        """Put files in order, each with a name: the known ones as they are, then the others.
+
+        The name is the stem of the file, with as many folders as make all names distinct.
+        """
+        every = dict.fromkeys(found)
+        kept = {file: name for file, name in known.items() if file in every}
+        added = [file for file in every if file not in known]
+        return kept | _distinct_stems(added, taken=set(known.values()))
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the labels: those of the settings, or the data's own, if any.
+
+        Raises:
+            SourceError: Both name them, in another order.
+        """
+        given, own = read_class_names(self.source.class_names), self.own_class_names()
+        if own is None:
+            return given
+        names, place = own
+        if given is not None:
+            by = f"class_names = {self.source.class_names}"
+            check_order(given, names, given_by=by, own_by=str(place))
+        return given or names
+
+    def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
+        """Return the names of the labels in the data, and the file that has them, if one has."""
+        return None
+
+    def num_samples(self, file: Place) -> int | None:  # noqa: ARG002 - of those that know
+        """Return how many samples a file has, where that is known without listing them."""
+        return None
+
+    def check(self) -> None:
+        """Refuse a name of captions that no sample had; called when all have been listed.
+
+        Raises:
+            SourceError: Naming it, and the nearest that is there.
+        """
+        self.picker.check()
+
+    def describe(self, sample: Sample, record: Mapping[str, Any], counts: Counts) -> None:
+        """Take captions, label and group of a sample out of a record, where it has them."""
+        sample.captions |= self.picker.pick(record, counts)
+        label, group = self.source.label, self.source.group
+        if label and label in record:
+            sample.label = whole_number(record[label], counts)
+        if group and group in record:
+            sample.group = whole_number(record[group], counts)
 
 
 class CaptionPicker:
@@ -204,17 +422,6 @@ def matching_files(patterns: str | Sequence[str]) -> list[Place]:
                 f"source; it is relative to the run file, and names files (`folder/*`), no folder."
             ) from error
     return list(found)
-
-
-def named_files(files: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
-    """Put files in order, each with a name: first the known ones as they are, then the others.
-
-    The name is the stem of the file, with as many folders as make all names distinct.
-    """
-    found = dict.fromkeys(files)
-    kept = {file: name for file, name in known.items() if file in found}
-    added = [file for file in found if file not in known]
-    return kept | _distinct_stems(added, taken=set(known.values()))
 
 
 def whole_number(value: Any, counts: Counts) -> int:
