@@ -45,7 +45,7 @@ PROCESSES = 2
 
 
 @dataclass(frozen=True)
-class Sample:
+class SceneRow:
     """One row of a shard before it is drawn."""
 
     scene: Scene
@@ -102,17 +102,17 @@ def write_shards(
     return [shard.path for shard in shards]
 
 
-def sample(split: str, seed: int, row: int) -> Sample:
+def sample(split: str, seed: int, row: int) -> SceneRow:
     """Return what a row of a split shows and says, before it is drawn."""
     if split == "compositional":
         group, member = divmod(row, 2)
         source = (seed, SPLITS[split], group)
         pair = sample_pair(source)
         short, long = pair_captions(pair, (*source, 1))[member]
-        return Sample(pair.scenes[member], short, long, group)
+        return SceneRow(pair.scenes[member], short, long, group)
     source = (seed, SPLITS[split], row)
     scene = sample_scene(source, classes=SEEN if split == "train" else EVERY)
-    return Sample(scene, short_caption(scene), long_caption(scene, (*source, 1)))
+    return SceneRow(scene, short_caption(scene), long_caption(scene, (*source, 1)))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _write_shard(shard: _Shard) -> _Shard:
     return shard
 
 
-def members(row: Sample) -> Iterator[tuple[str, bytes]]:
+def members(row: SceneRow) -> Iterator[tuple[str, bytes]]:
     """Draw a row, and yield what stands behind its number in a shard, with the bytes."""
     rgb, mask = draw(row.scene, PICTURE)
     text: dict[str, Any] = {"short": row.short, "long": row.long, "label": row.scene.label}

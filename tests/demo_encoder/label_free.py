@@ -6,10 +6,8 @@ is one view. What stands out from the border of a crop is laid over the ground o
 that the background tells nothing and the network has to look at the object.
 """
 
-import argparse
 import logging
 import time
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetModel
 
-from tests.demo_encoder.batches import INPUT, normalised, pretraining_batches, standardised
-from tests.demo_encoder.pretrain import BATCH, log_to, measure, network, save
+from tests.demo_encoder.batches import INPUT, pretraining_batches, standardised
+from tests.demo_encoder.pretrain import BATCH, command, network
 
 logger = logging.getLogger(__name__)
 
@@ -151,18 +149,5 @@ def _around(spread: float, *shape: int) -> Tensor:
     return (2 * torch.rand(shape) - 1) * spread
 
 
-def main() -> None:
-    """Parse the command line, train, save and measure."""
-    parser = argparse.ArgumentParser(description="Train an image encoder without labels.")
-    parser.add_argument("out", type=Path, help="folder for weights, configuration and log")
-    parser.add_argument("--steps", type=int, default=800, help=f"batches of {BATCH} pictures")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    log_to(options.out, SUPERVISION)
-    model = pretrain(steps=options.steps, seed=options.seed)
-    save(model, options.out)
-    measure(lambda pixels: model(normalised(pixels)).last_hidden_state)
-
-
 if __name__ == "__main__":
-    main()
+    command(pretrain, SUPERVISION, steps=800)

@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -143,18 +144,18 @@ def log_to(folder: Path, first_line: str) -> None:
     logger.info("torch %s, %s. %s", torch.__version__, platform.machine(), first_line)
 
 
-def main() -> None:
+def command(pretrain: Callable[..., ResNetModel], supervision: str, *, steps: int) -> None:
     """Parse the command line, train, save and measure."""
-    parser = argparse.ArgumentParser(description="Train the bundled image encoder.")
+    parser = argparse.ArgumentParser(description=supervision)
     parser.add_argument("out", type=Path, help="folder for weights, configuration and log")
-    parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH} pictures")
+    parser.add_argument("--steps", type=int, default=steps, help=f"batches of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    log_to(options.out, SUPERVISION)
+    log_to(options.out, supervision)
     model = pretrain(steps=options.steps, seed=options.seed)
     save(model, options.out)
     measure(lambda pixels: model(normalised(pixels)).last_hidden_state)
 
 
 if __name__ == "__main__":
-    main()
+    command(pretrain, SUPERVISION, steps=1500)
