@@ -17,7 +17,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores import FORMATS, recognise
 from pipeline.stores.arrays import Arrays, WithTable, WrittenRows
-from pipeline.stores.blocks import Layout, Rows
+from pipeline.stores.blocks import Layout, Rows, encoder_of
 from pipeline.stores.mapping import COLUMN, PLAIN, TakenRows
 from pipeline.stores.resumable import check_free
 from pipeline.stores.writer import StoreRows, complete_columns, write_store
@@ -177,8 +177,7 @@ def convert_store(
     target = source.copy_rows(out)
     losses = {}
     for column in columns:
-        encoder = "/".join(column.name.split("/")[:2])
-        target.add_encoder(encoder, column.fingerprint, dim=column.dim, dtype=dtype)
+        target.add_encoder(encoder_of(column.name), column.fingerprint, dim=column.dim, dtype=dtype)
         converted = target.column(column.name)
         if converted.dtype != dtype:
             raise StoreMismatchError(

@@ -102,7 +102,6 @@ def _values(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
 
 
 def _create(file: h5py.File, layout: Layout) -> None:
-    """Make the empty datasets, and write the attributes of a store."""
     chunk = min(layout.rows, layout.rows_per_chunk)
     attributes = {
         "format": FORMAT,
@@ -145,7 +144,6 @@ def _reserve(path: Path) -> None:
 def _write(
     file: h5py.File, names: Sequence[str], rows: StoreRows, start: int, stop: StopRequest
 ) -> None:
-    """Write a chunk of some arrays."""
     stop.check()
     part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
     for name, values in rows.some(names, part.start, part.stop).items():
@@ -166,15 +164,17 @@ def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) 
         raise _not_ours(path, f"it has rows and rows_per_chunk = {sizes}")
     rows, size = counts
     columns = [name.rpartition("/")[0] for name in shapes if name.endswith("/features")]
-    for column in columns:
-        _check(path, shapes, f"{column}/features", (rows, -1))
-        _check(path, shapes, f"{column}/status", (rows,))
-    for name in (f"{column}/features" for column in columns):
-        if file[name].dtype != np.float16:
-            raise _not_ours(path, f"{name} is {file[name].dtype} of shape {shapes[name]}")
     names = ["key", *(name for name in shapes if name in NUMBERS or name.startswith("caption/"))]
-    for name in names:
-        _check(path, shapes, name, (rows,))
+    features = [f"{column}/features" for column in columns]
+    for name in [*features, *(f"{column}/status" for column in columns), *names]:
+        if name not in shapes:
+            column, _, array = name.rpartition("/")
+            raise _not_ours(path, f"{column or 'it'} has no {array}")
+        found = shapes[name]
+        if found[0] != rows or len(found) != (2 if name in features else 1):
+            raise _not_ours(path, f"{name} has shape {found}, not {rows} rows")
+        if name in features and file[name].dtype != np.float16:
+            raise _not_ours(path, f"{name} is {file[name].dtype} of shape {found}")
     class_names = _attributes(file["label"]).get("class_names") if "label" in shapes else None
     encoders = dict.fromkeys(map(encoder_of, columns))
     return Layout(
@@ -187,18 +187,6 @@ def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) 
         source=attributes.get("source", {}),
         keys_sha256=attributes.get("keys_sha256"),
     )
-
-
-def _check(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], name: str, expected: tuple[int, ...]
-) -> None:
-    """Refuse a dataset that is missing or of another shape than an export has."""
-    if name not in shapes:
-        column, _, array = name.rpartition("/")
-        raise _not_ours(path, f"{column or 'it'} has no {array}")
-    found = shapes[name]
-    if found[:1] != expected[:1] or len(found) != len(expected):
-        raise _not_ours(path, f"{name} has shape {found}, not {expected[0]} rows")
 
 
 def _not_ours(path: Path, why: str) -> SourceError:
