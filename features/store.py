@@ -24,7 +24,7 @@ import zarr
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from features.errors import SourceError, StoreError, StoreMismatchError, StoreNotFoundError
-from features.storage.column import Column, create_column
+from features.storage.column import Column, create_column, encoder_of
 from features.storage.files import (
     children,
     delete,
@@ -214,7 +214,7 @@ class FeatureStore:
         Raises:
             StoreError: There is none of that name.
         """
-        encoder = "/".join(name.split("/")[:2])
+        encoder = encoder_of(name)
         if not all(
             is_file(self.path / part / "zarr.json") for part in (encoder, f"{name}/features")
         ):

@@ -21,8 +21,8 @@ def fresh_environment(folder: Path, *packages: str) -> Path:
 
 
 def run_in(environment: Path, code: str, *, cwd: Path) -> str:
-    """Run code in a process that sees only the standard library and an environment; its stdout."""
-    start = f"import sys; sys.path.insert(0, {str(environment)!r})\n"
+    """Run code in a process that sees only the standard library, an environment, and its folder."""
+    start = f"import sys; sys.path[:0] = [{str(environment)!r}, {str(cwd)!r}]\n"
     finished = subprocess.run(
         [sys.executable, "-I", "-S", "-c", start + code],
         cwd=cwd,

@@ -51,6 +51,11 @@ def dequantise(
     return features
 
 
+def encoder_of(column: str) -> str:
+    """Return `image/<encoder>` or `text/<encoder>`, to which a column belongs."""
+    return "/".join(column.split("/")[:2])
+
+
 class Column:
     """The features of one encoder (and caption field) for every row, with a status for each."""
 
@@ -64,7 +69,7 @@ class Column:
         """Of the features in the store: float16, or int8 with a factor for each row in `scale`."""
         self.rows, self.dim = array.shape
         self.rows_per_chunk = array.chunks[0]
-        encoder = zarr_store(store / "/".join(name.split("/")[:2]))
+        encoder = zarr_store(store / encoder_of(name))
         attributes = zarr.open_group(encoder, mode="r", zarr_format=3).attrs.asdict()
         self.fingerprint = Fingerprint(attributes)
 

@@ -21,6 +21,7 @@ from distributed import get_worker
 from features.errors import SailError
 from features.extract import MAX_LOGGED_FAULTS, Phases, Run
 from features.index import Index
+from features.storage.column import encoder_of
 from features.store import ColumnGroup, FeatureStore
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.cpu import keep_freed_memory, usable_processors
@@ -125,7 +126,7 @@ def fill_chunks(job: Job, unit: str, split: str, names: list[str], chunks: list[
     """
 
     def work(config: RunConfig) -> Phases:
-        encoder = _loaded(job, config, "/".join(names[0].split("/")[:2]))
+        encoder = _loaded(job, config, encoder_of(names[0]))
         folder = run_folder(config)
         store = FeatureStore.open(folder.store(split))
         columns = ColumnGroup.open(store, names)

@@ -12,7 +12,8 @@ import numpy as np
 
 from features.errors import SourceError
 from features.sources.tables import table_rows
-from pipeline.stores.blocks import STRINGS, Block, Layout, encoder_of
+from features.storage.column import encoder_of
+from pipeline.stores.blocks import STRINGS, Block, Layout
 
 TABLE_ROWS = 4096
 Reader = Callable[[int, int], np.ndarray]

@@ -79,11 +79,6 @@ class Rows(Protocol):
         """Return rows `start` to `stop`. Blocks are asked for in order."""
 
 
-def encoder_of(column: str) -> str:
-    """Return `image/<encoder>` or `text/<encoder>`, to which a column belongs."""
-    return "/".join(column.split("/")[:2])
-
-
 def chunks_of(
     rows: Rows, size: int, stop: StopRequest, chunks: range, rows_at_once: int = 1
 ) -> Iterator[Block]:

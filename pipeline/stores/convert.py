@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from features.errors import ConfigError, SourceError, StoreMismatchError
-from features.storage.column import Column
+from features.storage.column import Column, encoder_of
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores import FORMATS, recognise
 from pipeline.stores.arrays import Arrays, WithTable, WrittenRows
-from pipeline.stores.blocks import Layout, Rows, encoder_of
+from pipeline.stores.blocks import Layout, Rows
 from pipeline.stores.mapping import COLUMN, PLAIN, TakenRows
 from pipeline.stores.resumable import check_free
 from pipeline.stores.writer import StoreRows, complete_columns, write_store

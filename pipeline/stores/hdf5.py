@@ -19,11 +19,12 @@ import numpy as np
 
 from features.errors import SourceError, StoreError
 from features.status import Status
+from features.storage.column import encoder_of
 from features.store import FORMAT, FORMAT_VERSION, NUMBERS
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.arrays import Arrays, unreadable
-from pipeline.stores.blocks import STRINGS, Layout, encoder_of
+from pipeline.stores.blocks import STRINGS, Layout
 from pipeline.stores.resumable import unfinished
 from pipeline.stores.writer import StoreRows
 

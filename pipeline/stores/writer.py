@@ -13,7 +13,7 @@ from jaxtyping import UInt64
 
 from features.errors import SourceError, StoreCorruptError, StoreError
 from features.status import Status
-from features.storage.column import Column, create_column, dequantise
+from features.storage.column import Column, create_column, dequantise, encoder_of
 from features.storage.files import zarr_store
 from features.storage.groups import publish
 from features.storage.place import Place, RemotePath
@@ -21,7 +21,7 @@ from features.storage.remote import check_writable
 from features.store import FORMAT_VERSION, NUMBERS, FeatureStore, create_group, key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.stores.blocks import Block, Layout, Rows, chunks_of, encoder_of
+from pipeline.stores.blocks import Block, Layout, Rows, chunks_of
 from pipeline.stores.resumable import check_free, unfinished
 
 logger = logging.getLogger(__name__)
