@@ -10,11 +10,27 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import complete_folder, store_argument, until_stopped
+from pipeline.cli.options import complete_folder, json_option, until_stopped
 from pipeline.stores import FORMATS
 
+
+class _Place(click.ParamType):
+    """A path or a URL."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        from features.storage.place import as_place
+
+        return as_place(value)
+
+
 WRITTEN = [name for name, each in FORMATS.items() if each.ending]
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+COUNT = click.IntRange(min=1)
+store_argument = click.argument("store", type=_Place(), shell_complete=complete_folder)
+out_option = click.option(
+    "--out", type=_Place(), required=True, metavar="STORE", help="Where it goes."
+)
 
 
 @click.command()
@@ -22,9 +38,9 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 @click.option("--dtype", type=click.Choice(["int8", "float16"]), help="Of the features.")
 @click.option("--to", "form", type=click.Choice(WRITTEN), help="Another format.")
 @click.option("--out", metavar="PLACE", help="Where it goes.")
-@as_json_option
+@json_option
 def convert(
-    store: str, dtype: str | None, form: str | None, out: str | None, as_json: bool
+    store: Any, dtype: str | None, form: str | None, out: str | None, as_json: bool
 ) -> None:
     """Write a store with features in 8 bits, or in another format.
 
@@ -49,31 +65,25 @@ def convert(
         raise click.UsageError("Give either --dtype or --to.")
     from features.storage.place import as_place
     from pipeline.progress import start_log
-
-    start_log(verbose=False)
-    source = as_place(store)
-    if form is not None:
-        from pipeline.stores.convert import export_store
-
-        file = Path(out or f"{source.stem}{FORMATS[form].ending}")
-        until_stopped(lambda stop: export_store(source, form, file, stop))
-        _print_store(str(file), as_json=as_json)
-        return
-    from pipeline.stores.convert import convert_store
+    from pipeline.stores.convert import convert_store, export_store
     from pipeline.tables import conversion_table
 
-    target = as_place(out) if out else source.parent / f"{source.stem}-{dtype}.zarr"
-    losses = until_stopped(lambda stop: convert_store(source, target, str(dtype), stop))
+    if form is not None:
+        file = Path(out or f"{store.stem}{FORMATS[form].ending}")
+        _write(file, as_json, lambda stop: export_store(store, form, file, stop))
+        return
+    target = as_place(out) if out else store.parent / f"{store.stem}-{dtype}.zarr"
+    start_log(verbose=False)
+    losses = until_stopped(lambda stop: convert_store(store, target, str(dtype), stop))
     if as_json:
         click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
     else:
-        click.echo(conversion_table(losses))
-        click.echo(str(target))
+        click.echo(f"{conversion_table(losses)}\n{target}")
 
 
 @click.command(name="import-store")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--out", required=True, metavar="STORE", help="Where the store goes.")
+@out_option
 @click.option(
     "--from", "form", type=click.Choice(list(FORMATS)), help="What PATH is, if it does not tell."
 )
@@ -82,11 +92,11 @@ def convert(
     "--table", type=click.Path(path_type=Path), help="A row for each row: captions, keys."
 )
 @click.option("--about", multiple=True, metavar="ENCODER.FACT=TEXT", help="For the fingerprint.")
-@click.option("--rows-per-chunk", type=click.IntRange(min=1), metavar="N", help="Of the store.")
-@as_json_option
+@click.option("--rows-per-chunk", type=COUNT, metavar="N", help="Of the store.")
+@json_option
 def import_store(
     path: Path,
-    out: str,
+    out: Any,
     form: str | None,
     take: tuple[str, ...],
     table: Path | None,
@@ -111,44 +121,36 @@ def import_store(
       sail import-store tensor_data --table cc3m.csv --take caption/raw=table/raw_caption \\
         --about image/dinov2-large.pooling=cls+mean --out cc3m.zarr
     """
-    from features.storage.place import as_place
-    from pipeline.progress import start_log
     from pipeline.stores.convert import Wanted, import_store
 
-    start_log(verbose=False)
     facts = dict[str, dict[str, str]]()
     for name, text in _pairs("--about", about).items():
         encoder, _, fact = name.rpartition(".")
         facts.setdefault(encoder, {})[fact] = text
     wanted = Wanted(form, _pairs("--take", take), table, facts, rows_per_chunk)
-    target = as_place(out)
-    until_stopped(lambda stop: import_store(path, target, wanted, stop))
-    _print_store(str(target), as_json=as_json)
+    _write(out, as_json, lambda stop: import_store(path, out, wanted, stop))
 
 
 def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
-    """Return NAME=VALUE as a dictionary."""
     pairs = [text.partition("=") for text in given]
     if wrong := [name for name, separator, _ in pairs if not separator]:
         raise click.UsageError(f"{option} takes NAME=VALUE; got {wrong[0]!r}.")
     return {name: value for name, _, value in pairs}
 
 
-def _print_store(store: str, *, as_json: bool) -> None:
-    click.echo(json.dumps({"store": store}) if as_json else store)
-
-
-out_option = click.option("--out", required=True, metavar="STORE", help="Where it goes.")
-
-
 @click.command()
 @click.argument(
-    "stores", nargs=-1, required=True, metavar="STORE...", shell_complete=complete_folder
+    "stores",
+    type=_Place(),
+    nargs=-1,
+    required=True,
+    metavar="STORE...",
+    shell_complete=complete_folder,
 )
 @out_option
 @click.option("--prefix", is_flag=True, help="Put the name of its store before each key.")
-@as_json_option
-def merge(stores: tuple[str, ...], out: str, prefix: bool, as_json: bool) -> None:
+@json_option
+def merge(stores: tuple[Any, ...], out: Any, prefix: bool, as_json: bool) -> None:
     """Write the rows of several stores behind each other in one.
 
     They must have the same encoders and caption fields; what differs is named. Keys must be
@@ -158,11 +160,9 @@ def merge(stores: tuple[str, ...], out: str, prefix: bool, as_json: bool) -> Non
     Example:
       sail merge runs/cc3m/features/train.zarr runs/cc12m/features/train.zarr --out both.zarr
     """
-    from features.storage.place import as_place
     from pipeline.stores.merge import merge_stores
 
-    places = [as_place(store) for store in stores]
-    _write(out, as_json, lambda place, stop: merge_stores(places, place, stop, prefix=prefix))
+    _write(out, as_json, lambda stop: merge_stores(stores, out, stop, prefix=prefix))
 
 
 @click.command()
@@ -174,12 +174,12 @@ def merge(stores: tuple[str, ...], out: str, prefix: bool, as_json: bool) -> Non
     "--deduplicate", type=click.FloatRange(0, 1), metavar="COSINE", help="Keep the first."
 )
 @click.option("--column", metavar="NAME", help="In which rows are compared; the first by itself.")
-@click.option("--random", type=click.IntRange(min=1), metavar="N", help="N rows by chance.")
+@click.option("--random", type=COUNT, metavar="N", help="N rows by chance.")
 @click.option("--seed", default=0, show_default=True, help="Of the chance.")
-@as_json_option
+@json_option
 def subset(
-    store: str,
-    out: str,
+    store: Any,
+    out: Any,
     keys: Path | None,
     query: tuple[str, ...],
     deduplicate: float | None,
@@ -204,25 +204,24 @@ def subset(
     """
     if keys is None and not query and deduplicate is None and random is None:
         raise click.UsageError("Give --keys, --query, --deduplicate or --random.")
-    from features.storage.place import as_place
     from pipeline.stores.subset import Choice, subset_store
 
     choice = Choice(keys, query, deduplicate, column, random, seed)
-    _write(out, as_json, lambda place, stop: subset_store(as_place(store), place, choice, stop))
+    _write(out, as_json, lambda stop: subset_store(store, out, choice, stop))
 
 
 @click.command()
 @store_argument
 @click.option(
     "--rows-per-chunk",
-    type=click.IntRange(min=1),
+    type=COUNT,
     required=True,
     metavar="N",
     help="Rows of a chunk of the new store.",
 )
 @out_option
-@as_json_option
-def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
+@json_option
+def rechunk(store: Any, rows_per_chunk: int, out: Any, as_json: bool) -> None:
     """Write a store again with chunks of another size.
 
     Prints the path of the store.
@@ -231,20 +230,16 @@ def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
     Example:
       sail rechunk train.zarr --rows-per-chunk 1024 --out finer.zarr
     """
-    from features.storage.place import as_place
     from pipeline.stores.merge import rechunk_store
 
-    _write(
-        out,
-        as_json,
-        lambda place, stop: rechunk_store(as_place(store), place, rows_per_chunk, stop),
-    )
+    _write(out, as_json, lambda stop: rechunk_store(store, out, rows_per_chunk, stop))
 
 
 @click.command()
 @store_argument
 @click.option(
     "--like",
+    type=_Place(),
     required=True,
     metavar="STORE",
     help="The other store.",
@@ -252,15 +247,15 @@ def rechunk(store: str, rows_per_chunk: int, out: str, as_json: bool) -> None:
 )
 @click.option(
     "--memory-mb",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1024,
     show_default=True,
     metavar="N",
     help="MiB of features that are held.",
 )
 @out_option
-@as_json_option
-def reorder(store: str, like: str, memory_mb: int, out: str, as_json: bool) -> None:
+@json_option
+def reorder(store: Any, like: Any, memory_mb: int, out: Any, as_json: bool) -> None:
     """Write the rows of a store in the order of another one.
 
     Those that the other has, by their keys, all of which must be there; the chunks get the size of
@@ -270,23 +265,14 @@ def reorder(store: str, like: str, memory_mb: int, out: str, as_json: bool) -> N
     Example:
       sail reorder texts.zarr --like images.zarr --out joined.zarr
     """
-    from features.storage.place import as_place
     from pipeline.stores.merge import reorder_store
 
-    _write(
-        out,
-        as_json,
-        lambda place, stop: reorder_store(
-            as_place(store), place, as_place(like), stop, memory_mb=memory_mb
-        ),
-    )
+    _write(out, as_json, lambda stop: reorder_store(store, out, like, stop, memory_mb=memory_mb))
 
 
-def _write(out: str, as_json: bool, work: Callable[[Any, Any], object]) -> None:
-    from features.storage.place import as_place
+def _write(out: Any, as_json: bool, work: Callable[[Any], object]) -> None:
     from pipeline.progress import start_log
 
     start_log(verbose=False)
-    place = as_place(out)
-    until_stopped(lambda stop: work(place, stop))
-    click.echo(json.dumps({"store": str(place)}) if as_json else str(place))
+    until_stopped(work)
+    click.echo(json.dumps({"store": str(out)}) if as_json else str(out))
