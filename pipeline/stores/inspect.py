@@ -1,4 +1,4 @@
-"""The image of a row, as coloured half blocks in a terminal."""
+"""What a store holds: rows, statistics of its columns, a picture of a row (`sail inspect`)."""
 
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ WORKERS = 4
 QUERIES, QUERY_CHUNKS = 256, 8
 ALIKE = 0.99
 """Cosine from which on two rows are near-duplicates."""
+SAMPLES = 3
+"""Rows that are shown with their captions."""
+MAX_PIXELS = 1 << 26
+COLUMNS, LINES = 48, 24
+"""Characters of a picture."""
 CONSTANT = 1e-6
 """A dimension whose sd is less than this part of the mean sd says nothing."""
 
@@ -108,8 +113,6 @@ def _chunks(column: Column, rows_read: int) -> Int64[np.ndarray, "chunks"]:
 
 
 def _features(column: Column, chunks: Int64[np.ndarray, "chunks"]) -> Any:
-    """Return the rows of some chunks as a Dask array of float32, zero where they are not ok."""
-
     def opened(name: str) -> Any:
         array = zarr.open_array(zarr_store(column.path / name), mode="r", zarr_format=3)
         lazy = dask.array.from_zarr(array)[: column.rows]
@@ -139,9 +142,6 @@ def _queries(
     return np.asarray(queries / np.linalg.norm(queries, axis=1, keepdims=True))
 
 
-SAMPLES = 3
-
-
 def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]:
     """Return what a store says of itself, and what its columns hold.
 
@@ -152,8 +152,7 @@ def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]
 
     Returns:
         Rows, fields, classes, source; some rows with their captions; and for each column its shape,
-        fingerprint, bytes, rows per status, and `statistics` (see
-        `pipeline.stores.inspect`).
+        fingerprint, bytes, rows per status, and `statistics` (see `column_statistics`).
 
     Raises:
         StoreCorruptError: A chunk is damaged.
@@ -207,7 +206,6 @@ def describe_row(path: Place, row: int) -> dict[str, Any]:
 def _named(
     store: FeatureStore, row: int, labels: Int32[np.ndarray, "rows"] | None
 ) -> dict[str, Any]:
-    """Return what a row is called and what is said of it."""
     label = None if labels is None else int(labels[row])
     names = store.class_names
     return {
@@ -232,10 +230,6 @@ def _describe_column(column: Column, rows_read: int) -> dict[str, Any]:
         "fingerprint": column.fingerprint,
         "statistics": column_statistics(column, status, rows_read),
     }
-
-
-MAX_PIXELS = 1 << 26
-COLUMNS, LINES = 48, 24
 
 
 def picture_of(store: Place, row: int) -> Text | None:

@@ -1,4 +1,4 @@
-"""`sail merge` and `sail rechunk`: the rows of stores, written again in one."""
+"""Stores made of the rows of stores: `sail merge`, `sail rechunk`, `sail reorder`."""
 
 import hashlib
 import itertools
@@ -136,7 +136,7 @@ class _Merged:
 
 
 def _sums(numbers: Sequence[int]) -> list[int]:
-    """Return for each number the sum of those before it."""
+    """Sum up what is before each number."""
     return [0, *itertools.accumulate(numbers[:-1])]
 
 

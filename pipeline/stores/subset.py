@@ -156,7 +156,7 @@ class Choice:
     keys: Path | None = None
     """A text file with a key a line."""
     queries: tuple[str, ...] = ()
-    """All must hold; see `pipeline.stores.subset`."""
+    """All must hold; see `matches`."""
     deduplicate: float | None = None
     """Of rows at least this alike by cosine, the first alone."""
     column: str | None = None
