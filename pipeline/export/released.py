@@ -28,13 +28,13 @@ from pipeline.run.folder import open_stores, run_folder, start_run
 logger = logging.getLogger(__name__)
 Kind = Literal["star", "mlp", "linear"]
 MODALITIES = {"vision": "image_head", "text": "text_head"}
-# Their names of the layers of a mapping network, and ours; what is left is the linear head.
+# Their names of the layers of a mapping network, and ours, from the first to the last.
 LAYERS: dict[Kind, dict[str, str]] = {
     "star": {"f1": "f1", "f2": "f2", "g": "g"},
     "mlp": {"proj.0": "up", "proj.2": "down"},
     "linear": {"": "linear"},
 }
-FIRST: dict[Kind, str] = {"star": "f1", "mlp": "proj.0", "linear": ""}
+ONE = torch.Size([1])  # shape of scale and bias there
 
 
 def load_released(
@@ -63,13 +63,10 @@ def load_released(
             raise ValueError(f"image and text heads of other forms: {image} and {text}")
         head = HeadConfig(kind=kind, dim=image.dim, expansion=image.expansion)
         model = build_model(dict(head), image_dim=image.features, text_dim=text.features)
-        names = {ours: theirs for theirs, ours in released_names(kind).items()}
-        found = {theirs: tensor.shape for theirs, tensor in weights.items()}
-        state = model.state_dict()
-        wanted = {names[ours]: tensor.shape for ours, tensor in state.items()}
-        wanted |= dict.fromkeys(("logit_scale", "logit_bias"), torch.Size([1]))
-        scalar = {name: torch.Size([1]) for name, shape in found.items() if shape == torch.Size()}
-        if wrong := sorted(set(wanted.items()) ^ set((found | scalar).items())):
+        names, state = released_names(kind), model.state_dict()
+        found = {theirs: tensor.shape or ONE for theirs, tensor in weights.items()}
+        wanted = {theirs: state[ours].shape or ONE for theirs, ours in names.items()}
+        if wrong := sorted(set(wanted.items()) ^ set(found.items())):
             name, shape = wrong[0]
             raise ValueError(f"{name} of shape {tuple(shape)} is missing or does not belong there")
     except ValueError as error:
@@ -79,7 +76,9 @@ def load_released(
             f"`logit_scale` and `logit_bias`. Heads trained by this program are folders: give "
             f"the folder."
         ) from error
-    model.load_state_dict({ours: weights[names[ours]].reshape(state[ours].shape) for ours in state})
+    model.load_state_dict(
+        {ours: weights[theirs].reshape(state[ours].shape) for theirs, ours in names.items()}
+    )
     return model.requires_grad_(False).eval().to(device), head
 
 
@@ -102,7 +101,7 @@ def save_released(model: AlignmentModel, kind: str, path: Path, *, epoch: int) -
         )
     state = model.state_dict()
     weights = {
-        theirs: state[ours].detach().cpu().clone().reshape(state[ours].shape or (1,))
+        theirs: state[ours].detach().cpu().clone().reshape(state[ours].shape or ONE)
         for theirs, ours in released_names(kind).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +116,7 @@ def released_names(kind: Kind) -> dict[str, str]:
         for part in ("weight", "bias"):
             names[f"{modality}_layer_norm.{part}"] = f"{ours}.norm.{part}"
             for theirs, layer in LAYERS[kind].items():
-                network = ".".join(filter(None, [f"{modality}_mapping_network", theirs, part]))
-                names[network] = f"{ours}.{layer}.{part}"
+                names[_layer(modality, theirs, part)] = f"{ours}.{layer}.{part}"
     return names
 
 
@@ -138,37 +136,35 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _kind(weights: dict[str, Tensor]) -> Kind:
-    for kind in LAYERS:
-        if _first(kind, "vision") in weights:
+    for kind, layers in LAYERS.items():
+        if _layer("vision", next(iter(layers))) in weights:
             return kind
     raise ValueError("it has no `vision_mapping_network` of a kind that is known here")
 
 
-def _first(kind: Kind, modality: str) -> str:
-    return ".".join(filter(None, [f"{modality}_mapping_network", FIRST[kind], "weight"]))
+def _layer(modality: str, name: str, part: str = "weight") -> str:
+    return ".".join(filter(None, [f"{modality}_mapping_network", name, part]))
 
 
 class _Sizes(NamedTuple):
-    """The length of a feature, that of an embedding, and the hidden width by the first."""
-
     features: int
     dim: int
     expansion: int | None
+    """Hidden width as a multiple of the length of a feature."""
 
 
 def _sizes(weights: dict[str, Tensor], kind: Kind, modality: str) -> _Sizes:
-    hidden, features = _matrix(weights, _first(kind, modality))
-    if kind == "linear":
-        return _Sizes(features, hidden, None)
-    dim, _ = _matrix(weights, f"{modality}_mapping_network.{list(LAYERS[kind])[-1]}.weight")
-    return _Sizes(features, dim, hidden // features)
+    def matrix(layer: str) -> tuple[int, int]:
+        name = _layer(modality, layer)
+        if name not in weights or weights[name].ndim != 2:
+            raise ValueError(f"it has no matrix {name}")
+        rows, columns = weights[name].shape
+        return rows, columns
 
-
-def _matrix(weights: dict[str, Tensor], name: str) -> tuple[int, int]:
-    if name not in weights or weights[name].ndim != 2:
-        raise ValueError(f"it has no matrix {name}")
-    rows, columns = weights[name].shape
-    return rows, columns
+    layers = list(LAYERS[kind])
+    hidden, features = matrix(layers[0])
+    dim, _ = matrix(layers[-1])
+    return _Sizes(features, dim, hidden // features if len(layers) > 1 else None)
 
 
 def import_head(file: Path, config: RunConfig) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from align.config import HeadConfig
 from align.heads import HEADS, build_head
@@ -99,7 +100,7 @@ BEGINS_WITH = {
 """Matrices that frozen features go into."""
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", BEGINS_WITH)
 @pytest.mark.parametrize("feature_dim", [8, 12])
 def test_work_of_a_head_is_three_forward_passes_less_the_gradient_of_the_features(
     kind: str, feature_dim: int
@@ -110,6 +111,17 @@ def test_work_of_a_head_is_three_forward_passes_less_the_gradient_of_the_feature
     begins_with = [f"{name}.weight" for name in BEGINS_WITH[kind]]
     first = sum(weights[name].numel() for name in begins_with if name in weights)
     assert head_flops(feature_dim, config) == 6 * every - 2 * first
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_work_of_every_head_is_what_torch_counts_when_it_computes(kind: str) -> None:
+    config = HeadConfig.model_validate({"kind": kind, "dim": 6, "depth": 2})
+    counted = []
+    for rows in (3, 8):
+        with FlopCounterMode(display=False) as counter:
+            build_head(10, **dict(config))(torch.randn(rows, 10)).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert head_flops(10, config) * 5 == counted[1] - counted[0]
 
 
 def test_work_of_a_step_is_that_of_both_heads_and_of_the_logits() -> None:
