@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,7 @@ def search_images(
     store, embedder = _open(aligned, split)
     column = embedder.image_column(store)
     found = _nearest(aligned, embedder, column, query, top)
-    return [
-        Hit(rank, cosine, str(store.keys(row, row + 1)[0]), row, _captions(store, row))
-        for rank, (cosine, row) in enumerate(found, 1)
-    ]
+    return [_hit(store, rank, *each, store.fields) for rank, each in enumerate(found, 1)]
 
 
 def search_captions(
@@ -78,13 +76,7 @@ def search_captions(
     ]
     every.sort(key=lambda each: -each[0])
     return [
-        Hit(
-            rank,
-            cosine,
-            str(store.keys(row, row + 1)[0]),
-            row,
-            {field: str(store.captions(field, row, row + 1)[0])},
-        )
+        _hit(store, rank, cosine, row, [field])
         for rank, (cosine, row, field) in enumerate(every[:top], 1)
     ]
 
@@ -141,7 +133,6 @@ def _nearest(
     query: Float32[np.ndarray, "1 dim"],
     top: int,
 ) -> list[tuple[float, int]]:
-    """Return cosine and row of the nearest rows of a column."""
     rows = column.ok_rows()
     embeddings = open_embeddings(aligned, embedder, column, rows)
     found = nearest_neighbours(query, blocks_of(embeddings), min(top, len(rows)))
@@ -151,5 +142,6 @@ def _nearest(
     ]
 
 
-def _captions(store: FeatureStore, row: int) -> dict[str, str]:
-    return {field: str(store.captions(field, row, row + 1)[0]) for field in store.fields}
+def _hit(store: FeatureStore, rank: int, cosine: float, row: int, fields: Iterable[str]) -> Hit:
+    captions = {field: str(store.captions(field, row, row + 1)[0]) for field in fields}
+    return Hit(rank, cosine, str(store.keys(row, row + 1)[0]), row, captions)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from evaluate.nearest import blocks_of, nearest_among
 from features.errors import ConfigError, SourceError, StoreMismatchError
 from features.storage.column import Column, encoder_of
 from features.storage.place import Place
@@ -225,7 +226,6 @@ def _relative_errors(
 
 
 def _same_neighbours(column: Column, converted: Column, ok: Int64[np.ndarray, "ok"]) -> float:
-    """Compare the nearest rows, by cosine, of some rows among a sample."""
     random = np.random.default_rng(0)
     rows = np.sort(random.choice(ok, min(SAMPLE, len(ok)), replace=False))
     queries = random.choice(len(rows), min(QUERIES, len(rows)), replace=False)
@@ -233,18 +233,8 @@ def _same_neighbours(column: Column, converted: Column, ok: Int64[np.ndarray, "o
     if count < 1:
         return 1.0
     before, after = (
-        _nearest(each.rows_at(rows).astype(np.float32), queries, count)
-        for each in (column, converted)
+        nearest_among(features[queries], queries, blocks_of(features), count).rows.tolist()
+        for features in (each.rows_at(rows).astype(np.float32) for each in (column, converted))
     )
-    same = [len(set(a) & set(b)) for a, b in zip(before.tolist(), after.tolist(), strict=True)]
+    same = [len(set(a) & set(b)) for a, b in zip(before, after, strict=True)]
     return float(np.mean(same) / count)
-
-
-def _nearest(
-    features: Float32[np.ndarray, "rows dim"], queries: Int64[np.ndarray, "queries"], count: int
-) -> Int64[np.ndarray, "queries count"]:
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    cosine = features[queries] @ features.T
-    cosine[np.arange(len(queries)), queries] = -np.inf  # a row is not its own neighbour
-    nearest: np.ndarray = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-    return nearest
