@@ -1,6 +1,5 @@
 """Whether a store is whole (`sail verify`)."""
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +8,8 @@ from features.errors import StoreCorruptError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
-from features.store import FeatureStore, key_hashes
+from features.store import FeatureStore
+from pipeline.stores.writer import KeyCheck
 
 KEYS_AT_ONCE = 65_536
 
@@ -30,19 +30,15 @@ def verify_store(path: Place) -> list[str]:
 
 
 def _key_faults(store: FeatureStore) -> Iterator[str]:
-    digest = hashlib.sha256()
-    short = np.empty(store.rows, dtype=np.uint64)  # of each key, so that all fit in memory
+    check = KeyCheck(store.rows)
     for start in range(0, store.rows, KEYS_AT_ONCE):
-        keys = store.keys(start, start + KEYS_AT_ONCE).tolist()
-        digest.update(("\n".join(keys) + "\n").encode())
-        short[start : start + len(keys)] = key_hashes(keys, len(keys))
-    order = np.argsort(short, kind="stable")
-    for row in np.sort(order[1:][short[order[1:]] == short[order[:-1]]]).tolist():
+        check.add(store.keys(start, start + KEYS_AT_ONCE))
+    for _, row in check.repeated():
         key = str(store.keys(row, row + 1)[0])
         yield f"row {row}: the key {key!r} occurs twice; keys are unique. Extract again."
-    if digest.hexdigest() != store.keys_sha256:
+    if check.sha256 != store.keys_sha256:
         yield (
-            f"the keys have sha256 {digest.hexdigest()[:12]}…, the store was made with "
+            f"the keys have sha256 {check.sha256[:12]}…, the store was made with "
             f"{store.keys_sha256[:12]}…: rows and features may not belong together. Extract again."
         )
 

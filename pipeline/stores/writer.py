@@ -220,7 +220,7 @@ class _Writer:
         self._layout = layout
         self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
         self._columns = [Column(folder, name) for name in layout.columns]
-        self._keys = _Keys(layout.rows)
+        self._keys = KeyCheck(layout.rows)
         for chunk in range(done):
             self._keys.add(np.asarray(self._group["key"][self._rows(chunk)]))  # type: ignore[index]
 
@@ -239,10 +239,11 @@ class _Writer:
         Raises:
             SourceError: Two rows have one key, or the keys are not those that the layout tells.
         """
-        if same := self._keys.first_same():
-            key = str(self._group["key"][same[0]])  # type: ignore[index]
+        if repeated := self._keys.repeated():
+            first, again = repeated[0]
+            key = str(self._group["key"][first])  # type: ignore[index]
             raise SourceError(
-                f"Of {origin} rows {same[0]} and {same[1]} both have the key {key!r}. Unique keys "
+                f"Of {origin} rows {first} and {again} both have the key {key!r}. Unique keys "
                 f"were expected. Take them from elsewhere (`--take key=…`), or let stores that are "
                 f"merged have `--prefix`."
             )
@@ -280,8 +281,8 @@ def _create(folder: Path, layout: Layout) -> zarr.Group:
     return group
 
 
-class _Keys:
-    """Sees to it that keys are unique, in 8 bytes a row."""
+class KeyCheck:
+    """Digest of the keys of a store, and which are not unique, in 8 bytes a row."""
 
     def __init__(self, rows: int) -> None:
         self._digest = hashlib.sha256()
@@ -300,8 +301,9 @@ class _Keys:
         """Of the keys so far, each ended by a newline."""
         return self._digest.hexdigest()
 
-    def first_same(self) -> tuple[int, int] | None:
-        """Return two rows that have one key, if there are any."""
+    def repeated(self) -> list[tuple[int, int]]:
+        """Return each row whose key a row before it has, behind that row, in order."""
         order = np.argsort(self._short, kind="stable")
         same = np.flatnonzero(self._short[order[1:]] == self._short[order[:-1]])
-        return (int(order[same[0]]), int(order[same[0] + 1])) if len(same) else None
+        pairs = zip(order[same].tolist(), order[same + 1].tolist(), strict=True)
+        return sorted(pairs, key=lambda pair: pair[1])
