@@ -16,8 +16,8 @@ from evaluate.results import read_items
 from features.config import PatchAttention
 from features.encoders import load_text_encoder
 from features.errors import EncoderError, EvaluationError
-from pipeline.explore.views import results as explored
 from pipeline.explore.session import Session
+from pipeline.explore.views import results as explored
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, load_config
