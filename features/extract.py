@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Num, UInt8
+from jaxtyping import Float16, Num, UInt8
 from torch import Tensor
 
 from features.encoders.image import ImageColumn, ImageEncoder
@@ -26,8 +26,8 @@ from features.errors import EncoderError
 from features.images import ImageFault
 from features.index import Index, SampleReader
 from features.status import Status
-from features.storage.column import Column
-from features.store import ColumnGroup, FeatureStore
+from features.storage.column import Column, pending_in_any
+from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,13 +62,28 @@ class Phases:
 
 
 @dataclass(frozen=True)
-class Run:
+class ExtractOptions:
     """What every column of one extraction shares."""
 
     workers: int
-    max_pixels: int
+    """Threads that decode."""
     should_stop: Callable[[], bool] = lambda: False
     on_rows: Callable[[int], None] = lambda _: None
+
+
+def extract(
+    store: FeatureStore,
+    columns: Sequence[Column],
+    index: Index,
+    encoder: ImageEncoder | TextEncoder,
+    options: ExtractOptions,
+    chunks: Sequence[int],
+) -> Phases:
+    """Fill those of some chunks that are pending in any of the columns that one pass fills."""
+    if isinstance(encoder, ImageEncoder):
+        return extract_images(columns, index, encoder, options, chunks)
+    (column,) = columns
+    return extract_captions(store, column, index, encoder, options, chunks)
 
 
 def extract_captions(
@@ -76,7 +91,7 @@ def extract_captions(
     column: Column,
     index: Index,
     encoder: TextEncoder,
-    run: Run,
+    options: ExtractOptions,
     chunks: Sequence[int] | None = None,
 ) -> Phases:
     """Encode one caption field for the pending chunks of a column; equal captions once a chunk.
@@ -86,7 +101,7 @@ def extract_captions(
         column: Filled where it is pending; its name ends in that of the caption field.
         index: Tells the rows that are not to be used.
         encoder: What the column was made for.
-        run: What every column of one extraction shares.
+        options: What every column of one extraction shares.
         chunks: Look at these chunks alone; at all if not given.
     """
     phases = Phases()
@@ -107,18 +122,18 @@ def extract_captions(
     with ThreadPoolExecutor(1) as pool, Writer(phases) as writer:
         loaded = prefetch(pool, load, chunks, ahead=2, phases=phases)
         for chunk in chunks:
-            if run.should_stop():
+            if options.should_stop():
                 break
             status, inverse, tokens = next(loaded)
             features, _ = empty_chunk(column, chunk)
             started = time.perf_counter()
             if tokens:
                 encoded = encoder.encode_tokens(
-                    tokens, on_texts=_scaled(run.on_rows, len(status), len(tokens))
+                    tokens, on_texts=_scaled(options.on_rows, len(status), len(tokens))
                 )
                 features[status == Status.OK] = encoded.astype(np.float16)[inverse]
             else:
-                run.on_rows(len(status))
+                options.on_rows(len(status))
             phases.encode += time.perf_counter() - started
             phases.rows += len(status)
             phases.faults += int((status != Status.OK).sum())
@@ -326,57 +341,58 @@ def _to_host(features: Sequence[Tensor]) -> Encoding:
     return wait
 
 
-ROWS_AT_ONCE = 32  # of one worker: few, so that all help with the first batch
+PART_ROWS = 32
+"""Rows that one worker decodes: few, so that all help with the first batch."""
 
 
 def extract_images(
-    columns: ColumnGroup,
+    columns: Sequence[Column],
     index: Index,
     encoder: ImageEncoder,
-    run: Run,
+    options: ExtractOptions,
     chunks: Sequence[int] | None = None,
 ) -> Phases:
     """Encode the images of every chunk that is pending in any of an encoder's columns.
 
     Each image is decoded and encoded once, and only what is pending is computed and written. A row
     whose image cannot be read keeps its place: zeros, and a status that says why. When
-    `run.should_stop()` turns true the chunk at hand is finished first.
+    `options.should_stop()` turns true the chunk at hand is finished first.
 
     Args:
         columns: Columns made for `encoder`.
         index: Where the images are.
         encoder: Has a column of the same name for each.
-        run: What every column of one extraction shares.
+        options: What every column of one extraction shares.
         chunks: Look at these chunks alone; at all if not given.
     """
     phases = Phases()
-    reader = SampleReader(index, max_pixels=run.max_pixels)
+    reader = SampleReader(index, max_pixels=encoder.max_pixels)
     feeder = Feeder(encoder)
     made_by = {f"image/{column.name}": column for column in encoder.columns}
-
-    def load(part: _Part) -> _Loaded:
-        return _load(part, reader, encoder, run.max_pixels)
-
     parts = _parts(columns, chunks, encoder)
-    ahead = run.workers + 2 + encoder.batch_size // ROWS_AT_ONCE
+    ahead = options.workers + 2 + encoder.batch_size // PART_ROWS
     on_device: deque[tuple[_Batch, Encoding]] = deque()
-    with ThreadPoolExecutor(run.workers) as pool, Writer(phases) as writer:
+
+    def load(part: tuple[_Batch, range]) -> tuple[_Batch, range, Phases, list[str]]:
+        return *part, *_load(*part, reader, encoder)
+
+    with ThreadPoolExecutor(options.workers) as pool, Writer(phases) as writer:
         with closing(prefetch(pool, load, parts, ahead=ahead, phases=phases)) as all_loaded:
-            for loaded in all_loaded:
-                batch = loaded.part.batch
-                if loaded.part.start == batch.chunk.start and run.should_stop():
+            for batch, rows, spent, faults in all_loaded:
+                if rows.start == batch.chunk.start and options.should_stop():
                     break
-                loaded.count(phases)
-                if loaded.part.stop < batch.stop:
+                log_faults(faults, phases)
+                phases.add(spent)
+                if rows.stop < batch.stop:
                     continue
                 started = time.perf_counter()
                 wanted = [made_by[column.name] for column in batch.chunk.columns]
                 on_device.append((batch, feeder.start(batch.decoded(), wanted)))
                 phases.encode += time.perf_counter() - started
                 while len(on_device) > feeder.ahead:
-                    _finish(*on_device.popleft(), writer, run, phases)
+                    _finish(*on_device.popleft(), writer, options, phases)
         while on_device:
-            _finish(*on_device.popleft(), writer, run, phases)
+            _finish(*on_device.popleft(), writer, options, phases)
     return phases
 
 
@@ -389,11 +405,7 @@ class _Chunk:
         self.start = number * columns[0].rows_per_chunk
         self.features = [empty_chunk(column, number)[0] for column in columns]
         self.status = empty_chunk(columns[0], number)[1]
-
-    @property
-    def stop(self) -> int:
-        """Row behind the last."""
-        return self.start + len(self.status)
+        self.stop = self.start + len(self.status)
 
 
 @dataclass(frozen=True)
@@ -406,97 +418,69 @@ class _Batch:
     pixels: Num[Tensor, "batch 3 height width"]
 
     @property
-    def ok(self) -> Bool[np.ndarray, "batch"]:
-        """Which of the rows could be decoded."""
-        first = self.chunk.start
-        rows: np.ndarray = self.chunk.status[self.start - first : self.stop - first] == Status.OK
-        return rows
+    def status(self) -> UInt8[np.ndarray, "batch"]:
+        """A view of the status of the chunk."""
+        return self.chunk.status[self.start - self.chunk.start : self.stop - self.chunk.start]
 
     def decoded(self) -> Num[Tensor, "ok 3 height width"]:
-        """Return the pixels of those rows."""
-        return self.pixels if self.ok.all() else self.pixels[torch.from_numpy(self.ok)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a batch that one worker decodes; no two share a row."""
-
-    batch: _Batch
-    start: int
-    stop: int
-
-
-@dataclass
-class _Loaded:
-    """How it went with a part; pixels and status are in their places."""
-
-    part: _Part
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    faults: list[str] = field(default_factory=list)
-
-    def count(self, phases: Phases) -> None:
-        """Add it to what is told of the column in the end."""
-        phases.read += self.read_seconds
-        phases.decode += self.decode_seconds
-        log_faults(self.faults, phases)
-        phases.faults += len(self.faults)
+        """Return the pixels of the rows that could be decoded."""
+        ok = self.status == Status.OK
+        return self.pixels if ok.all() else self.pixels[torch.from_numpy(ok)]
 
 
 def _parts(
-    columns: ColumnGroup, chunks: Sequence[int] | None, encoder: ImageEncoder
-) -> Iterator[_Part]:
-    numbers = columns.pending(chunks)
+    columns: Sequence[Column], chunks: Sequence[int] | None, encoder: ImageEncoder
+) -> Iterator[tuple[_Batch, range]]:
+    """Yield batches with the rows of them that one worker decodes; no two share a row."""
+    numbers = pending_in_any(columns, chunks)
     pending = {column.name: set(column.pending(numbers)) for column in columns}
     for number in numbers:
         chunk = _Chunk(number, [each for each in columns if number in pending[each.name]])
         for start in range(chunk.start, chunk.stop, encoder.batch_size):
             stop = min(start + encoder.batch_size, chunk.stop)
             batch = _Batch(chunk, start, stop, encoder.room_for(stop - start))
-            for first in range(start, stop, ROWS_AT_ONCE):
-                yield _Part(batch, first, min(first + ROWS_AT_ONCE, stop))
+            for first in range(start, stop, PART_ROWS):
+                yield batch, range(first, min(first + PART_ROWS, stop))
 
 
-def _load(part: _Part, reader: SampleReader, encoder: ImageEncoder, max_pixels: int) -> _Loaded:
-    """Read and decode some rows; runs in a worker."""
-    loaded = _Loaded(part)
+def _load(
+    batch: _Batch, rows: range, reader: SampleReader, encoder: ImageEncoder
+) -> tuple[Phases, list[str]]:
+    """Put pixels and status of some rows in their places; say what it took, and what is wrong."""
     begun = time.perf_counter()
-    samples = reader.read(part.start, part.stop)
-    table = reader.index.rows_between(part.start, part.stop, ("problem", "key", "path"))
-    problems, keys = table.column("problem").to_numpy(), table.column("key")
-    loaded.read_seconds = time.perf_counter() - begun
-    begun = time.perf_counter()
-    first = part.start - part.batch.chunk.start
-    status = part.batch.chunk.status[first : first + len(samples)]  # a view, as the next one
-    pixels = part.batch.pixels[part.start - part.batch.start :].numpy()
+    samples = reader.read(rows.start, rows.stop)
+    table = reader.index.rows_between(rows.start, rows.stop, ("problem", "key", "path"))
+    problems, keys, paths = (table.column(name).to_pylist() for name in ("problem", "key", "path"))
+    read = time.perf_counter()
+    faults = []
+    pixels, first = batch.pixels.numpy(), rows.start - batch.start
     for i, data in enumerate(samples):
-        status[i] = Status.OK
-        if problems[i] or data is None:
-            status[i] = problems[i] or Status.MISSING_IMAGE
-            reason = f"{Status(int(status[i])).label}, {table.column('path')[i]}"
-            loaded.faults.append(f"row {part.start + i} ({keys[i]}): {reason}")
-            continue
         try:
-            pixels[i] = encoder.prepare(data, max_pixels=max_pixels)
+            if problems[i] or data is None:
+                raise ImageFault(Status(problems[i] or Status.MISSING_IMAGE), paths[i])
+            pixels[first + i] = encoder.prepare(data)
+            batch.status[first + i] = Status.OK
         except ImageFault as fault:
-            status[i] = fault.status
-            reason = f"{fault.status.label}, {fault.reason}"
-            loaded.faults.append(f"row {part.start + i} ({keys[i]}): {reason}")
-    loaded.decode_seconds = time.perf_counter() - begun
-    return loaded
+            batch.status[first + i] = fault.status
+            what = f"{fault.status.label}, {fault.reason}"
+            faults.append(f"row {rows[i]} ({keys[i]}): {what}")
+    decoded = time.perf_counter() - read
+    return Phases(read=read - begun, decode=decoded, faults=len(faults)), faults
 
 
-def _finish(batch: _Batch, encoding: Encoding, writer: Writer, run: Run, phases: Phases) -> None:
+def _finish(
+    batch: _Batch, encoding: Encoding, writer: Writer, options: ExtractOptions, phases: Phases
+) -> None:
     """Put the features of a batch in their places, and write the chunk if it is the last of it."""
     started = time.perf_counter()
     chunk = batch.chunk
-    ok = batch.start - chunk.start + np.flatnonzero(batch.ok)
+    ok = batch.start - chunk.start + np.flatnonzero(batch.status == Status.OK)
     if len(ok):
         for target, features in zip(chunk.features, encoding(), strict=True):
             target[ok] = features
     phases.encode += time.perf_counter() - started
     phases.rows += batch.stop - batch.start
-    run.on_rows(batch.stop - batch.start)
+    options.on_rows(batch.stop - batch.start)
     if batch.stop == chunk.stop:
         for column, features in zip(chunk.columns, chunk.features, strict=True):
             status = without_infinities(features, chunk.status.copy(), chunk.start, phases)

@@ -27,7 +27,7 @@ from features.status import Status
 from features.storage import files
 from features.storage.files import appearing, partial_path, remove_leftovers, version
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath, as_place
+from features.storage.place import Place, as_place
 
 Reader = SourceReader[Any]
 Images = Sequence[bytes | None]
@@ -217,8 +217,7 @@ def _described(reader: Reader) -> list[dict[str, Any]]:
     described = [{"path": str(file), "name": name} for file, name in reader.files.items()]
     if reader.files_are_folders:
         return described
-    remote = any(isinstance(file, RemotePath) for file in reader.files)
-    versions = in_order(version, reader.files, remote=remote)
+    versions = in_order(version, reader.files, at=reader.files)
     return [about | found for about, found in zip(described, versions, strict=True)]
 
 
@@ -375,8 +374,8 @@ class SampleReader:
         )
         groups = itertools.groupby(there, key=itemgetter(0))
         jobs = [(path, list(group)) for path, group in groups]
-        remote = len(jobs) > 1 and isinstance(as_place(jobs[0][0]), RemotePath)
-        for (_, group), found in zip(jobs, in_order(self._read, jobs, remote=remote), strict=True):
+        parts = in_order(self._read, jobs, at=[as_place(path) for path, _ in jobs])
+        for (_, group), found in zip(jobs, parts, strict=True):
             for (_, row, _), image in zip(group, found, strict=True):
                 images[row] = image
         return self._parts(images, start) if self.index.has_boxes else images
@@ -498,8 +497,7 @@ def _changed_tables(index: Index, reader: Reader) -> tuple[Place, ...]:
     if reader.files_are_folders:
         return ()  # the images themselves are checked when they are read
     changed = []
-    remote = any(isinstance(path, RemotePath) for path in index.shards)
-    versions = in_order(files.version_or_none, index.shards, remote=remote)
+    versions = in_order(files.version_or_none, index.shards, at=index.shards)
     for (path, shard), found in zip(index.shards.items(), versions, strict=True):
         if found is not None and shard == {"path": str(path), "name": shard["name"], **found}:
             continue

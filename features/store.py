@@ -11,10 +11,7 @@ The layout is documented in docs/store.md. Two ideas carry it:
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
@@ -29,17 +26,17 @@ from features.storage.files import (
     children,
     delete,
     files_below,
+    folder_beside,
     is_file,
-    partial_path,
+    move,
     read,
     remove_leftovers,
-    write,
     zarr_store,
 )
 from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath, posix
+from features.storage.place import Place, can_be_listed, posix
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
@@ -277,7 +274,7 @@ class FeatureStore:
 
     def _members(self, group: str) -> list[str]:
         """Return the sorted names of the arrays and groups in a group."""
-        if isinstance(self.path, RemotePath) and not self.path.can_be_listed:
+        if not can_be_listed(self.path):
             return self._consolidated_members(group)
         folder = self.path / group
         found = [name for name, size in children(folder) if size is None and name[0] != "."]
@@ -462,12 +459,11 @@ def extend_store(store: FeatureStore, index: RowSource, *, append: bool) -> Feat
             without having been asked for.
     """
     _check_first_rows(store, index, append=append)
-    if isinstance(store.path, Path):
-        remove_leftovers(store.path)
+    remove_leftovers(store.path)
     added = [name for name in index.row_arrays if not is_file(store.path / name / METADATA)]
     if not added and index.rows == store.rows and index.source == store.source:
         return store
-    with _folder_beside(store.path) as folder:
+    with folder_beside(store.path) as folder:
         _write(folder, store, index, added)
         _move(folder, store, grows=index.rows > store.rows)
     logger.info("%s: %d rows, %d of them new", store.path, index.rows, index.rows - store.rows)
@@ -519,86 +515,19 @@ def _move(folder: Path, store: FeatureStore, *, grows: bool) -> None:
     chunks = [name for name in names if name.name != METADATA]
     metadata = [name for name in names if name.name == METADATA and name.parent.name]
 
-    def move(name: PurePath) -> None:
-        _publish(folder / name, store.path / name.as_posix())
+    def place(name: PurePath) -> None:
+        move(folder / name, store.path / name.as_posix())
 
-    for _ in in_order(move, chunks, remote=isinstance(store.path, RemotePath)):
+    for _ in in_order(place, chunks, at=store.path):
         pass
     for name in metadata:
         if not (_is_group(folder / name) and is_file(store.path / name.as_posix())):
-            move(name)  # a group that is there stays: that of an encoder has its fingerprint
+            place(name)  # a group that is there stays: that of an encoder has its fingerprint
     if grows and store.full_chunks < store.num_chunks:
         for column in map(store.column, store.columns()):
             delete(column.status_file(store.full_chunks))
-    move(PurePath(METADATA))
-
-
-@contextmanager
-def _folder_beside(store: Place) -> Iterator[Path]:
-    """Yield a new local folder, on the same disk as a local store; it is removed at the end."""
-    if isinstance(store, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="sail-") as folder:
-            yield Path(folder)
-        return
-    partial = partial_path(store / "growth")
-    try:
-        partial.mkdir()
-        yield partial
-    finally:  # also after a full disk, above all: what is half-written would keep it full
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(file: Path, place: Place) -> None:
-    """Give a file its place, as a whole."""
-    if isinstance(place, RemotePath):
-        write(place, file.read_bytes())
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    file.replace(place)
+    place(PurePath(METADATA))
 
 
 def _is_group(file: Path) -> bool:
     return bool(json.loads(file.read_text(encoding="utf-8"))["node_type"] == "group")
-
-
-class ColumnGroup:
-    """Some columns of a store, of which a chunk counts as done when it is so in all."""
-
-    def __init__(self, columns: Sequence[Column]) -> None:
-        self._columns = tuple(columns)
-
-    @classmethod
-    def open(cls, store: FeatureStore, names: Iterable[str]) -> "ColumnGroup":
-        """Open columns by their names.
-
-        Raises:
-            StoreError: One is not there.
-        """
-        return cls([store.column(name) for name in names])
-
-    def __iter__(self) -> Iterator[Column]:
-        return iter(self._columns)
-
-    @property
-    def name(self) -> str:
-        """The names of all."""
-        return ", ".join(column.name for column in self._columns)
-
-    @property
-    def rows_per_chunk(self) -> int:
-        """Rows of a chunk, the same in all columns of a store."""
-        return self._columns[0].rows_per_chunk
-
-    def chunk_rows(self, chunk: int) -> int:
-        """Rows of the store in a chunk."""
-        return self._columns[0].chunk_rows(chunk)
-
-    def pending(self, among: Iterable[int] | None = None) -> list[int]:
-        """Return the chunks that are not done in some column, in order; of some alone if given."""
-        chunks = None if among is None else set(among)
-        return sorted(set().union(*(column.pending(chunks) for column in self._columns)))
-
-    def remove_leftovers(self) -> None:
-        """Remove what killed writers left half-written; those at work are left alone."""
-        for column in self._columns:
-            column.remove_leftovers()

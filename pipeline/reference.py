@@ -19,6 +19,7 @@ from features.config import (
     ImageEncoderConfig,
     TextEncoderConfig,
 )
+from features.encoders.backends import models
 from features.sources import SOURCES
 from pipeline.run.config import ReportConfig, RunSettings
 
@@ -51,6 +52,11 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("[eval.check]", CheckConfig),
     ("[report]", ReportConfig),
 ]
+MODELS: dict[tuple[type[BaseModel], str], str] = {
+    (ImageEncoderConfig, "model"): "IMAGES",
+    (TextEncoderConfig, "model"): "TEXTS",
+}
+"""Settings of which the table of encoders tells what they can be."""
 
 
 def reference() -> str:
@@ -70,6 +76,8 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
         if _is_section(annotation):
             continue
         meaning = " ".join((field.description or "").split())
+        if (model, name) in MODELS:
+            meaning = f"{meaning.removesuffix('.')}: {models(MODELS[model, name])}."
         yield f"| `{name}` | {_type(annotation, field)} | {_default(field)} | {meaning} |"
 
 

@@ -1,6 +1,7 @@
 """Frozen encoders: an image or a caption in, one feature vector out, and a fingerprint of both."""
 
+from features.encoders.backends import ENCODERS, load_text_encoder
 from features.encoders.image import ImageEncoder, load_image_encoder
-from features.encoders.text import TextEncoder, load_text_encoder
+from features.encoders.text import TextEncoder
 
-__all__ = ["ImageEncoder", "TextEncoder", "load_image_encoder", "load_text_encoder"]
+__all__ = ["ENCODERS", "ImageEncoder", "TextEncoder", "load_image_encoder", "load_text_encoder"]

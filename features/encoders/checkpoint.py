@@ -93,21 +93,28 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of a checkpoint says.
+
+    Raises:
+        EncoderError: It is missing, or no JSON object.
+    """
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise EncoderError(
+            f"{path} cannot be read: {_first_line(error)} A whole JSON file was expected. Fetch it "
+            f"again from where the weights came from."
+        ) from error
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what config.json of a folder says, also of a model that transformers does not have.
 
     Raises:
         EncoderError: It is missing, or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{path} cannot be read: {_first_line(error)} A folder with the config.json of a model "
-            f"was expected. Check the path, or fetch the file from where the weights came from."
-        ) from error
-    return dict(settings)
+    return read_json(folder / "config.json")
 
 
 def weights_sha256(folder: Path) -> str:

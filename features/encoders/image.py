@@ -1,8 +1,6 @@
-"""Frozen image encoders: any vision model of transformers, with an explicit pooling."""
+"""Frozen image encoders: a vision model, its preprocessing, and an explicit pooling."""
 
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,75 +8,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Num
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, ViTConfig, ViTModel
 
-from features.config import ImageColumnConfig, ImageEncoderConfig
-from features.encoders.checkpoint import (
-    compute_dtype,
-    find_encoder,
-    load_weights,
-    read_config,
-    versions,
-)
+from features.config import ExtractConfig, ImageColumnConfig, ImageEncoderConfig
+from features.encoders.backends import backend_of
+from features.encoders.checkpoint import compute_dtype, versions
 from features.encoders.pooling import pool_image
 from features.errors import EncoderError
 from features.images import Preprocessing, check_can_be_fast, decode, prepare_fast
 
-PREPROCESSING = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "resample": 2,
-    "do_rescale": True,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-
-
-@dataclass(frozen=True)
-class _Output:
-    pooler_output: Tensor
-    last_hidden_state: Tensor
-
-
-class _Pixels(nn.Module):
-    """The image itself, 32 × 32 in three colours, as 3072 features."""
-
-    config = None
-
-    def forward(self, pixels: Tensor) -> _Output:
-        small = F.adaptive_avg_pool2d(pixels, 32)
-        return _Output(pooler_output=small.flatten(1), last_hidden_state=small)
-
-
-def _pixels() -> tuple[nn.Module, dict[str, Any]]:
-    return _Pixels(), PREPROCESSING | {"size": {"height": 32, "width": 32}}
-
-
-def _random_vit() -> tuple[nn.Module, dict[str, Any]]:
-    """Return a vision transformer that was never trained: what architecture alone gives."""
-    config = ViTConfig(
-        hidden_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=64,
-        patch_size=8,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: nn.Module = ViTModel(config, add_pooling_layer=False)
-    processor = PREPROCESSING | {"size": {"height": 64, "width": 64}}
-    return model.eval().requires_grad_(False), processor
-
-
-BASELINES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "baseline:pixels": _pixels,
-    "baseline:random-vit": _random_vit,
-}
-
-
+MAX_PIXELS = ExtractConfig().max_pixels
 Forward = Callable[[Tensor, Sequence[ImageColumnConfig]], list[Tensor]]
 
 
@@ -187,10 +125,6 @@ def _is_constant(module: nn.Module, arguments: tuple[Any, ...], table: Tensor) -
     return torch.equal(table, again)
 
 
-# Two-tower checkpoints: the class that loads the image tower alone.
-IMAGE_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-
-
 @dataclass(frozen=True)
 class ImageColumn:
     """One column that an encoder fills: its features of one layer, pooled in one way."""
@@ -213,6 +147,8 @@ class ImageEncoder:
     mode: str
     upright: bool
     """Whether pictures are turned as their EXIF orientation says."""
+    max_pixels: int
+    """Width times height that is still decoded."""
     dtype: torch.dtype
     """What the model computes in."""
     batch_size: int
@@ -227,17 +163,16 @@ class ImageEncoder:
         """What decides the features of each column, by its name in the store."""
         return {f"image/{column.name}": column.fingerprint for column in self.columns}
 
-    def prepare(self, data: bytes, *, max_pixels: int) -> Num[np.ndarray, "3 height width"]:
+    def prepare(self, data: bytes) -> Num[np.ndarray, "3 height width"]:
         """Decode, resize and crop an encoded image, as the checkpoint asks.
 
         Raises:
             ImageFault: It cannot be used; see `features.images.decode`.
         """
+        limit, upright = self.max_pixels, self.upright
         if self.mode == "fast":
-            return prepare_fast(
-                data, self.preprocessing, max_pixels=max_pixels, upright=self.upright
-            )
-        return self.preprocessing.apply(decode(data, max_pixels=max_pixels, upright=self.upright))
+            return prepare_fast(data, self.preprocessing, max_pixels=limit, upright=upright)
+        return self.preprocessing.apply(decode(data, max_pixels=limit, upright=upright))
 
     def room_for(self, images: int) -> Num[Tensor, "images 3 height width"]:
         """Return memory for what `prepare` gives, from which the device can copy by itself."""
@@ -273,15 +208,24 @@ class ImageEncoder:
         return [features[:count] for features in self.forward(pixels, wanted)]
 
 
-def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.device) -> ImageEncoder:
+def load_image_encoder(
+    name: str, config: ImageEncoderConfig, device: torch.device, max_pixels: int = MAX_PIXELS
+) -> ImageEncoder:
     """Load a frozen image encoder, ready to encode.
+
+    Args:
+        name: What it is called in the store.
+        config: Which model, and how it is used.
+        device: Where it computes.
+        max_pixels: Width times height of an image that is still decoded.
 
     Raises:
         EncoderError: It cannot be found, loaded or compiled, or has no such pooling or layer.
     """
     own = ImageColumnConfig(pooling=config.pooling, layer=config.layer)
     settings = {name: own, **config.also}
-    model, processor, identity = _load(config, pooler=_wants_pooler(settings.values()))
+    pooler = any(each.pooling == "pooler" for each in settings.values())
+    model, processor, identity = backend_of(config.model).load_image(config, pooler=pooler)
     preprocessing = Preprocessing.from_config(processor)
     if config.mode == "fast":
         check_can_be_fast(preprocessing)
@@ -314,6 +258,7 @@ def load_image_encoder(name: str, config: ImageEncoderConfig, device: torch.devi
         preprocessing=preprocessing,
         mode=config.mode,
         upright=config.upright,
+        max_pixels=max_pixels,
         dtype=dtype,
         batch_size=config.batch_size,
         device=device,
@@ -333,51 +278,3 @@ def _column(
 ) -> ImageColumn:
     of_column = {"pooling": settings.pooling, "layer": settings.layer, "dim": dim}
     return ImageColumn(name, settings, dim, identity | of_column)
-
-
-def _wants_pooler(settings: Iterable[ImageColumnConfig]) -> bool:
-    return any(each.pooling == "pooler" for each in settings)
-
-
-def _load(
-    config: ImageEncoderConfig, *, pooler: bool
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return the model, the settings of its image processor, and what identifies it."""
-    if config.model in BASELINES:
-        model, processor = BASELINES[config.model]()
-        return model, processor, {"model": config.model}
-    files = find_encoder(config.model, config.revision)
-    processor = read_image_processor(files.folder)
-    model_config = _without_masking(read_config(files.folder))
-    tower = IMAGE_TOWERS.get(model_config.model_type)
-    loaded = load_weights(
-        tower or AutoModel,
-        files.folder,
-        optional="^$" if pooler else r"(^|\.)pooler\.",
-        config=model_config.vision_config if tower else model_config,
-    )
-    return loaded, processor, files.fingerprint()
-
-
-def _without_masking(config: Any) -> Any:
-    if config.model_type == "vit_mae":
-        config.mask_ratio = 0.0  # MAE drops three quarters of the patches even in evaluation
-    return config
-
-
-def read_image_processor(folder: os.PathLike[str]) -> dict[str, Any]:
-    """Return the settings of a checkpoint's own image processor.
-
-    Raises:
-        EncoderError: They are missing, or no JSON.
-    """
-    path = os.path.join(folder, "preprocessor_config.json")  # noqa: PTH118
-    try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            processor: dict[str, Any] = json.load(file)
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{path} cannot be read ({error}). The checkpoint's own preprocessing was expected "
-            f"there. Fetch the file from where the weights came from."
-        ) from error
-    return processor

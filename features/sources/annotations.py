@@ -34,7 +34,7 @@ from features.sources.tables import ImageFolder, place_image
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath
+from features.storage.place import Place
 
 MMVP_PROMPT = "a photo of {}"
 """What MMVP-VLM's own script puts around a statement."""
@@ -114,8 +114,7 @@ class Annotations(SourceReader[AnnotationSource]):
         def find(record: Record) -> tuple[Record, str, int | None]:
             return record, *images.find(record.image)
 
-        remote = isinstance(folder, RemotePath)
-        for record, path, size in in_order(find, self._records(file), remote=remote):
+        for record, path, size in in_order(find, self._records(file), at=folder):
             key, problem = keys.of(record.key)
             sample = Sample(key, problem=problem, group=record.group, box=record.box)
             sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}

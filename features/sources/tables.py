@@ -154,7 +154,7 @@ class CaptionTable(SourceReader[FolderSource]):
         def find(image: tuple[str, Rows]) -> tuple[str, Rows, str, int | None]:
             return *image, *images.find(image[0])
 
-        for name, rows, path, size in in_order(find, named, remote=not isinstance(file, Path)):
+        for name, rows, path, size in in_order(find, named, at=file):
             key, problem = keys.of(*split_image_suffix(name))
             sample = Sample(key, problem=problem)
             self.describe(sample, rows[0], counts)

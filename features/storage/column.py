@@ -1,7 +1,7 @@
 """A column of features: chunks of float16 (or int8) rows, and a status for each row."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from features.storage.chunks import (
 from features.storage.files import is_file, names, remove_leftovers, zarr_store
 from features.storage.fingerprint import Fingerprint
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath
+from features.storage.place import Place, RemotePath, can_be_listed
 
 GREATEST = 127
 BLOCK_ROWS = 4096
@@ -171,15 +171,14 @@ class Column:
         def read(chunk: int) -> None:
             read_part(self.features_file(chunk), values, crcs[chunk])
 
-        for _ in in_order(read, range(self.num_chunks), remote=self.is_remote):
+        for _ in in_order(read, range(self.num_chunks), at=self.path):
             pass
         return hashlib.sha256(crcs.tobytes()).hexdigest()
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left half-written; those at work are left alone."""
-        if isinstance(self.path, Path):
-            for array in ("scale", "features", "status"):
-                remove_leftovers(self.path / array)
+        for array in ("scale", "features", "status"):
+            remove_leftovers(self.path / array)
 
     def status(self) -> UInt8[np.ndarray, "rows"]:
         """Return the status code of every row; 0 (pending) where a chunk is not done."""
@@ -190,7 +189,7 @@ class Column:
             part = codes[chunk * size : (chunk + 1) * size]
             read_chunk(self.status_file(chunk), part, verify=True)
 
-        for _ in in_order(fill, self._done(), remote=self.is_remote):
+        for _ in in_order(fill, self._done(), at=self.path):
             pass
         return codes[: self.rows]
 
@@ -285,9 +284,7 @@ class Column:
                     target[:] = self.restored(chunk, values, skipped)
 
         parts = _chunks_between(start, stop, self.rows_per_chunk)
-        for _ in in_order(
-            fill, parts, remote=self.is_remote and stop - start > self.rows_per_chunk
-        ):
+        for _ in in_order(fill, parts, at=self.path):
             pass
         return features
 
@@ -314,11 +311,11 @@ class Column:
 
     def _done(self, among: Iterable[int] | None = None) -> list[int]:
         """Return the chunks that have a status, in order: listed, or asked for one by one."""
-        if among is None and (isinstance(self.path, Path) or self.path.can_be_listed):
+        if among is None and can_be_listed(self.path):
             listed = set(names(self.path / "status" / "c"))
             return [chunk for chunk in range(self.num_chunks) if str(chunk) in listed]
         chunks = range(self.num_chunks) if among is None else list(among)
-        there = in_order(is_file, map(self.status_file, chunks), remote=self.is_remote)
+        there = in_order(is_file, map(self.status_file, chunks), at=self.path)
         return [chunk for chunk, done in zip(chunks, there, strict=True) if done]
 
 
@@ -349,6 +346,12 @@ def create_column(
     )
     codes = {status.label: int(status) for status in Status}
     group.create_array("status", dtype="uint8", attributes={"codes": codes}, **row_array)
+
+
+def pending_in_any(columns: Sequence[Column], among: Iterable[int] | None = None) -> list[int]:
+    """Return the chunks that are not done in some column, in order; of some alone if given."""
+    chunks = None if among is None else set(among)
+    return sorted(set().union(*(column.pending(chunks) for column in columns)))
 
 
 def _chunks_between(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -84,12 +85,14 @@ def _replace_folder(new: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that are gone have left in a folder.
+def remove_leftovers(folder: Place) -> None:
+    """Remove what writers that are gone have left in a folder; under a URL they leave nothing.
 
     A writer of this machine is gone when its process is; one of another machine when it has not
     written for a day.
     """
+    if not isinstance(folder, Path):
+        return
     for path in folder.glob(".*.partial"):
         if (name := NAME.fullmatch(path.name)) and _is_gone(path, name["place"], int(name["pid"])):
             if path.is_dir():
@@ -215,6 +218,30 @@ def open_file(place: Place) -> io.BufferedReader:
     return io.BufferedReader(_RangedFile(place), BUFFER_BYTES)
 
 
+@contextmanager
+def folder_beside(place: Place) -> Iterator[Path]:
+    """Yield a new local folder, in a folder that is local on the same disk; it goes at the end."""
+    if isinstance(place, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="sail-") as folder:
+            yield Path(folder)
+        return
+    partial = partial_path(place / "growth")
+    try:
+        partial.mkdir()
+        yield partial
+    finally:  # also after a full disk, above all: what is half-written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def move(file: Path, place: Place) -> None:
+    """Give a file of the same disk its place, or copy it to a URL; it appears as a whole."""
+    if isinstance(place, RemotePath):
+        write(place, file.read_bytes())
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file.replace(place)
+
+
 def write(place: Place, content: bytes) -> None:
     """Write a file: it appears under its name as a whole, or not at all."""
     if isinstance(place, Path):
@@ -279,8 +306,7 @@ def matching_places(pattern: str) -> list[Place]:
     """
     plain = list(expanded(pattern))
     fixed = [as_place(item) for item in plain if not _is_glob(item)]
-    remote = any(isinstance(place, RemotePath) for place in fixed)
-    there = dict(zip(fixed, in_order(is_file, fixed, remote=remote), strict=True))
+    there = dict(zip(fixed, in_order(is_file, fixed, at=fixed), strict=True))
     found: list[Place] = []
     for item in plain:
         place = as_place(item)

@@ -81,7 +81,7 @@ def _upload(folder: Path, place: RemotePath) -> None:
     def put(name: str) -> None:
         write(place / name, (folder / name).read_bytes())
 
-    for _ in in_order(put, sorted(set(local) - {METADATA}), remote=True):
+    for _ in in_order(put, sorted(set(local) - {METADATA}), at=place):
         pass
     written = {place / name for name in local}
     others = [found for found, _ in files_below(place) if found not in written]

@@ -121,6 +121,11 @@ def posix(place: Place) -> PurePosixPath:
     return PurePosixPath(place.absolute() if isinstance(place, Path) else place.path)
 
 
+def can_be_listed(place: Place) -> bool:
+    """Return whether one can ask which files there are; web servers do not tell."""
+    return isinstance(place, Path) or place.can_be_listed
+
+
 def as_place_setting(value: Any) -> Place:
     """Return a setting as a place.
 

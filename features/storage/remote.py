@@ -25,7 +25,7 @@ from zarr.storage import FsspecStore
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from features.errors import PlaceNotFoundError, StorageError
-from features.storage.place import RemotePath, without_secrets
+from features.storage.place import Place, RemotePath, without_secrets
 
 ATTEMPTS = 5
 """At what obstore does not retry: bodies that are too short, or those of errors."""
@@ -122,13 +122,13 @@ def seconds_before(attempt: int) -> float:
     return random.uniform(0, FIRST_WAIT_SECONDS * 2**attempt)
 
 
-def check_writable(place: RemotePath) -> None:
+def check_writable(place: Place) -> None:
     """Refuse to write where files are only read.
 
     Raises:
         StorageError: Saying where can be written.
     """
-    if not place.can_be_written:
+    if isinstance(place, RemotePath) and not place.can_be_written:
         raise StorageError(
             f"{place} cannot be written: {place.scheme}:// is only read. A local folder, s3:// or "
             f"gs:// was expected. Correct `extract.store`."

@@ -66,7 +66,7 @@ def read_into(place: RemotePath, start: int, buffer: Any) -> None:
         part[:] = _range(place, start + offset, start + offset + len(part))
 
     offsets = range(0, len(view), PIECE_BYTES)
-    for _ in in_order(fill, offsets, remote=len(offsets) > 1):
+    for _ in in_order(fill, offsets, at=place):
         pass
 
 
@@ -78,7 +78,7 @@ def read_ranges(place: RemotePath, ranges: Sequence[tuple[int, int]]) -> list[me
         StorageError: The server fails.
     """
     blocks = _merged(ranges)
-    content = in_order(lambda block: _range(place, *block), blocks, remote=len(blocks) > 1)
+    content = in_order(lambda block: _range(place, *block), blocks, at=place)
     read = list(zip(blocks, content, strict=True))
     return [
         next(

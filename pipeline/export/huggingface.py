@@ -17,7 +17,7 @@ from typing import Any
 
 from align import heads
 from align.checkpoint import CONFIG, MODEL
-from features.encoders.image import IMAGE_TOWERS, read_image_processor
+from features.encoders.pretrained import IMAGE_TOWERS, read_image_processor
 from features.images import BILINEAR, Preprocessing
 from pipeline.card import TEMPLATES
 from pipeline.export.parts import EncoderPart, Parts

@@ -13,7 +13,7 @@ from features.index import Index
 from features.sources import Counts, Source, SourceReader
 from features.storage.files import version
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath
+from features.storage.place import Place
 from pipeline.planning.estimate import (
     BYTES_PER_VALUE,
     ENCODER_UTILISATION,
@@ -84,8 +84,7 @@ def _listed(reader: SourceReader[Any], seconds: float) -> Rows:
         is_whole &= share == 1.0
     if is_whole and len(chosen) == len(files):
         return Rows(rows, "listing its source", is_exact=True)
-    remote = any(isinstance(file, RemotePath) for file in files)
-    total = sum(in_order(_file_bytes, files, remote=remote))
+    total = sum(in_order(_file_bytes, files, at=files))
     words = f"{len(chosen)} of {len(files)} files"
     return Rows(round(rows * total / max(sampled_bytes, 1e-9)), words, is_exact=False)
 

@@ -62,12 +62,10 @@ class CaptionRates:
     """Different captions that were encoded."""
 
 
-def measure_images(
-    encoder: ImageEncoder, index: Index, *, max_pixels: int, seconds: float
-) -> ImageRates | None:
+def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> ImageRates | None:
     """Read, decode and encode images of an index; None if none of the first can be decoded."""
     part = seconds / 3
-    encoded = _first_images(SampleReader(index, max_pixels=max_pixels), part)
+    encoded = _first_images(SampleReader(index, max_pixels=encoder.max_pixels), part)
     images, sizes, read_seconds = encoded
     if not images:
         return None
@@ -75,7 +73,7 @@ def measure_images(
 
     def decode_one(data: bytes) -> None:
         try:
-            picture = encoder.prepare(data, max_pixels=max_pixels)
+            picture = encoder.prepare(data)
         except ImageFault:
             return
         if len(pixels) < encoder.batch_size:
@@ -254,14 +252,10 @@ class Measuring:
         made = Pass(f"image/{name}", rows, _columns("image", size.dims), flops, size.found_in)
         if self._index is None or not _is_here(settings):
             return made
-        encoder = load_image_encoder(name, settings, self._device)
+        limit = self._config.extract.max_pixels
+        encoder = load_image_encoder(name, settings, self._device, limit)
         made.dims = {f"image/{column.name}": column.dim for column in encoder.columns}
-        rates = measure_images(
-            encoder,
-            self._index,
-            max_pixels=self._config.extract.max_pixels,
-            seconds=self._seconds,
-        )
+        rates = measure_images(encoder, self._index, seconds=self._seconds)
         if rates is None:
             return made
         made.images = rates

@@ -82,7 +82,7 @@ class Aligned:
             EvaluationError: The run file does not have it, or it is another than the head's.
         """
         name, settings = self.image_settings
-        encoder = load_image_encoder(name, settings, self.device)
+        encoder = load_image_encoder(name, settings, self.device, self.max_pixels)
         found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
         self._check(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
         return encoder
@@ -145,7 +145,7 @@ class Aligned:
         """
         data, name = (image, "An image") if isinstance(image, bytes) else (_read(image), str(image))
         try:
-            return self.image_encoder.prepare(data, max_pixels=self.max_pixels)
+            return self.image_encoder.prepare(data)
         except ImageFault as fault:
             raise EncoderError(
                 f"{name} cannot be used: {fault.reason}. A whole image that Pillow can decode was "

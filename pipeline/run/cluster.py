@@ -21,13 +21,14 @@ import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, wait
 
 from features.errors import ClusterError, SailError
-from features.extract import MAX_LOGGED_FAULTS, Phases, Run
-from features.store import ColumnGroup, FeatureStore
+from features.extract import MAX_LOGGED_FAULTS, Phases
+from features.storage.column import Column, pending_in_any
+from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run import units
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
-from pipeline.run.filling import fill_columns
+from pipeline.run.filling import finish_columns, progress_line
 from pipeline.run.finished import columns_of
 
 logger = logging.getLogger(__name__)
@@ -159,53 +160,55 @@ class Cluster:
             function=units.prepare_columns,
             arguments=(name,),
         )
-        self._run(iter([prepare]), Run(workers=1, max_pixels=1, should_stop=stop))
+        self._run(iter([prepare]), stop, lambda _: None)
         stop.check()
         for store in stores:
             for names in columns_of(self._config, store, name):
                 is_there = functools.partial(_has_columns, store, names)
                 _wait_for(is_there, f"{store.path}: {', '.join(names)}", stop)
-                columns = ColumnGroup.open(store, names)
-                fill = functools.partial(self._fill, store, columns)
-                fill_columns(self._config, store, columns, fill, stop)
-
-    def _fill(self, store: FeatureStore, columns: ColumnGroup, run: Run) -> Phases:
-        pending = columns.pending()
-        phases = self._run(self._units(store, columns, pending), run)
-        if not run.should_stop():
-            place = f"{store.path}: {columns.name}"
-            _wait_for(lambda: not columns.pending(pending), place, run.should_stop)
-        return phases
+                columns, phases = [store.column(each) for each in names], None
+                if pending := pending_in_any(columns):
+                    with progress_line(store, columns, pending) as line:
+                        tasks = self._units(store, columns, pending)
+                        phases = self._run(tasks, stop, line.advance)
+                        if not stop():
+                            are_done = functools.partial(_are_done, columns, pending)
+                            _wait_for(are_done, f"{store.path}: {', '.join(names)}", stop)
+                finish_columns(self._config, store, columns, phases, stop)
 
     def _units(
-        self, store: FeatureStore, columns: ColumnGroup, pending: list[int]
+        self, store: FeatureStore, columns: Sequence[Column], pending: list[int]
     ) -> Iterator[_Task]:
         split, names = store.path.stem, [column.name for column in columns]
-        most = max(1, ROWS_PER_UNIT // columns.rows_per_chunk)
+        most = max(1, ROWS_PER_UNIT // store.rows_per_chunk)
         for chunks in cut_into_units(pending, most=most, num_workers=self._num_workers):
-            place = f"chunks {chunks[0]} to {chunks[-1]} of {split} {columns.name}"
+            place = f"chunks {chunks[0]} to {chunks[-1]} of {split} {', '.join(names)}"
             yield _Task(
                 # Units of one prefix are alike to Dask, so it keeps them until a worker is free.
-                name=f"{columns.name}-{place}-{self._job['id']}",
+                name=f"{', '.join(names)}-{place}-{self._job['id']}",
                 words=f"The unit of {place}",
-                rows=sum(map(columns.chunk_rows, chunks)),
+                rows=sum(map(columns[0].chunk_rows, chunks)),
                 function=units.fill_chunks,
                 arguments=(split, names, chunks),
             )
 
-    def _run(self, tasks: Iterator[_Task], run: Run) -> Phases:
+    def _run(
+        self, tasks: Iterator[_Task], stop: StopRequest, on_rows: Callable[[int], None]
+    ) -> Phases:
         """Have tasks done, a bounded number at a time, until all are or a signal comes."""
-        under_way = _UnderWay(run.on_rows)
+        under_way = _UnderWay(on_rows)
         self._client.subscribe_topic(self._job["id"], under_way.hear)
         try:
-            self._hand_out_all(tasks, run, under_way)
+            self._hand_out_all(tasks, stop, under_way)
         except (OSError, CancelledError) as error:  # the client's; those of workers come as words
             raise self._scheduler_gone() from error
         return under_way.phases
 
-    def _hand_out_all(self, tasks: Iterator[_Task], run: Run, under_way: _UnderWay) -> None:
+    def _hand_out_all(
+        self, tasks: Iterator[_Task], stop: StopRequest, under_way: _UnderWay
+    ) -> None:
         try:
-            while not run.should_stop():
+            while not stop():
                 self._hand_out(tasks, under_way)
                 if not under_way.tasks:
                     break
@@ -324,6 +327,10 @@ def _absolute(config: RunConfig) -> RunConfig:
         place = place.absolute()
     extract = config.extract.model_copy(update={"store": place})
     return config.model_copy(update={"run": run, "extract": extract})
+
+
+def _are_done(columns: Sequence[Column], chunks: Sequence[int]) -> bool:
+    return not pending_in_any(columns, chunks)
 
 
 def _has_columns(store: FeatureStore, names: Sequence[str]) -> bool:

@@ -1,19 +1,18 @@
 """Loads an encoder and fills its columns: the part of stage one that needs torch."""
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
-from features.encoders.checkpoint import find_encoder
-from features.encoders.image import BASELINES
-from features.extract import Phases, Run, extract_captions, extract_images
+from features.encoders.backends import backend_of
+from features.extract import ExtractOptions, Phases, extract
 from features.index import Index
-from features.store import ColumnGroup, FeatureStore
+from features.storage.column import Column, pending_in_any
+from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
@@ -47,16 +46,24 @@ def fill_encoder(
     add_columns((store for store, _ in splits), encoder)
     for store, index in splits:
         for names in columns_of(config, store, name):
-            columns = ColumnGroup.open(store, names)
-            fill = functools.partial(encode_chunks, store, index, encoder, columns)
-            fill_columns(config, store, columns, fill, stop)
+            columns, phases = [store.column(each) for each in names], None
+            if pending := pending_in_any(columns):
+                with progress_line(store, columns, pending) as line:
+                    options = ExtractOptions(
+                        workers=config.extract.workers or usable_processors(),
+                        should_stop=stop,
+                        on_rows=line.advance,
+                    )
+                    phases = extract(store, columns, index, encoder, options, pending)
+            finish_columns(config, store, columns, phases, stop)
 
 
 def load_encoder(config: RunConfig, name: str, device: torch.device) -> Encoder:
     """Load `image/<encoder>` or `text/<encoder>` of a recipe."""
     kind, encoder = name.split("/")
     if kind == "image":
-        return load_image_encoder(encoder, config.encoders.image[encoder], device)
+        settings, max_pixels = config.encoders.image[encoder], config.extract.max_pixels
+        return load_image_encoder(encoder, settings, device, max_pixels)
     return load_text_encoder(encoder, config.encoders.text[encoder], device)
 
 
@@ -71,49 +78,40 @@ def add_columns(stores: Iterable[FeatureStore], encoder: Encoder) -> None:
             store.add_encoder(name, fingerprint, dim=fingerprint["dim"])
 
 
-def encode_chunks(
-    store: FeatureStore,
-    index: Index,
-    encoder: Encoder,
-    columns: ColumnGroup,
-    run: Run,
-    chunks: Sequence[int] | None = None,
-) -> Phases:
-    """Fill the pending ones of some chunks of a group of columns; of all if not given."""
-    if isinstance(encoder, ImageEncoder):
-        return extract_images(columns, index, encoder, run, chunks)
-    (column,) = columns
-    return extract_captions(store, column, index, encoder, run, chunks)
+def progress_line(
+    store: FeatureStore, columns: Sequence[Column], chunks: Sequence[int]
+) -> ProgressLine:
+    """Return the line of progress over the rows of some chunks of some columns."""
+    names = ", ".join(column.name for column in columns)
+    rows = sum(map(columns[0].chunk_rows, chunks))
+    return ProgressLine(f"{store.path.stem}  {names}", rows, "rows")
 
 
-def fill_columns(
+def finish_columns(
     config: RunConfig,
     store: FeatureStore,
-    columns: ColumnGroup,
-    fill: Callable[[Run], Phases],
+    columns: Sequence[Column],
+    phases: Phases | None,
     stop: StopRequest,
 ) -> None:
-    """Fill what is pending of some columns, with a line of progress, and account for every row.
+    """Account for every row of columns that were filled.
+
+    Args:
+        config: Settings of the run.
+        store: Has the columns.
+        columns: Those that were filled in one pass.
+        phases: What it took; None where nothing was left to do.
+        stop: Whether a signal came.
 
     Raises:
         Stopped: A signal came; what is done is on disk.
         SourceError: More rows are quarantined than the recipe allows.
     """
-    pending = columns.pending()
-    if pending:
-        split = store.path.stem
-        rows = sum(columns.chunk_rows(chunk) for chunk in pending)
-        with ProgressLine(f"{split}  {columns.name}", rows, "rows") as line:
-            phases = fill(
-                Run(
-                    workers=config.extract.workers or usable_processors(),
-                    max_pixels=config.extract.max_pixels,
-                    should_stop=stop,
-                    on_rows=line.advance,
-                )
-            )
-        logger.info("%s  %s: %s", split, columns.name, phases.summary())
-    columns.remove_leftovers()
+    if phases is not None:
+        names = ", ".join(column.name for column in columns)
+        logger.info("%s  %s: %s", store.path.stem, names, phases.summary())
+    for column in columns:
+        column.remove_leftovers()
     stop.check()
     for column in columns:
         check_quarantined(store, column.name, config.extract.max_bad_fraction)
@@ -123,6 +121,5 @@ def folder_of(config: RunConfig, name: str) -> Path | None:
     """Return where the files of an encoder are, None for one that has none."""
     kind, encoder = name.split("/")
     settings: ImageEncoderConfig | TextEncoderConfig = getattr(config.encoders, kind)[encoder]
-    if settings.model in BASELINES:
-        return None
-    return find_encoder(settings.model, settings.revision).folder
+    files = backend_of(settings.model).find(settings.model, settings.revision)
+    return None if files is None else files.folder

@@ -19,14 +19,14 @@ import torch
 from distributed import get_worker
 
 from features.errors import SailError
-from features.extract import MAX_LOGGED_FAULTS, Phases, Run
+from features.extract import MAX_LOGGED_FAULTS, ExtractOptions, Phases, extract
 from features.index import Index
-from features.storage.column import encoder_of
-from features.store import ColumnGroup, FeatureStore
+from features.storage.column import encoder_of, pending_in_any
+from features.store import FeatureStore
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.cpu import keep_freed_memory, usable_processors
 from pipeline.run.device import prepare_device
-from pipeline.run.filling import Encoder, add_columns, encode_chunks, folder_of, load_encoder
+from pipeline.run.filling import Encoder, add_columns, folder_of, load_encoder
 from pipeline.run.finished import KnownEncoders
 from pipeline.run.folder import run_folder
 
@@ -129,17 +129,17 @@ def fill_chunks(job: Job, unit: str, split: str, names: list[str], chunks: list[
         encoder = _loaded(job, config, encoder_of(names[0]))
         folder = run_folder(config)
         store = FeatureStore.open(folder.store(split))
-        columns = ColumnGroup.open(store, names)
-        pending = columns.pending(chunks)
+        columns = [store.column(name) for name in names]
+        pending = pending_in_any(columns, chunks)
         progress = _Progress(job, unit)
-        progress.add(sum(map(columns.chunk_rows, set(chunks) - set(pending))))
-        run = Run(
+        progress.add(sum(map(columns[0].chunk_rows, set(chunks) - set(pending))))
+        options = ExtractOptions(
             workers=config.extract.workers or job["processors"] or usable_processors(),
-            max_pixels=config.extract.max_pixels,
             should_stop=lambda: job["id"] in _process.stopped,
             on_rows=progress.add,
         )
-        return encode_chunks(store, Index.open(folder.index(split)), encoder, columns, run, pending)
+        index = Index.open(folder.index(split))
+        return extract(store, columns, index, encoder, options, pending)
 
     return _reported(job, unit, work)
 

@@ -16,7 +16,7 @@ from features.status import Status
 from features.storage.column import Column, create_column, dequantise, encoder_of
 from features.storage.files import zarr_store
 from features.storage.groups import publish
-from features.storage.place import Place, RemotePath
+from features.storage.place import Place
 from features.storage.remote import check_writable
 from features.store import FORMAT_VERSION, NUMBERS, FeatureStore, create_group, key_hashes
 from pipeline.interrupt import StopRequest
@@ -138,8 +138,7 @@ def write_store(
         Stopped: A signal came.
     """
     check_free(out)
-    if isinstance(out, RemotePath):
-        check_writable(out)
+    check_writable(out)
     layout = rows.layout.with_rows_per_chunk(rows_per_chunk or rows.layout.rows_per_chunk)
     chunks = range(-(-layout.rows // layout.rows_per_chunk))
     with (

@@ -21,10 +21,10 @@ from transformers import Dinov2Config, Dinov2Model
 
 from features.config import ImageEncoderConfig
 from features.encoders import ImageEncoder, load_image_encoder
-from features.extract import Run, extract_images
+from features.extract import ExtractOptions, extract_images
 from features.index import Index, build_index
 from features.sources.webdataset import WebdatasetSource
-from features.store import ColumnGroup, FeatureStore
+from features.store import FeatureStore
 from pipeline.run.cpu import keep_freed_memory, usable_processors
 from tests import tiny
 from tests.benchmarks.figure import Figure, figure_of
@@ -88,11 +88,11 @@ class Task:
         config = ImageEncoderConfig(
             model=str(self.model), batch_size=self.batch_size, mode=mode, **settings
         )
-        return load_image_encoder("dinov2", config, self.device)
+        return load_image_encoder("dinov2", config, self.device, LIMIT)
 
     def bare(self, encoder: ImageEncoder) -> Callable[[], float]:
         """Return what times the encoder alone, on pixels that are decoded already."""
-        pixels = [encoder.prepare(data, max_pixels=LIMIT) for data in self.jpegs]
+        pixels = [encoder.prepare(data) for data in self.jpegs]
         batches = [
             torch.from_numpy(np.stack(pixels[start : start + self.batch_size]))
             for start in range(0, self.distinct, self.batch_size)
@@ -121,10 +121,10 @@ class Task:
                 store = FeatureStore.create(Path(name) / "s.zarr", self.index, rows_per_chunk=4096)
                 (made,) = encoder.columns
                 store.add_encoder("image/dinov2", made.fingerprint, dim=made.dim)
-                columns = ColumnGroup.open(store, ["image/dinov2"])
-                run = Run(workers=usable_processors(), max_pixels=LIMIT)
+                columns = [store.column("image/dinov2")]
+                options = ExtractOptions(workers=usable_processors())
                 started = time.perf_counter()
-                extract_images(columns, self.index, encoder, run)
+                extract_images(columns, self.index, encoder, options)
                 return time.perf_counter() - started
 
         return seconds

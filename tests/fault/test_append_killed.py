@@ -60,7 +60,7 @@ APPEND = """
 import sys
 from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run.folder import extract
+from pipeline.run.extract import extract
 
 config = load_config(sys.argv[1])
 print("started", flush=True)

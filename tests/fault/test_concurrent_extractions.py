@@ -22,7 +22,7 @@ CHILD = """
 import sys
 from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run.folder import extract
+from pipeline.run.extract import extract
 
 config = load_config(sys.argv[1], [f"run.dir='{sys.argv[2]}'"])
 print("ready", flush=True)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from features.config import TextEncoderConfig
-from features.encoders.text import TextEncoder, load_text_encoder
+from features.encoders import TextEncoder, load_text_encoder
 from tests import tiny
 
 WORDS = st.sampled_from(

@@ -62,13 +62,13 @@ class Images:
 
     batch_size = 1
     device = torch.device("cpu")
+    max_pixels = 1
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.is_warm = False
 
-    def prepare(self, _data: bytes, *, max_pixels: int) -> np.ndarray:
-        assert max_pixels
+    def prepare(self, _data: bytes) -> np.ndarray:
         self.clock.now += 0.01 if self.is_warm else 5
         self.is_warm = True
         return np.zeros((3, 2, 2), dtype=np.uint8)
@@ -85,8 +85,6 @@ def test_the_rate_of_decoding_is_not_that_of_the_first_image(
     monkeypatch.setattr(calibration, "time", clock)
     monkeypatch.setattr(calibration, "SampleReader", lambda *_, **__: None)
     monkeypatch.setattr(calibration, "_first_images", lambda *_: ([b"image"], [5], 1.0))
-    rates = measure_images(
-        cast(ImageEncoder, Images(clock)), cast(Index, None), max_pixels=1, seconds=3
-    )
+    rates = measure_images(cast(ImageEncoder, Images(clock)), cast(Index, None), seconds=3)
     assert rates is not None
     assert rates.decode == pytest.approx(100)

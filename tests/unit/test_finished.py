@@ -18,7 +18,7 @@ SECOND_RUN = """
 import sys
 from pipeline.run.config import load_config
 from pipeline.interrupt import StopRequest
-from pipeline.run.folder import extract
+from pipeline.run.extract import extract
 
 extract(load_config(sys.argv[1]), StopRequest())
 print("torch" in sys.modules)

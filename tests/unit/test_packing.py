@@ -15,7 +15,7 @@ from transformers import AutoModel
 from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.packing import TokenBatch, batch_stop
-from features.encoders.text import PACKED_TYPES
+from features.encoders.pretrained import PACKED_TYPES
 from features.errors import EncoderError
 from tests import text_models
 

@@ -115,7 +115,7 @@ def test_results_come_in_order_and_items_are_not_taken_far_ahead() -> None:
             taken += 1
             yield number
 
-    results = in_order(lambda number: number * 2, items(), remote=True)
+    results = in_order(lambda number: number * 2, items(), at=RemotePath("s3", "bucket"))
     assert [next(results) for _ in range(3)] == [0, 2, 4]
     assert taken <= IN_FLIGHT + 3
     results.close()

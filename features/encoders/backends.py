@@ -1,0 +1,78 @@
+"""The backends of frozen encoders, by what stands before the colon in the name of a model."""
+
+import logging
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders import baselines, pretrained
+from features.encoders.checkpoint import EncoderFiles
+from features.encoders.text import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class EncoderBackend(Protocol):
+    """A module that loads frozen models of one kind."""
+
+    @property
+    def IMAGES(self) -> str | None:  # noqa: N802 - a constant of the module
+        """How `model` of an image encoder is written; None if it has none."""
+
+    @property
+    def TEXTS(self) -> str | None:  # noqa: N802
+        """The same for a text encoder."""
+
+    def find(
+        self, model: str, revision: str | None, *, weights: bool = True
+    ) -> EncoderFiles | None:
+        """Return the files of a model, fetched where they are not here; None if it has none."""
+
+    def load_image(
+        self, config: ImageEncoderConfig, *, pooler: bool
+    ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+        """Return a model, the settings of its image processor, and what identifies it."""
+
+    def load_text(self, name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
+        """Load a text encoder, ready to encode."""
+
+
+ENCODERS: dict[str, EncoderBackend] = {
+    "": pretrained,
+    "bundled": pretrained,
+    "baseline": baselines,
+}
+
+
+def backend_of(model: str) -> EncoderBackend:
+    """Return the backend that a model belongs to."""
+    prefix, colon, _ = model.partition(":")
+    return ENCODERS.get(prefix if colon else "", pretrained)
+
+
+def models(kind: str) -> str:
+    """Say how `model` of an encoder of images or texts can be written.
+
+    Args:
+        kind: `IMAGES` or `TEXTS`.
+    """
+    backends = dict.fromkeys(ENCODERS.values())
+    return ", ".join(words for each in backends if (words := getattr(each, kind)))
+
+
+def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
+    """Load a frozen text encoder, ready to encode.
+
+    Raises:
+        EncoderError: It cannot be found or loaded, has no such pooling, or reads fewer tokens.
+    """
+    encoder = backend_of(config.model).load_text(name, config, device)
+    licence = str(encoder.fingerprint["licence"] or "")
+    if "nc" in licence.lower().split("-"):
+        logger.warning(
+            "%s has the licence %s: its features are for non-commercial use", config.model, licence
+        )
+    return encoder
