@@ -28,6 +28,7 @@ from torch import Tensor
 from align.config import HeadConfig
 from align.heads import HEADS, AlignmentModel, build_model
 from features.errors import CheckpointError
+from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
 
 FORMAT = "sail-head"
@@ -270,8 +271,7 @@ class CheckpointFolder:
         if state is not None:
             save_file(state, partial / STATE)
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **snapshot.metadata}
-        text = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+        write_json(partial / CONFIG, metadata)
         for path in [*partial.iterdir(), partial]:
             _sync(path)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from features.storage.files import write
+from features.storage.files import write, write_json
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
@@ -76,8 +76,7 @@ def write_results(
         "checkpoint_sha256": checkpoint_sha256,
         "results": [asdict(result) for result in results],
     }
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    write(path, f"{text}\n".encode())
+    write_json(path, document, allow_nan=False)
 
 
 def read_results(path: Path) -> list[Result]:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -250,6 +251,12 @@ def write(place: Place, content: bytes) -> None:
             partial.write_bytes(content)
         return
     tried(place, "A place that can be written", lambda server: server.put(place, content))
+
+
+def write_json(place: Place, document: object, *, allow_nan: bool = True) -> None:
+    """Write a JSON document, indented: it appears under its name as a whole, or not at all."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=allow_nan)
+    write(place, f"{text}\n".encode())
 
 
 def delete(place: Place) -> None:

@@ -10,7 +10,6 @@
 The names of the encoders' folders stand for them in config.json, as a hub id does.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,7 @@ def write(parts: Parts, folder: Path) -> str:
     if parts.results is not None:
         shutil.copyfile(parts.results, folder / parts.results.name)
     config = checkpoint.metadata | {EXPORTED: _exported(parts)}
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG, config)
     return _use(parts)
 
 

@@ -4,7 +4,6 @@ Nothing of that library is needed to write them: a folder for each module, with 
 weights, and `modules.json`, which names them in order.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from align.checkpoint import CONFIG, MODEL
 from features.errors import EncoderError
+from features.storage.files import write_json
 from pipeline.card import TEMPLATES
 from pipeline.export.parts import Parts
 from pipeline.python import TEXT
@@ -51,13 +51,13 @@ def write(parts: Parts, folder: Path) -> str:
         "do_lower_case": False,
         "model_args": {"dtype": "float32"},  # as it was encoded, whatever its file holds
     }
-    _write(folder / TEXT / "sentence_bert_config.json", transformer)
+    write_json(folder / TEXT / "sentence_bert_config.json", transformer)
     named = [("Transformer", TEXT)]
     for number, module in enumerate(_modules(parts), start=1):
         named.append((module.kind, f"{number}_{module.kind}"))
         place = folder / named[-1][1]
         place.mkdir()
-        _write(place / CONFIG, module.settings)
+        write_json(place / CONFIG, module.settings)
         if module.weights:
             save_file(module.weights, place / MODEL)
     modules = [
@@ -69,13 +69,13 @@ def write(parts: Parts, folder: Path) -> str:
         }
         for number, (kind, path) in enumerate(named)
     ]
-    _write(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     library = {
         "prompts": {"aligned": prompt} if prompt else {},
         "default_prompt_name": "aligned" if prompt else None,
         "similarity_fn_name": "cosine",
     }
-    _write(folder / "config_sentence_transformers.json", library)
+    write_json(folder / "config_sentence_transformers.json", library)
     return TEMPLATES.get_template("sentence_transformers.md.j2").render(dim=parts.aligned.dim)
 
 
@@ -129,7 +129,3 @@ def _modules(parts: Parts) -> Iterator[Module]:
 
 def _weights(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": weight.detach() for name, weight in layer.named_parameters()}
-
-
-def _write(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

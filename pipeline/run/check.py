@@ -1,6 +1,5 @@
 """How far embeddings drift with what should not change them: `sail eval --check`."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from evaluate.measures.retrieval import RetrievalSettings
 from features.errors import EncoderError, EvaluationError
 from features.images import check_can_be_fast
 from features.index import Index, SampleReader
-from features.storage.files import write
+from features.storage.files import write_json
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import timed
@@ -91,8 +90,7 @@ def check_run(config: RunConfig, stop: StopRequest) -> Path:
         },
     }
     path = folder.eval / "check.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, f"{json.dumps(document, indent=1, allow_nan=False)}\n".encode())
+    write_json(path, document, allow_nan=False)
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from features.errors import SourceError, StoreCorruptError
 from features.status import Status
-from features.storage.files import write
+from features.storage.files import write_json
 from features.store import FeatureStore
 from pipeline.run.config import RunConfig
 
@@ -56,7 +56,7 @@ class KnownEncoders:
             "follows_from": _causes(name, config, place),
             "fingerprints": fingerprints,
         }
-        write(self._path, json.dumps(self._entries, indent=1).encode())
+        write_json(self._path, self._entries)
 
 
 def is_finished(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from features.errors import SailError, StorageError, StoreCorruptError, StoreError
-from features.storage.files import appearing
+from features.storage.files import write_json
 from features.storage.place import Place
 from features.store import FeatureStore
 
@@ -62,8 +62,7 @@ class Unfinished:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         self.done += 1
-        with appearing(self._state) as partial:
-            partial.write_text(json.dumps({"made_of": self._made_of, "done": self.done}))
+        write_json(self._state, {"made_of": self._made_of, "done": self.done})
 
 
 def check_free(out: Place) -> None:

@@ -6,7 +6,6 @@ run_dir/study/probes/          see `probes`
 """
 
 import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from rich.table import Table
 from evaluate.measures.knn import KnnSettings
 from evaluate.statistics import LEAST_POINTS, correlate, percentile_interval
 from features.errors import ConfigError
-from features.storage.files import appearing, write
+from features.storage.files import appearing, write, write_json
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig
 from pipeline.study.probes import (
@@ -164,7 +163,7 @@ def pick_run(config: RunConfig, on: str | None, stop: StopRequest) -> Path:
         "pairs": ranking(probes),
     }
     path = probe_folder(config) / "pick.json"
-    write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(path, document)
     return path
 
 
@@ -264,7 +263,7 @@ def study_run(
     path = folder / "study.json"
     study_plot(document, path.with_suffix(".png"))
     write(path.with_suffix(".md"), study_page(document).encode())
-    write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(path, document)
     return path
 
 

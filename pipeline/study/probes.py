@@ -33,7 +33,7 @@ from evaluate.statistics import Prepare, calibrate, half_sample_interval, ratio_
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.column import Column
-from features.storage.files import write
+from features.storage.files import write_json
 from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
@@ -171,7 +171,7 @@ class Kept:
             begun = time.perf_counter()
             found = measure()
             self.known[key] = found | {"seconds": round(time.perf_counter() - begun, 3)}
-            write(self.path, (json.dumps(self.known, indent=1) + "\n").encode())
+            write_json(self.path, self.known)
         value: dict[str, Any] = self.known[key]
         return value
 
@@ -428,7 +428,7 @@ def _probe(config: RunConfig, rows: StudyRows, stop: StopRequest) -> Probe:
     if {name: known.get(name) for name in of} != of or not kept.is_file():
         embedder = Embedder(model, checkpoint, prepare_device(config.run))
         write_items(kept, _scored(embedder, rows))
-        write(note, json.dumps(of | {"seconds": seconds}).encode())
+        write_json(note, of | {"seconds": seconds})
     return Probe(image, text, seconds, read_items(kept))
 
 

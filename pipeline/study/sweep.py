@@ -26,7 +26,7 @@ from rich.table import Table
 from align.checkpoint import Checkpoint
 from evaluate.results import read_results
 from features.errors import ConfigError, TrainingError
-from features.storage.files import appearing, write
+from features.storage.files import appearing, write_json
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
@@ -246,7 +246,7 @@ def _write(path: Path, sweep: Sweep, done: list[Trial]) -> None:
         "summary": summary(done),
         "runs": [asdict(trial) for trial in done],
     }
-    write(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(path, document)
 
 
 def summary(trials: Sequence[Trial]) -> list[dict[str, object]]:
