@@ -12,9 +12,7 @@ from align.config import AlignConfig
 from features.errors import TrainingError
 from features.status import Status
 from features.storage.column import Column
-from features.store import FeatureStore, rows_by_key, store_key_hashes
-
-KEYS_AT_ONCE = 65_536
+from features.store import KEYS_AT_ONCE, FeatureStore, rows_by_key, store_key_hashes
 
 
 class JoinedStore(FeatureStore):

@@ -28,6 +28,17 @@ class SailError(Exception):
     """Base of the errors that are the user's to put right; the CLI prints them without a trace."""
 
 
+def refused(error: OSError, who: str) -> str:
+    """Say in words that the operating system refused something; `who` must be able to do it."""
+    place = f" {error.filename}:" if error.filename else ""
+    reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
+    return (
+        f"The operating system refused:{place} {reason}. A place that {who} can "
+        f"read and write, with room on the disk, was expected. Check `run.dir` and the paths of "
+        f"the recipe; what was done is kept."
+    )
+
+
 class ConfigError(SailError):
     """The run file, or an override on the command line, is not valid."""
 

@@ -25,7 +25,7 @@ from features.encoders.packing import PACKED_ATTENTION, TokenBatch, pool_tokens,
 from features.errors import EncoderError
 
 LICENCE = "cc-by-nc-4.0"
-ROWS_AT_ONCE = 4096  # of the latent attention, whose inner width is eight times that of the trunk
+TOKENS_AT_ONCE = 4096  # of the latent attention, whose inner width is eight times that of the trunk
 TRUNK_SETTINGS = (
     *("vocab_size", "hidden_size", "intermediate_size", "hidden_act", "max_position_embeddings"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -90,7 +90,7 @@ class NVEmbed(nn.Module):
         if skip := self.instruction_tokens:
             states = torch.cat([run[:, skip:].flatten(0, 1) for run in split_runs(states, runs)])
             runs = tuple((count, length - skip) for count, length in runs)
-        tokens = torch.cat([self.latent(rows) for rows in states.split(ROWS_AT_ONCE)])
+        tokens = torch.cat([self.latent(rows) for rows in states.split(TOKENS_AT_ONCE)])
         pooled = pool_tokens(tokens, runs, "mean")
         return F.normalize(pooled, dim=-1) if self.output_normalize else pooled
 

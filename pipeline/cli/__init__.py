@@ -7,7 +7,7 @@ import itertools
 
 import click
 
-from features.errors import SailError
+from features.errors import SailError, refused
 from pipeline.cli.checks import doctor, inspect, plan, verify
 from pipeline.cli.stages import align, evaluate, extract
 from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, subset
@@ -49,13 +49,7 @@ class Commands(click.Group):
         except BrokenPipeError:
             raise
         except OSError as error:
-            place = f" {error.filename}:" if error.filename else ""
-            reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
-            raise click.ClickException(
-                f"The operating system refused:{place} {reason}. A place that can "
-                f"be read and written, with room on the disk, was expected. Check `run.dir` and "
-                f"the paths of the recipe; what was done is kept."
-            ) from error
+            raise click.ClickException(refused(error, "this command")) from error
 
 
 @click.group(

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from align.config import HeadConfig
 from align.heads import build_head
 from features.config import ImageColumnConfig, ImageEncoderConfig, TextEncoderConfig
+from features.storage.chunks import CRC_BYTES
 
-CRC_BYTES = 4
 SECONDS_PER_HOUR = 3600.0
 BYTES_PER_VALUE = 2
 

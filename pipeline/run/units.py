@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import torch
 from distributed import get_worker
 
-from features.errors import SailError
+from features.errors import SailError, refused
 from features.extract import MAX_LOGGED_FAULTS, ExtractOptions, Phases, extract
 from features.index import Index
 from features.storage.column import encoder_of, pending_in_any
@@ -212,13 +212,7 @@ def _reported(job: Job, unit: str, work: Callable[[RunConfig], Phases]) -> Repor
         except SailError as fault:  # in words: not every exception survives being sent
             phases, error = Phases(), str(fault)
         except OSError as fault:
-            place = f" {fault.filename}:" if fault.filename else ""
-            phases = Phases()
-            error = (
-                f"The operating system refused:{place} {fault.strerror or fault}. A place that "
-                f"every worker can read and write, with room on the disk, was expected. Check "
-                f"`run.dir` and the paths of the recipe; what was done is kept."
-            )
+            phases, error = Phases(), refused(fault, "every worker")
     return {"phases": asdict(phases), "lines": lines, "error": error}
 
 

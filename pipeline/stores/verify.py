@@ -8,10 +8,8 @@ from features.errors import StoreCorruptError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
-from features.store import FeatureStore
+from features.store import KEYS_AT_ONCE, FeatureStore
 from pipeline.stores.writer import KeyCheck
-
-KEYS_AT_ONCE = 65_536
 
 
 def verify_store(path: Place) -> list[str]:
