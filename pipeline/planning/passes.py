@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 import zarr
-from torch.utils.flop_counter import FlopCounterMode
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
@@ -22,7 +21,8 @@ from features.images import ImageFault
 from features.index import Index, SampleReader, build_index
 from features.status import Status
 from features.storage.column import Column, create_column
-from pipeline.planning.estimate import Phase, hours, image_size, local_folder, text_size
+from pipeline.planning.estimate import Phase, hours
+from pipeline.planning.sizes import image_size, local_folder, text_size
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
@@ -42,8 +42,6 @@ class ImageRates:
     encode: float
     copy: float | None
     """To the device; None where there is none to copy to."""
-    flops: float
-    """FLOPs of one image, as torch counts them."""
     image_bytes: float
     """Bytes of an encoded image."""
     images: int
@@ -84,15 +82,13 @@ def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> Im
     if not pixels:
         return None
     batch = torch.from_numpy(np.stack(pixels))
-    with FlopCounterMode(display=False) as counter:
-        _encode(encoder, batch)  # also the warm-up
+    _encode(encoder, batch)  # the warm-up
     batches = _per_second(lambda one: _encode(encoder, one), itertools.repeat(batch), part)
     return ImageRates(
         read=len(images) / read_seconds,
         decode=decoded,
         encode=batches * len(batch),
         copy=_copied_per_second(batch, encoder.device),
-        flops=counter.get_total_flops() / len(batch),
         image_bytes=float(np.mean(sizes)),
         images=len(images),
     )
@@ -248,8 +244,9 @@ class Measuring:
         """Return the pass of an image encoder."""
         settings = self._config.encoders.image[name]
         size = image_size(name, settings)
-        flops = size.image.flops if size.image else None
-        made = Pass(f"image/{name}", rows, _columns("image", size.dims), flops, size.found_in)
+        flops = size.flops(1) if size.flops else None
+        dims = {f"image/{column}": dim for column, dim in size.dims.items()}
+        made = Pass(f"image/{name}", rows, dims, flops, size.found_in)
         if self._index is None or not _is_here(settings):
             return made
         limit = self._config.extract.max_pixels
@@ -259,8 +256,6 @@ class Measuring:
         if rates is None:
             return made
         made.images = rates
-        if flops is None:
-            made.flops, made.flops_from = rates.flops, "counted in a forward pass"
         self._add(made, "read", rates.read * self._workers, on_processor=False)
         decoded = rates.decode * min(self._workers, self._cores)
         self._add(made, "decode", decoded, on_processor=self._on_cpu)
@@ -286,7 +281,7 @@ class Measuring:
             tokens, origin = _tokens(settings, caption_field, texts, rates)
             column = f"text/{name}/{caption_field}"
             dim = encoder.dim if encoder is not None else size.dims[""]
-            flops = size.text.flops(tokens) if size.text else None
+            flops = size.flops(tokens) if size.flops else None
             made = Pass(column, rows, {column: dim}, flops, size.found_in, tokens, origin)
             if rates is not None:
                 self._add(made, "tokenise", rates.tokenise, on_processor=self._on_cpu)
@@ -327,14 +322,9 @@ class Measuring:
 
 def _is_here(settings: ImageEncoderConfig | TextEncoderConfig) -> bool:
     """Return whether an encoder can be loaded without the hub."""
-    if settings.model.startswith(("bundled:", "baseline:")):
-        return True
     folder = local_folder(settings.model, settings.revision)
-    return folder is not None and any(folder.glob("*.safetensors"))
-
-
-def _columns(kind: str, dims: dict[str, int | None]) -> dict[str, int | None]:
-    return {f"{kind}/{name}": dim for name, dim in dims.items()}
+    is_baseline = settings.model.startswith("baseline:")
+    return is_baseline or (folder is not None and any(folder.glob("*.safetensors")))
 
 
 def _tokens(

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from evaluate import nearest
+from features.config import TextEncoderConfig
 from features.encoders.nvembed import NVEmbed
-from pipeline.planning.estimate import KNOWN_TEXT
+from pipeline.explore import nearest
+from pipeline.planning.sizes import text_size
 from tests import tiny
 from tests.benchmarks import (
     alignment_measures,
@@ -120,9 +122,10 @@ def test_the_work_of_nv_embed_is_what_sail_plan_counts() -> None:
     with torch.device("meta"):  # the real size, without its memory
         model = NVEmbed(REAL)
         model.latent.prepare()
+    planned = text_size(TextEncoderConfig(model="nvidia/NV-Embed-v2")).flops
+    assert planned
     for length in (1, 20, 512):
-        expected = KNOWN_TEXT["nvidia/NV-Embed-v2"].flops(length)
-        assert operations(model, length) == pytest.approx(expected, rel=1e-12)
+        assert operations(model, length) == pytest.approx(planned(length), rel=1e-12)
 
 
 def test_gpu_scripts_run_small_on_a_cpu(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_convolutional_encoder_has_its_work_counted(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path)
     override = "--set=encoders.image.vit={model='bundled:scenes',pooling='pooler'}"
     images = as_json(str(run_file), "--seconds", "1", override)["passes"][0]
-    assert images["flops_from"] == "counted in a forward pass"
+    assert images["flops_from"] == "its config.json"
     assert images["flops_per_row"] > 1e6
 
 
