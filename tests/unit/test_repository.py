@@ -1,7 +1,6 @@
 """House rules that no linter checks."""
 
 import ast
-import itertools
 import re
 import sys
 import tomllib
@@ -167,8 +166,9 @@ def declared() -> set[str]:
     """The packages that pyproject.toml asks for, but for those of development."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    extras = [each for name, each in project["optional-dependencies"].items() if name != "dev"]
-    return set(map(_normal, _names([*project["dependencies"], *itertools.chain(*extras)])))
+    extras = project["optional-dependencies"]
+    lists = [project["dependencies"], *(extras[name] for name in extras if name != "dev")]
+    return {_normal(name) for requirements in lists for name in _names(requirements)}
 
 
 def _names(requirements: Iterable[str]) -> Iterator[str]:
