@@ -10,9 +10,10 @@ SAIL := $(BIN)/sail
 TYPESCRIPT := 7.0.2
 TSC := $(VENV)/typescript-$(TYPESCRIPT)/node_modules/typescript/bin/tsc
 PACKAGES := pipeline features align evaluate
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install extract align eval demo test check format figures figures-gpu clean
+.PHONY: help install extract align eval demo test test-slow check format figures figures-gpu clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -33,8 +34,11 @@ demo: ## All three stages on the embedded demo world, offline, on a CPU
 	@$(MAKE) --no-print-directory extract align eval RECIPE=demo
 	@echo "Look at it in a browser: $(SAIL) explore runs/demo"
 
-test: $(DEV_STAMP) ## Tests that need no network and no GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not network and not gpu"
+test: $(DEV_STAMP) ## The fast tests, minutes; none needs a network or a GPU
+	$(PYTEST) -m "not slow and not network and not gpu"
+
+test-slow: $(DEV_STAMP) ## The other tests: storms, kills, browsers, processes of torch
+	$(PYTEST) -m "slow and not network and not gpu"
 
 check: $(DEV_STAMP) $(TSC) ## Lint, format and types, as CI runs them; changes nothing
 	$(BIN)/ruff check .

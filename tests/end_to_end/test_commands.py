@@ -11,21 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.commands import sail
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def sail(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == expect, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +121,7 @@ def test_a_missing_recipe_and_a_wrong_option_have_their_own_exit_codes() -> None
     sail("align", "--nonsense", expect=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_align_after_a_clean_save_and_it_goes_on_later(
     number: signal.Signals, code: int, run_file: Path, tmp_path: Path

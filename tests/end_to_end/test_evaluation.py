@@ -25,7 +25,7 @@ from pipeline.run.extract import extract
 from pipeline.run.folder import RunFolder
 from pipeline.study.comparison import compare_runs
 from tests import tiny
-from tests.end_to_end.test_commands import sail
+from tests.commands import sail
 
 ALL = (
     'eval.zero_shot=["test"]',

@@ -335,6 +335,7 @@ def test_a_better_head_is_taken_up_while_the_page_is_served(run: Path, tmp_path:
     assert cosines != pytest.approx([hit["cosine"] for hit in before["hits"]], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_address_and_ends_with_a_signal(run: Path) -> None:
     command = begin("explore", str(run), "--port", "0")
     assert command.stdout is not None

@@ -13,7 +13,7 @@ from features.store import FeatureStore
 from tests import tiny
 from tests.explored import BROKEN, CHROMIUM, HOSTILE, make_run, needs_chromium, served
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 HEADINGS = {
     "Search": "A look into test",
     "Map": "Map of the shared space",

@@ -85,6 +85,7 @@ def check_equal(source: Path, photos: list[Path], found: tuple[np.ndarray, np.nd
     assert np.abs(np.diff(image, axis=0)).max() > 1e-3  # the images are told apart
 
 
+@pytest.mark.slow
 def test_the_card_loads_it_where_only_torch_transformers_safetensors_and_pillow_are(
     bundled: Path, photos: list[Path], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def on_a_terminal(*arguments: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_image_of_a_row(store: FeatureStore) -> None:
     shown = on_a_terminal("inspect", str(store.path), "--row", "3")
     lines = [line for line in shown.splitlines() if "▀" in line]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.end_to_end.test_commands import sail
+from tests.commands import sail
 
 
 @pytest.mark.slow

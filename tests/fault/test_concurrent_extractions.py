@@ -57,6 +57,7 @@ def finish(*processes: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, errors
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_new_store_leave_the_bytes_of_one(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=200)
     finish(begin(run_file, tmp_path / "alone"))

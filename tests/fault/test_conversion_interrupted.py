@@ -1,7 +1,6 @@
 """A conversion that is stopped or killed goes on where it was, and the result is the same bytes."""
 
 import hashlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from pipeline.stores.resumable import unfinished
 from pipeline.stores.subset import Choice, subset_store
 from pipeline.stores.writer import StoreRows
 from tests.feature_stores import IMAGE, StopAfter, make_store, on_disk
+from tests.processes import forks
 from tests.servers import Bucket
 
 Work = Callable[[Path, StopRequest], object]
@@ -134,9 +134,7 @@ def finished_at_once(folder: Path, work: Work) -> tuple[dict[str, str], int]:
 
 
 def kill(folder: Path, work: Work, reads: int) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.stores.convert", "pipeline.stores.subset"])
-    process = context.Process(target=work, args=(folder, KillAfter(reads)))
+    process = forks().Process(target=work, args=(folder, KillAfter(reads)))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -156,6 +154,7 @@ def test_the_same_call_goes_on_after_a_signal(folder: Path, work: Work) -> None:
     assert {path.name for path in folder.iterdir()} == there | {"out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", WORKS)
 def test_the_same_call_goes_on_after_a_kill(folder: Path, work: Work) -> None:
     expected, reads = finished_at_once(folder, work)

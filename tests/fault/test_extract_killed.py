@@ -1,6 +1,5 @@
 """An extraction killed at any moment leaves whole chunks; the next run ends with the same bytes."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from pipeline.run.extract import extract
 from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import store_digests
+from tests.processes import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 50
@@ -27,15 +27,6 @@ KILLS = 50
 def extract_into(run_file: str, run: str) -> None:
     """Run stage one; the work of a process that may be killed."""
     extract(load_config(run_file, [f"run.dir='{run}'"]), StopRequest())
-
-
-@pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
-    """Processes that begin to work at once: their server has imported everything already."""
-    monkeypatch.chdir(ROOT)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.run.filling", "pipeline.run.folder"])
-    return context
 
 
 def begin(context: ForkServerContext, run_file: Path, run: Path) -> ForkServerProcess:
@@ -60,16 +51,16 @@ def assert_whole_as_far_as_it_goes(run: Path) -> None:
 
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(
-    tmp_path: Path, forks: ForkServerContext
+    tmp_path: Path,
 ) -> None:
     run_file = tiny.world(tmp_path, rows=96)
-    seconds = seconds_of_a_whole_run(forks, run_file, tmp_path / "whole")
+    seconds = seconds_of_a_whole_run(forks(), run_file, tmp_path / "whole")
     whole = store_digests(tmp_path / "whole")
     moments = random.Random(0)
     kills, finished = 0, 0
     while kills < KILLS:
         run = tmp_path / f"killed-{finished}"
-        process = begin(forks, run_file, run)
+        process = begin(forks(), run_file, run)
         process.join(moments.uniform(0, seconds))
         process.kill()
         process.join()
@@ -85,6 +76,7 @@ def test_fifty_kills_at_random_moments_leave_the_bytes_of_an_uninterrupted_run(
     assert verify_store(run / "features" / "train.zarr") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_extract_after_the_chunk_at_hand_and_the_next_run_goes_on(
     number: signal.Signals, code: int, tmp_path: Path

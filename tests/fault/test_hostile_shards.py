@@ -161,6 +161,7 @@ def bombs() -> list[tuple[str, bytes | int]]:
     ]
 
 
+@pytest.mark.slow
 def test_bombs_are_quarantined_in_bounded_memory(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=4)
     write_sparse_tar(tmp_path / "shards" / "train-1.tar", bombs())

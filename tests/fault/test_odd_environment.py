@@ -31,6 +31,7 @@ def set_times(folder: Path, seconds: int) -> None:
         os.utime(path, (seconds, seconds))
 
 
+@pytest.mark.slow
 def test_an_odd_locale_and_time_zone_give_the_same_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "Ünï 🟥"
     run_file = tiny.world(folder, rows=12)

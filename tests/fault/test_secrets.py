@@ -12,6 +12,7 @@ from tests.commands import sail
 SECRET = "a-word-that-stands-nowhere-else"
 
 
+@pytest.mark.slow
 def test_credentials_in_the_environment_reach_neither_the_log_nor_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

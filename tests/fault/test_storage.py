@@ -101,6 +101,7 @@ def extraction(tmp_path: Path, s3: Bucket) -> Extraction:
     return Extraction(run_file, overrides, s3)
 
 
+@pytest.mark.slow
 def test_an_extraction_through_a_failing_network_ends_with_the_bytes_of_a_local_one(
     extraction: Extraction, s3_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_an_extraction_through_a_failing_network_ends_with_the_bytes_of_a_local_
     assert extraction.found() == extraction.expected()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [90, 160])
 def test_a_server_that_goes_away_stops_the_run_and_the_next_one_goes_on(
     requests: int, extraction: Extraction, s3_port: int, monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     return make_store(tmp_path_factory.mktemp("killed") / "s.zarr", bad_images=(2,))
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_writes_leaves_whole_checkpoints_and_the_same_end(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def _run_until(
     return False
 
 
+@pytest.mark.slow
 def test_a_process_killed_by_sigkill_goes_on_to_the_same_weights(
     store: FeatureStore, tmp_path: Path
 ) -> None:

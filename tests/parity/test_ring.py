@@ -12,7 +12,7 @@ from align.processes import Ring
 from tests.processes import run_processes
 from tests.unit.test_loss import CASES, FIELDS, IMAGES, Kind, dense, inputs, pairs
 
-SIZES = (1, 2, 4)
+SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in (1, 2, 4)]
 LOSSES: list[tuple[Kind, Literal["image", "pair"]]] = [
     ("sigmoid", "image"),
     ("sigmoid", "pair"),

@@ -47,22 +47,26 @@ def test_the_page_shows_the_figures_that_are_on_record() -> None:
     assert shown == table(json.loads(OUTPUT.read_text(encoding="utf-8"))) + "\n"
 
 
+@pytest.mark.slow
 def test_loader_benchmark_measures_ratios() -> None:
     figures = loader.measure(rows=32_768, rounds=1, batch_size=1024)
     assert [figure.value > 0 for figure in figures] == [True] * 4
 
 
+@pytest.mark.slow
 def test_memory_benchmark_measures_bytes_of_another_process() -> None:
     assert memory.peak_bytes(0.03, steps=2) > 50e6
     assert 0.3 < memory.loader_share(0.3, budget_mb=150, steps=10) < 2
 
 
+@pytest.mark.slow
 def test_formats_benchmark_measures_bytes_of_other_processes(tmp_path: Path) -> None:
     form, out, back = next(formats.peaks(tmp_path, rows=2000, dim=16))
     assert form == "hdf5"
     assert min(out, back) > 50e6
 
 
+@pytest.mark.slow
 def test_training_benchmarks_measure_shares_and_ratios() -> None:
     (ratio,) = epoch.measure(batches=[2048], rounds=1)
     assert ratio.value > 0
@@ -70,22 +74,26 @@ def test_training_benchmarks_measure_shares_and_ratios() -> None:
     assert 0 <= share.value <= 1
 
 
+@pytest.mark.slow
 def test_loss_benchmarks_measure_ratios() -> None:
     figures = loss.time_figures(64, 8, rounds=1)
     figures += loss.memory_figures(4096, 16, small=2048, large=4096, largest=4096)
     assert all(figure.value > 0 for figure in figures)
 
 
+@pytest.mark.slow
 def test_extraction_benchmark_measures_a_ratio_for_each_mode() -> None:
     figures = extraction.measure(images=2, rounds=1, batch_size=2)
     assert [figure.value > 0 for figure in figures] == [True, True]
 
 
+@pytest.mark.slow
 def test_decoding_benchmark_measures_ratios() -> None:
     figures = decoding.measure(images=2, rounds=1)
     assert [figure.value > 0 for figure in figures] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_demo_benchmark_measures_seconds() -> None:
     small = ["data.train.rows=64", "data.test.rows=60", "data.compositional.rows=4"]
     small += ["align.batch_size=32", "align.epochs=1", "eval.segmentation={}", "eval.bootstrap=0"]
@@ -93,6 +101,7 @@ def test_demo_benchmark_measures_seconds() -> None:
     assert everything.value > evaluation.value > 0
 
 
+@pytest.mark.slow
 def test_extraction_memory_benchmark_measures_bytes_of_another_process(tmp_path: Path) -> None:
     tiny.image_encoder(tmp_path / "vit")
     tiny.text_encoder(tmp_path / "bert")
@@ -100,16 +109,19 @@ def test_extraction_memory_benchmark_measures_bytes_of_another_process(tmp_path:
     assert extraction_memory.peak_bytes(tmp_path, "few", [str(shard)]) > 50e6
 
 
+@pytest.mark.slow
 def test_finished_benchmark_measures_a_run_that_has_nothing_to_do() -> None:
     seconds, ratio = finished.measure(shards=2, samples=3, rounds=1)
     assert seconds.value > ratio.value * 0.1 > 0
 
 
+@pytest.mark.slow
 def test_indexing_and_writer_benchmarks_measure_ratios() -> None:
     figures = indexing.measure(samples=100, rounds=1) + writer.measure(5_000, 8, rounds=1)
     assert all(figure.value > 0 for figure in figures)
 
 
+@pytest.mark.slow
 def test_caption_benchmarks_measure_padding_speed_and_drift() -> None:
     figures = captions.measure(count=20, rounds=1)
     values = {figure.figure: figure.value for figure in figures}
@@ -128,6 +140,7 @@ def test_the_work_of_nv_embed_is_what_sail_plan_counts() -> None:
         assert operations(model, length) == pytest.approx(planned(length), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_gpu_scripts_run_small_on_a_cpu(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     tiny_size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -147,12 +160,14 @@ def test_a_figure_is_ok_on_the_right_side_of_its_goal() -> None:
     assert not Figure(value=3.0, direction="max", **common).ok  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_retrieval_benchmark_measures_a_ratio_and_seconds() -> None:
     figures = retrieval.measure(images=20, dim=8, rounds=1)
     assert [figure.unit for figure in figures] == ["ratio", "s"]
     assert all(figure.value > 0 for figure in figures)
 
 
+@pytest.mark.slow
 def test_alignment_benchmark_measures_seconds_and_bytes_of_another_process() -> None:
     seconds, peak = alignment_measures.measure(rows=500)
     assert "mutual_knn" in seconds.figure
@@ -160,12 +175,14 @@ def test_alignment_benchmark_measures_seconds_and_bytes_of_another_process() -> 
     assert 0.05 < peak.value < 4
 
 
+@pytest.mark.slow
 def test_knn_benchmark_measures_a_ratio_and_bytes_of_another_process() -> None:
     ratio, peak = knn.measure(queries=20, rows=100)
     assert ratio.value > 0
     assert 0.05 < peak.value < 4
 
 
+@pytest.mark.slow
 def test_the_search_benchmark_measures_milliseconds_and_recall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

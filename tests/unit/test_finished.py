@@ -49,6 +49,7 @@ def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.run.filling.load_text_encoder", None)
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_even_import_torch(run_file: Path) -> None:
     assert not loads_torch(run_file)
     (run_file.parent / "run" / "features" / "test.zarr" / "image/vit/status/c/1").unlink()
