@@ -9,7 +9,6 @@ import torch
 from evaluate import nearest
 from features.config import TextEncoderConfig
 from features.encoders.nvembed import NVEmbed
-from pipeline.explore import nearest
 from pipeline.planning.sizes import text_size
 from tests import tiny
 from tests.benchmarks import (
