@@ -1,7 +1,6 @@
 """Embeddings of a user's own images or sentences, as a file for other programs."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from numpy.lib.format import open_memmap
 
 from features.errors import EncoderError, SourceError
 from features.sources.base import IMAGE_SUFFIXES
-from features.storage.files import appearing, partial_path
+from features.storage.files import appearing, replacing_folder
 from pipeline.interrupt import StopRequest
 from pipeline.run.aligned import Aligned
 from pipeline.run.cpu import usable_processors
@@ -165,10 +164,9 @@ def _write_parquet(out: Path, blocks: Blocks, _count: int, dim: int) -> None:
 
 
 def _write_zarr(out: Path, blocks: Blocks, count: int, dim: int) -> None:
-    partial = partial_path(out)
-    try:
-        group = zarr.open_group(partial, mode="w", zarr_format=3)
-        size = min(count, ITEMS_AT_ONCE)
+    size = min(count, ITEMS_AT_ONCE)
+    with replacing_folder(out) as folder:
+        group = zarr.open_group(folder, mode="w", zarr_format=3)
         every = group.create_array("name", shape=(count,), chunks=(size,), dtype="string")
         vectors = group.create_array(
             "embedding", shape=(count, dim), chunks=(size, dim), dtype="float32"
@@ -179,7 +177,3 @@ def _write_zarr(out: Path, blocks: Blocks, count: int, dim: int) -> None:
             every[part] = np.array(names, dtype=np.dtypes.StringDType())
             vectors[part] = embeddings
             start = part.stop
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

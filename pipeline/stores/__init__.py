@@ -1,7 +1,11 @@
 """Stores in other forms, and stores made of stores.
 
 `FORMATS` has what a store can be converted to and imported from. Each is a module here with the
-verbs `read`, a class of `arrays.Arrays`, and where stores can be written, `write(rows, out, stop)`.
+verbs `read(path)`, which gives `arrays.Arrays`, and where stores can be written,
+`write(rows, out, stop)`. That writes the rows of a store (`writer.StoreRows`) to a file or folder
+`out`, in whole chunks; asked before each, `stop` raises `Stopped` after a signal. What is written
+appears when all of it is there, and the same call goes on where it was stopped. `StoreError` is
+raised where there is something at `out` already, or another process is at it.
 
 `blocks.Rows` describes a store before it is written: a `Layout`, and blocks of rows. A store is
 read as one (`writer.StoreRows`), and so is a file that `sail convert` wrote; `mapping` makes one of

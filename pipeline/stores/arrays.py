@@ -80,11 +80,7 @@ class WrittenRows:
         self._path, self._arrays = path, arrays
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            SourceError: Their values are of another type than those of a store.
-        """
+        """Return rows `start` to `stop`; refuse values of other types than a store has."""
         return {name: self._read(name, start, stop) for name in self.layout.array_names}
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -29,18 +29,7 @@ EXPECTED = "A folder as `clip-retrieval inference` writes it"
 
 
 def write(rows: Rows, out: Path, stop: StopRequest, *, rows_per_file: int = ROWS_PER_FILE) -> Path:
-    """Write rows as such a folder.
-
-    Args:
-        rows: Of a store.
-        out: The folder; there must be none.
-        stop: Asked before every chunk.
-        rows_per_file: How many rows a file has; rounded down to whole chunks.
-
-    Raises:
-        StoreError: There is something at `out`, or another process is at it.
-        Stopped: A signal came.
-    """
+    """Write rows as such a folder; a file has at most `rows_per_file`, in whole chunks."""
     layout, size = rows.layout, rows.layout.rows_per_chunk
     files = -(-layout.rows // (max(1, rows_per_file // size) * size))
     digits = len(str(files - 1))
@@ -109,8 +98,6 @@ def _check(path: Path, metadata: ParquetArrays, vectors: dict[str, list[NpyArray
 
 
 class _ClipRetrievalPart(ExitStack):
-    """The files of some rows, as they are written."""
-
     def __init__(self, layout: Layout, digits: int, folder: Path, number: int, rows: range) -> None:
         super().__init__()
         self._names = _names(layout)

@@ -33,20 +33,11 @@ EXPECTED = "An HDF5 file"
 
 
 def write(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
-    """Write a store as an HDF5 file: it appears when all of it is there, and goes on where stopped.
+    """Write a store as an HDF5 file, in place of an older one.
 
     A process that is killed while it changes the tree of an HDF5 file leaves nothing readable. So
     the tree is made in one go: all texts and numbers, and room for every chunk of the columns. What
     follows, which is nearly all of the file, only fills that room.
-
-    Args:
-        rows: Of a store.
-        out: The file; an older one is replaced.
-        stop: Asked before every chunk.
-
-    Raises:
-        StoreError: There is a folder at `out`, or another process is at it.
-        Stopped: A signal came.
     """
     if out.is_dir():
         raise StoreError(f"{out} is a folder. A file was expected. Give another --out.")

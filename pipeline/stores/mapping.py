@@ -77,11 +77,7 @@ class TakenRows:
         )
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            SourceError: Their values are of another type than what is made of them.
-        """
+        """Return rows `start` to `stop`; refuse values of a type that does not fit."""
         block = {name: self._plain(name, start, stop) for name in self.layout.names}
         for name in self._columns:
             values = self._arrays.read(self._taken[name], start, stop)

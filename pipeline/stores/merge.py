@@ -78,8 +78,6 @@ def origin_of(store: FeatureStore) -> dict[str, object]:
 
 
 class _Merged:
-    """The rows of stores behind each other."""
-
     def __init__(self, every: Sequence[StoreRows], *, prefix: bool) -> None:
         self._every, self._prefix = every, prefix
         stores = [rows.store for rows in every]
@@ -106,15 +104,9 @@ class _Merged:
 
     @property
     def stamp(self) -> str:
-        """Of all stores, and whether keys have a prefix."""
         return " ".join([str(self._prefix), *(rows.stamp for rows in self._every)])
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            StoreCorruptError: A chunk of theirs is damaged or missing.
-        """
         parts = []
         for rows, first, groups in zip(self._every, self._firsts, self._groups, strict=True):
             low, high = max(start - first, 0), min(stop - first, rows.layout.rows)
@@ -136,7 +128,6 @@ class _Merged:
 
 
 def _sums(numbers: Sequence[int]) -> list[int]:
-    """Sum up what is before each number."""
     return [0, *itertools.accumulate(numbers[:-1])]
 
 
@@ -192,12 +183,7 @@ class ChosenRows:
         return f"{self._rows.stamp} {hashlib.sha256(self._numbers.tobytes()).hexdigest()}"
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            StoreCorruptError: A chunk of theirs is damaged or missing.
-            Stopped: A signal came: they may be spread over many chunks.
-        """
+        """Return rows `start` to `stop`, which may be spread over many chunks."""
         numbers = self._numbers[start:stop]
         size = self._rows.layout.rows_per_chunk
         order = np.argsort(numbers, kind="stable")

@@ -32,15 +32,7 @@ FILE_BYTES = 1 << 28
 def write(rows: Rows, out: Path, stop: StopRequest, *, file_bytes: int = FILE_BYTES) -> Path:
     """Write rows as a folder of parquet files, which readers take for one table.
 
-    Args:
-        rows: Of a store.
-        out: The folder; there must be none.
-        stop: Asked before every chunk.
-        file_bytes: How much a file holds, before it is packed; of whole chunks, and at least one.
-
-    Raises:
-        StoreError: There is something at `out`, or another process is at it.
-        Stopped: A signal came.
+    A file has about `file_bytes` before it is packed: whole chunks, and at least one.
     """
     layout = rows.layout
     fields = [pa.field(name, _type(name, layout)) for name in layout.array_names]

@@ -49,8 +49,6 @@ class ReleasedArrays(Arrays):
 
 
 class _Folder:
-    """The tensors of one folder, in the order of their numbers."""
-
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.glob("*.pt"), key=_number)
         shapes = [tuple(_load(file, mapped=True).shape) for file in self.files]
@@ -69,7 +67,6 @@ class _Folder:
                 raise _misplaced(folder, row, f"{file.name} has {rows} rows, 0.pt has {size}")
 
     def tensors(self) -> Iterator[np.ndarray]:
-        """Yield the rows, a file at a time."""
         for file in self.files:
             tensor = _load(file, mapped=False)
             yield (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -68,11 +68,7 @@ class StoreRows:
         return " ".join([str(self.store.path), self.store.keys_sha256, *checksums])
 
     def block(self, start: int, stop: int) -> Block:
-        """Return rows `start` to `stop`.
-
-        Raises:
-            StoreCorruptError: A chunk of theirs is damaged or missing.
-        """
+        """Return rows `start` to `stop`, as `some` does."""
         return self.some(self.layout.array_names, start, stop)
 
     def some(self, names: Iterable[str], start: int, stop: int) -> Block:
@@ -175,19 +171,15 @@ PartOpener = Callable[[Path, int, range], AbstractContextManager[Part]]
 def write_parts(
     rows: Rows, out: Path, form: str, rows_per_part: int, stop: StopRequest, begin: PartOpener
 ) -> Path:
-    """Write rows as a folder of parts: it appears when all is there, and goes on where stopped.
+    """Write the rows of a store as a folder of parts, as `pipeline.stores` says.
 
     Args:
         rows: Of a store.
-        out: The folder; there must be none.
+        out: The folder.
         form: What it is, to go on with nothing else.
         rows_per_part: Rounded down to whole chunks, at least one.
         stop: Asked before every chunk.
         begin: Begins a part.
-
-    Raises:
-        StoreError: There is something at `out`, or another process is at it.
-        Stopped: A signal came.
     """
     check_free(out)
     layout, size = rows.layout, rows.layout.rows_per_chunk
@@ -212,10 +204,7 @@ def write_parts(
 
 
 class _Writer:
-    """A store on local disk that is written chunk by chunk."""
-
     def __init__(self, folder: Path, layout: Layout, *, done: int) -> None:
-        """Make its empty arrays, or read the keys of the chunks that are done."""
         self._layout = layout
         self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
         self._columns = [Column(folder, name) for name in layout.columns]
@@ -224,7 +213,6 @@ class _Writer:
             self._keys.add(np.asarray(self._group["key"][self._rows(chunk)]))  # type: ignore[index]
 
     def write(self, chunk: int, block: Block) -> None:
-        """Write the rows of a chunk, which must come in order."""
         self._keys.add(block["key"])
         for name in self._layout.names:
             self._group[name][self._rows(chunk)] = block[name]  # type: ignore[index]
@@ -233,11 +221,6 @@ class _Writer:
             column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
 
     def finish(self, origin: object) -> None:
-        """Check and tell what is known when all rows are there.
-
-        Raises:
-            SourceError: Two rows have one key, or the keys are not those that the layout tells.
-        """
         if repeated := self._keys.repeated():
             first, again = repeated[0]
             key = str(self._group["key"][first])  # type: ignore[index]
@@ -263,7 +246,6 @@ class _Writer:
 
 
 def _create(folder: Path, layout: Layout) -> zarr.Group:
-    """Make the empty arrays of a store."""
     rows, size = layout.rows, layout.rows_per_chunk
     facts = {
         "rows": rows,
