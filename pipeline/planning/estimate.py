@@ -46,10 +46,10 @@ def hours(work: float, per_second: float) -> float:
     return work / per_second / SECONDS_PER_HOUR
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the FLOPs of the products of matrices that run under it."""
 
-    flops = 0
+    flops: int = 0
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), options: Any = None
@@ -71,7 +71,7 @@ def head_flops(feature_dim: int, head: HeadConfig) -> int:
         with torch.device("meta"):
             network = build_head(feature_dim, **dict(head))
             features = torch.empty(rows, feature_dim)
-        with _Products() as products:
+        with _Products() as products:  # type: ignore[no-untyped-call]
             network(features).sum().backward()
         return products.flops
 
