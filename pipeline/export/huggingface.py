@@ -18,6 +18,7 @@ from align import heads
 from align.checkpoint import CONFIG, MODEL
 from features.encoders.pretrained import IMAGE_TOWERS, read_image_processor
 from features.images import BILINEAR, Preprocessing
+from features.storage.files import write_json
 from pipeline.card import TEMPLATES
 from pipeline.export.parts import EncoderPart, Parts
 from pipeline.python import EXPORTED, IMAGE, TEXT

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders.baselines import BASELINES
 from features.encoders.checkpoint import find_encoder, is_on_hub, read_config, read_settings
-from features.encoders.image import BASELINES, IMAGE_TOWERS, read_image_processor
 from features.encoders.nvembed import NVEmbed
 from features.encoders.packing import TokenBatch
 from features.encoders.pooling import pool_image
+from features.encoders.pretrained import IMAGE_TOWERS, read_image_processor
 from features.errors import EncoderError
 from features.images import Preprocessing
 

@@ -1,7 +1,7 @@
 """Files of other people: arrays by name, read some rows at a time."""
 
 import itertools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -27,7 +27,7 @@ TYPES: Mapping[str, tuple[str, Any]] = {
 """Kind of the values of a store's arrays, and their type; all others are texts."""
 
 
-class Arrays(ABC, AbstractContextManager["Arrays"]):
+class Arrays(AbstractContextManager["Arrays"]):
     """Arrays in a file or folder, by name. Texts come as numpy's variable-width strings."""
 
     layout: Layout | None = None
