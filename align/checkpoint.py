@@ -38,7 +38,7 @@ HINTS = {
     "set `run.features` of another run to this one. ",
     "fields": "To go on with the same captions, name them in `align.fields`. ",
 }
-WITHOUT_EFFECT = {*RECORDED_ONLY, "checkpoint_every"}  # they do not change the result
+MAY_DIFFER = {*RECORDED_ONLY, "checkpoint_every"}  # from a run to the one that goes on from it
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
 
 
@@ -140,13 +140,25 @@ def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[Alignment
         CheckpointError: There is no whole checkpoint at `path`, or its weights are of another head.
     """
     checkpoint = Checkpoint.open(path)
-    model = build_model(
-        dict(checkpoint.head),
-        image_dim=checkpoint.image["dim"],
-        text_dim=checkpoint.text["dim"],
-    )
+    model = build_described(checkpoint.run, checkpoint.head)
     load_weights(model, checkpoint)
     return model.requires_grad_(False).eval().to(device), checkpoint
+
+
+def build_described(run: dict[str, Any], head: HeadConfig) -> AlignmentModel:
+    """Build the model of a training, with random weights.
+
+    Args:
+        run: The description of the training, as `Checkpoint.run`.
+        head: The network of both modalities.
+    """
+    return build_model(
+        dict(head),
+        image_dim=run["image"]["dim"],
+        text_dim=run["text"]["dim"],
+        initial_scale=run["align"]["loss"]["initial_scale"],
+        initial_bias=run["align"]["loss"]["initial_bias"],
+    )
 
 
 def load_weights(model: AlignmentModel, checkpoint: Checkpoint) -> None:
@@ -213,7 +225,7 @@ class CheckpointFolder:
             self._clean()
             return None
         checkpoint = Checkpoint.open(self.last)
-        told = differences(checkpoint.run, run, without=WITHOUT_EFFECT)
+        told = differences(checkpoint.run, run, without=MAY_DIFFER)
         for name, found, expected in _telling(told):
             raise CheckpointError(
                 f"{self.last} was trained with {name} = {found!r}, but this run has {expected!r}. "

@@ -2,8 +2,10 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt8
@@ -12,7 +14,13 @@ from align.config import AlignConfig
 from features.errors import TrainingError
 from features.status import Status
 from features.storage.column import Column
+from features.storage.fingerprint import Fingerprint
 from features.store import KEYS_AT_ONCE, FeatureStore, rows_by_key, store_key_hashes
+
+# Settings of [align] that are left out of the description of a training:
+RECORDED_SEPARATELY = {"image", "text", "store", "text_store"}  # as encoders and rows
+WITHOUT_EFFECT = {"cache", "cache_mb", "host_memory_mb", "verify"}  # on the result
+logger = logging.getLogger(__name__)
 
 
 class JoinedStore(FeatureStore):
@@ -98,9 +106,6 @@ def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingErr
     )
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class PairedStore:
     """Where the features of the same pairs are, and how many rows of a batch come from there."""
@@ -169,6 +174,66 @@ class Columns:
                         f"same was expected of all caption fields. Extract or convert both again, "
                         f"or name one of them in align.fields."
                     )
+
+
+def open_columns(
+    stores: Sequence[PairedStore], config: AlignConfig, image: str, text: str
+) -> list[Columns]:
+    """Open what a training reads of each store, and check that it goes together.
+
+    Raises:
+        StoreError: A column is not there.
+        TrainingError: The stores have not the rows or the caption fields that they should, or their
+            features are not of the same encoders.
+    """
+    opened = [Columns.open(each, config, image, text) for each in stores]
+    for columns in opened[1:]:
+        _check_same_encoder(opened[0].image, columns.image)
+        _check_same_encoder(opened[0].text[0], columns.text[0])
+    return opened
+
+
+def describe(
+    columns: Sequence[Columns], weights: Sequence[float], config: AlignConfig, seed: int
+) -> dict[str, Any]:
+    """Describe what decides the result of a training, as JSON."""
+    first = columns[0]
+    described: dict[str, Any] = {
+        "align": config.model_dump(mode="json", exclude=RECORDED_SEPARATELY | WITHOUT_EFFECT),
+        "seed": seed,
+        "fields": list(first.fields),
+        "image": _describe_encoder(first.image),
+        "text": _describe_encoder(first.text[0]),
+        "store": _describe_rows(first),
+    }
+    if len(columns) > 1:
+        described["mixed"] = [
+            {**_describe_rows(each), "fields": list(each.fields), "weight": weight}
+            for each, weight in zip(columns, weights, strict=True)
+        ]
+    return described
+
+
+def _describe_encoder(column: Column) -> dict[str, Any]:
+    described = {
+        "name": column.name.split("/")[1],
+        "dim": column.dim,
+        "fingerprint": column.fingerprint,
+    }
+    return described | ({"dtype": column.dtype.name} if column.is_scaled else {})
+
+
+def _describe_rows(columns: Columns) -> dict[str, Any]:
+    return {"rows": columns.store.rows, "keys_sha256": columns.store.keys_sha256}
+
+
+def _check_same_encoder(ours: Column, other: Column) -> None:
+    found = Fingerprint(other.fingerprint | {"dim": other.dim})
+    for name, value, expected in found.differences(ours.fingerprint | {"dim": ours.dim}):
+        raise TrainingError(
+            f"{other.path} has {name} = {value!r}, but {ours.path} has {expected!r}. Features of "
+            f"the same encoder were expected in all stores of align.mix. Extract one of them again."
+        )
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,11 @@ class AlignmentModel(nn.Module):
         embedding: Tensor = self.text_head(features.to(self.log_scale.dtype))
         return embedding
 
+    @property
+    def scale_and_bias(self) -> tuple[float, float]:
+        """What turns a cosine into a logit, as numbers to show."""
+        return self.log_scale.exp().item(), self.bias.item()
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keep the scale at 100 at most, as CLIP does; called after every update."""

@@ -15,18 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
 from align.chunk_reader import ChunkCache, ChunkReader
 from align.columns import Columns
 from align.order import Order, Window
-from align.windows import MIB, Features, Needs, OrderedWindow, Pool, plan_memory, shares
+from align.windows import (
+    MIB,
+    Needs,
+    Part,
+    ResidentMemory,
+    StreamingMemory,
+    WindowMemory,
+    WindowPlan,
+    plan_memory,
+    shares,
+)
 from features.errors import TrainingError
 
+__all__ = ["MIB", "Batch", "Loader", "LoaderOptions", "Source"]
+CPU = torch.device("cpu")
 CAPTIONS = 2  # stream of random numbers; those of align.order are 0 and 1
-
-Loaded = tuple[Window, Pool | OrderedWindow, Int64[np.ndarray, "rows captions"] | None]
+Begun = tuple[WindowMemory, WindowPlan, Sequence[Future[None]]]
 
 
 @dataclass(frozen=True)
@@ -38,179 +49,8 @@ class Source:
     """The rows to go through; each has an image, and a caption at least."""
     text_ok: Bool[np.ndarray, "rows fields"]
     """Captions that can be used."""
-    field_weights: tuple[float, ...] | None = None
-    """Weight of each caption field in the loss; 1 if not given."""
     weight: float = 1.0
     """How many of a batch's rows come from here, in proportion to the other sources."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is known of the rows of a batch that come from one store, beside their features."""
-
-    rows: Int64[np.ndarray, "part"]
-    weights: Float[np.ndarray, "part fields"]
-    caption_ids: Int64[np.ndarray, "part fields"] | None
-    features: Features
-    """Of the whole share of this store, when all parts of it are together."""
-
-
-class Stream:
-    """What one store gives to each batch; it can begin at any step."""
-
-    def __init__(
-        self, source: Source, order: Order, memories: Sequence[Pool | OrderedWindow], captions: int
-    ) -> None:
-        """Take what was planned.
-
-        Args:
-            source: The rows.
-            order: Their order, in batches of this store's share.
-            memories: Two windows; or a pool twice, if all rows stay in memory: the order of the
-                next epoch is then made during this one.
-            captions: Drawn per image and step.
-        """
-        self.threads = memories[0].threads if memories else 1
-        self.source = source
-        self.order = order
-        self.memories = memories
-        self.captions = captions
-        self._all_ok = bool(source.text_ok[source.rows].all())
-        fields = source.field_weights or (1.0,) * len(source.columns.text)
-        self._field_weights = np.array(fields, dtype=np.float32)
-
-    def parts(
-        self,
-        first_step: int,
-        stop_step: int,
-        batches: Sequence[Features],
-        *,
-        first_row: int = 0,
-        may_view: bool = False,
-    ) -> Generator[Part, None, None]:
-        """Yield this store's part of each step.
-
-        Args:
-            first_step: Of those that are yielded.
-            stop_step: The one after them.
-            batches: Memory for the features of a step; taken in turn.
-            first_row: What the first row of the store is called.
-            may_view: Whether the features may stay where a window has them in order.
-        """
-        parts, done, step = list[Part](), 0, first_step
-        places, turns = len(self.order.places), cycle(batches)
-        for window, memory, drawn in self._loaded(first_step, stop_step):
-            start = 0
-            while start < len(window.positions):
-                if done == 0:
-                    image, text = next(turns)
-                part = slice(start, min(start + places - done, len(window.positions)))
-                positions = window.positions[part]
-                rows = self.order.store_rows(window, positions)
-                ok = self._usable_captions(rows)
-                fields = self._draw(ok, step, done) if drawn is None else drawn[part]
-                is_batch = may_view and part.stop - start == places
-                features = memory.view(part) if is_batch else None
-                if features is None:
-                    into = slice(done, done + len(positions))
-                    memory.copy(part, positions, fields, image[into], text[into])
-                    features = image, text
-                weights = self._field_weights[fields]
-                if not self._all_ok:
-                    weights *= np.take_along_axis(ok, fields, axis=1)
-                ids = memory.caption_ids(part, positions, fields)
-                parts.append(Part(first_row + rows, weights, ids, features))
-                start, done = part.stop, done + len(positions)
-                if done == places:
-                    yield joined(parts)
-                    parts, done, step = [], 0, step + 1
-
-    def _usable_captions(
-        self, rows: Int64[np.ndarray, "part"]
-    ) -> Bool[np.ndarray, "part all_fields"]:
-        if self._all_ok:  # as in most stores; then no row is looked up
-            return np.ones((len(rows), len(self.source.columns.text)), dtype=bool)
-        usable: np.ndarray = self.source.text_ok[rows]
-        return usable
-
-    def _loaded(self, first_step: int, stop_step: int) -> Iterator[Loaded]:
-        """Yield windows in memory; the next are read meanwhile, into the memory that is free.
-
-        One thread plans the windows and the others read, so that these never wait for a plan, nor
-        for the last chunk of a window.
-        """
-        windows = self._windows(first_step, stop_step)
-
-        def begin(memory: Pool | OrderedWindow) -> tuple[Loaded, list[Future[None]]] | None:
-            window, fields = next(windows, (None, None))
-            if window is None:
-                return None
-            return (window, memory, fields), memory.fill(window, fields, readers)
-
-        planner = ThreadPoolExecutor(1, "sail-window")
-        readers = ThreadPoolExecutor(self.threads, "sail-read")
-        try:
-            coming = deque(planner.submit(begin, memory) for memory in self.memories)
-            while (begun := coming.popleft().result()) is not None:
-                loaded, reads = begun
-                for read in reads:
-                    read.result()
-                yield loaded
-                loaded[1].mark_used()
-                coming.append(planner.submit(begin, loaded[1]))
-        finally:
-            planner.shutdown(cancel_futures=True)
-            readers.shutdown(cancel_futures=True)
-
-    def _windows(
-        self, first_step: int, stop_step: int
-    ) -> Iterator[tuple[Window, Int64[np.ndarray, "rows captions"] | None]]:
-        """Yield windows, with the caption fields of all their rows if those lie in their order."""
-        step, done, places = first_step, 0, len(self.order.places)
-        for window in self.order.windows(first_step, stop_step):
-            if isinstance(self.memories[0], Pool):
-                yield window, None
-                continue
-            fields, start, count = [], 0, len(window.positions)
-            while start < count:
-                stop = min(start + places - done, count)
-                rows = self.order.store_rows(window, window.positions[start:stop])
-                fields.append(self._draw(self._usable_captions(rows), step, done))
-                done += stop - start
-                step, done, start = step + done // places, done % places, stop
-            yield window, np.concatenate(fields)
-
-    def _draw(
-        self, ok: Bool[np.ndarray, "part all_fields"], step: int, done: int
-    ) -> Int64[np.ndarray, "part fields"]:
-        """Choose caption fields for each row, those that can be used before the others."""
-        fields = ok.shape[1]
-        if self.captions == fields:
-            return np.broadcast_to(np.arange(fields), ok.shape)
-        order = self.order
-        generator = np.random.Generator(np.random.PCG64([order.seed, CAPTIONS, step]))
-        ranks = generator.random((order.batch_size, fields), dtype=np.float32)
-        first = order.places.start + done
-        ranks = ranks[first : first + len(ok)] + ~ok
-        chosen = np.argpartition(ranks, self.captions - 1, axis=1)[:, : self.captions]
-        return np.sort(chosen, axis=1)
-
-
-def joined(parts: list[Part]) -> Part:
-    """Return parts of a batch as one."""
-    if len(parts) == 1:
-        return parts[0]
-    ids = [part.caption_ids for part in parts if part.caption_ids is not None]
-    return Part(
-        rows=np.concatenate([part.rows for part in parts]),
-        weights=np.concatenate([part.weights for part in parts]),
-        caption_ids=np.concatenate(ids) if ids else None,
-        features=parts[-1].features,
-    )
-
-
-__all__ = ["MIB", "Batch", "Loader", "LoaderOptions", "Source"]
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -246,23 +86,109 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """What this process has of one step; the next batch overwrites the memory of the features."""
+    """This process' share of one step; the next batch overwrites the memory of the features."""
 
     rows: Int64[np.ndarray, "batch"]
     """Rows of the store; of several, as if they stood one behind the other."""
     image: Float16[Tensor, "batch image_dim"]
-    text: Float16[Tensor, "batch fields text_dim"]
-    weights: Float[Tensor, "batch fields"]
-    """Weight of each caption in the loss; 0 where there is none to use."""
-    caption_ids: Int64[Tensor, "batch fields"] | None
+    text: Float16[Tensor, "batch captions text_dim"]
+    fields: Int64[Tensor, "batch captions"]
+    """Caption field of each text, by its number in `Loader.fields`; -1 where the row has no caption
+    to use in that field."""
+    caption_ids: Int64[Tensor, "batch captions"] | None
     """Equal where the captions are the same string."""
+
+
+class Stream:
+    """The rows of one store, in their order; it can begin at any step."""
+
+    def __init__(
+        self, source: Source, order: Order, memories: Sequence[WindowMemory], captions: int
+    ) -> None:
+        """Take what was planned.
+
+        Args:
+            source: The rows.
+            order: Their order, in batches of this store's share.
+            memories: Two windows; or a resident one twice: the order of the next epoch is then made
+                during this one. None if no place of a batch is ours.
+            captions: Drawn per image and step.
+        """
+        self.source = source
+        self.order = order
+        self.memories = memories
+        self.captions = captions
+        self._all_usable = bool(source.text_ok[source.rows].all())
+
+    def parts(
+        self, first_step: int, stop_step: int
+    ) -> Generator[tuple[WindowMemory, Part], None, None]:
+        """Yield what each step takes of each window, when the window is in memory.
+
+        The next windows are read meanwhile, into the memory that is free. One thread plans the
+        windows and the others read, so that these never wait for a plan, nor for the last chunk of
+        a window.
+        """
+        windows = self.order.windows(first_step, stop_step)
+
+        def begin(memory: WindowMemory) -> Begun | None:
+            if (window := next(windows, None)) is None:
+                return None
+            parts = self._cut(window)
+            plan = WindowPlan(window, parts if memory.is_resident else list(parts))
+            return memory, plan, memory.load(plan, readers)
+
+        planner = ThreadPoolExecutor(1, "sail-window")
+        readers = ThreadPoolExecutor(self.memories[0].threads, "sail-read")
+        try:
+            coming = deque(planner.submit(begin, memory) for memory in self.memories)
+            while (begun := coming.popleft().result()) is not None:
+                memory, plan, reads = begun
+                for read in reads:
+                    read.result()
+                for part in plan.parts:
+                    yield memory, part
+                memory.release()
+                coming.append(planner.submit(begin, memory))
+        finally:
+            planner.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+
+    def _cut(self, window: Window) -> Iterator[Part]:
+        for step, place, span in self.order.steps(window):
+            positions = window.positions[span]
+            rows = self.order.store_rows(window, positions)
+            shape = (len(rows), len(self.source.columns.text))
+            usable = np.broadcast_to(np.True_, shape)
+            if not self._all_usable:  # in most stores all are; then no row is looked up
+                usable = self.source.text_ok[rows]
+            fields = self._draw(usable, step, place)
+            drawn = usable[:, : self.captions]
+            if not self._all_usable:
+                drawn = np.take_along_axis(usable, fields, axis=1)
+            yield Part(span, positions, rows, fields, drawn)
+
+    def _draw(
+        self, usable: Bool[np.ndarray, "part all_fields"], step: int, place: int
+    ) -> Int64[np.ndarray, "part captions"]:
+        """Choose caption fields for each row, those that can be used before the others."""
+        fields = usable.shape[1]
+        if self.captions == fields:
+            return np.broadcast_to(np.arange(fields), usable.shape)
+        order = self.order
+        generator = np.random.Generator(np.random.PCG64([order.seed, CAPTIONS, step]))
+        ranks = generator.random((order.batch_size, fields), dtype=np.float32)
+        first = order.places.start + place
+        ranks = ranks[first : first + len(usable)] + ~usable
+        chosen = np.argpartition(ranks, self.captions - 1, axis=1)[:, : self.captions]
+        return np.sort(chosen, axis=1)
 
 
 class Loader:
     """A stream of batches that can begin at any step."""
 
     def __init__(self, sources: Sequence[Source], options: LoaderOptions) -> None:
-        """Take the memory that all batches will need.
+        """Allocate the memory that all batches will need.
 
         Args:
             sources: What is read; each batch has rows of all of them, in proportion to the weights.
@@ -282,19 +208,23 @@ class Loader:
         self.options = options
         captions = _captions(sources, options.captions_per_image)
         parts = shares([source.weight for source in sources], options.batch_size)
-        self.steps_per_epoch = _rows(sources) // options.batch_size
+        self.steps_per_epoch = (
+            sum(int(source.rows.sum()) for source in sources) // options.batch_size
+        )
         """Whole batches that one pass over the rows gives."""
+        self.fields = tuple(
+            dict.fromkeys(name for source in sources for name in source.columns.fields)
+        )
+        """Names of the caption fields of all sources, which `Batch.fields` numbers."""
         for source, share in zip(sources, parts, strict=True):
             _check_share(source, share, options.batch_size)
-        needs = [
-            Needs(source.columns, share, captions, options.with_caption_ids)
-            for source, share in zip(sources, parts, strict=True)
-        ]
-        has_host = options.device.type == "cuda"
         plan = plan_memory(
-            needs,
+            [
+                Needs(source.columns, share, captions, options.with_caption_ids)
+                for source, share in zip(sources, parts, strict=True)
+            ],
             device_bytes=options.memory_bytes,
-            host_bytes=options.host_memory_bytes if has_host else 0,
+            host_bytes=options.host_memory_bytes if options.device.type == "cuda" else 0,
             device=str(options.device),
         )
         self.tier = plan.tier
@@ -303,7 +233,7 @@ class Loader:
         if options.cache is not None:
             processes = options.ranks
             self._cache = ChunkCache(options.cache, options.cache_bytes, processes=processes)
-        self.streams = [
+        self._streams = [
             self._stream(source, share, places, chunks=chunks, captions=captions)
             for source, share, places, chunks in zip(
                 sources, parts, _places(parts, options), plan.chunks, strict=True
@@ -321,7 +251,7 @@ class Loader:
     @property
     def nbytes(self) -> int:
         """Bytes of the windows and of the batch."""
-        memories = {id(each): each for stream in self.streams for each in stream.memories}.values()
+        memories = {id(each): each for stream in self._streams for each in stream.memories}.values()
         batches = [*self._image, *self._text]
         return sum(each.nbytes for each in memories) + sum(each.nbytes for each in batches)
 
@@ -340,7 +270,7 @@ class Loader:
     def keys(self, step: int, count: int) -> list[str]:
         """Return the keys of the first rows of a step, without reading any features."""
         found: list[str] = []
-        for stream in self.streams:
+        for stream in self._streams:
             store = stream.source.columns.store
             rows = stream.order.rows(step)[: count - len(found)].tolist()
             found += [str(store.keys(row, row + 1)[0]) for row in rows]
@@ -348,47 +278,57 @@ class Loader:
 
     def _batches(self, first_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """Gather batch after batch, into as many memories in turn as there are."""
-        device = self.options.device
         turns = cycle(zip(self._image, self._text, strict=True))
         with ExitStack() as stack:
-            streams = [
-                stack.enter_context(closing(each)) for each in self._parts(first_step, stop_step)
+            running = [
+                stack.enter_context(closing(stream.parts(first_step, stop_step)))
+                for stream in self._streams
             ]
             for _ in range(first_step, stop_step):
-                part = joined([next(each) for each in streams])
-                image, text = next(turns)
-                if len(self.streams) == 1:
-                    image, text = part.features  # it may be a view of a window
-                ids = part.caption_ids
-                yield Batch(
-                    rows=part.rows,
-                    image=image,
-                    text=text,
-                    weights=torch.from_numpy(part.weights).to(device),
-                    caption_ids=None if ids is None else torch.from_numpy(ids).to(device),
-                )
+                yield self._batch(running, *next(turns))
 
-    def _parts(self, first_step: int, stop_step: int) -> list[Generator[Part, None, None]]:
-        """Begin the streams, each with its own places of the batch to fill."""
-        begun, first_row, start = [], 0, 0
-        for stream in self.streams:
-            stop = start + len(stream.order.places)
-            if start < stop:
-                batches = [
-                    (image[start:stop], text[start:stop])
-                    for image, text in zip(self._image, self._text, strict=True)
-                ]
-                parts = stream.parts(
-                    first_step,
-                    stop_step,
-                    batches,
-                    first_row=first_row,
-                    may_view=len(self.streams) == 1,
-                )
-                begun.append(parts)
+    def _batch(
+        self,
+        running: Sequence[Iterator[tuple[WindowMemory, Part]]],
+        image: Float16[Tensor, "batch image_dim"],
+        text: Float16[Tensor, "batch captions text_dim"],
+    ) -> Batch:
+        """Take from each stream the parts that fill its places of a batch.
+
+        Args:
+            running: The parts of each stream.
+            image: Memory for the features, unless all of them lie in a window in their order.
+            text: The same.
+        """
+        rows = np.empty(len(image), dtype=np.int64)
+        fields = np.empty(text.shape[:2], dtype=np.int64)
+        ids = np.empty_like(fields) if self.options.with_caption_ids else None
+        start = stop = first_row = 0
+        for stream, parts in zip(self._streams, running, strict=True):
+            stop += len(stream.order.places)
+            numbers = np.array([self.fields.index(name) for name in stream.source.columns.fields])
+            while start < stop:
+                memory, part = next(parts)
+                into = slice(start, start + len(part.rows))
+                rows[into] = first_row + part.rows
+                fields[into] = np.where(part.is_usable, numbers[part.fields], -1)
+                if ids is not None:
+                    ids[into] = memory.caption_ids(part)
+                view = memory.view(part) if len(part.rows) == len(rows) else None
+                if view is None:
+                    memory.copy(part, image[into], text[into])
+                else:
+                    image, text = view
+                start = into.stop
             first_row += stream.source.columns.store.rows
-            start = stop
-        return begun
+        device = self.options.device
+        return Batch(
+            rows=rows,
+            image=image,
+            text=text,
+            fields=torch.from_numpy(fields).to(device),
+            caption_ids=None if ids is None else torch.from_numpy(ids).to(device),
+        )
 
     def _stream(
         self, source: Source, share: int, places: range, *, chunks: int, captions: int
@@ -419,16 +359,20 @@ class Loader:
 
     def _memories(
         self, order: Order, reader: ChunkReader, captions: int, *, is_whole: bool
-    ) -> Sequence[Pool | OrderedWindow]:
+    ) -> Sequence[WindowMemory]:
         places, with_ids = len(order.places), self.options.with_caption_ids
         if not places:
             return []
         if is_whole:
             device, chunks = self.options.device, next(order.windows(0, 1)).chunks
-            return 2 * [Pool(reader, len(chunks), with_caption_ids=with_ids, device=device)]
+            return 2 * [
+                ResidentMemory(reader, len(chunks), with_caption_ids=with_ids, device=device)
+            ]
         rows = order.chunks_per_window * order.rows_per_chunk
         rows = min(rows, rows * places // order.batch_size + places)
-        return [OrderedWindow(reader, rows, captions, with_caption_ids=with_ids) for _ in range(2)]
+        return [
+            StreamingMemory(reader, rows, captions, with_caption_ids=with_ids) for _ in range(2)
+        ]
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -450,7 +394,6 @@ def _places(parts: Sequence[int], options: LoaderOptions) -> Iterator[range]:
 
 
 def _captions(sources: Sequence[Source], captions_per_image: int | None) -> int:
-    """Return how many captions each image of a batch has; the same for all sources."""
     counts = {len(source.columns.text) for source in sources}
     drawn = {min(captions_per_image or count, count) for count in counts}
     if len(drawn) > 1:
@@ -460,10 +403,6 @@ def _captions(sources: Sequence[Source], captions_per_image: int | None) -> int:
             f"have in align.fields."
         )
     return drawn.pop()
-
-
-def _rows(sources: Sequence[Source]) -> int:
-    return sum(int(source.rows.sum()) for source in sources)
 
 
 def _check_share(source: Source, share: int, batch_size: int) -> None:

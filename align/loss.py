@@ -10,9 +10,9 @@ Reference:
     with several positives as L_out of Khosla et al. 2020, arXiv:2004.11362, equation 2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -20,70 +20,79 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from align.processes import Ring
+from align.processes import Ring, map_tensors
+
+TEXTS_PER_ROW = 4  # a block is wide: the sums over images then cost little
+MASKED = -1e4  # added to the logits of a text that takes no part: its softmax is 0, and finite
+ALONE = Ring()
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Which texts are positives of which images, and how much each text counts.
 
-    Texts are numbered image by image: text i·F + f is caption field f of image i.
+    Texts are numbered image by image: text i·C + c is caption c of image i, which has C of them.
     """
 
-    fields: int
-    weights: Float[Tensor, "texts"]
+    fields: Int64[Tensor, "batch captions"]
+    """Caption field of each text, as in `align.loader.Batch`."""
+    weights: Float[Tensor, "batch captions"]
     """Weight of each text in the loss; 0 leaves it out, as a positive and as a negative."""
-    caption_ids: Int64[Tensor, "batch fields"] | None
+    caption_ids: Int64[Tensor, "batch captions"] | None
     """Equal where captions are the same string; None: only an image's own texts are positives."""
+
+    @classmethod
+    def of_all_fields(
+        cls,
+        weights: Float[Tensor, "batch captions"],
+        caption_ids: Int64[Tensor, "batch captions"] | None = None,
+    ) -> "Pairs":
+        """Make the pairs of images whose captions are one of each field, in their order."""
+        fields = torch.arange(weights.shape[1], device=weights.device)
+        return cls(fields.expand(weights.shape), weights, caption_ids)
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.weights)
 
     def positives(self, start: int, stop: int) -> Bool[Tensor, "rows texts"]:
         """Return the positives of images `start` to `stop` as a matrix."""
-        everything = slice(0, len(self.weights))
-        return Block(self, self, slice(start, stop), everything).positives()
-
-    def tensors(self) -> list[Tensor]:
-        """Return what another process needs to know of these texts."""
-        return [self.weights] if self.caption_ids is None else [self.weights, self.caption_ids]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> "Pairs":
-        """Return the pairs of another process from its `tensors`."""
-        weights, *ids = tensors
-        return Pairs(self.fields, weights, ids[0] if ids else None)
+        return Block(self, self, slice(start, stop), slice(0, len(self))).positives()
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the matrix of all logits: some images against some texts, maybe of another process.
-
-    The texts are all those of some images.
-    """
+    """A part of the matrix of all logits: some images against the texts of some images."""
 
     images: Pairs
+    """Of this process."""
     texts: Pairs
+    """Of the same process or of another one."""
     rows: slice
-    """Images, numbered within their process."""
+    """Images of the block, numbered within their process."""
     columns: slice
-    """Texts, numbered within theirs."""
+    """Images whose texts are in the block, numbered within theirs."""
     shift: int = 0
-    """By how many images those of the texts' process come after ours."""
+    """Index of the first image of the texts' process minus that of ours: text j belongs to our
+    image j // captions + shift."""
 
     @property
     def weights(self) -> Float[Tensor, "texts"]:
         """Weights of the texts of this block."""
-        return self.texts.weights[self.columns]
+        return self.texts.weights[self.columns].flatten()
 
     def positives(self) -> Bool[Tensor, "rows texts"]:
         """Return the positives as a matrix."""
-        weights, fields = self.images.weights, self.images.fields
+        captions, device = self.images.weights.shape[1], self.images.weights.device
         if self.images.caption_ids is None or self.texts.caption_ids is None:
-            texts = torch.arange(self.columns.start, self.columns.stop, device=weights.device)
-            images = torch.arange(self.rows.start, self.rows.stop, device=weights.device)
-            return texts // fields + self.shift == images[:, None]
-        ids, used = self.images.caption_ids[self.rows], weights.view(-1, fields)[self.rows] > 0
-        others = self.texts.caption_ids.flatten()[self.columns]
-        matrix = torch.zeros(len(ids), len(others), dtype=torch.bool, device=ids.device)
-        for field in range(fields):
-            matrix |= (ids[:, field, None] == others) & used[:, field, None]
+            owners = torch.arange(self.columns.start, self.columns.stop, device=device) + self.shift
+            images = torch.arange(self.rows.start, self.rows.stop, device=device)
+            return owners.repeat_interleave(captions) == images[:, None]
+        ids, used = self.images.caption_ids[self.rows], self.images.weights[self.rows] > 0
+        others = self.texts.caption_ids[self.columns].flatten()
+        matrix = torch.zeros(len(ids), len(others), dtype=torch.bool, device=device)
+        for caption in range(captions):
+            matrix |= (ids[:, caption, None] == others) & used[:, caption, None]
         return matrix
 
     def negate_positives(self, block: Float[Tensor, "rows texts"]) -> None:
@@ -93,38 +102,12 @@ class Block:
         logit s is that of a negative of logit −s.
         """
         if self.images.caption_ids is None:  # a diagonal: touch these few entries only
-            fields = self.images.fields
-            by_image = block.view(len(block), -1, fields)
-            offset = self.rows.start - self.columns.start // fields - self.shift
+            by_image = block.view(len(block), -1, self.images.weights.shape[1])
+            offset = self.rows.start - self.columns.start - self.shift
             if -len(block) < offset < by_image.shape[1]:
                 by_image.diagonal(offset=offset, dim1=0, dim2=1).neg_()
         else:
             block.mul_(self.positives().to(torch.int8).mul_(-2).add_(1))
-
-
-def blocks(images: Pairs, texts: Pairs, *, shift: int, rows: int) -> Iterator[Block]:
-    """Cut the matrix of all images against all texts of a process into blocks.
-
-    Args:
-        images: Those of this process.
-        texts: Those of the same or of another one.
-        shift: By how many images those of `texts` come after those of `images`.
-        rows: Images per block; it has up to `TEXTS_PER_ROW` times as many texts.
-    """
-    fields = images.fields
-    columns = max(1, TEXTS_PER_ROW * rows // fields) * fields
-    for start in range(0, len(images.weights) // fields, rows):
-        stop = min(start + rows, len(images.weights) // fields)
-        for first in range(0, len(texts.weights), columns):
-            last = min(first + columns, len(texts.weights))
-            yield Block(images, texts, slice(start, stop), slice(first, last), shift)
-
-
-TEXTS_PER_ROW = 4  # a block is wide: the sums over images then cost little
-
-
-LEFT_OUT = -1e4  # added to the logits of a text that takes no part: its softmax is 0, and finite
-ALONE = Ring()
 
 
 @dataclass(frozen=True)
@@ -134,11 +117,12 @@ class LossOptions:
     kind: Literal["sigmoid", "infonce"] = "sigmoid"
     normalise: Literal["image", "pair"] = "image"
     block_rows: int = 1024
+    """Images per block, which has up to `TEXTS_PER_ROW` times as many texts."""
 
 
 def contrastive_loss(  # noqa: PLR0913 - the terms of one formula
     image: Float[Tensor, "batch dim"],
-    text: Float[Tensor, "batch fields dim"],
+    text: Float[Tensor, "batch captions dim"],
     *,
     log_scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
@@ -159,7 +143,7 @@ def contrastive_loss(  # noqa: PLR0913 - the terms of one formula
 
     Args:
         image: Image embeddings, of any length; normalised here.
-        text: Text embeddings, one per caption field; normalised here.
+        text: Text embeddings, as many per image; normalised here.
         log_scale: Natural logarithm of the inverse temperature.
         bias: Added to every logit.
         pairs: The positives and the weights of the texts.
@@ -174,89 +158,66 @@ def contrastive_loss(  # noqa: PLR0913 - the terms of one formula
     """
     with torch.autocast(image.device.type, enabled=False):  # logits need more bits than bfloat16
         image = F.normalize(image.to(log_scale.dtype), dim=-1)
-        text = F.normalize(text.to(log_scale.dtype).flatten(0, 1), dim=-1)
+        text = F.normalize(text.to(log_scale.dtype), dim=-1)
         function = _Sigmoid if options.kind == "sigmoid" else _InfoNCE
         loss: Tensor = function.apply(  # type: ignore[no-untyped-call]
-            image, text, log_scale, bias, _Terms(pairs, options, ring)
+            image, text, log_scale, bias, _Matrix(pairs, options, ring)
         )
     return loss
 
 
 @dataclass(frozen=True)
-class _Visit:
-    """Texts of one process among the images of another."""
+class _Texts:
+    """Texts of one process, as they travel to the images of the others."""
 
-    block: Block
-    text: Float[Tensor, "columns dim"]
-    constant: list[Float[Tensor, "columns"]]
-    """What was said of the texts beside the pairs."""
-    changing: list[Float[Tensor, "columns *dim"]]
+    embeddings: Float[Tensor, "images captions dim"]
+    pairs: Pairs
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """What the losses are given beside tensors that have a gradient."""
+class _Gradient:
+    """Gradient of the texts of one process, to which the images of all processes add."""
+
+    embeddings: Float[Tensor, "images captions dim"]
+
+
+T = TypeVar("T")
+Texts = TypeVar("Texts", bound=_Texts)
+Sums = TypeVar("Sums")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """The logits of our images against the texts of all processes."""
 
     pairs: Pairs
     options: LossOptions
     ring: Ring
 
-    def visits(
-        self,
-        text: Float[Tensor, "texts dim"],
-        constant: list[Float[Tensor, "texts"]],
-        changing: list[Float[Tensor, "texts *dim"]],
-    ) -> Iterator[_Visit]:
-        """Yield every block of our images against the texts of all processes."""
-        images, count = len(self.pairs.weights) // self.pairs.fields, len(constant)
-        given = [text, *constant, *self.pairs.tensors()]
-        for owner, here, carried in self.ring.tour(given, changing):
-            texts = self.pairs.with_tensors(here[1 + count :])
-            shift = (owner - self.ring.rank) * images
-            rows = self.options.block_rows
-            for block in blocks(self.pairs, texts, shift=shift, rows=rows):
-                columns = block.columns
-                constants = [each[columns] for each in here[1 : 1 + count]]
-                yield _Visit(block, here[0][columns], constants, [c[columns] for c in carried])
+    def blocks(self, texts: Texts, sums: Sums) -> Iterator[tuple[Block, Texts, Sums]]:
+        """Yield every block, with its part of the texts and of what is summed for each of them."""
+        size, captions = self.options.block_rows, self.pairs.weights.shape[1]
+        width = max(1, TEXTS_PER_ROW * size // captions)
+        for owner, theirs, their_sums in self.ring.tour(texts, sums):
+            shift = (owner - self.ring.rank) * len(self.pairs)
+            for rows in slices(len(self.pairs), size):
+                for columns in slices(len(self.pairs), width):
+                    block = Block(self.pairs, theirs.pairs, rows, columns, shift)
+                    yield block, _at(theirs, columns), _at(their_sums, columns)
 
 
-class _Sigmoid(torch.autograd.Function):
-    """The sigmoid loss over normalised embeddings."""
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Cut `count` rows into slices of `size`; the last may be shorter."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Float[Tensor, "batch dim"],
-        text: Float[Tensor, "texts dim"],
-        log_scale: Float[Tensor, ""],
-        bias: Float[Tensor, ""],
-        terms: _Terms,
-    ) -> Float[Tensor, ""]:
-        scale = log_scale.exp()
-        image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
-        loss, bias_gradient = torch.zeros_like(bias), torch.zeros_like(bias)
-        for visit in terms.visits(text, [], [text_gradient]):
-            block, rows = visit.block, image[visit.block.rows]
-            weights = block.weights.to(image.dtype)
-            logits = torch.addmm(bias, rows * scale, visit.text.T)
-            block.negate_positives(logits)
-            loss += F.softplus(logits).sum(dim=0) @ weights
-            error = logits.sigmoid_()  # of a negative: the derivative of its loss
-            block.negate_positives(error)
-            error *= weights
-            bias_gradient += error.sum()
-            image_gradient[block.rows].addmm_(error, visit.text)
-            visit.changing[0].addmm_(error.T, rows)
-        divisor = torch.full_like(bias, len(image) * terms.ring.size)
-        if terms.options.normalise == "pair":
-            divisor *= terms.ring.sum((terms.pairs.weights > 0).sum())
-        image_gradient *= scale / divisor
-        text_gradient *= scale / divisor
-        scale_gradient = (image * image_gradient).sum()  # d/d log t = Σ (t·cos)·error
-        ctx.save_for_backward(
-            image_gradient, text_gradient, scale_gradient, bias_gradient / divisor
-        )
-        return terms.ring.sum(loss) / divisor
+
+def _at(tensors: T, part: slice) -> T:
+    return map_tensors(tensors, lambda each: each[part])
+
+
+class _FormsGradients(torch.autograd.Function):
+    """Has saved in its forward pass the gradients of all inputs but the last."""
 
     @staticmethod
     @once_differentiable
@@ -264,7 +225,72 @@ class _Sigmoid(torch.autograd.Function):
         return *(saved * gradient for saved in ctx.saved_tensors), None
 
 
-class _InfoNCE(torch.autograd.Function):
+class _Sigmoid(_FormsGradients):
+    """The sigmoid loss over normalised embeddings."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Float[Tensor, "batch dim"],
+        text: Float[Tensor, "batch captions dim"],
+        log_scale: Float[Tensor, ""],
+        bias: Float[Tensor, ""],
+        matrix: _Matrix,
+    ) -> Float[Tensor, ""]:
+        scale, ring = log_scale.exp(), matrix.ring
+        image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
+        loss, bias_gradient = image.new_zeros(()), torch.zeros_like(bias)
+        for block, texts, sums in matrix.blocks(
+            _Texts(text, matrix.pairs), _Gradient(text_gradient)
+        ):
+            rows, columns = image[block.rows], texts.embeddings.flatten(0, 1)
+            weights = block.weights.to(image.dtype)
+            logits = torch.addmm(bias, rows * scale, columns.T)
+            block.negate_positives(logits)
+            loss += F.softplus(logits).sum(dim=0) @ weights
+            error = logits.sigmoid_()  # of a negative: the derivative of its loss
+            block.negate_positives(error)
+            error *= weights
+            bias_gradient += error.sum()
+            image_gradient[block.rows].addmm_(error, columns)
+            sums.embeddings.flatten(0, 1).addmm_(error.T, rows)
+        divisor = image.new_full((), len(image) * ring.size)
+        if matrix.options.normalise == "pair":
+            divisor *= ring.sum((matrix.pairs.weights > 0).sum())
+        image_gradient *= scale / divisor
+        text_gradient *= scale / divisor
+        scale_gradient = (image * image_gradient).sum()  # d/d log t = Σ (t·cos)·error
+        ctx.save_for_backward(
+            image_gradient, text_gradient, scale_gradient, bias_gradient / divisor
+        )
+        return ring.sum(loss) / divisor
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """One softmax for each image over all texts, or for each text over all images."""
+
+    log_denominator: Float[Tensor, "*items"]
+    weight: Float[Tensor, "*items"]
+    """In the loss."""
+    share: Float[Tensor, "*items"]
+    """The weight, divided by what all positives of the item weigh together."""
+
+
+@dataclass(frozen=True)
+class _TextsWithChoices(_Texts):
+    choices: _Choices
+
+
+@dataclass(frozen=True)
+class _Denominators:
+    """What the images of all processes add up for each text of one process."""
+
+    log_denominator: Float[Tensor, "images captions"]
+    positives: Float[Tensor, "images captions"]
+
+
+class _InfoNCE(_FormsGradients):
     """The softmax loss over normalised embeddings, in two passes over the blocks of logits.
 
     The first pass finds the denominators, the second forms the gradients.
@@ -274,106 +300,71 @@ class _InfoNCE(torch.autograd.Function):
     def forward(
         ctx: Any,
         image: Float[Tensor, "batch dim"],
-        text: Float[Tensor, "texts dim"],
+        text: Float[Tensor, "batch captions dim"],
         log_scale: Float[Tensor, ""],
         bias: Float[Tensor, ""],
-        terms: _Terms,
+        matrix: _Matrix,
     ) -> Float[Tensor, ""]:
         scale = log_scale.exp()
-        softmax = _denominators(image, text, scale, terms)
+        of_images, of_texts = _denominators(image, text, scale, matrix)
         image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
-        loss = (softmax.of_image * softmax.image_weights).sum()
-        loss += (softmax.of_text * softmax.text_weights).sum()
-        for visit in terms.visits(text, softmax.of_texts(), [text_gradient]):
-            rows = image[visit.block.rows]
-            logits, positives = softmax.logits(rows * scale, visit), softmax.positives(visit)
+        loss = (of_images.log_denominator * of_images.weight).sum()
+        loss += (of_texts.log_denominator * of_texts.weight).sum()
+        travelling = _TextsWithChoices(text, matrix.pairs, of_texts)
+        for block, texts, sums in matrix.blocks(travelling, _Gradient(text_gradient)):
+            rows, columns = image[block.rows], texts.embeddings.flatten(0, 1)
+            ours = map_tensors(_at(of_images, block.rows), lambda each: each[:, None])
+            theirs = map_tensors(texts.choices, torch.flatten)
+            logits = torch.addmm(_mask(block, image.dtype), rows * scale, columns.T)
+            positives = ours.share * block.weights.to(image.dtype)
+            positives += theirs.share
+            positives *= block.positives()
             loss -= (logits * positives).sum()
-            error = softmax.probabilities(logits, visit) - positives
-            image_gradient[visit.block.rows].addmm_(error, visit.text)
-            visit.changing[0].addmm_(error.T, rows)
+            error = torch.exp(logits - ours.log_denominator)
+            over_images = torch.exp(logits - theirs.log_denominator)
+            error *= ours.weight
+            error.addcmul_(over_images, theirs.weight)
+            error -= positives
+            image_gradient[block.rows].addmm_(error, columns)
+            sums.embeddings.flatten(0, 1).addmm_(error.T, rows)
         image_gradient *= scale
         text_gradient *= scale
         scale_gradient = (image * image_gradient).sum()
         ctx.save_for_backward(image_gradient, text_gradient, scale_gradient, torch.zeros_like(bias))
-        return terms.ring.sum(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(saved * gradient for saved in ctx.saved_tensors), None
+        return matrix.ring.sum(loss)
 
 
-@dataclass(frozen=True)
-class _Softmax:
-    """The denominators of both directions, and the weights of images and texts in the loss."""
-
-    of_image: Float[Tensor, "batch"]
-    """Logarithm of the denominator over all texts."""
-    image_weights: Float[Tensor, "batch"]
-    share: Float[Tensor, "batch"]
-    """Weight of an image, divided by that of all its positives."""
-    of_text: Float[Tensor, "texts"]
-    """Logarithm of the denominator over all images."""
-    text_weights: Float[Tensor, "texts"]
-    text_share: Float[Tensor, "texts"]
-    """Weight of a text, divided by the number of its images."""
-
-    def of_texts(self) -> list[Float[Tensor, "texts"]]:
-        """Return what the images of other processes need to know of the texts."""
-        return [self.of_text, self.text_weights, self.text_share]
-
-    def logits(
-        self, scaled: Float[Tensor, "rows dim"], visit: _Visit
-    ) -> Float[Tensor, "rows columns"]:
-        return torch.addmm(_left_out(visit), scaled, visit.text.T)
-
-    def positives(self, visit: _Visit) -> Float[Tensor, "rows columns"]:
-        share, text_share = self.share[visit.block.rows], visit.constant[2]
-        weights = share[:, None] * visit.block.weights.to(share.dtype)
-        weights += text_share
-        return weights.mul_(visit.block.positives())
-
-    def probabilities(
-        self, logits: Float[Tensor, "rows columns"], visit: _Visit
-    ) -> Float[Tensor, "rows columns"]:
-        of_text, text_weights, _ = visit.constant
-        over_texts = torch.exp(logits - self.of_image[visit.block.rows, None])
-        over_images = torch.exp(logits - of_text)
-        over_texts *= self.image_weights[visit.block.rows, None]
-        return over_texts.addcmul_(over_images, text_weights)
-
-
-def _left_out(visit: _Visit) -> Float[Tensor, "columns"]:
-    return torch.where(visit.block.weights > 0, 0.0, LEFT_OUT).to(visit.text.dtype)
+def _mask(block: Block, dtype: torch.dtype) -> Float[Tensor, "texts"]:
+    return torch.where(block.weights > 0, 0.0, MASKED).to(dtype)
 
 
 def _denominators(
     image: Float[Tensor, "batch dim"],
-    text: Float[Tensor, "texts dim"],
+    text: Float[Tensor, "batch captions dim"],
     scale: Float[Tensor, ""],
-    terms: _Terms,
-) -> _Softmax:
-    """First pass: the logarithms of the denominators, and what the positives of each one weigh."""
-    weights = terms.pairs.weights.to(image.dtype)
-    of_image = torch.full_like(image[:, 0], -torch.inf)
-    weight_of_positives = torch.zeros_like(of_image)
-    of_text, images_of_text = torch.full_like(weights, -torch.inf), torch.zeros_like(weights)
-    for visit in terms.visits(text, [], [of_text, images_of_text]):
-        rows = visit.block.rows
-        logits = torch.addmm(_left_out(visit), image[rows] * scale, visit.text.T)
-        of_image[rows] = torch.logaddexp(of_image[rows], logits.logsumexp(dim=1))
-        visit.changing[0].copy_(torch.logaddexp(visit.changing[0], logits.logsumexp(dim=0)))
-        positives = visit.block.positives().to(image.dtype)
-        weight_of_positives[rows] += positives @ visit.block.weights.to(image.dtype)
-        visit.changing[1].add_(positives.sum(dim=0))
+    matrix: _Matrix,
+) -> tuple[_Choices, _Choices]:
+    """First pass: the softmaxes of our images, and those of our texts."""
+    weights = matrix.pairs.weights.to(image.dtype)
+    log_denominator = torch.full_like(image[:, 0], -torch.inf)
+    weight_of_positives = torch.zeros_like(log_denominator)
+    of_texts = _Denominators(torch.full_like(weights, -torch.inf), torch.zeros_like(weights))
+    for block, texts, sums in matrix.blocks(_Texts(text, matrix.pairs), of_texts):
+        rows, columns = block.rows, texts.embeddings.flatten(0, 1)
+        logits = torch.addmm(_mask(block, image.dtype), image[rows] * scale, columns.T)
+        log_denominator[rows] = torch.logaddexp(log_denominator[rows], logits.logsumexp(dim=1))
+        over_images = logits.logsumexp(dim=0).view_as(sums.log_denominator)
+        sums.log_denominator.copy_(torch.logaddexp(sums.log_denominator, over_images))
+        positives = block.positives().to(image.dtype)
+        weight_of_positives[rows] += positives @ block.weights.to(image.dtype)
+        sums.positives.add_(positives.sum(dim=0).view_as(sums.positives))
     has_positive = (weight_of_positives > 0).to(image.dtype)
-    image_weights = has_positive / (2 * terms.ring.sum(has_positive.sum()))
-    text_weights = weights / (2 * terms.ring.sum(weights.sum()))
-    return _Softmax(
-        of_image=of_image,
-        image_weights=image_weights,
-        share=image_weights / torch.where(weight_of_positives > 0, weight_of_positives, 1.0),
-        of_text=of_text,
-        text_weights=text_weights,
-        text_share=text_weights / images_of_text.clamp(min=1),
+    image_weight = has_positive / (2 * matrix.ring.sum(has_positive.sum()))
+    text_weight = weights / (2 * matrix.ring.sum(weights.sum()))
+    share = image_weight / torch.where(weight_of_positives > 0, weight_of_positives, 1.0)
+    return (
+        _Choices(log_denominator, image_weight, share),
+        _Choices(
+            of_texts.log_denominator, text_weight, text_weight / of_texts.positives.clamp(min=1)
+        ),
     )

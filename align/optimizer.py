@@ -1,7 +1,7 @@
 """The update rules, what they decay, and the schedule of the learning rate."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from align.config import AlignConfig, OptimizerConfig
 from align.heads import AlignmentModel
 from align.loader import Batch
-from align.loss import ALONE, LossOptions, Pairs, contrastive_loss
+from align.loss import ALONE, LossOptions, Pairs, contrastive_loss, slices
 from align.processes import Ring
 
 
@@ -104,8 +104,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-BLOCK_ROWS = {"cuda": 4096}
-BLOCK_ROWS_ELSEWHERE = 1024
+BLOCK_ROWS, GPU_BLOCK_ROWS = 1024, 4096
 Embeddings = tuple[Float[Tensor, "rows dim"], Float[Tensor, "rows fields dim"]]
 
 
@@ -126,11 +125,22 @@ class Gradients:
         self,
         model: AlignmentModel,
         config: AlignConfig,
+        fields: Sequence[str],
         *,
         seed: int,
         device: torch.device,
         ring: Ring = ALONE,
     ) -> None:
+        """Take what does not change from batch to batch.
+
+        Args:
+            model: Whose gradients are computed.
+            config: Settings.
+            fields: Names of the caption fields that `Batch.fields` numbers.
+            seed: Of the dropout.
+            device: Where the batches lie.
+            ring: The processes that have a share of each batch.
+        """
         self.model = model
         self.seed = seed
         self.device = device
@@ -138,9 +148,11 @@ class Gradients:
         self._micro_batch = config.micro_batch
         self._has_dropout = config.head.dropout > 0
         loss = config.loss
-        rows = loss.block_rows or BLOCK_ROWS.get(device.type, BLOCK_ROWS_ELSEWHERE)
+        rows = loss.block_rows or (GPU_BLOCK_ROWS if device.type == "cuda" else BLOCK_ROWS)
         self._options = LossOptions(loss.kind, loss.normalise, rows)
         self._autocast_type = autocast_type(config, device)
+        weights = [loss.field_weights.get(name, 1.0) for name in fields]
+        self._field_weights = torch.tensor([*weights, 0.0], device=device)  # the last is that of -1
 
     def backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
         """Set the gradients of the weights to those of a batch; return its loss, without a graph.
@@ -168,12 +180,12 @@ class Gradients:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
         with torch.no_grad():
-            parts = [self._embed(batch, part, step) for part in _parts(rows, size)]
+            parts = [self._embed(batch, part, step) for part in slices(rows, size)]
         image = torch.cat([image for image, _ in parts]).requires_grad_()
         text = torch.cat([text for _, text in parts]).requires_grad_()
         loss = self._loss(image, text, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        for part in _parts(rows, size):
+        for part in slices(rows, size):
             gradients = [each.grad[part] for each in (image, text) if each.grad is not None]
             torch.autograd.backward(self._embed(batch, part, step), gradients)
         return loss
@@ -198,7 +210,7 @@ class Gradients:
             text,
             log_scale=self.model.log_scale,
             bias=self.model.bias,
-            pairs=Pairs(text.shape[1], batch.weights.flatten(), batch.caption_ids),
+            pairs=Pairs(batch.fields, self._field_weights[batch.fields], batch.caption_ids),
             options=self._options,
             ring=self.ring,
         )
@@ -210,11 +222,6 @@ def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | No
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_it else None
     return torch.bfloat16 if config.precision == "bfloat16" else None
-
-
-def _parts(rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
 
 
 def _seed(*numbers: int) -> int:

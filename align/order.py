@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int64, Integer
 
 CHUNKS, ROWS = 0, 1  # streams of random numbers
 LANES, PLACES_PER_LANE = 64, 8  # at most so many lanes, at least so wide
+Members = tuple[Integer[np.ndarray, "own_slots"], Int64[np.ndarray, "own_positions"]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Window:
     """Chunks of the store; the n-th is in slot n."""
     positions: Int64[np.ndarray, "positions"]
     """Rows in the order of their use; slot · rows_per_chunk + row in the chunk."""
+    first: int
+    """Number of the first position, counted over all steps: step · places + place in the step."""
 
 
 class Order:
@@ -81,12 +84,28 @@ class Order:
         Their positions are exactly the rows of these steps: those of the first window begin with
         the first row of `first_step`, and rows that fill no batch are left out.
         """
-        size = self.batch_size
+        size, first = self.batch_size, first_step * len(self.places)
         while first_step < stop_step:
             epoch, done = divmod(first_step, self.steps_per_epoch)
             steps = min(self.steps_per_epoch, done + stop_step - first_step)
-            yield from self._epoch(epoch, done * size, steps * size)
+            for chunks, positions in self._epoch(epoch, done * size, steps * size):
+                yield Window(chunks, positions, first)
+                first += len(positions)
             first_step += steps - done
+
+    def steps(self, window: Window) -> Iterator[tuple[int, int, slice]]:
+        """Yield what each step takes of a window; it may begin or end in the middle of a step.
+
+        Yields:
+            The step, the place of its first row among the places of this process, and the span of
+            the window's positions.
+        """
+        start, end = 0, len(window.positions)
+        while start < end:
+            step, place = divmod(window.first + start, len(self.places))
+            stop = min(start + len(self.places) - place, end)
+            yield step, place, slice(start, stop)
+            start = stop
 
     def rows(self, step: int) -> Int64[np.ndarray, "places"]:
         """Return the rows of the store that a step is made of, without reading any."""
@@ -102,8 +121,8 @@ class Order:
         rows: np.ndarray = positions + shifts[positions // self.rows_per_chunk]
         return rows
 
-    def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Window]:
-        """Yield the windows of the rows `start` to `stop` of an epoch."""
+    def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Members]:
+        """Yield the chunks and positions of the windows of rows `start` to `stop` of an epoch."""
         chunks = self._chunks
         if not self.is_resident:
             chunks = self._generator(CHUNKS, epoch, 0).permutation(chunks)
@@ -114,17 +133,17 @@ class Order:
             first, last = max(start - before, 0), min(stop - before, rows)
             if first < last:
                 shuffled, used = self._shuffled(members, before, (epoch, number))
-                window = _own_part(members, shuffled[first:last], used, self.rows_per_chunk)
-                if len(window.positions):
-                    yield window
+                own = _own_part(members, shuffled[first:last], used, self.rows_per_chunk)
+                if len(own[1]):
+                    yield own
             before += rows
 
     def _shuffled(
         self, chunks: Integer[np.ndarray, "slots"], before: int, key: tuple[int, int]
     ) -> tuple[Int64[np.ndarray, "positions"], Bool[np.ndarray, "slots"]]:
-        """Return the rows of a window in the order of their use, and which chunks have our lanes.
+        """Shuffle the rows of a window; say which of its chunks have rows of our lanes.
 
-        At places of others is -1.
+        At the places of other processes is -1.
 
         Args:
             chunks: Of the window.
@@ -170,10 +189,10 @@ def _own_part(
     positions: Int64[np.ndarray, "positions"],
     used: Bool[np.ndarray, "slots"],
     rows_per_chunk: int,
-) -> Window:
-    """Leave out the places of others, and the chunks that are not used."""
+) -> Members:
+    """Leave out the places of other processes, and the chunks that are not used."""
     if used.all():
-        return Window(chunks, positions if (positions >= 0).all() else positions[positions >= 0])
+        return chunks, positions if (positions >= 0).all() else positions[positions >= 0]
     own = positions[positions >= 0]
     shifts = (np.cumsum(used) - 1 - np.arange(len(used))) * rows_per_chunk
-    return Window(chunks[used], own + shifts[own // rows_per_chunk])
+    return chunks[used], own + shifts[own // rows_per_chunk]

@@ -5,14 +5,16 @@ processes every image has met every text once, and nobody ever held more than tw
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Tensors = list[Tensor]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,26 @@ class Ring:
         """Whether this is the first process, the one that writes."""
         return self.rank == 0
 
-    def tour(
-        self, constant: Sequence[Tensor], changing: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Tensors, Tensors]]:
-        """Yield the tensors of every process, our own first, and take all home in the end.
+    def tour(self, constant: T, changing: U) -> Iterator[tuple[int, T, U]]:
+        """Yield what every process has, our own first, and take all home in the end.
 
         Args:
-            constant: What others only read; it travels on while it is read.
-            changing: What every process may add to, in place. Ours are complete after the tour.
+            constant: A dataclass of tensors that others only read; it travels on meanwhile.
+            changing: One of tensors that every process may add to, in place. Ours are complete
+                after the tour.
 
         Yields:
-            The rank that the tensors belong to, its constant and its changing ones.
+            The rank of the process that they belong to, its constant and its changing tensors.
         """
-        here, carried = list(constant), list(changing)
+        here, passing = _tensors(constant), _tensors(changing)
         for hop in range(self.size):
             coming = self._send(here) if hop + 1 < self.size else _Coming(here)
-            yield (self.rank - hop) % self.size, here, carried
+            owner = (self.rank - hop) % self.size
+            yield owner, _with_tensors(constant, here), _with_tensors(changing, passing)
             here = coming.wait()
             if self.size > 1:
-                carried = self._send(carried).wait()
-        for ours, returned in zip(changing, carried, strict=True):
+                passing = self._send(passing).wait()
+        for ours, returned in zip(_tensors(changing), passing, strict=True):
             if ours is not returned:
                 ours.copy_(returned)
 
@@ -95,8 +97,8 @@ class Ring:
         if self.leads:
             letters[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         dist.broadcast(letters, src=0)
-        told: dict[str, float] = json.loads(letters.numpy().tobytes())
-        return told
+        received: dict[str, float] = json.loads(letters.numpy().tobytes())
+        return received
 
     def _send(self, tensors: Sequence[Tensor]) -> "_Coming":
         """Begin to pass tensors to the next process and to receive those of the one before."""
@@ -112,12 +114,40 @@ class Ring:
 class _Coming:
     """Tensors that are on their way."""
 
-    tensors: Tensors
+    tensors: list[Tensor]
     works: tuple[dist.Work, ...] = ()
     kept: tuple[Tensor, ...] = ()
     """What is being sent must stay in memory until it is gone."""
 
-    def wait(self) -> Tensors:
+    def wait(self) -> list[Tensor]:
         for work in self.works:
             work.wait()
         return self.tensors
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Apply a function to every tensor of a dataclass and of the dataclasses in it."""
+    if isinstance(value, Tensor):
+        return cast(T, function(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {
+            each.name: map_tensors(getattr(value, each.name), function) for each in fields(value)
+        }
+        return cast(T, replace(value, **changed))
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found = list[Tensor]()
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, add)
+    return found
+
+
+def _with_tensors(value: T, tensors: Sequence[Tensor]) -> T:
+    remaining = iter(tensors)
+    return map_tensors(value, lambda _: next(remaining))

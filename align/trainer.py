@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,14 +28,15 @@ from align.checkpoint import (
     Checkpoint,
     CheckpointFolder,
     Snapshot,
+    build_described,
     load_weights,
     read_tensors,
 )
-from align.columns import Columns, PairedStore, Selection, select_rows
+from align.columns import Columns, PairedStore, describe, open_columns, select_rows
 from align.config import AlignConfig
-from align.heads import AlignmentModel, build_model
+from align.heads import AlignmentModel
 from align.heldout import HeldOut, HeldOutRows
-from align.loader import MIB, Batch, Loader, LoaderOptions, Source
+from align.loader import Batch, Loader, LoaderOptions, Source
 from align.loss import ALONE
 from align.optimizer import (
     Gradients,
@@ -45,31 +46,18 @@ from align.optimizer import (
     set_learning_rate,
 )
 from align.processes import Ring
-from align.windows import shares
+from align.windows import MIB, shares
 from features.errors import TrainingError
-from features.storage.column import Column
 from features.storage.files import write
-from features.storage.fingerprint import Fingerprint
 
-ELSEWHERE = {"image", "text", "store", "text_store"}  # said of the encoders and the rows
-NO_MATTER = {"cache", "cache_mb", "host_memory_mb", "verify"}
+logger = logging.getLogger(__name__)
+CHOSEN_BY = "mean_recall"
+WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+SAVING_SHARE = 20.0  # at most one part in so many of the time goes into checkpoints
 
-
-def open_columns(
-    stores: Sequence[PairedStore], config: AlignConfig, image: str, text: str
-) -> list[Columns]:
-    """Open what a training reads of each store, and check that it goes together.
-
-    Raises:
-        StoreError: A column is not there.
-        TrainingError: The stores have not the rows or the caption fields that they should, or their
-            features are not of the same encoders.
-    """
-    opened = [Columns.open(each, config, image, text) for each in stores]
-    for columns in opened[1:]:
-        _check_same_encoder(opened[0].image, columns.image)
-        _check_same_encoder(opened[0].text[0], columns.text[0])
-    return opened
+OnStep = Callable[[int, int, str], None]
+"""Is given the number of a step that was made, the steps in all, and a note on how it goes."""
 
 
 def training_data(
@@ -105,7 +93,7 @@ def training_data(
     identical = config.loss.positives == "identical"
     loader = Loader(
         [
-            _source(each, selection, config, weight)
+            Source(each, selection.train, selection.text_ok, weight)
             for each, selection, weight in zip(columns, selections, weights, strict=True)
         ],
         LoaderOptions(
@@ -131,60 +119,6 @@ def training_data(
     return loader, HeldOut(parts, identical=identical, device=device) if parts else None
 
 
-def describe(
-    columns: Sequence[Columns], weights: Sequence[float], config: AlignConfig, seed: int
-) -> dict[str, Any]:
-    """Return what decides the result of a training, as JSON."""
-    first = columns[0]
-    described: dict[str, Any] = {
-        "align": config.model_dump(mode="json", exclude=ELSEWHERE | NO_MATTER),
-        "seed": seed,
-        "fields": list(first.fields),
-        "image": _describe_encoder(first.image),
-        "text": _describe_encoder(first.text[0]),
-        "store": _describe_rows(first),
-    }
-    if len(columns) > 1:
-        described["mixed"] = [
-            {**_describe_rows(each), "fields": list(each.fields), "weight": weight}
-            for each, weight in zip(columns, weights, strict=True)
-        ]
-    return described
-
-
-def _source(columns: Columns, selection: Selection, config: AlignConfig, weight: float) -> Source:
-    of_fields = config.loss.field_weights
-    return Source(
-        columns,
-        selection.train,
-        selection.text_ok,
-        field_weights=tuple(of_fields.get(name, 1.0) for name in columns.fields),
-        weight=weight,
-    )
-
-
-def _describe_encoder(column: Column) -> dict[str, Any]:
-    described = {
-        "name": column.name.split("/")[1],
-        "dim": column.dim,
-        "fingerprint": column.fingerprint,
-    }
-    return described | ({"dtype": column.dtype.name} if column.is_scaled else {})
-
-
-def _describe_rows(columns: Columns) -> dict[str, Any]:
-    return {"rows": columns.store.rows, "keys_sha256": columns.store.keys_sha256}
-
-
-def _check_same_encoder(ours: Column, other: Column) -> None:
-    found = Fingerprint(other.fingerprint | {"dim": other.dim})
-    for name, value, expected in found.differences(ours.fingerprint | {"dim": ours.dim}):
-        raise TrainingError(
-            f"{other.path} has {name} = {value!r}, but {ours.path} has {expected!r}. Features of "
-            f"the same encoder were expected in all stores of align.mix. Extract one of them again."
-        )
-
-
 class MetricsLog:
     """One JSON object per line, with units in the names; the numbers go to TensorBoard as well.
 
@@ -201,9 +135,12 @@ class MetricsLog:
             str(run_dir / "tensorboard"), purge_step=step + 1 if step else None
         )
 
-    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Add what was measured after a step (the number of updates made)."""
-        line = {"step": step, "epoch": round(epoch, 4), **values}
+    def write(self, training: "Training", values: dict[str, float]) -> None:
+        """Add a line with what was measured after the last update, if anything was."""
+        if not values:
+            return
+        step = training.step
+        line = {"step": step, "epoch": round(training.epoch, 4), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -231,9 +168,56 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-logger = logging.getLogger(__name__)
-CHOSEN_BY = "mean_recall"
-WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
+class Meter:
+    """Counts images, and the time that they took, since the last restart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the images and the times."""
+        self._started_at = time.monotonic()
+        self.images = 0
+        self.waited = 0.0
+        """Seconds that were spent in `waiting`."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Images by the time since the last restart."""
+        return self.images / max(time.monotonic() - self._started_at, 1e-9)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measure how long something is waited for."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
+
+
+class CheckpointTimer:
+    """Says when to write a checkpoint: every so many steps, or by the time since the last one.
+
+    If no number of steps is given, that is once a minute, or later where writing takes long.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._saved_at = time.monotonic()
+        self._between = SECONDS_BETWEEN_CHECKPOINTS
+
+    def is_due(self, training: "Training") -> bool:
+        """Whether to write one now; always after the last step."""
+        if self._every is not None:
+            return training.is_due(self._every)
+        return training.is_finished or time.monotonic() - self._saved_at >= self._between
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure how long it takes to write a checkpoint."""
+        started = time.monotonic()
+        yield
+        self._saved_at = time.monotonic()
+        self._between = max(SECONDS_BETWEEN_CHECKPOINTS, SAVING_SHARE * (self._saved_at - started))
 
 
 @dataclass
@@ -250,6 +234,7 @@ class Training:
     optimizer: Optimizer
     described: dict[str, Any]
     """What checkpoints say that this training was given."""
+    folder: CheckpointFolder
     ring: Ring = ALONE
     """The processes that train together."""
     step: int = 0
@@ -267,7 +252,12 @@ class Training:
         per_epoch = self.loader.steps_per_epoch
         self.total_steps = self.config.steps or max(1, round(self.config.epochs * per_epoch))
         self.gradients = Gradients(
-            self.model, self.config, seed=self.seed, device=self.device, ring=self.ring
+            self.model,
+            self.config,
+            self.loader.fields,
+            seed=self.seed,
+            device=self.device,
+            ring=self.ring,
         )
         self._average: AveragedModel | None = None
         if self.config.ema is not None:
@@ -302,10 +292,9 @@ class Training:
         """Learning rate of the next update."""
         return learning_rate(self.step, self.total_steps, self.config.optimizer)
 
-    @property
-    def failed_at(self) -> int:
-        """First step whose loss was not finite, 0 if there was none; waits for the device."""
-        return int(self._failed_at.item())
+    def is_due(self, every: int) -> bool:
+        """Whether to do something now that is done every so many steps, and at the end."""
+        return self.step % every == 0 or self.is_finished
 
     def update(self, batch: Batch) -> Tensor:
         """Make one update, without waiting for the device; return the loss before it."""
@@ -322,8 +311,32 @@ class Training:
         self._failed_at += self.step * (~loss.isfinite() & (self._failed_at == 0))
         return loss
 
+    def check_loss(self) -> None:
+        """Wait for the device, and refuse to go on from a loss that is not finite.
+
+        Raises:
+            TrainingError: With the step, the first keys of its batch and the last good checkpoint.
+        """
+        if step := int(self._failed_at.item()):
+            raise self._not_finite("loss", step)
+
+    def _not_finite(self, what: str, step: int) -> TrainingError:
+        keys = self.loader.keys(step - 1, 3)
+        last = self.folder.last
+        good = f"is {last.resolve()}" if last.exists() else "was not written yet"
+        return TrainingError(
+            f"The {what} is not finite at step {step}, whose batch begins with the keys {keys}. "
+            f"A number was expected. Lower align.optimizer.learning_rate, or set "
+            f"align.optimizer.max_grad_norm. The last good checkpoint {good}."
+        )
+
     def evaluate(self) -> None:
-        """Score the held-out rows, and keep a copy of the weights if they are the best so far."""
+        """Score the held-out rows, and keep a copy of the weights if they are the best so far.
+
+        Raises:
+            TrainingError: The loss is not finite; see `check_loss`.
+        """
+        self.check_loss()
         with self.gradients.autocast():
             scores = {} if self.heldout is None else self.heldout.score(self.result)
         self.scores = self.ring.from_first(scores)
@@ -336,8 +349,24 @@ class Training:
             self.scores_since_best = 0
             self.best = self.snapshot() if self.ring.leads else None
 
+    def save(self) -> None:
+        """Write a checkpoint that this training can go on from; all processes wait for it.
+
+        Raises:
+            TrainingError: A weight is not finite, as after a gradient that was not.
+            CheckpointError: It cannot be written.
+        """
+        self.check_loss()
+        if self.ring.leads:
+            snapshot = self.snapshot()
+            if not all(weight.isfinite().all() for weight in snapshot.weights.values()):
+                raise self._not_finite("update", self.step)
+            self.folder.save(snapshot, self.state(), self.best)
+            self.best = None
+        self.ring.greatest()  # no process goes on, or ends, before it is on the disk
+
     def snapshot(self) -> Snapshot:
-        """Return a copy of the weights, with what is said about them."""
+        """Copy the weights to the host, with what config.json is to say about them."""
         weights = {
             name: tensor.detach().cpu().clone() for name, tensor in self.result.state_dict().items()
         }
@@ -355,7 +384,7 @@ class Training:
         return Snapshot(self.step, weights, metadata)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what else the next update depends on, by name.
+        """Gather on the host what else the next update depends on, by name.
 
         That is the optimizer's state as `<number of the weight>/<name>` and, where the result is an
         average of the weights, the weights themselves as `weights/<name>`.
@@ -372,6 +401,9 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was made.
+
+        There is no state of the loader in it: the order of the rows and every random number are
+        functions of the seed and the step.
 
         Raises:
             CheckpointError: One of its files is damaged.
@@ -398,174 +430,60 @@ class Training:
         logger.info("going on from step %d of %d", self.step, self.total_steps)
 
 
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-SAVING_SHARE = 20.0  # at most one part in so many of the time goes into checkpoints
-
-OnStep = Callable[[int, int, str], None]
-"""Told the number of a step that was made, the steps in all, and in words how it goes."""
-
-
-class Loop:
-    """The loop over the steps: what is done when."""
-
-    def __init__(
-        self,
-        training: Training,
-        folder: CheckpointFolder,
-        log: MetricsLog | None,
-    ) -> None:
-        """Prepare.
-
-        Args:
-            training: What changes.
-            folder: Where checkpoints go.
-            log: Where metrics go; only the first of several processes has one.
-        """
-        self.ring = training.ring
-        self.training = training
-        self.folder = folder
-        self.log = log
-        config = training.config
-        self.eval_every = config.eval_every or training.loader.steps_per_epoch
-        self.log_every = min(50, max(1, training.total_steps // 500))
-        self.checkpoint_every = config.checkpoint_every
-        self.clock = Clock()
-        self.note = ""
-
-    def run(self, should_stop: Callable[[], bool], on_step: OnStep) -> None:
-        """Train until the end, or until a process is asked to stop; then the last step is saved."""
-        training = self.training
-        stop = False
-        with closing(training.loader.batches(training.step, training.total_steps)) as batches:
-            while not training.is_finished and not stop:
-                batch = self.next_batch(batches)
-                rate = training.rate
-                loss = training.update(batch)
-                self.clock.images += training.config.batch_size
-                if self.is_due(self.log_every):
-                    self.write_metrics(loss, rate)
-                if self.is_due(self.eval_every):
-                    self.evaluate()
-                due = self.ring.leads and self.is_due_for_checkpoint()
-                stop, save = map(bool, self.ring.greatest(should_stop(), due))
-                if stop or save:
-                    self.save()
-                on_step(training.step, training.total_steps, self.note)
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch, and count how long it was waited for."""
-        started = time.monotonic()
-        batch = next(batches)
-        self.clock.waited += time.monotonic() - started
-        return batch
-
-    def write_metrics(self, loss: Tensor, rate: float) -> None:
-        """Write down how the training goes."""
-        training = self.training
-        self.check_loss()
-        if self.log is None:
-            return
-        value = loss.item()  # the CPU waits for the device here, and hardly anywhere else
-        values = {
-            "loss": value,
-            "learning_rate": rate,
-            "scale": training.model.log_scale.exp().item(),
-            "bias": training.model.bias.item(),
-            "images_per_second": round(self.clock.images / self.clock.seconds, 1),
-            "wait_for_data_seconds": round(self.clock.waited, 4),
-        }
-        self.log.write(training.step, training.epoch, values)
-        self.clock.restart()
-        self.note = f"loss {value:.4g}"
-        if training.best_score is not None:
-            self.note += f", held-out {CHOSEN_BY.replace('_', ' ')} {training.best_score:.3f}"
-
-    def evaluate(self) -> None:
-        """Score the held-out rows, and write that down."""
-        self.check_loss()
-        self.training.evaluate()
-        if self.log is not None and (scores := self.training.scores):
-            values = {f"heldout/{name}": score for name, score in scores.items()}
-            self.log.write(self.training.step, self.training.epoch, values)
-        self.clock.restart()
-
-    def save(self) -> None:
-        """Write a checkpoint that this training can go on from.
-
-        Raises:
-            TrainingError: A weight is not finite, as after a gradient that was not.
-            CheckpointError: It cannot be written.
-        """
-        self.check_loss()
-        training, started = self.training, time.monotonic()
-        if self.ring.leads:
-            snapshot = training.snapshot()
-            if not all(weight.isfinite().all() for weight in snapshot.weights.values()):
-                raise self.failure(training.step, "update is")
-            self.folder.save(snapshot, training.state(), training.best)
-            training.best = None
-        self.ring.greatest()  # no process goes on, or ends, before it is on the disk
-        self.clock.saved(time.monotonic() - started)
-
-    def check_loss(self) -> None:
-        """Refuse to go on from a loss that is not finite.
-
-        Raises:
-            TrainingError: With the step, the first keys of its batch and the last good checkpoint.
-        """
-        if step := self.training.failed_at:
-            raise self.failure(step, "loss is")
-
-    def failure(self, step: int, what: str) -> TrainingError:
-        """Return the error that says at which step and rows numbers ceased to be finite."""
-        keys = self.training.loader.keys(step - 1, 3)
-        last = self.folder.last
-        good = f"is {last.resolve()}" if last.exists() else "was not written yet"
-        return TrainingError(
-            f"The {what} not finite at step {step}, whose batch begins with the keys {keys}. "
-            f"A number was expected. Lower align.optimizer.learning_rate, or set "
-            f"align.optimizer.max_grad_norm. The last good checkpoint {good}."
-        )
-
-    def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is due."""
-        return self.training.step % every == 0 or self.training.is_finished
-
-    def is_due_for_checkpoint(self) -> bool:
-        """Whether to save now: by the setting, or by the time since the last one."""
-        if self.checkpoint_every is not None:
-            return self.is_due(self.checkpoint_every)
-        return self.training.is_finished or self.clock.checkpoint_is_due()
+def _run_steps(
+    training: Training, log: MetricsLog | None, should_stop: Callable[[], bool], on_step: OnStep
+) -> None:
+    """Train until the end, or until a process is asked to stop; then the last step is saved."""
+    config, loader, ring = training.config, training.loader, training.ring
+    log_every = min(50, max(1, training.total_steps // 500))
+    eval_every = config.eval_every or loader.steps_per_epoch
+    meter, timer = Meter(), CheckpointTimer(config.checkpoint_every)
+    note, stop = "", False
+    with closing(loader.batches(training.step, training.total_steps)) as batches:
+        while not training.is_finished and not stop:
+            with meter.waiting():
+                batch = next(batches)
+            rate = training.rate
+            loss = training.update(batch)
+            meter.images += config.batch_size
+            if training.is_due(log_every):
+                training.check_loss()
+                if log is not None:
+                    note = _log_update(log, training, loss, rate, meter)
+            if training.is_due(eval_every):
+                training.evaluate()
+                if log is not None:
+                    log.write(training, {f"heldout/{k}": v for k, v in training.scores.items()})
+                meter.restart()
+            due = ring.leads and timer.is_due(training)
+            stop, save = map(bool, ring.greatest(should_stop(), due))
+            if stop or save:
+                with timer.saving():
+                    training.save()
+                meter.restart()
+            on_step(training.step, training.total_steps, note)
 
 
-class Clock:
-    """What happened since the last line of the metrics, and when the last checkpoint was."""
-
-    def __init__(self) -> None:
-        self._saved_at = time.monotonic()
-        self._between = SECONDS_BETWEEN_CHECKPOINTS
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the images and the times."""
-        self._started_at = time.monotonic()
-        self.images = 0
-        self.waited = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the last restart."""
-        return max(time.monotonic() - self._started_at, 1e-9)
-
-    def checkpoint_is_due(self) -> bool:
-        """Whether enough time has passed since the last checkpoint."""
-        return time.monotonic() - self._saved_at >= self._between
-
-    def saved(self, seconds: float) -> None:
-        """Note that a checkpoint was written, and how long that took."""
-        self._saved_at = time.monotonic()
-        self._between = max(SECONDS_BETWEEN_CHECKPOINTS, SAVING_SHARE * seconds)
-        self.restart()
+def _log_update(
+    log: MetricsLog, training: Training, loss: Tensor, rate: float, meter: Meter
+) -> str:
+    """Write down how the training goes, and say it in a few words."""
+    value = loss.item()  # the CPU waits for the device here, and hardly anywhere else
+    scale, bias = training.model.scale_and_bias
+    values = {
+        "loss": value,
+        "learning_rate": rate,
+        "scale": scale,
+        "bias": bias,
+        "images_per_second": round(meter.images_per_second, 1),
+        "wait_for_data_seconds": round(meter.waited, 4),
+    }
+    log.write(training, values)
+    meter.restart()
+    note = f"loss {value:.4g}"
+    if training.best_score is not None:
+        note += f", held-out {CHOSEN_BY.replace('_', ' ')} {training.best_score:.3f}"
+    return note
 
 
 def train(  # noqa: PLR0913 - the one entry of the stage
@@ -590,8 +508,8 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         run_dir: Where checkpoints and metrics go, and come from.
         device: Where to train.
         seed: Of the first weights, the order and the dropout.
-        should_stop: Asked after every step.
-        on_step: Told after every step.
+        should_stop: Called after every step.
+        on_step: Called after every step.
 
     Returns:
         The best checkpoint: that of the highest held-out mean recall (the earliest of several), or
@@ -614,12 +532,26 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
     with _random_numbers(device, seed), _fast_products(config, device):
-        training = _prepare(columns, weights, config, seed=seed, device=device, described=described)
+        loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
+        model = build_described(described, config.head).to(device)
+        training = Training(
+            config=config,
+            seed=seed,
+            device=device,
+            loader=loader,
+            heldout=heldout,
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            described=described,
+            folder=folder,
+            ring=ring,
+        )
         if checkpoint is not None:
             training.restore(checkpoint)
-        ring.copy_from_first(training.model.parameters())
-        with _metrics_log(run_dir, training) as log:
-            Loop(training, folder, log).run(should_stop, on_step)
+        ring.copy_from_first(model.parameters())
+        log = MetricsLog(run_dir, step=training.step) if ring.leads else None
+        with closing(log) if log is not None else nullcontext():
+            _run_steps(training, log, should_stop, on_step)
     return folder.best if training.is_finished else None
 
 
@@ -630,43 +562,6 @@ def _resume(folder: CheckpointFolder, described: dict[str, Any], ring: Ring) -> 
     if not ring.leads and folder.last.exists():
         checkpoint = Checkpoint.open(folder.last)
     return checkpoint
-
-
-def _metrics_log(run_dir: Path, training: Training) -> AbstractContextManager[MetricsLog | None]:
-    if training.ring.leads:
-        return closing(MetricsLog(run_dir, step=training.step))
-    return nullcontext()
-
-
-def _prepare(
-    columns: Sequence[Columns],
-    weights: Sequence[float],
-    config: AlignConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    described: dict[str, Any],
-) -> Training:
-    loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
-    first = columns[0]
-    model = build_model(
-        dict(config.head),
-        image_dim=first.image.dim,
-        text_dim=first.text[0].dim,
-        initial_scale=config.loss.initial_scale,
-        initial_bias=config.loss.initial_bias,
-    ).to(device)
-    return Training(
-        config=config,
-        seed=seed,
-        device=device,
-        loader=loader,
-        heldout=heldout,
-        model=model,
-        optimizer=build_optimizer(model, config.optimizer),
-        described=described,
-        ring=Ring.of_processes(),
-    )
 
 
 @contextmanager

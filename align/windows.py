@@ -1,7 +1,8 @@
-"""Where the loader keeps what: all of it on the device, all of it on the host, or windows of it."""
+"""Memory for the features: of all rows, on the device or the host, or of windows of the rows."""
 
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,9 +23,42 @@ from align.columns import Columns
 from align.order import Window
 from features.errors import TrainingError
 
+logger = logging.getLogger(__name__)
+MIB = 2**20
+BUFFERS_SHARE = 4  # at most one part in so many of the memory is for what threads read into
 
-class FeaturesInMemory:
-    """The features of images and captions, and on request a hash of each caption."""
+Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captions text_dim"]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a window that one step takes, in their order."""
+
+    span: slice
+    """Of the window's positions."""
+    positions: Int64[np.ndarray, "part"]
+    rows: Int64[np.ndarray, "part"]
+    """Of the store."""
+    fields: Int64[np.ndarray, "part captions"]
+    """Caption fields drawn for each row, by their numbers in the store."""
+    is_usable: Bool[np.ndarray, "part captions"]
+    """Whether the row has a caption to use in that field."""
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """A window, and what the steps take of it."""
+
+    window: Window
+    parts: Iterable[Part]
+    """In order; a list if the rows are read in this order, otherwise made when they are used."""
+
+
+class WindowMemory(ABC):
+    """Memory for the features of a window, and on request for a hash of each caption."""
+
+    is_resident = False
+    """Whether it holds all rows, so that they can be used in any order."""
 
     def __init__(
         self,
@@ -35,7 +69,7 @@ class FeaturesInMemory:
         with_caption_ids: bool,
         device: torch.device,
     ) -> None:
-        """Take memory.
+        """Allocate.
 
         Args:
             reader: Reads the chunks, and says where they lie.
@@ -50,29 +84,60 @@ class FeaturesInMemory:
         image, text = self.columns.image, self.columns.text[0]
         self._image = RowsInMemory((images, image.dim), image.dtype, reader.memory, device)
         self._text = RowsInMemory((captions, text.dim), text.dtype, reader.memory, device)
-        self._caption_ids = np.empty(captions, dtype=np.int64) if with_caption_ids else None
+        self._with_caption_ids = with_caption_ids
+        self._caption_ids = np.empty(captions if with_caption_ids else 0, dtype=np.int64)
+        self._used: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        ids = 0 if self._caption_ids is None else self._caption_ids.nbytes
-        return self._image.nbytes + self._text.nbytes + ids
+        return self._image.nbytes + self._text.nbytes + self._caption_ids.nbytes
+
+    @abstractmethod
+    def load(self, plan: WindowPlan, readers: ThreadPoolExecutor) -> Sequence[Future[None]]:
+        """Begin to read a window.
+
+        Args:
+            plan: The window.
+            readers: The threads that read; a result may be a StoreCorruptError.
+
+        Returns:
+            What to wait for.
+        """
+
+    @abstractmethod
+    def copy(
+        self,
+        part: Part,
+        image: Float16[Tensor, "part image_dim"],
+        text: Float16[Tensor, "part captions text_dim"],
+    ) -> None:
+        """Copy the features of a part into the memory of a batch."""
+
+    @abstractmethod
+    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+        """Return the hashes of the captions of a part; they must have been asked for."""
+
+    @abstractmethod
+    def view(self, part: Part) -> Features | None:
+        """Return the features of a part where they lie, None if they must be copied."""
+
+    def release(self) -> None:
+        """Let the rows be overwritten as soon as a GPU has made what was asked of it so far."""
+        if self._reader.memory.type == "cuda":
+            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._used.record()
 
 
-class Pool(FeaturesInMemory):
-    """The features, and on request the caption ids, of all chunks that are used, as on disk."""
+class ResidentMemory(WindowMemory):
+    """All chunks that are used, as on disk: every window has the same chunks."""
+
+    is_resident = True
 
     def __init__(
         self, reader: ChunkReader, chunks: int, *, with_caption_ids: bool, device: torch.device
     ) -> None:
-        """Take memory.
-
-        Args:
-            reader: Reads the chunks, and says where they lie.
-            chunks: How many.
-            with_caption_ids: Whether the captions are hashed too.
-            device: Where the batches lie.
-        """
+        """Allocate for as many chunks; see `WindowMemory`."""
         self._rows = chunks * reader.columns.image.rows_per_chunk
         captions = len(reader.columns.text) * self._rows
         super().__init__(
@@ -80,58 +145,32 @@ class Pool(FeaturesInMemory):
         )
         self._reads: list[Future[None]] = []
 
-    def fill(
-        self,
-        window: Window,
-        fields: Int64[np.ndarray, "rows captions"] | None,  # noqa: ARG002
-        readers: ThreadPoolExecutor,
-    ) -> list[Future[None]]:
-        """Begin to read the chunks of the only window, unless that was done before.
-
-        Args:
-            window: The same chunks every time.
-            fields: Of no matter: all are read.
-            readers: The threads that read; a result may be a StoreCorruptError.
-
-        Returns:
-            What is to be waited for.
-        """
+    def load(self, plan: WindowPlan, readers: ThreadPoolExecutor) -> Sequence[Future[None]]:
+        """Begin to read all chunks, unless they were read or are being read."""
         if not self._reads or any(map(_has_failed, self._reads)):
             self._reads = [
                 readers.submit(self._read_chunk, slot, chunk)
-                for slot, chunk in enumerate(window.chunks.tolist())
+                for slot, chunk in enumerate(plan.window.chunks.tolist())
             ]
         return self._reads
 
-    def view(self, part: slice) -> None:
-        """Return None: no batch lies here as it is used."""
-
     def copy(
         self,
-        part: slice,  # noqa: ARG002
-        positions: Int64[np.ndarray, "batch"],
-        fields: Int64[np.ndarray, "batch captions"],
-        image: Float16[Tensor, "batch image_dim"],
-        text: Float16[Tensor, "batch captions text_dim"],
+        part: Part,
+        image: Float16[Tensor, "part image_dim"],
+        text: Float16[Tensor, "part captions text_dim"],
     ) -> None:
-        """Copy rows, and the given caption fields of each, into the memory of a batch."""
-        self._image.gather(positions, image)
-        self._text.gather(self._captions(positions, fields).ravel(), text.flatten(0, 1))
+        """Gather the features of a part."""
+        self._image.gather(part.positions, image)
+        self._text.gather(self._captions(part).ravel(), text.flatten(0, 1))
 
-    def caption_ids(
-        self,
-        part: slice,  # noqa: ARG002
-        positions: Int64[np.ndarray, "batch"],
-        fields: Int64[np.ndarray, "batch captions"],
-    ) -> Int64[np.ndarray, "batch captions"] | None:
-        """Return the caption ids of rows, None where the pool has none."""
-        if self._caption_ids is None:
-            return None
-        ids: np.ndarray = self._caption_ids[self._captions(positions, fields)]
+    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+        """Gather the hashes of the captions of a part."""
+        ids: np.ndarray = self._caption_ids[self._captions(part)]
         return ids
 
-    def mark_used(self) -> None:
-        """Do nothing: what is here stays."""
+    def view(self, part: Part) -> Features | None:
+        """Return None: the rows of a part are scattered."""
 
     def _read_chunk(self, slot: int, chunk: int) -> None:
         size = self.columns.image.rows_per_chunk
@@ -139,15 +178,12 @@ class Pool(FeaturesInMemory):
         for field, column in enumerate(self.columns.text):
             first = field * self._rows + slot * size
             self._reader.read(column, chunk, self._text, first)
-            if self._caption_ids is not None:
+            if self._with_caption_ids:
                 hashes = caption_hashes(self.columns, field, chunk)
                 self._caption_ids[first : first + len(hashes)] = hashes
 
-    def _captions(
-        self, positions: Int64[np.ndarray, "batch"], fields: Int64[np.ndarray, "batch captions"]
-    ) -> Int64[np.ndarray, "batch captions"]:
-        """Return where the given caption fields of rows lie: all of a field stand together."""
-        places: np.ndarray = fields * self._rows + positions[:, None]
+    def _captions(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+        places: np.ndarray = part.fields * self._rows + part.positions[:, None]  # field by field
         return places
 
 
@@ -156,10 +192,7 @@ def _has_failed(read: Future[None]) -> bool:
     return read.cancelled() or (read.done() and read.exception() is not None)
 
 
-Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captions text_dim"]]
-
-
-class OrderedWindow(FeaturesInMemory):
+class StreamingMemory(WindowMemory):
     """The rows of a window and the captions drawn for them, each at the place of its use.
 
     The system puts the rows of a chunk straight to their places (`features.storage.chunks`). Where
@@ -171,7 +204,7 @@ class OrderedWindow(FeaturesInMemory):
     def __init__(
         self, reader: ChunkReader, rows: int, captions: int, *, with_caption_ids: bool
     ) -> None:
-        """Take memory.
+        """Allocate.
 
         Args:
             reader: Reads the chunks, and says where the memory is.
@@ -188,26 +221,12 @@ class OrderedWindow(FeaturesInMemory):
             with_caption_ids=with_caption_ids,
             device=reader.memory,
         )
-        self._used: torch.cuda.Event | None = None
 
-    def fill(
-        self,
-        window: Window,
-        fields: Int64[np.ndarray, "rows captions"] | None,
-        readers: ThreadPoolExecutor,
-    ) -> list[Future[None]]:
-        """Begin to read the chunks of a window, and return what is to be waited for.
-
-        Args:
-            window: Which, and the rows in the order of their use.
-            fields: The caption fields drawn for each row; not given, all are used in order.
-            readers: The threads that read; a result may be a StoreCorruptError.
-        """
+    def load(self, plan: WindowPlan, readers: ThreadPoolExecutor) -> Sequence[Future[None]]:
+        """Begin to read the chunks of a window."""
         if self._used is not None:
             self._used.synchronize()  # batches may still be read from here
-        if fields is None:
-            every = np.arange(len(self.columns.text))
-            fields = np.broadcast_to(every, (len(window.positions), len(every)))
+        window, fields = plan.window, np.concatenate([part.fields for part in plan.parts])
         order = np.argsort(window.positions, kind="stable")  # by chunk, and by row in the chunk
         starts = np.arange(len(window.chunks) + 1) * self.columns.image.rows_per_chunk
         bounds = np.searchsorted(window.positions[order], starts)
@@ -221,45 +240,30 @@ class OrderedWindow(FeaturesInMemory):
                 reads.append(readers.submit(self._read_captions, *job))
         return reads
 
-    def view(self, part: slice) -> Features | None:
-        """Return a batch as it lies here, None if it must be copied."""
-        if self._image.scale is not None or self._text.scale is not None:
-            return None
-        return self._image.values[part], self._caption_rows(self._text.values, part)
-
     def copy(
         self,
-        part: slice,
-        positions: Int64[np.ndarray, "batch"],  # noqa: ARG002
-        fields: Int64[np.ndarray, "batch captions"],  # noqa: ARG002
-        image: Float16[Tensor, "batch image_dim"],
-        text: Float16[Tensor, "batch captions text_dim"],
+        part: Part,
+        image: Float16[Tensor, "part image_dim"],
+        text: Float16[Tensor, "part captions text_dim"],
     ) -> None:
-        """Copy a part of the window into the memory of a batch."""
-        self._image.copy(part, image)
-        self._text.copy(self._of_captions(part), text.flatten(0, 1))
+        """Copy the features of a part, which stand one behind the other."""
+        self._image.copy(part.span, image)
+        self._text.copy(self._caption_span(part), text.flatten(0, 1))
 
-    def caption_ids(
-        self,
-        part: slice,
-        positions: Int64[np.ndarray, "batch"],  # noqa: ARG002
-        fields: Int64[np.ndarray, "batch captions"],  # noqa: ARG002
-    ) -> Int64[np.ndarray, "batch captions"] | None:
-        """Return the caption ids of a part of the window, None where there are none."""
-        if self._caption_ids is None:
+    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+        """Return the hashes of the captions of a part."""
+        return self._caption_ids[self._caption_span(part)].reshape(-1, self._captions)
+
+    def view(self, part: Part) -> Features | None:
+        """Return the features of a part where they lie, None if they are int8."""
+        if self._image.scale is not None or self._text.scale is not None:
             return None
-        return self._caption_ids[self._of_captions(part)].reshape(-1, self._captions).copy()
-
-    def mark_used(self) -> None:
-        """Say that nothing more will be read from the rows that are here."""
-        if self._reader.memory.type == "cuda":
-            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._used.record()
+        text = self._text.values[self._caption_span(part)]
+        return self._image.values[part.span], text.view(-1, self._captions, text.shape[1])
 
     def _read_images(
         self, chunk: int, rows: Int64[np.ndarray, "used"], places: Int64[np.ndarray, "used"]
     ) -> None:
-        """Read the images of a chunk: of its rows, those that are used go to their places."""
         targets = np.full(self.columns.image.rows_per_chunk, len(self._image.values) - 1)
         targets[rows] = places
         self._reader.scatter(self.columns.image, chunk, self._image, targets)
@@ -270,29 +274,20 @@ class OrderedWindow(FeaturesInMemory):
         chunk: int,
         rows: Int64[np.ndarray, "used"],
         places: Int64[np.ndarray, "used"],
-        drawn: Bool[np.ndarray, "used captions"],
+        is_drawn: Bool[np.ndarray, "used captions"],
     ) -> None:
-        """Read one caption field of a chunk, if it was drawn for any of the rows that are used."""
-        which, caption = np.nonzero(drawn)
+        which, caption = np.nonzero(is_drawn)
         if not len(which):
-            return
+            return  # the field was drawn for none of these rows
         targets = np.full(self.columns.image.rows_per_chunk, len(self._text.values) - 1)
         targets[rows[which]] = places[which] * self._captions + caption
         self._reader.scatter(self.columns.text[field], chunk, self._text, targets)
-        if self._caption_ids is not None:
+        if self._with_caption_ids:
             hashes = caption_hashes(self.columns, field, chunk)
             self._caption_ids[targets[: len(hashes)]] = hashes
 
-    def _of_captions(self, part: slice) -> slice:
-        return slice(part.start * self._captions, part.stop * self._captions)
-
-    def _caption_rows(self, values: Tensor, part: slice) -> Tensor:
-        return values[self._of_captions(part)].view(-1, self._captions, values.shape[1])
-
-
-logger = logging.getLogger(__name__)
-MIB = 2**20
-BUFFERS_SHARE = 4  # at most one part in so many of the memory is for what threads read into
+    def _caption_span(self, part: Part) -> slice:
+        return slice(part.span.start * self._captions, part.span.stop * self._captions)
 
 
 @dataclass(frozen=True)

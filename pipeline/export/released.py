@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from align.checkpoint import CheckpointFolder, Snapshot, load_head
-from align.columns import Columns
+from align.columns import Columns, describe
 from align.config import HeadConfig
 from align.heads import AlignmentModel, build_model
-from align.trainer import describe
 from features.errors import CheckpointError
 from features.storage.column import Column
 from features.storage.files import appearing

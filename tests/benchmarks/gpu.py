@@ -148,7 +148,7 @@ def step_figures(
         optimizer = build_optimizer(model, OptimizerConfig())
         image = torch.randn(batch, image_dim, device=device, dtype=torch.float16)
         text = torch.randn(2 * batch, text_dim, device=device, dtype=torch.float16)
-        pairs = Pairs(fields=2, weights=torch.ones(2 * batch, device=device), caption_ids=None)
+        pairs = Pairs.of_all_fields(torch.ones(batch, 2, device=device))
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)  # noqa: B023
@@ -173,7 +173,7 @@ def loss_figures(device: torch.device, *, batches: list[int], repeats: int) -> l
         text = torch.randn(batch, 1, 768, device=device, requires_grad=True)
         model = build_model(dict(HeadConfig(dim=8, depth=1)), image_dim=8, text_dim=8)
         model = model.to(device)
-        pairs = Pairs(fields=1, weights=torch.ones(batch, device=device), caption_ids=None)
+        pairs = Pairs.of_all_fields(torch.ones(batch, 1, device=device))
 
         def blocked() -> None:
             _loss(image, text, model, pairs).backward()  # noqa: B023

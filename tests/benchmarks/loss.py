@@ -43,7 +43,7 @@ def blocked(inputs: Inputs) -> None:
         inputs.text[:, None],
         log_scale=inputs.log_scale,
         bias=inputs.bias,
-        pairs=Pairs(1, torch.ones(len(inputs.text)), None),
+        pairs=Pairs.of_all_fields(torch.ones(len(inputs.text), 1)),
         options=LossOptions(),
     ).backward()
 

@@ -41,7 +41,7 @@ def loss_of(
         model.embed_text(text.flatten(0, 1)).view(count, fields, -1),
         log_scale=model.log_scale,
         bias=model.bias,
-        pairs=Pairs(fields, torch.ones(count * fields), None),
+        pairs=Pairs.of_all_fields(torch.ones(count, fields)),
         options=options,
     )
 

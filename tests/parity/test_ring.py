@@ -10,7 +10,7 @@ import torch.distributed as dist
 from align.loss import LossOptions, Pairs, contrastive_loss
 from align.processes import Ring
 from tests.processes import run_processes
-from tests.unit.test_loss import CASES, FIELDS, IMAGES, Kind, dense, inputs, pairs
+from tests.unit.test_loss import CASES, IMAGES, Kind, dense, inputs, pairs
 
 SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in (1, 2, 4)]
 LOSSES: list[tuple[Kind, Literal["image", "pair"]]] = [
@@ -30,7 +30,6 @@ def compute_shares(folder: str) -> None:
     for kind, normalise in LOSSES:
         for case in CASES:
             whole = pairs(case)
-            weights = whole.weights.view(IMAGES, FIELDS)[share].flatten()
             ids = None if whole.caption_ids is None else whole.caption_ids[share]
             image, text, scale, bias = inputs()
             image, text = (each[share].detach().requires_grad_() for each in (image, text))
@@ -39,7 +38,7 @@ def compute_shares(folder: str) -> None:
                 text,
                 log_scale=scale,
                 bias=bias,
-                pairs=Pairs(FIELDS, weights, ids),
+                pairs=Pairs.of_all_fields(whole.weights[share], ids),
                 options=LossOptions(kind, normalise, 3),
                 ring=ring,
             )

@@ -36,7 +36,7 @@ def pairs(case: str) -> Pairs:
         ids[4, 1] = ids[1, 0]  # and in another field
         ids[6] = ids[6, 0]  # both captions of one image the same
         ids[5, 0] = ids[2, 1]  # two missing captions: the same empty string
-    return Pairs(FIELDS, weights.flatten(), ids)
+    return Pairs.of_all_fields(weights, ids)
 
 
 def is_positive(pairs: Pairs, image: int, text: int) -> bool:
@@ -45,7 +45,7 @@ def is_positive(pairs: Pairs, image: int, text: int) -> bool:
     own = {
         int(pairs.caption_ids[image, field])
         for field in range(FIELDS)
-        if pairs.weights[image * FIELDS + field] > 0
+        if pairs.weights[image, field] > 0
     }
     return int(pairs.caption_ids.flatten()[text]) in own
 
@@ -61,13 +61,14 @@ def dense(
     image, text, log_scale, bias = given
     text = text.flatten(0, 1)
     logits = log_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T + bias
-    used = [j for j in range(len(text)) if pairs.weights[j] > 0]
+    weights = pairs.weights.flatten()
+    used = [j for j in range(len(text)) if weights[j] > 0]
     if kind == "sigmoid":
         total = logits.new_zeros(())
         for i in range(len(image)):
             for j in used:
                 sign = 1 if is_positive(pairs, i, j) else -1
-                total = total - pairs.weights[j] * F.logsigmoid(sign * logits[i, j])
+                total = total - weights[j] * F.logsigmoid(sign * logits[i, j])
         return total / (len(image) * (len(used) if by_pair else 1))
     over_texts, over_images, images, weight = logits.new_zeros(()), logits.new_zeros(()), 0, 0.0
     for i in range(len(image)):
@@ -75,13 +76,13 @@ def dense(
         if positives:
             images += 1
             log_probability = logits[i, positives] - logits[i, used].logsumexp(0)
-            share = pairs.weights[positives]
+            share = weights[positives]
             over_texts = over_texts - (share * log_probability).sum() / share.sum()
     for j in used:
         owners = [i for i in range(len(image)) if is_positive(pairs, i, j)]
         log_probability = logits[owners, j] - logits[:, j].logsumexp(0)
-        over_images = over_images - pairs.weights[j] * log_probability.mean()
-        weight += float(pairs.weights[j])
+        over_images = over_images - weights[j] * log_probability.mean()
+        weight += float(weights[j])
     return (over_texts / images + over_images / weight) / 2
 
 
@@ -136,7 +137,7 @@ def test_one_matching_pair_costs_log_two_when_its_logit_is_zero() -> None:
         pair[:, None],
         log_scale=torch.tensor(math.log(10)),
         bias=torch.tensor(-10.0),
-        pairs=Pairs(1, torch.ones(1), None),
+        pairs=Pairs.of_all_fields(torch.ones(1, 1)),
         options=LossOptions(),
     )
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
@@ -176,7 +177,7 @@ def test_under_autocast_the_logits_keep_full_precision() -> None:
             text,
             log_scale=scale,
             bias=bias,
-            pairs=Pairs(FIELDS, torch.ones(IMAGES * FIELDS), None),
+            pairs=Pairs.of_all_fields(torch.ones(IMAGES, FIELDS)),
             options=LossOptions(),
         ).item()
 
