@@ -175,6 +175,10 @@ class Bucket:
                 key = f"{prefix}/{file.relative_to(folder).as_posix()}"
                 obstore.put(self._store, key, file.read_bytes())
 
+    def remove(self, path: str) -> None:
+        """Delete an object."""
+        obstore.delete(self._store, path)
+
     def content(self, prefix: str) -> dict[str, bytes]:
         """What lies under a prefix."""
         listed = [entry for entries in obstore.list(self._store, prefix) for entry in entries]

@@ -10,10 +10,10 @@ import torch
 import zarr
 
 from align.chunk_reader import RowsInMemory
-from align.columns import Columns, PairedStore, select_rows
+from align.columns import Columns, PairedStore, open_columns, select_rows
 from align.config import AlignConfig
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
-from align.trainer import open_columns, training_data
+from align.trainer import training_data
 from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
@@ -98,7 +98,7 @@ def test_a_mixture_begins_at_any_step_and_is_shared_out_among_processes(
             assert {len(part.rows) for part in parts} == {24 // ranks}
             rows = np.concatenate([part.rows for part in parts])
             np.testing.assert_array_equal(rows, whole[step].rows)
-            for name in ("image", "text", "weights", "caption_ids"):
+            for name in ("image", "text", "fields", "caption_ids"):
                 together = torch.cat([getattr(part, name) for part in parts])
                 assert torch.equal(together, getattr(whole[step], name))
         keys = [key for share in shares for key in share.keys(3, 24)]
@@ -188,7 +188,7 @@ def test_held_out_rows_come_from_all_stores_in_proportion(tmp_path: Path) -> Non
     loader, heldout = training_data(columns, [1.0, 2.0], config, seed=0, device=CPU)
     assert heldout is not None
     assert len(heldout) == 30
-    used = heldout._pairs.weights.view(30, 2)
+    used = heldout._pairs.weights
     assert used[:10].all()
     assert used[10:, 0].all()
     assert not used[10:, 1].any()
