@@ -41,23 +41,9 @@ class Pairs:
     caption_ids: Int64[Tensor, "batch captions"] | None
     """Equal where captions are the same string; None: only an image's own texts are positives."""
 
-    @classmethod
-    def of_all_fields(
-        cls,
-        weights: Float[Tensor, "batch captions"],
-        caption_ids: Int64[Tensor, "batch captions"] | None = None,
-    ) -> "Pairs":
-        """Make the pairs of images whose captions are one of each field, in their order."""
-        fields = torch.arange(weights.shape[1], device=weights.device)
-        return cls(fields.expand(weights.shape), weights, caption_ids)
-
     def __len__(self) -> int:
         """Images."""
         return len(self.weights)
-
-    def positives(self, start: int, stop: int) -> Bool[Tensor, "rows texts"]:
-        """Return the positives of images `start` to `stop` as a matrix."""
-        return Block(self, self, slice(start, stop), slice(0, len(self))).positives()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tests.benchmarks import extraction
 from tests.benchmarks.captions import drift
 from tests.benchmarks.figure import Figure, figure_of, machine
 from tests.benchmarks.nvembed import REAL, captions, operations, random_encoder
+from tests.pairs import pairs_of
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -148,7 +149,7 @@ def step_figures(
         optimizer = build_optimizer(model, OptimizerConfig())
         image = torch.randn(batch, image_dim, device=device, dtype=torch.float16)
         text = torch.randn(2 * batch, text_dim, device=device, dtype=torch.float16)
-        pairs = Pairs.of_all_fields(torch.ones(batch, 2, device=device))
+        pairs = pairs_of(torch.ones(batch, 2, device=device))
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)  # noqa: B023
@@ -173,7 +174,7 @@ def loss_figures(device: torch.device, *, batches: list[int], repeats: int) -> l
         text = torch.randn(batch, 1, 768, device=device, requires_grad=True)
         model = build_model(dict(HeadConfig(dim=8, depth=1)), image_dim=8, text_dim=8)
         model = model.to(device)
-        pairs = Pairs.of_all_fields(torch.ones(batch, 1, device=device))
+        pairs = pairs_of(torch.ones(batch, 1, device=device))
 
         def blocked() -> None:
             _loss(image, text, model, pairs).backward()  # noqa: B023

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
 from tests.benchmarks.figure import Figure, figure_of
+from tests.pairs import pairs_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def blocked(inputs: Inputs) -> None:
         inputs.text[:, None],
         log_scale=inputs.log_scale,
         bias=inputs.bias,
-        pairs=Pairs.of_all_fields(torch.ones(len(inputs.text), 1)),
+        pairs=pairs_of(torch.ones(len(inputs.text), 1)),
         options=LossOptions(),
     ).backward()
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.heads import AlignmentModel
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
 from pipeline.export.released import load_released, released_names, save_released
+from tests.pairs import pairs_of
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "sail_head_tiny"
 pytestmark = pytest.mark.skipif(
@@ -41,7 +42,7 @@ def loss_of(
         model.embed_text(text.flatten(0, 1)).view(count, fields, -1),
         log_scale=model.log_scale,
         bias=model.bias,
-        pairs=Pairs.of_all_fields(torch.ones(count, fields)),
+        pairs=pairs_of(torch.ones(count, fields)),
         options=options,
     )
 

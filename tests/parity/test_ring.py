@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import LossOptions, contrastive_loss
 from align.processes import Ring
+from tests.pairs import pairs_of
 from tests.processes import run_processes
 from tests.unit.test_loss import CASES, IMAGES, Kind, dense, inputs, pairs
 
@@ -38,7 +39,7 @@ def compute_shares(folder: str) -> None:
                 text,
                 log_scale=scale,
                 bias=bias,
-                pairs=Pairs.of_all_fields(whole.weights[share], ids),
+                pairs=pairs_of(whole.weights[share], ids),
                 options=LossOptions(kind, normalise, 3),
                 ring=ring,
             )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.loss import LossOptions, Pairs, contrastive_loss
+from tests.pairs import pairs_of
 
 Kind = Literal["sigmoid", "infonce"]
 
@@ -23,7 +24,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Pairs]:
     weights = torch.rand(images, fields, generator=generator, dtype=torch.float64)
     weights[:, 1:] *= torch.rand(images, fields - 1, generator=generator) > 0.3
     ids = torch.randint(0, 6, (images, fields), generator=generator)
-    return image, text, Pairs.of_all_fields(weights, ids if draw(st.booleans()) else None)
+    return image, text, pairs_of(weights, ids if draw(st.booleans()) else None)
 
 
 def loss(kind: Kind, image: Tensor, text: Tensor, pairs: Pairs, block_rows: int = 100) -> float:
@@ -55,7 +56,7 @@ def test_the_order_of_the_images_changes_nothing(
     image, text, pairs = batch
     order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
     ids = None if pairs.caption_ids is None else pairs.caption_ids[order]
-    permuted = Pairs.of_all_fields(pairs.weights[order], ids)
+    permuted = pairs_of(pairs.weights[order], ids)
     assert loss(kind, image[order], text[order], permuted) == pytest.approx(
         loss(kind, image, text, pairs), rel=1e-12
     )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.loss import LossOptions, Pairs, contrastive_loss
+from align.loss import Block, LossOptions, Pairs, contrastive_loss
+from tests.pairs import pairs_of
 
 Kind = Literal["sigmoid", "infonce"]
 IMAGES, FIELDS, DIM = 8, 2, 5
@@ -36,7 +37,7 @@ def pairs(case: str) -> Pairs:
         ids[4, 1] = ids[1, 0]  # and in another field
         ids[6] = ids[6, 0]  # both captions of one image the same
         ids[5, 0] = ids[2, 1]  # two missing captions: the same empty string
-    return Pairs.of_all_fields(weights, ids)
+    return pairs_of(weights, ids)
 
 
 def is_positive(pairs: Pairs, image: int, text: int) -> bool:
@@ -137,7 +138,7 @@ def test_one_matching_pair_costs_log_two_when_its_logit_is_zero() -> None:
         pair[:, None],
         log_scale=torch.tensor(math.log(10)),
         bias=torch.tensor(-10.0),
-        pairs=Pairs.of_all_fields(torch.ones(1, 1)),
+        pairs=pairs_of(torch.ones(1, 1)),
         options=LossOptions(),
     )
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
@@ -177,7 +178,7 @@ def test_under_autocast_the_logits_keep_full_precision() -> None:
             text,
             log_scale=scale,
             bias=bias,
-            pairs=Pairs.of_all_fields(torch.ones(IMAGES, FIELDS)),
+            pairs=pairs_of(torch.ones(IMAGES, FIELDS)),
             options=LossOptions(),
         ).item()
 
@@ -187,7 +188,8 @@ def test_under_autocast_the_logits_keep_full_precision() -> None:
 
 
 def test_identical_captions_are_positives_of_each_other_in_any_field() -> None:
-    positives = pairs("identical").positives(0, IMAGES)
+    every, given = slice(0, IMAGES), pairs("identical")
+    positives = Block(given, given, every, every).positives()
     one, three, four = 1 * FIELDS, 3 * FIELDS, 4 * FIELDS + 1
     assert positives[[1, 3, 4]][:, [one, three, four]].all()
     assert not positives[0, [one, three, four]].any()
