@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 
 class ChunkCache:
-    """A folder of chunks, bounded in bytes.
+    """A folder on local disk that keeps chunks of remote stores, up to a number of bytes.
 
-    Chunks are added until the folder is full and none is removed: every epoch reads all chunks in
-    another order, and then no rule of removal finds more of them here than this one.
+    Chunks are added until the folder is full and none is evicted: every epoch reads all chunks in
+    another order, and then no rule of eviction has more hits than this one.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, processes: int = 1) -> None:
-        """Count what is there already.
+        """Measure the folder.
 
         Args:
-            folder: Of this cache; it may hold chunks of several stores.
-            max_bytes: Of all files in it.
-            processes: Each of so many adds its share of what is left.
+            folder: Where the chunks are; those of several stores may share it.
+            max_bytes: Limit of all files in it together.
+            processes: Number of processes that share the bytes that are left.
         """
         self._folder = folder
         for of_column in folder.glob("*/"):
@@ -48,7 +48,7 @@ class ChunkCache:
         self._names: dict[str, str] = {}
 
     def read_into(self, columns: Columns, column: Column, chunk: int, buffer: np.ndarray) -> bool:
-        """Fill a buffer with a chunk that is here; return whether it is, and whole."""
+        """Fill a buffer with a cached chunk; return False if it is not cached, or damaged."""
         file = self._file(columns, column, chunk)
         if not file.is_file():
             return False
@@ -61,7 +61,7 @@ class ChunkCache:
         return True
 
     def add(self, columns: Columns, column: Column, chunk: int, values: np.ndarray) -> None:
-        """Keep a chunk, if there is room; a disk that takes none does not end a training."""
+        """Keep a chunk, if there is room. A failure to write is logged, and ends the caching."""
         size = values.nbytes + CRC_BYTES
         with self._lock:
             if size > self._left:
@@ -75,7 +75,7 @@ class ChunkCache:
             logger.warning("no more chunks are kept in %s: %s", self._folder, error)
 
     def _file(self, columns: Columns, column: Column, chunk: int) -> Path:
-        """Return where a chunk of these rows and this encoder is; of others it is elsewhere."""
+        """Name the file of a chunk by its store, its keys and its encoder's fingerprint."""
         if column.name not in self._names:
             store = columns.store if column.name.startswith("image") else columns.text_store
             made_of = [str(column.path), store.keys_sha256, store.rows, str(column.dtype)]
@@ -85,22 +85,22 @@ class ChunkCache:
 
 
 class RowsInMemory:
-    """Rows on the host or on a GPU; int8 features have the factor of their row beside them.
+    """Rows of features on the host or on a GPU; int8 rows have their factors beside them.
 
-    Where the memory is that of the host and the batch is on a GPU, rows are gathered into pinned
-    memory and copied; int8 features are multiplied by the factors of their rows on the device.
+    If the rows are on the host and the batches on a GPU, rows are gathered into pinned memory and
+    copied from there; int8 rows are multiplied by their factors on the GPU.
     """
 
     def __init__(
         self, shape: tuple[int, int], dtype: np.dtype, memory: torch.device, device: torch.device
     ) -> None:
-        """Take memory.
+        """Allocate.
 
         Args:
-            shape: Rows, and their length.
-            dtype: As in the store: float16 or int8.
-            memory: Where they lie.
-            device: Where the batches lie.
+            shape: Number of rows, and length of a row.
+            dtype: Of the store: float16 or int8.
+            memory: Device of the rows.
+            device: Device of the batches.
         """
         self._memory = memory
         self._device = device
@@ -135,7 +135,7 @@ class RowsInMemory:
             self._copied.record()
 
     def copy(self, part: slice, out: Float16[Tensor, "batch dim"]) -> None:
-        """Copy rows that stand one behind the other into the memory of a batch."""
+        """Copy consecutive rows into the memory of a batch."""
         _restore(self.values[part], None if self.scale is None else self.scale[part], out)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -156,10 +156,9 @@ PIECE_BYTES = 1 << 21  # read at once from local disk: it stays in the processor
 
 
 class ChunkReader:
-    """What the rows of one store are read by.
+    """Reads chunks of one store into host or GPU memory.
 
-    Chunks come to a GPU through pinned memory on a stream of their own, so that training goes on
-    meanwhile.
+    Chunks are copied to a GPU from pinned memory on a stream of their own, while training goes on.
     """
 
     def __init__(
@@ -171,13 +170,13 @@ class ChunkReader:
         threads: int,
         cache: ChunkCache | None = None,
     ) -> None:
-        """Prepare buffers, which are taken when they are first used.
+        """Count the buffers, one per thread; each is allocated when it is first used.
 
         Args:
-            columns: What is read.
+            columns: The columns of the store.
             verify: Whether to check the crc32c of each chunk the first time that it is read.
-            memory: Where the rows go.
-            threads: How many may read at once.
+            memory: Device of the memory that is read into.
+            threads: Number of threads that read at once.
             cache: Keeps chunks of remote stores on local disk.
         """
         self._cache = cache
@@ -198,13 +197,13 @@ class ChunkReader:
             self._buffers.put(None)
 
     def read(self, column: Column, chunk: int, rows: RowsInMemory, first: int) -> None:
-        """Read a chunk to where its rows stand one behind the other.
+        """Read a chunk into consecutive rows.
 
         Args:
             column: Of the image or of a caption field.
             chunk: Number of the chunk.
             rows: The memory.
-            first: Where the first row goes.
+            first: Row of the memory that the first row of the chunk goes to.
 
         Raises:
             StoreCorruptError: The chunk is not what was written.
@@ -225,13 +224,13 @@ class ChunkReader:
     def scatter(
         self, column: Column, chunk: int, rows: RowsInMemory, places: Int64[np.ndarray, "rows"]
     ) -> None:
-        """Read a chunk and put each of its rows at a place.
+        """Read a chunk and put each of its rows at a place of its own.
 
         Args:
             column: Of the image or of a caption field.
             chunk: Number of the chunk.
             rows: The memory.
-            places: Of each row of the chunk.
+            places: Row of the memory that each row of the chunk goes to.
 
         Raises:
             StoreCorruptError: The chunk is not what was written.
@@ -288,7 +287,7 @@ class ChunkReader:
 
     @contextmanager
     def _buffer(self, column: Column) -> Iterator[Tensor]:
-        """Lend a buffer for a chunk of a column, or for a piece of it."""
+        """Lend a buffer as large as a chunk of a column, or as a piece of one."""
         memory = self._buffers.get()
         try:
             if memory is None:
@@ -302,7 +301,7 @@ class ChunkReader:
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
-        """Let the GPU copy on the stream of this reader; wait until it has."""
+        """Copy on the stream of this reader; wait until the copies are done."""
         with torch.cuda.stream(self._stream):
             yield
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -311,7 +310,7 @@ class ChunkReader:
 
 
 def largest_chunk(columns: Columns) -> int:
-    """Return the bytes of the largest chunk of features of any column."""
+    """Compute the bytes of the largest chunk of features of any column."""
     return max(
         column.rows_per_chunk * column.dim * column.dtype.itemsize
         for column in (columns.image, *columns.text)
@@ -319,7 +318,7 @@ def largest_chunk(columns: Columns) -> int:
 
 
 def caption_hashes(columns: Columns, field: int, chunk: int) -> Int64[np.ndarray, "rows"]:
-    """Return a hash of the caption of each row of a chunk: equal where the words are."""
+    """Hash the caption of each row of a chunk: equal strings have equal hashes."""
     store, size = columns.text_store, columns.image.rows_per_chunk
     start, stop = chunk * size, min((chunk + 1) * size, store.rows)
     words = store.captions(columns.fields[field], start, stop)
@@ -328,6 +327,6 @@ def caption_hashes(columns: Columns, field: int, chunk: int) -> Int64[np.ndarray
 
 
 def _as_items(rows: Tensor) -> np.ndarray:
-    """Return rows as one array of items, each the bytes of a row."""
+    """View rows as one array of items, each the bytes of a row."""
     values = rows.numpy().reshape(len(rows), -1)
     return values.view(f"V{values.shape[1] * values.itemsize}").ravel()

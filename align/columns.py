@@ -1,4 +1,4 @@
-"""Which rows of a store are trained on, which are held out, and why the others are not used."""
+"""The columns that a training reads, and which of their rows are trained on or held out."""
 
 import logging
 from collections import Counter
@@ -42,22 +42,22 @@ class JoinedStore(FeatureStore):
         return self._texts.fields
 
     def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return one caption per row, of the store of texts."""
+        """Return one caption per row, from the store of texts."""
         return self._texts.captions(field, start, stop)
 
     def strings_at(self, name: str, rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
-        """Return keys of the one store, captions of the other."""
+        """Return keys from the store of images, captions from that of texts."""
         if name.startswith("caption/"):
             return self._texts.strings_at(name, rows)
         return super().strings_at(name, rows)
 
     def columns(self) -> list[str]:
-        """Names of the image columns of the one store and of the text columns of the other."""
+        """Names of the image columns and text columns, each from its own store."""
         images = [name for name in super().columns() if name.startswith("image/")]
         return images + [name for name in self._texts.columns() if name.startswith("text/")]
 
     def column(self, name: str) -> Column:
-        """Open one column, of the store that it is in."""
+        """Open one column, from its own store."""
         return self._texts.column(name) if name.startswith("text/") else super().column(name)
 
 
@@ -108,7 +108,7 @@ def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingErr
 
 @dataclass(frozen=True)
 class PairedStore:
-    """Where the features of the same pairs are, and how many rows of a batch come from there."""
+    """The stores of one set of pairs, and the share of each batch that comes from it."""
 
     image: FeatureStore
     text: FeatureStore
@@ -117,7 +117,7 @@ class PairedStore:
 
     @classmethod
     def of(cls, store: FeatureStore) -> "PairedStore":
-        """Return a store that has both."""
+        """Pair a store that has images and texts with itself."""
         return cls(store, store)
 
 
@@ -238,7 +238,7 @@ def _check_same_encoder(ours: Column, other: Column) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """The use of every row of a store."""
+    """How each row of a store is used."""
 
     train: Bool[np.ndarray, "rows"]
     """Rows to train on."""
@@ -247,23 +247,23 @@ class Selection:
     text_ok: Bool[np.ndarray, "rows fields"]
     """Captions that can be used."""
     skipped: dict[str, int]
-    """How many rows are not used, by reason."""
+    """Number of rows that are not used, by reason."""
 
 
 def select_rows(
     columns: Columns, *, holdout: float, holdout_rows: int, rows: int | None = None
 ) -> Selection:
-    """Decide on every row by its status and the hash of its key.
+    """Choose rows by their status and the hash of their key.
 
     A row is used when its image is ok and at least one of its captions is; captions that are not
     are left out of the loss. Of the rows held out, those with the smallest hashes are scored.
 
     Args:
-        columns: What is trained on.
+        columns: The columns that are trained on.
         holdout: Fraction of rows kept from training.
         holdout_rows: At most this many of them are scored.
-        rows: At most this many are trained on, those with the smallest hashes, so that what is
-            taken holds all that a smaller number takes; all if not given.
+        rows: At most this many are trained on, those with the smallest hashes, so that a larger
+            number has all rows of a smaller one; all if not given.
 
     Raises:
         TrainingError: No row is left to train on.
@@ -301,7 +301,7 @@ def select_rows(
 
 
 def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:
-    """Return which hashes lie in the first fraction of all numbers of their size.
+    """Say which hashes lie in the first fraction of all numbers of their size.
 
     Rows are held out by the hashes of their keys: the same ones in every run, on every machine and
     in any order, and a larger fraction keeps those of a smaller one.
@@ -310,7 +310,6 @@ def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[
 
 
 def _skipped(status: UInt8[np.ndarray, "rows"], usable: Bool[np.ndarray, "rows"]) -> dict[str, int]:
-    """Count the rows that cannot be used, by reason."""
     counts = Counter(status[status != Status.OK].tolist())
     skipped = {f"image: {Status(code).label}": count for code, count in sorted(counts.items())}
     if without := int(((status == Status.OK) & ~usable).sum()):
@@ -321,13 +320,12 @@ def _skipped(status: UInt8[np.ndarray, "rows"], usable: Bool[np.ndarray, "rows"]
 def _by_hash(
     chosen: Bool[np.ndarray, "rows"], hashes: Shaped[np.ndarray, "rows"]
 ) -> Int64[np.ndarray, "chosen"]:
-    """Return the chosen rows, that of the smallest hash first."""
+    """Sort the chosen rows by their hashes."""
     rows = np.flatnonzero(chosen)
     return rows[np.argsort(hashes[rows], kind="stable")]
 
 
 def _fields(store: FeatureStore, config: AlignConfig) -> tuple[str, ...]:
-    """Return the caption fields that are trained on."""
     fields, weights = config.fields or store.fields, config.loss.field_weights
     named = {"align.fields": fields, "align.loss.field_weights": weights}
     for setting, names in named.items():

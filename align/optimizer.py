@@ -68,7 +68,7 @@ class Lion(Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Return the update rule over all weights of a model, in two groups: decayed or not."""
+    """Make the update rule for all weights of a model, in two groups: decayed or not."""
     weights = list(model.parameters())
     matrices = [weight for weight in weights if config.decay_all or weight.ndim >= 2]
     others = [weight for weight in weights if not config.decay_all and weight.ndim < 2]
@@ -84,7 +84,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of an update: linear warm-up, then half a cosine to zero.
+    """Compute the learning rate of an update: linear warm-up, then half a cosine to zero.
 
     Args:
         step: Number of the update, from 0.
@@ -99,7 +99,7 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Use a learning rate from the next update on."""
+    """Set the learning rate of all weights."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -217,7 +217,7 @@ class Gradients:
 
 
 def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | None:
-    """Return the type of the matrix products, None for that of the weights (float32)."""
+    """Choose the type of the matrix products; None is that of the weights, float32."""
     if config.precision == "auto":
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_it else None

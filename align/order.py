@@ -24,7 +24,7 @@ Members = tuple[Integer[np.ndarray, "own_slots"], Int64[np.ndarray, "own_positio
 
 @dataclass(frozen=True)
 class Window:
-    """Chunks that are in memory at the same time, and which of their rows come in what order."""
+    """Chunks that are in memory at the same time, and the order in which their rows are used."""
 
     chunks: Integer[np.ndarray, "slots"]
     """Chunks of the store; the n-th is in slot n."""
@@ -50,13 +50,13 @@ class Order:
         """Count the rows of each chunk.
 
         Args:
-            usable: Rows to go through.
+            usable: Which rows to use.
             rows_per_chunk: Rows of one chunk of the store.
-            chunks_per_window: Chunks that are in memory at the same time. If it is all there
-                are, every window has all chunks in the same slots, and need not be read again.
+            chunks_per_window: Chunks that are in memory at the same time. If these are all chunks,
+                every window has them in the same slots, and need not be read again.
             batch_size: Rows per step.
             seed: Of the order; the same seed gives the same order.
-            places: Places of each batch whose rows are given out; all of them if not given.
+            places: Places of each batch that this process fills; all of them if not given.
         """
         self.usable = usable
         self.rows_per_chunk = rows_per_chunk
@@ -122,7 +122,7 @@ class Order:
         return rows
 
     def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Members]:
-        """Yield the chunks and positions of the windows of rows `start` to `stop` of an epoch."""
+        """Yield chunks and positions of each window of the rows `start` to `stop` of an epoch."""
         chunks = self._chunks
         if not self.is_resident:
             chunks = self._generator(CHUNKS, epoch, 0).permutation(chunks)

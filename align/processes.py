@@ -1,10 +1,10 @@
-"""The processes of one training as a ring: what each must see of the others comes by in turn.
+"""The processes of one training as a ring: each passes its texts on to the next.
 
 Every process has as many images. The texts travel, the images stay: after as many hops as there are
-processes every image has met every text once, and nobody ever held more than two shares of texts.
+processes every image has met every text once, and no process ever held more than two shares of
+texts.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
@@ -33,11 +33,11 @@ class Ring:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first process, the one that writes."""
+        """Whether this is the first process, which writes the files."""
         return self.rank == 0
 
     def tour(self, constant: T, changing: U) -> Iterator[tuple[int, T, U]]:
-        """Yield what every process has, our own first, and take all home in the end.
+        """Yield the tensors of every process, our own first; in the end ours have come back.
 
         Args:
             constant: A dataclass of tensors that others only read; it travels on meanwhile.
@@ -79,7 +79,7 @@ class Ring:
                 dist.broadcast(tensor.detach(), src=0)
 
     def greatest(self, *numbers: int) -> list[int]:
-        """Return the greatest over all processes of each number; so all of them come here first."""
+        """Return the greatest of each number over all processes; a barrier for all of them."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers or (0,))
@@ -88,20 +88,14 @@ class Ring:
         return greatest
 
     def from_first(self, scores: dict[str, float]) -> dict[str, float]:
-        """Return the scores that the first process has, whatever the others give."""
-        if self.size == 1:
-            return scores
-        text = json.dumps(scores).encode()
-        (size,) = self.greatest(len(text) * self.leads)
-        letters = torch.zeros(size, dtype=torch.uint8)
-        if self.leads:
-            letters[:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(letters, src=0)
-        received: dict[str, float] = json.loads(letters.numpy().tobytes())
-        return received
+        """Return the scores of the first process on all of them."""
+        held = [scores]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+        return held[0]
 
     def _send(self, tensors: Sequence[Tensor]) -> "_Coming":
-        """Begin to pass tensors to the next process and to receive those of the one before."""
+        """Begin to send tensors to the next process and to receive those of the one before."""
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         outgoing = [tensor.contiguous() for tensor in tensors]
         received = [torch.empty_like(tensor) for tensor in outgoing]
@@ -112,12 +106,12 @@ class Ring:
 
 @dataclass(frozen=True)
 class _Coming:
-    """Tensors that are on their way."""
+    """Tensors in flight."""
 
     tensors: list[Tensor]
     works: tuple[dist.Work, ...] = ()
     kept: tuple[Tensor, ...] = ()
-    """What is being sent must stay in memory until it is gone."""
+    """Tensors that are being sent, which must not be freed before they are."""
 
     def wait(self) -> list[Tensor]:
         for work in self.works:
