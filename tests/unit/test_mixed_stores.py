@@ -12,6 +12,7 @@ import zarr
 from align.chunk_reader import RowsInMemory
 from align.columns import Columns, PairedStore, open_columns, select_rows
 from align.config import AlignConfig
+from align.heads import build_model
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
 from align.trainer import training_data
 from features.errors import TrainingError
@@ -188,10 +189,11 @@ def test_held_out_rows_come_from_all_stores_in_proportion(tmp_path: Path) -> Non
     loader, heldout = training_data(columns, [1.0, 2.0], config, seed=0, device=CPU)
     assert heldout is not None
     assert len(heldout) == 30
-    used = heldout._pairs.weights
-    assert used[:10].all()
-    assert used[10:, 0].all()
-    assert not used[10:, 1].any()
+    torch.manual_seed(0)
+    scores = heldout.score(build_model({"kind": "linear", "dim": 4}, image_dim=8, text_dim=10))
+    for k in (1, 5, 10):  # means over 10 images with two captions and 20 with one
+        right = 40 * scores[f"recall@{k}/text_to_image"]
+        assert right == pytest.approx(round(right))
     assert next(loader.batches(0, 1)).text.shape[1] == 1
 
 
