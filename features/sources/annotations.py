@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import PositiveInt
 
 from features.config import DataPlace
 from features.errors import SourceError
 from features.sources.base import (
-    NONE,
     Counts,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -85,8 +85,7 @@ class AnnotationSource(SourceSettings):
     captions_per_image: PositiveInt = 5
     """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "Annotations":
-        """Open the annotation file."""
+    def _open(self, known: Known) -> "Annotations":
         if not is_file(self.path):
             raise SourceError(
                 f"There is no file {self.path}. The annotations of {self.format} were "
@@ -96,10 +95,9 @@ class AnnotationSource(SourceSettings):
 
 
 class Annotations(SourceReader[AnnotationSource]):
-    """Lists one sample per row of a benchmark."""
+    """Lists one sample per row of a benchmark; its format says where the captions are."""
 
-    def check(self) -> None:
-        """Accept any settings: the format says where the captions are."""
+    has_captions = False
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield one sample per row of the benchmark.

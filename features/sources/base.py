@@ -36,7 +36,8 @@ NO_PLACE = -1
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
-NONE: Mapping[Place, str] = MappingProxyType({})
+Known = Mapping[Place, str]
+NONE: Known = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -82,15 +83,14 @@ class ImageReader:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise SourceError(
-                f"{path} cannot be opened ({error.strerror}). The file that was indexed was "
-                f"expected. Restore it, or index again."
+                f"{path} cannot be opened ({error.strerror}). Restore it, or index again."
             ) from error
         try:
             return [_image(file, path, *where) for where in places]
         except OSError as error:
             raise SourceError(
-                f"{path} cannot be read ({error.strerror}). The file that was indexed was "
-                f"expected. Check the disk, and run the command again."
+                f"{path} cannot be read ({error.strerror}). Check the disk, and run the command "
+                f"again."
             ) from error
         finally:
             os.close(file)
@@ -99,7 +99,7 @@ class ImageReader:
 def _image(file: int, path: str, offset: int, size: int) -> bytes:
     image = os.pread(file, size, offset)
     if len(image) != size:
-        raise _changed(path, f"ends at byte {offset + len(image)}, within an image")
+        raise _changed(path, f"ends at byte {offset + len(image)}, within an image, and did not")
     if offset == 0 and os.fstat(file).st_size != size:  # within a tar, offsets are from 512
         raise _changed(path, f"has {os.fstat(file).st_size} bytes and had {size}")
     return image
@@ -117,13 +117,13 @@ def _remote_images(place: RemotePath, places: Sequence[tuple[int, int]]) -> Sequ
         found = read_ranges(place, [(offset, offset + size) for offset, size in places])
         return list(map(bytes, found))
     except FileEndsEarlyError as error:
-        raise _changed(str(place), f"has {error.size} bytes") from error
+        raise _changed(str(place), f"has {error.size} bytes, and had more") from error
 
 
 def _changed(path: str, what: str) -> SourceError:
     return SourceError(
-        f"{path} {what}. The file as it was when it was indexed was expected. Restore it, or "
-        f"delete the index and the store to start again."
+        f"{path} {what} when it was indexed. Restore it, or delete the index and the store to "
+        f"start again."
     )
 
 
@@ -131,7 +131,7 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-class SourceSettings(BaseModel, ABC):
+class SourceSettings(BaseModel):
     """Settings that all kinds of sources have; each kind adds `kind` and its own."""
 
     model_config = SETTINGS
@@ -155,9 +155,11 @@ class SourceSettings(BaseModel, ABC):
     rows: PositiveInt | None = None
     """Take only the first rows in index order; all if not given."""
 
-    @abstractmethod
     def open(
-        self, known: Mapping[Place, str] = NONE, *, folder: Path | None = None
+        self,
+        known: Known = NONE,
+        *,
+        folder: Path | None = None,  # noqa: ARG002 - of those that make files
     ) -> "SourceReader[Any]":
         """Find the files of the source.
 
@@ -169,6 +171,10 @@ class SourceSettings(BaseModel, ABC):
         Raises:
             SourceError: Nothing matches its path.
         """
+        return self._open(known)
+
+    def _open(self, known: Known) -> "SourceReader[Any]":  # what most kinds have in place of `open`
+        raise NotImplementedError
 
     def image_reader(self) -> ImageReader:
         """Return what reads the images of its samples."""
@@ -213,19 +219,22 @@ class SourceReader(ABC, Generic[Settings]):
 
     files_are_folders: ClassVar[bool] = False
     """Whether `files` are folders, whose time and size say nothing of what is in them."""
+    has_captions: ClassVar[bool] = True
+    """Whether `captions` of the settings says where the captions are."""
     may_be_rewritten: ClassVar[bool] = False
     """Whether a file may change after it was indexed. Its rows are then listed and compared."""
 
     files: Mapping[Place, str]
     """Files or folders in the order in which they are read, and what their keys begin with."""
 
-    def __init__(
-        self, source: Settings, found: Iterable[Place], known: Mapping[Place, str] = NONE
-    ) -> None:
+    def __init__(self, source: Settings, found: Iterable[Place], known: Known) -> None:
         self.source = source
         self.place = str(getattr(source, "path", ""))
         """Where the source is, for messages."""
-        self.files = self.named(found, known)
+        every = dict.fromkeys(found)
+        kept = {file: name for file, name in known.items() if file in every}
+        added = [file for file in every if file not in known]
+        self.files = kept | self._names(added, set(known.values()))
         self.picker = CaptionPicker(source.captions, self.place)
 
     @abstractmethod
@@ -236,15 +245,8 @@ class SourceReader(ABC, Generic[Settings]):
             SourceError: The file cannot be read.
         """
 
-    def named(self, found: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
-        """Put files in order, each with a name: the known ones as they are, then the others.
-
-        The name is the stem of the file, with as many folders as make all names distinct.
-        """
-        every = dict.fromkeys(found)
-        kept = {file: name for file, name in known.items() if file in every}
-        added = [file for file in every if file not in known]
-        return kept | _distinct_stems(added, taken=set(known.values()))
+    def _names(self, files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
+        return _distinct_stems(files, taken)
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the labels: those of the settings, or the data's own, if any.
@@ -275,7 +277,8 @@ class SourceReader(ABC, Generic[Settings]):
         Raises:
             SourceError: Naming it, and the nearest that is there.
         """
-        self.picker.check()
+        if self.has_captions:
+            self.picker.check()
 
     def describe(self, sample: Sample, record: Mapping[str, Any], counts: Counts) -> None:
         """Take captions, label and group of a sample out of a record, where it has them."""
@@ -418,8 +421,8 @@ def matching_files(patterns: str | Sequence[str]) -> list[Place]:
             found |= dict.fromkeys(matching_places(pattern))
         except FileNotFoundError as error:
             raise SourceError(
-                f"No file matches {error}. At least one was expected. Correct `path` of the "
-                f"source; it is relative to the run file, and names files (`folder/*`), no folder."
+                f"No file matches {error}. Correct `path` of the source; it is relative to the run "
+                f"file, and names files (`folder/*`), no folder."
             ) from error
     return list(found)
 
@@ -484,6 +487,7 @@ def _check_field_name(name: str) -> None:
 
 
 def _distinct_stems(files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
+    """Name files by their stems, with as many folders as make all names distinct."""
     for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
         names = {file: _tail(file, depth) for file in files}
         if len(set(names.values())) == len(files) and not _clash(names.values(), taken):

@@ -4,18 +4,18 @@ A record is the label (CIFAR-100: the coarse label, then the fine one) and 32 ×
 green and of blue. The version "for Python" is pickled, which could run any program: never read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from features.config import DataPlace
 from features.errors import SourceError
 from features.sources.base import (
-    NONE,
     Counts,
     ImageReader,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -64,8 +64,7 @@ class CifarSource(SourceSettings):
     split: Literal["train", "test"]
     """Which of the files."""
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "CifarBatches":
-        """Find the files of the split, and of which of the two data sets they are."""
+    def _open(self, known: Known) -> "CifarBatches":
         there = set(files.names(self.path))
         layout = CIFAR_100 if CIFAR_100.names in there else CIFAR_10
         batches = layout.splits[self.split]
@@ -77,7 +76,7 @@ class CifarSource(SourceSettings):
                 + "The binary version of CIFAR-10 or CIFAR-100 was expected. Take "
                 "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz from its authors' page."
             )
-        return CifarBatches(self, [self.path / name for name in batches], known, layout)
+        return CifarBatches(self, [self.path / name for name in batches], known)
 
     def image_reader(self) -> ImageReader:
         """Return what makes image files of pixels."""
@@ -87,24 +86,17 @@ class CifarSource(SourceSettings):
 class CifarBatches(SourceReader[CifarSource]):
     """Lists the records of the binary files of one split."""
 
-    def __init__(
-        self,
-        source: CifarSource,
-        found: Iterable[Place],
-        known: Mapping[Place, str],
-        layout: _Layout,
-    ) -> None:
-        super().__init__(source, found, known)
-        self._layout = layout
+    has_captions = False
+
+    @property
+    def _layout(self) -> _Layout:
+        return CIFAR_10 if "batch" in next(iter(self.files)).name else CIFAR_100
 
     def own_class_names(self) -> tuple[tuple[str, ...], Place]:
         """Return the names of the data set itself."""
         place = self.source.path / self._layout.names
         names = files.read(place).decode().split()
         return tuple(name.replace("_", " ") for name in names), place
-
-    def check(self) -> None:
-        """Accept any settings: there are no captions."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one file in their order.

@@ -1,7 +1,7 @@
 """One folder of images per class (ImageFolder)."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ from features.class_lists import read_class_list
 from features.config import ClassNames, DataPlace
 from features.errors import SourceError
 from features.sources.base import (
-    NONE,
     Counts,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -44,8 +44,7 @@ class ClassFolderSource(SourceSettings):
             raise ValueError("`names` is the earlier name of `class_names`; give one of them")
         return others | {"class_names": others.get("class_names") or settings["names"]}
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "ClassFolders":
-        """Find the folders, each a class."""
+    def _open(self, known: Known) -> "ClassFolders":
         children = files.children(self.path)
         folders = [name for name, size in children if size is None and name[0] != "."]
         if not folders:
@@ -68,15 +67,14 @@ class ClassFolders(SourceReader[ClassFolderSource]):
     """
 
     files_are_folders = True
+    has_captions = False
 
     @cached_property
     def _labels(self) -> dict[Place, int]:
         return {folder: label for label, folder in enumerate(self.files)}
 
-    def named(self, found: Iterable[Place], known: Mapping[Place, str]) -> dict[Place, str]:
-        """Put folders in order: the known ones, then the others, each by its name."""
-        names = {folder: folder.name for folder in found}
-        return {folder: name for folder, name in known.items() if folder in names} | names
+    def _names(self, files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:  # noqa: ARG002
+        return {folder: folder.name for folder in files}
 
     def class_names(self) -> tuple[str, ...]:
         """Return one readable name per folder.
@@ -102,9 +100,6 @@ class ClassFolders(SourceReader[ClassFolderSource]):
                 f"`classes` alone, the folders' names), with every folder, were expected. Correct "
                 f"the file."
             ) from error
-
-    def check(self) -> None:
-        """Accept any settings: there are no captions."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one class folder, sorted by name."""

@@ -4,11 +4,11 @@ import json
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from features.config import DataPattern
 from features.errors import SourceError
 from features.sources.base import (
-    NONE,
     Counts,
     ImageReader,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -45,8 +45,7 @@ class ParquetSource(SourceSettings):
     key: str | None = None
     """Column with a unique name of the row; its number in the file if not given, or null."""
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "ImageParquet":
-        """Find the files."""
+    def _open(self, known: Known) -> "ImageParquet":
         return ImageParquet(self, matching_files(self.path), known)
 
     def image_reader(self) -> "ParquetImages":

@@ -2,15 +2,13 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from features.sources.base import NONE, SourceReader, SourceSettings
+from features.sources.base import NONE, Known, SourceReader, SourceSettings
 from features.sources.webdataset import WebdatasetSource
-from features.storage.place import Place
 
 logger = logging.getLogger(__name__)
 FIELDS = ("short", "long")
@@ -27,9 +25,7 @@ class ScenesSource(SourceSettings):
     seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
 
-    def open(
-        self, known: Mapping[Place, str] = NONE, *, folder: Path | None = None
-    ) -> SourceReader[Any]:
+    def open(self, known: Known = NONE, *, folder: Path | None = None) -> SourceReader[Any]:
         """Draw what is not there yet, and open the shards."""
         from features.scenes.shards import write_shards
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 from features.config import DataPlace
 from features.errors import SourceError
 from features.sources.base import (
-    NONE,
     Counts,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -117,8 +117,7 @@ class FolderSource(SourceSettings):
     image: str = "image"
     """Column that names the image file."""
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "CaptionTable":
-        """Open the table."""
+    def _open(self, known: Known) -> "CaptionTable":
         if not is_file(self.path):
             raise SourceError(
                 f"There is no table {self.path}. A file ({', '.join(READERS)}) with a column "

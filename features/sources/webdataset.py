@@ -2,8 +2,9 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +12,9 @@ from features.config import DataPattern
 from features.errors import SourceError
 from features.sources.base import (
     IMAGE_SUFFIXES,
-    NONE,
     Counts,
     Keys,
+    Known,
     Sample,
     SourceReader,
     SourceSettings,
@@ -250,8 +251,7 @@ class WebdatasetSource(SourceSettings):
     path: DataPattern | tuple[DataPattern, ...]
     """Glob pattern(s) of the tar files, `{00000..00010}` too; each read in sorted order."""
 
-    def open(self, known: Mapping[Place, str] = NONE, **_: Any) -> "TarShards":
-        """Find the tars."""
+    def _open(self, known: Known) -> "TarShards":
         return TarShards(self, matching_files(self.path), known)
 
 
@@ -265,11 +265,10 @@ class TarShards(SourceReader[WebdatasetSource]):
     neither image nor text, links, devices, and paths that lead out of the archive.
     """
 
-    def __init__(
-        self, source: WebdatasetSource, found: Iterable[Place], known: Mapping[Place, str]
-    ) -> None:
-        super().__init__(source, found, known)
-        self._of_use = {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
+    @cached_property
+    def _of_use(self) -> set[str]:
+        source = self.source
+        return {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
 
     def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
         """Return those of `classnames.txt`, which CLIP_benchmark puts beside or above local tars.
