@@ -10,9 +10,9 @@ handled by rule.
 import itertools
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,8 @@ def _as_table(columns: Mapping[str, list[Any]], schema: pa.Schema) -> pa.Table:
         return pa.table(columns, schema=schema)
     except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
         raise SourceError(
-            f"A key or path cannot be written as text: {error.object!r}. Names in UTF-8 were "
-            f"expected. Rename the file."
+            f"A key or path is not UTF-8 and cannot be written as text: {error.object!r}. Rename "
+            f"the file."
         ) from error
 
 
@@ -196,9 +196,8 @@ def _fields_of(reader: Reader, groups: Iterable[Sequence[Sample]]) -> list[str]:
         fields.update(*(sample.captions for sample in samples))
         if len(fields) > MAX_FIELDS:
             raise SourceError(
-                f"{reader.place} has more than {MAX_FIELDS} caption fields. A few "
-                f"captions for each image were expected. Name the ones you want in `captions` of "
-                f"the source."
+                f"{reader.place} has more than {MAX_FIELDS} caption fields. Name the ones you "
+                f"want in `captions` of the source."
             )
     return sorted(fields, key=lambda name: (not name.isdigit(), len(name), name))
 
@@ -207,8 +206,7 @@ def _check_labels(reader: Reader, greatest: int, class_names: tuple[str, ...] | 
     if class_names is not None and greatest >= len(class_names):
         raise SourceError(
             f"A sample has label {greatest}, but {reader.source.class_names or 'the source'} names "
-            f"only {len(class_names)} classes, from 0. A name for every label was expected. "
-            f"Correct `class_names` of the source."
+            f"only {len(class_names)} classes, from 0. Correct `class_names` of the source."
         )
 
 
@@ -233,7 +231,7 @@ class Index:
         self.path = path
         self._file = pq.ParquetFile(path)
         self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[int, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._cached_group = lru_cache(GROUPS_KEPT)(self._read_group)
         about = json.loads(self._file.metadata.metadata[METADATA_KEY])
         if about["version"] != VERSION:
             raise ValueError(f"it has version {about['version']}, this program reads {VERSION}")
@@ -268,8 +266,8 @@ class Index:
             return cls(path)
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise SourceError(
-                f"The index {path} cannot be read ({error}). An index written by `sail extract` "
-                f"was expected. Delete it and run `sail extract` again."
+                f"The index {path} cannot be read ({error}). Delete it and run `sail extract` "
+                f"again."
             ) from error
 
     @property
@@ -280,13 +278,9 @@ class Index:
     def samples(self) -> Iterator[Sample]:
         """Yield all rows as they were listed."""
         for table in self.batches(ROWS_PER_GROUP):
-            names = list(self.columns)
-            captions = [table.column(f"caption/{field}").to_pylist() for field in self.fields]
-            columns = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-            texts = zip(*captions, strict=True) if captions else itertools.repeat(())
-            for values, row_texts in zip(columns, texts, strict=bool(captions)):
-                row_captions = dict(zip(self.fields, row_texts, strict=True))
-                yield Sample(**dict(zip(names, values, strict=True)), captions=row_captions)
+            for row in table.to_pylist():
+                captions = {field: row.pop(f"caption/{field}") for field in self.fields}
+                yield Sample(**row, captions=captions)
 
     @property
     def row_arrays(self) -> tuple[str, ...]:
@@ -309,7 +303,7 @@ class Index:
         for start in range(first, self.rows, rows):
             yield self.rows_between(start, min(start + rows, self.rows), columns)
         with self._lock:
-            self._groups.clear()
+            self._cached_group.cache_clear()
 
     def rows_between(
         self, start: int, stop: int, columns: tuple[str, ...] | None = None
@@ -329,16 +323,12 @@ class Index:
         return pa.concat_tables(tables).slice(start - first * ROWS_PER_GROUP, stop - start)
 
     def _group(self, number: int, columns: tuple[str, ...] | None) -> pa.Table:
-        wanted = (number, columns)
         with self._lock:
-            if wanted not in self._groups:
-                while len(self._groups) >= GROUPS_KEPT:
-                    self._groups.popitem(last=False)
-                self._groups[wanted] = self._file.read_row_group(
-                    number, columns=None if columns is None else list(columns)
-                )
-            self._groups.move_to_end(wanted)
-            return self._groups[wanted]
+            return self._cached_group(number, columns)
+
+    def _read_group(self, number: int, columns: tuple[str, ...] | None) -> pa.Table:
+        wanted = None if columns is None else list(columns)
+        return self._file.read_row_group(number, columns=wanted)
 
 
 class SampleReader:
@@ -485,8 +475,7 @@ def _changed_settings(index: Index, reader: Reader) -> frozenset[str]:
         name = min(others)
         raise SourceError(
             f"{index.path} was made from another source: its {name} was "
-            f"{index.source.get(name)!r} and is {settings.get(name)!r} now. The settings when it "
-            f"was made were expected, but for further captions or files. {START_AGAIN}"
+            f"{index.source.get(name)!r} and is {settings.get(name)!r} now. {START_AGAIN}"
             + (f" {ONLY_MOVED}" if "/" in str(settings.get(name)) else "")  # a file
         )
     return frozenset(differing)
@@ -504,9 +493,8 @@ def _changed_tables(index: Index, reader: Reader) -> tuple[Place, ...]:
         if found is None or not reader.may_be_rewritten:
             what = "has changed" if found else "is gone"
             raise SourceError(
-                f"{path} {what} since it was indexed in {index.path}. The same file was "
-                f"expected. Restore it, or delete the index and the store to start again. "
-                f"{ONLY_MOVED}"
+                f"{path} {what} since it was indexed in {index.path}. Restore it, or delete the "
+                f"index and the store to start again. {ONLY_MOVED}"
             )
         changed.append(path)
     return tuple(changed)
@@ -516,8 +504,7 @@ def _added_files(index: Index, reader: Reader) -> tuple[Place, ...]:
     if left_out := [path for path in index.shards if path not in reader.files]:
         raise SourceError(
             f"{left_out[0]} was indexed in {index.path}, but the source's path, "
-            f"{reader.place}, does not match it any more. All files that have rows "
-            f"were expected. {START_AGAIN} {ONLY_MOVED}"
+            f"{reader.place}, does not match it any more. {START_AGAIN} {ONLY_MOVED}"
         )
     return tuple(file for file in reader.files if file not in index.shards)
 
@@ -527,18 +514,17 @@ def _check_rows(old: Index, new: Index, *, append: bool) -> None:
     if left_out := [field for field in old.fields if field not in new.fields]:
         raise SourceError(
             f"{old.path} has captions under {left_out[0]!r}, which the source no longer gives. "
-            f"Further ones beside {list(old.fields)} were expected. Add it to `captions` of the "
-            f"source again."
+            f"Add it to `captions` of the source again."
         )
     if new.rows < old.rows:
         raise SourceError(
-            f"The source has {new.rows} rows now, {old.path} has {old.rows}. At least as many were "
-            f"expected. Restore it; or: {START_AGAIN}"
+            f"The source has {new.rows} rows now, {old.path} has {old.rows}. Restore it; or: "
+            f"{START_AGAIN}"
         )
     if old.class_names and (new.class_names or ())[: len(old.class_names)] != old.class_names:
         raise SourceError(
             f"The class names of the source do not begin with the {len(old.class_names)} in "
-            f"{old.path}. Further ones behind these were expected. {START_AGAIN}"
+            f"{old.path}. {START_AGAIN}"
         )
     names = _names_compared(old)
     for start in range(0, old.rows, ROWS_PER_GROUP):

@@ -31,24 +31,6 @@ def signed_distance(shape: str, x: Plane, y: Plane) -> Plane:
     return DISTANCES[shape](x, y)
 
 
-def _circle(x: Plane, y: Plane) -> Plane:
-    return np.asarray(_length(x, y) - np.float32(0.9))
-
-
-def _square(x: Plane, y: Plane) -> Plane:
-    return _box(x, y, 0.76, 0.76)
-
-
-def _triangle(x: Plane, y: Plane) -> Plane:
-    return _polygon(x, y, ((0.0, -0.96), (0.88, 0.62), (-0.88, 0.62)))
-
-
-def _diamond(x: Plane, y: Plane) -> Plane:
-    return np.asarray(
-        (np.abs(x) + np.float32(0.6) * np.abs(y) - np.float32(0.6)) / np.float32(1.166)
-    )
-
-
 def _hexagon(x: Plane, y: Plane) -> Plane:
     slanted = np.float32(0.866) * np.abs(x) + np.float32(0.5) * np.abs(y)
     return np.asarray(np.maximum(slanted, np.abs(y)) - np.float32(0.82))
@@ -72,14 +54,6 @@ def _star(x: Plane, y: Plane) -> Plane:
     return np.asarray(np.where(outside, away, -away))
 
 
-def _cross(x: Plane, y: Plane) -> Plane:
-    return np.asarray(np.minimum(_box(x, y, 0.94, 0.33), _box(x, y, 0.33, 0.94)))
-
-
-def _ring(x: Plane, y: Plane) -> Plane:
-    return np.asarray(np.abs(_length(x, y) - np.float32(0.68)) - np.float32(0.25))
-
-
 def _heart(x: Plane, y: Plane) -> Plane:
     """Two discs above a wedge, as Inigo Quilez's sdHeart."""
     scale = np.float32(1.62)
@@ -94,12 +68,6 @@ def _heart(x: Plane, y: Plane) -> Plane:
 def _crescent(x: Plane, y: Plane) -> Plane:
     bite = np.float32(0.74) - _length(x - np.float32(0.42), y + np.float32(0.08))
     return np.asarray(np.maximum(_length(x, y) - np.float32(0.93), bite))
-
-
-def _semicircle(x: Plane, y: Plane) -> Plane:
-    return np.asarray(
-        np.maximum(_length(x, y - np.float32(0.4)) - np.float32(0.98), y - np.float32(0.4))
-    )
 
 
 def _arrow(x: Plane, y: Plane) -> Plane:
@@ -126,18 +94,23 @@ def _polygon(x: Plane, y: Plane, corners: tuple[Point, ...]) -> Plane:
     return distance
 
 
+HALF_DISC = np.float32(0.4)
 DISTANCES: dict[str, Callable[[Plane, Plane], Plane]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "diamond": _diamond,
+    "circle": lambda x, y: _length(x, y) - np.float32(0.9),
+    "square": lambda x, y: _box(x, y, 0.76, 0.76),
+    "triangle": lambda x, y: _polygon(x, y, ((0.0, -0.96), (0.88, 0.62), (-0.88, 0.62))),
+    "diamond": lambda x, y: (
+        (np.abs(x) + np.float32(0.6) * np.abs(y) - np.float32(0.6)) / np.float32(1.166)
+    ),
     "hexagon": _hexagon,
     "star": _star,
-    "cross": _cross,
-    "ring": _ring,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.94, 0.33), _box(x, y, 0.33, 0.94)),
+    "ring": lambda x, y: np.abs(_length(x, y) - np.float32(0.68)) - np.float32(0.25),
     "heart": _heart,
     "crescent": _crescent,
-    "semicircle": _semicircle,
+    "semicircle": lambda x, y: np.maximum(
+        _length(x, y - HALF_DISC) - np.float32(0.98), y - HALF_DISC
+    ),
     "arrow": _arrow,
 }
 

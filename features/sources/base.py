@@ -48,7 +48,8 @@ class Sample:
     path: str = ""
     """File that holds the image: a shard, or the image file itself."""
     offset: int = NO_PLACE
-    """First byte of the image in the file; in a parquet file, the number of its row."""
+    """First byte of the image in the file, 0 where it is the whole file; in a parquet file, the
+    number of its row."""
     size: int = NO_PLACE
     """Bytes of the image; -1 in a parquet file, or where there is no image."""
     problem: int = 0

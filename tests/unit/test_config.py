@@ -237,7 +237,7 @@ def test_names_of_lists_are_no_paths_and_files_are_relative_to_the_run_file(tmp_
         ("kind = 'cifar'\nsplit = 'test'", "path"),
         ("kind = 'annotations'\nformat = 'karpathy'", "path"),
         ("kind = 'annotations'\nformat = 'karpathy'\npath = 'a.json'", "images"),
-        ("kind = 'classes'\npath = 'a'", "names"),
+        ("kind = 'classes'\npath = 'a'", "class_names"),
         ("kind = 'webdataset'\npath = 'a.tar'", "class_names"),
     ],
 )
