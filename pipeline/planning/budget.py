@@ -37,7 +37,7 @@ SAMPLES_AT_LEAST = 100
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCount:
     """The rows of a split."""
 
     count: int
@@ -46,7 +46,7 @@ class Rows:
     is_exact: bool
 
 
-def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -> Rows:
+def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -> RowCount:
     """Return the rows of a split.
 
     Args:
@@ -59,18 +59,18 @@ def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -
         SailError: Neither a number nor an index nor the source is there.
     """
     if given is not None:
-        return Rows(given, "as given", is_exact=True)
+        return RowCount(given, "as given", is_exact=True)
     if index.is_file():
-        return Rows(Index.open(index).rows, "its index", is_exact=True)
+        return RowCount(Index.open(index).rows, "its index", is_exact=True)
     if source.known_rows is not None:
-        return Rows(source.known_rows, "the recipe", is_exact=True)
+        return RowCount(source.known_rows, "the recipe", is_exact=True)
     found = _listed(source.open(), seconds)
     if source.rows is not None and source.rows < found.count:
-        found = Rows(source.rows, "`rows` of the source", found.is_exact)
+        found = RowCount(source.rows, "`rows` of the source", found.is_exact)
     return found
 
 
-def _listed(reader: SourceReader[Any], seconds: float) -> Rows:
+def _listed(reader: SourceReader[Any], seconds: float) -> RowCount:
     """List some files, and take the others to have as many rows for their bytes."""
     files = list(reader.files)
     last = len(files) - 1
@@ -83,10 +83,10 @@ def _listed(reader: SourceReader[Any], seconds: float) -> Rows:
         sampled_bytes += share * _file_bytes(files[number])
         is_whole &= share == 1.0
     if is_whole and len(chosen) == len(files):
-        return Rows(rows, "listing its source", is_exact=True)
+        return RowCount(rows, "listing its source", is_exact=True)
     total = sum(in_order(_file_bytes, files, at=files))
     words = f"{len(chosen)} of {len(files)} files"
-    return Rows(round(rows * total / max(sampled_bytes, 1e-9)), words, is_exact=False)
+    return RowCount(round(rows * total / max(sampled_bytes, 1e-9)), words, is_exact=False)
 
 
 def _count(reader: SourceReader[Any], file: Place, deadline: float) -> tuple[int, float]:
@@ -164,7 +164,7 @@ def plan_run(
 
 def _rows_of_splits(
     config: RunConfig, folder: RunFolder, rows: int | None, seconds: float
-) -> tuple[dict[str, Rows], dict[str, str]]:
+) -> tuple[dict[str, RowCount], dict[str, str]]:
     """Return the rows of each split, and why those of others are not known."""
     found, missing = {}, {}
     for split, source in config.data.items():
@@ -186,7 +186,9 @@ def _rows_of_splits(
     return found, missing
 
 
-def _bytes(config: RunConfig, passes: list[Pass], splits: dict[str, Rows]) -> list[dict[str, Any]]:
+def _bytes(
+    config: RunConfig, passes: list[Pass], splits: dict[str, RowCount]
+) -> list[dict[str, Any]]:
     chunk = config.extract.rows_per_chunk
     return [
         {
@@ -239,7 +241,7 @@ def _this_machine(config: RunConfig, passes: list[Pass], seconds: float) -> dict
 
 
 def _stage_two(
-    config: RunConfig, passes: list[Pass], splits: dict[str, Rows]
+    config: RunConfig, passes: list[Pass], splits: dict[str, RowCount]
 ) -> dict[str, Any] | None:
     """Return the work of training the head, None where the encoders' lengths are not known."""
     image = config.aligned_encoder("image")
@@ -271,7 +273,7 @@ def _stage_two(
 
 
 def _gpus(
-    config: RunConfig, passes: list[Pass], splits: dict[str, Rows], price: float | None
+    config: RunConfig, passes: list[Pass], splits: dict[str, RowCount], price: float | None
 ) -> list[dict[str, Any]]:
     """Return the hours of both stages on each named GPU, and what it takes to feed it."""
     stage_two = _stage_two(config, passes, splits)

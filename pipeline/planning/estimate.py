@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from align.config import HeadConfig
 from align.heads import build_head
@@ -46,20 +46,6 @@ def hours(work: float, per_second: float) -> float:
     return work / per_second / SECONDS_PER_HOUR
 
 
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the FLOPs of the products of matrices that run under it."""
-
-    flops: int = 0
-
-    def __torch_dispatch__(
-        self, function: Any, _types: Any, args: Any = (), options: Any = None
-    ) -> Any:
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            left, right = args[-2:]
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        return function(*args, **(options or {}))
-
-
 def head_flops(feature_dim: int, head: HeadConfig) -> int:
     """Return the FLOPs of one row in a step of training of one head, forward and backward.
 
@@ -71,9 +57,9 @@ def head_flops(feature_dim: int, head: HeadConfig) -> int:
         with torch.device("meta"):
             network = build_head(feature_dim, **dict(head))
             features = torch.empty(rows, feature_dim)
-        with _Products() as products:  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as counter:
             network(features).sum().backward()
-        return products.flops
+        return counter.get_total_flops()
 
     return flops(2) - flops(1)
 
