@@ -45,12 +45,12 @@ def write(parts: Parts, folder: Path) -> str:
     difference = max((each for each in found if each is not None), default=None)
     told = "not compared: no onnxruntime" if difference is None else f"off by {difference:.1e}"
     logger.info("onnxruntime beside torch: %s", told)
-    model = parts.aligned.model
+    scale, bias = parts.aligned.model.scale_and_bias
     return TEMPLATES.get_template("onnx.md.j2").render(
         sizes=sizes,
         dim=parts.aligned.dim,
-        scale=float(model.log_scale.exp()),
-        bias=float(model.bias),
+        scale=scale,
+        bias=bias,
         difference=difference,
     )
 

@@ -221,7 +221,7 @@ def _facts(context: Context, steps: list[dict[str, Any]]) -> list[tuple[str, str
         ),
         (
             "learned scale and bias",
-            f"{model.log_scale.exp().item():.2f} and {model.bias.item():.2f}",
+            "{:.2f} and {:.2f}".format(*model.scale_and_bias),
         ),
         ("seed", str(checkpoint.run["seed"])),
     ]
