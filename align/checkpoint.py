@@ -39,6 +39,7 @@ HINTS = {
     "fields": "To go on with the same captions, name them in `align.fields`. ",
 }
 MAY_DIFFER = {*RECORDED_ONLY, "checkpoint_every"}  # from a run to the one that goes on from it
+REMEDY = "Delete the folder of this training and run `sail align` again."
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
 
 
@@ -225,8 +226,10 @@ class CheckpointFolder:
             self._clean()
             return None
         checkpoint = Checkpoint.open(self.last)
-        told = differences(checkpoint.run, run, without=MAY_DIFFER)
-        for name, found, expected in _telling(told):
+        differing = differences(checkpoint.run, run, without=MAY_DIFFER)
+        # The hash of the keys comes last: that there are more rows says more.
+        differing.sort(key=lambda each: each[0] == "store.keys_sha256")
+        for name, found, expected in differing:
             raise CheckpointError(
                 f"{self.last} was trained with {name} = {found!r}, but this run has {expected!r}. "
                 f"Equal settings were expected, to go on from it. {HINTS.get(name, '')}Give this "
@@ -310,11 +313,6 @@ class CheckpointFolder:
         return self._steps / f"step-{step:08d}"
 
 
-def _telling(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
-    """Put the hash of the keys last: that there are more rows says more."""
-    return sorted(found, key=lambda difference: difference[0] == "store.keys_sha256")
-
-
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -322,6 +320,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-REMEDY = "Delete the folder of this training and run `sail align` again."

@@ -77,7 +77,7 @@ class ChunkCache:
     def _file(self, columns: Columns, column: Column, chunk: int) -> Path:
         """Name the file of a chunk by its store, its keys and its encoder's fingerprint."""
         if column.name not in self._names:
-            store = columns.store if column.name.startswith("image") else columns.text_store
+            store = columns.store
             made_of = [str(column.path), store.keys_sha256, store.rows, str(column.dtype)]
             known = json.dumps([*made_of, column.fingerprint], sort_keys=True)
             self._names[column.name] = hashlib.sha256(known.encode()).hexdigest()[:32]
@@ -319,7 +319,7 @@ def largest_chunk(columns: Columns) -> int:
 
 def caption_hashes(columns: Columns, field: int, chunk: int) -> Int64[np.ndarray, "rows"]:
     """Hash the caption of each row of a chunk: equal strings have equal hashes."""
-    store, size = columns.text_store, columns.image.rows_per_chunk
+    store, size = columns.store, columns.image.rows_per_chunk
     start, stop = chunk * size, min((chunk + 1) * size, store.rows)
     words = store.captions(columns.fields[field], start, stop)
     hashes: np.ndarray = key_hashes(words, stop - start).view(np.int64)

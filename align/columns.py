@@ -34,31 +34,31 @@ class JoinedStore(FeatureStore):
         """
         check_same_rows(images, texts)
         super().__init__(images.path, images._group)
-        self._texts = texts
+        self.texts = texts
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """Caption fields of the store of texts."""
-        return self._texts.fields
+        return self.texts.fields
 
     def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one caption per row, from the store of texts."""
-        return self._texts.captions(field, start, stop)
+        return self.texts.captions(field, start, stop)
 
     def strings_at(self, name: str, rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
         """Return keys from the store of images, captions from that of texts."""
         if name.startswith("caption/"):
-            return self._texts.strings_at(name, rows)
+            return self.texts.strings_at(name, rows)
         return super().strings_at(name, rows)
 
     def columns(self) -> list[str]:
         """Names of the image columns and text columns, each from its own store."""
         images = [name for name in super().columns() if name.startswith("image/")]
-        return images + [name for name in self._texts.columns() if name.startswith("text/")]
+        return images + [name for name in self.texts.columns() if name.startswith("text/")]
 
     def column(self, name: str) -> Column:
         """Open one column, from its own store."""
-        return self._texts.column(name) if name.startswith("text/") else super().column(name)
+        return self.texts.column(name) if name.startswith("text/") else super().column(name)
 
 
 def check_same_rows(image: FeatureStore, text: FeatureStore) -> None:
@@ -107,53 +107,27 @@ def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingErr
 
 
 @dataclass(frozen=True)
-class PairedStore:
-    """The stores of one set of pairs, and the share of each batch that comes from it."""
-
-    image: FeatureStore
-    text: FeatureStore
-    weight: float = 1.0
-    """In proportion to other stores."""
-
-    @classmethod
-    def of(cls, store: FeatureStore) -> "PairedStore":
-        """Pair a store that has images and texts with itself."""
-        return cls(store, store)
-
-
-@dataclass(frozen=True)
 class Columns:
     """The columns of one image encoder and one text encoder, a text column per caption field."""
 
     store: FeatureStore
-    """Of the images."""
-    text_store: FeatureStore
-    """Of the texts: the same, or one with the same keys in the same order."""
     image: Column
     text: tuple[Column, ...]
     fields: tuple[str, ...]
 
     @classmethod
-    def open(
-        cls, stores: PairedStore | FeatureStore, config: AlignConfig, image: str, text: str
-    ) -> "Columns":
+    def open(cls, store: FeatureStore, config: AlignConfig, image: str, text: str) -> "Columns":
         """Open the columns that a training reads.
 
         Raises:
             StoreError: A column is not there.
-            TrainingError: The store has not the caption fields that the settings name, none of them
-                has a weight, or two stores have not the same rows.
+            TrainingError: The store has not the caption fields that the settings name, or none of
+                them has a weight.
         """
-        if isinstance(stores, FeatureStore):
-            stores = PairedStore.of(stores)
-        store = stores.text
-        if stores.image is not store:
-            check_same_rows(stores.image, store)
-        fields = _fields(store, config)
+        fields = _fields(store.texts if isinstance(store, JoinedStore) else store, config)
         columns = cls(
-            store=stores.image,
-            text_store=store,
-            image=stores.image.column(f"image/{image}"),
+            store=store,
+            image=store.column(f"image/{image}"),
             text=tuple(store.column(f"text/{text}/{field}") for field in fields),
             fields=fields,
         )
@@ -177,14 +151,14 @@ class Columns:
 
 
 def open_columns(
-    stores: Sequence[PairedStore], config: AlignConfig, image: str, text: str
+    stores: Sequence[FeatureStore], config: AlignConfig, image: str, text: str
 ) -> list[Columns]:
     """Open what a training reads of each store, and check that it goes together.
 
     Raises:
         StoreError: A column is not there.
-        TrainingError: The stores have not the rows or the caption fields that they should, or their
-            features are not of the same encoders.
+        TrainingError: The stores have not the caption fields that they should, or their features
+            are not of the same encoders.
     """
     opened = [Columns.open(each, config, image, text) for each in stores]
     for columns in opened[1:]:

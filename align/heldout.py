@@ -251,22 +251,11 @@ class HeldOut:
 def _caption_ids(
     columns: Columns, rows: Int64[np.ndarray, "queries"]
 ) -> Int64[np.ndarray, "queries fields"]:
-    ids = np.empty((len(rows), len(columns.fields)), dtype=np.int64)
-    for part in _by_chunk(rows, columns.image.rows_per_chunk):
-        first, last = int(rows[part][0]), int(rows[part][-1])
-        for field, name in enumerate(columns.fields):
-            captions = columns.text_store.captions(name, first, last + 1)[rows[part] - first]
-            ids[part, field] = key_hashes(captions, len(captions)).view(np.int64)
-    return ids
+    words = [columns.store.strings_at(f"caption/{name}", rows) for name in columns.fields]
+    return np.stack([key_hashes(each, len(rows)).view(np.int64) for each in words], axis=1)
 
 
 def _filled(values: Shaped[np.ndarray, "queries ..."], fields: int) -> np.ndarray:
     """Append fields of zeros until there are as many."""
     missing = fields - values.shape[1]
     return np.pad(values, [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)])
-
-
-def _by_chunk(rows: Int64[np.ndarray, "queries"], rows_per_chunk: int) -> list[slice]:
-    """Return the slices of sorted rows that lie in one chunk each."""
-    starts = np.flatnonzero(np.diff(rows // rows_per_chunk, prepend=-1)).tolist()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)]

@@ -32,7 +32,7 @@ from align.checkpoint import (
     load_weights,
     read_tensors,
 )
-from align.columns import Columns, PairedStore, describe, open_columns, select_rows
+from align.columns import Columns, describe, open_columns, select_rows
 from align.config import AlignConfig
 from align.heads import AlignmentModel
 from align.heldout import HeldOut, HeldOutRows
@@ -49,6 +49,7 @@ from align.processes import Ring
 from align.windows import MIB, shares
 from features.errors import TrainingError
 from features.storage.files import write
+from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 CHOSEN_BY = "mean_recall"
@@ -487,9 +488,10 @@ def _log_update(
 
 
 def train(  # noqa: PLR0913 - the one entry of the stage
-    stores: Sequence[PairedStore],
+    stores: Sequence[FeatureStore],
     config: AlignConfig,
     *,
+    weights: Sequence[float] = (1.0,),
     image: str,
     text: str,
     run_dir: Path,
@@ -503,6 +505,7 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     Args:
         stores: Features of the pairs; rows that are not ok are skipped.
         config: Settings.
+        weights: Share of each batch that comes from each store, in proportion.
         image: Name of the image encoder in the stores.
         text: Name of the text encoder in the stores.
         run_dir: Where checkpoints and metrics go, and come from.
@@ -525,7 +528,6 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     """
     ring = Ring.of_processes()
     columns = open_columns(stores, config, image, text)
-    weights = [each.weight for each in stores]
     folder = CheckpointFolder(run_dir)
     described = describe(columns, weights, config, seed)
     checkpoint = _resume(folder, described, ring)

@@ -18,7 +18,7 @@ from features.storage.column import Column
 from features.storage.files import appearing
 from features.store import FeatureStore
 from pipeline.run.aligned import Aligned
-from pipeline.run.folder import open_evaluated, run_folder
+from pipeline.run.folder import open_store, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _open(aligned: Aligned, split: str) -> tuple[FeatureStore, Embedder]:
             f"The run has no split {split!r}. One of {list(aligned.config.data)} was expected. "
             f"Name it with --split."
         )
-    store = open_evaluated(aligned.config, run_folder(aligned.config), split)
+    store = open_store(aligned.config, run_folder(aligned.config), split)
     return store, Embedder(aligned.model, aligned.checkpoint, aligned.device)
 
 

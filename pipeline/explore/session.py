@@ -21,7 +21,7 @@ from features.store import FeatureStore
 from pipeline.python import load_aligned, open_run
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
-from pipeline.run.folder import RunFolder, open_evaluated, run_folder
+from pipeline.run.folder import RunFolder, open_store, run_folder
 from pipeline.search import embeddings_file, open_embeddings
 
 SIDES = (96, 256, 768)
@@ -112,7 +112,7 @@ class Session:
         stamp = _stamp(self.folder.store(split))
         with self._reading:
             if self._stores.get(split, (None, None))[1] != stamp:
-                self._stores[split] = (open_evaluated(self.config, self.folder, split), stamp)
+                self._stores[split] = (open_store(self.config, self.folder, split), stamp)
             return self._stores[split][0]
 
     def check_split(self, split: str) -> None:

@@ -22,7 +22,7 @@ from features.storage.column import Column
 from features.storage.files import appearing
 from pipeline.card import export_model
 from pipeline.run.config import RunConfig
-from pipeline.run.folder import open_stores, run_folder, start_run
+from pipeline.run.folder import open_store, run_folder, start_run
 
 logger = logging.getLogger(__name__)
 Kind = Literal["star", "mlp", "linear"]
@@ -182,10 +182,10 @@ def import_head(file: Path, config: RunConfig) -> Path:
     """
     model, head = load_released(file)
     folder = run_folder(config)
-    stores = open_stores(config, folder, config.trained_splits[0], 1.0)
+    store = open_store(config, folder, config.trained_splits[0])
     settings = config.align.model_copy(update={"head": head})
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    columns = Columns.open(stores, settings, image, text)
+    columns = Columns.open(store, settings, image, text)
     for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
         _check_length(file, column, network)
     if (folder.align / "last").is_symlink():

@@ -17,7 +17,7 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import RunFolder, check_complete, open_stores, run_folder, start_run
+from pipeline.run.folder import RunFolder, check_complete, open_store, run_folder, start_run
 
 
 @contextmanager
@@ -74,10 +74,8 @@ def _train(
     config: RunConfig, folder: RunFolder, ring: Ring, device: torch.device, stop: StopRequest
 ) -> Path | None:
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    stores = [
-        open_stores(config, folder, split, weight)
-        for split, weight in (config.align.mix or {config.align.split: 1.0}).items()
-    ]
+    mix = config.align.mix or {config.align.split: 1.0}
+    stores = [open_store(config, folder, split) for split in mix]
     for each in stores:
         check_complete(each, config, image, text)
     with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:
@@ -92,6 +90,7 @@ def _train(
         best = train(
             stores,
             config.align,
+            weights=list(mix.values()),
             image=image,
             text=text,
             run_dir=folder.align,

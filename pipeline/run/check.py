@@ -22,7 +22,7 @@ from pipeline.progress import timed
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import RunFolder, open_evaluated, run_folder
+from pipeline.run.folder import RunFolder, open_store, run_folder
 
 SCHEMA = 1
 TIE = 1e-6
@@ -226,10 +226,10 @@ def _split(config: RunConfig, folder: RunFolder) -> tuple[str, FeatureStore]:
     """Return the first split with captions that is not trained on, else the one that is."""
     trained = config.trained_splits
     for split in [name for name in config.data if name not in trained]:
-        store = open_evaluated(config, folder, split)
+        store = open_store(config, folder, split)
         if store.fields:
             return split, store
-    return trained[0], open_evaluated(config, folder, trained[0])
+    return trained[0], open_store(config, folder, trained[0])
 
 
 def _check_same_rows(index: Index, store: FeatureStore, rows: Int64[np.ndarray, "rows"]) -> None:

@@ -39,7 +39,7 @@ from pipeline.progress import ProgressLine, timed
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import open_evaluated, run_folder, start_run
+from pipeline.run.folder import open_store, run_folder, start_run
 from pipeline.tables import rendered
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
@@ -257,7 +257,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     checkpoint = Checkpoint.open(checkpoint_path)
     if "imported" not in checkpoint.run:
         _say_other_head(checkpoint, config)
-    stores = {split: open_evaluated(config, folder, split) for split in config.data}
+    stores = {split: open_store(config, folder, split) for split in config.data}
     inputs = {
         measure.name: measure.inputs(config.eval, config.extract.max_pixels) for measure in MEASURES
     }

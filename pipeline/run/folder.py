@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from align.columns import JoinedStore, PairedStore
+from align.columns import JoinedStore
 from features.errors import ConfigError, TrainingError
 from features.storage.files import is_file, write
 from features.storage.place import Place
@@ -64,19 +64,7 @@ def start_run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def open_stores(config: RunConfig, folder: RunFolder, split: str, weight: float) -> PairedStore:
-    """Open the store of a split, and that of its texts where they are elsewhere.
-
-    Raises:
-        ConfigError: One store is named for several splits.
-        StoreError: There is no store.
-    """
-    image = FeatureStore.open(_named(config, "store", split) or folder.store(split))
-    elsewhere = _named(config, "text_store", split)
-    return PairedStore(image, FeatureStore.open(elsewhere) if elsewhere else image, weight)
-
-
-def open_evaluated(config: RunConfig, folder: RunFolder, split: str) -> FeatureStore:
+def open_store(config: RunConfig, folder: RunFolder, split: str) -> FeatureStore:
     """Open the store of a split, with its texts from elsewhere where the settings say so.
 
     A single store that is named holds the split that is trained on; the folder of a run may hold
@@ -87,24 +75,21 @@ def open_evaluated(config: RunConfig, folder: RunFolder, split: str) -> FeatureS
         StoreError: There is no store.
         TrainingError: The texts are not those of the same rows.
     """
-    stores = open_stores(config, folder, split, 1.0)
-    is_one = stores.text is stores.image
-    return stores.image if is_one else JoinedStore(stores.image, stores.text)
+    store = FeatureStore.open(_named(config, "store", split) or folder.store(split))
+    texts = _named(config, "text_store", split)
+    return store if texts is None else JoinedStore(store, FeatureStore.open(texts))
 
 
-def check_complete(stores: PairedStore, config: RunConfig, image: str, text: str) -> None:
+def check_complete(store: FeatureStore, config: RunConfig, image: str, text: str) -> None:
     """Refuse columns of which not every chunk is done.
 
     Raises:
         StoreError: There is no such column.
         TrainingError: There are pending chunks.
     """
-    used = set(config.align.fields or stores.text.fields)
-    columns = [stores.image.column(f"image/{image}")]
-    columns += [
-        stores.text.column(f"text/{text}/{field}") for field in stores.text.fields if field in used
-    ]
-    for column in columns:
+    used = [field for field in store.fields if field in (config.align.fields or store.fields)]
+    for name in [f"image/{image}", *(f"text/{text}/{field}" for field in used)]:
+        column = store.column(name)
         if pending := column.pending():
             raise TrainingError(
                 f"{column.path} has {len(pending)} chunks that are not done. A complete column was "

@@ -39,7 +39,7 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import open_evaluated, run_folder
+from pipeline.run.folder import open_store, run_folder
 
 LEAST_SCORED = 10
 
@@ -117,7 +117,7 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
             "The recipe has no image or no text encoder. Candidates of both kinds were expected. "
             "Add them under [encoders], and run `sail extract`."
         )
-    store = open_evaluated(config, run_folder(config), split)
+    store = open_store(config, run_folder(config), split)
     fields = tuple(config.align.fields or store.fields)
     if not fields:
         raise EvaluationError(
@@ -267,7 +267,7 @@ class _Labelled:
 
 
 def _labelled(config: RunConfig, split: str, name: str) -> _Labelled:
-    store = open_evaluated(config, run_folder(config), split)
+    store = open_store(config, run_folder(config), split)
     column = complete_column(store, f"image/{name}")
     labels = store.labels()
     rows = column.ok_rows()

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from align.columns import PairedStore
 from align.config import AlignConfig
 from align.trainer import train
 from features.store import FeatureStore
@@ -133,7 +132,7 @@ def seconds_of_ours(store: FeatureStore, batch: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         train(
-            [PairedStore.of(store)],
+            [store],
             config,
             image="synthetic",
             text="synthetic",

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from align.columns import PairedStore
 from align.config import AlignConfig
 from align.trainer import train
 from tests.benchmarks.figure import Figure, figure_of
@@ -42,7 +41,7 @@ def share_of_waiting(*, rows: int, batch: int, steps: int, scale: int) -> float:
             }
         )
         train(
-            [PairedStore.of(store)],
+            [store],
             config,
             image="synthetic",
             text="synthetic",

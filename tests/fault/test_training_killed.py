@@ -12,7 +12,6 @@ import torch
 
 import align.checkpoint
 from align.checkpoint import Checkpoint, load_head
-from align.columns import PairedStore
 from align.config import AlignConfig, HeadConfig
 from align.trainer import OnStep, train
 from features.store import FeatureStore
@@ -78,7 +77,7 @@ def run(
     on_step: OnStep = lambda _step, _total, _note: None,
 ) -> Path | None:
     return train(
-        [PairedStore.of(store)],
+        [store],
         config,
         image=IMAGE,
         text=TEXT,

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from align.checkpoint import Checkpoint
-from align.columns import PairedStore
 from align.config import AlignConfig
 from align.processes import Ring
 from align.trainer import train
@@ -55,7 +54,7 @@ def train_one(store: str, run_dir: str, name: str, stop_after: str = "") -> None
         return ring.rank == ring.size - 1 and len(steps) == int(stop_after or 1000)
 
     best = train(
-        [PairedStore.of(FeatureStore.open(Path(store)))],
+        [FeatureStore.open(Path(store))],
         config(name),
         image=IMAGE,
         text=TEXT,

@@ -10,7 +10,7 @@ import torch
 import zarr
 
 from align.chunk_reader import RowsInMemory
-from align.columns import Columns, PairedStore, open_columns, select_rows
+from align.columns import Columns, JoinedStore, open_columns, select_rows
 from align.config import AlignConfig
 from align.heads import build_model
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
@@ -111,7 +111,7 @@ def test_a_mixture_begins_at_any_step_and_is_shared_out_among_processes(
 
 def test_images_of_one_store_go_with_texts_of_another(tmp_path: Path) -> None:
     images, texts = (make_store(tmp_path / f"{seed}.zarr", seed=seed) for seed in (1, 2))
-    columns = Columns.open(PairedStore(images, texts), AlignConfig(), IMAGE, TEXT)
+    columns = Columns.open(JoinedStore(images, texts), AlignConfig(), IMAGE, TEXT)
     selection = select_rows(columns, holdout=0.0, holdout_rows=1)
     loader = Loader([Source(columns, selection.train, selection.text_ok)], options())
     image = images.column(f"image/{IMAGE}").read(0, 200)
@@ -145,16 +145,16 @@ def test_stores_of_other_keys_are_refused_by_the_first_that_differs(
     images, texts = make_store(tmp_path / "i.zarr"), make_store(tmp_path / "t.zarr")
     changed = other_keys(texts, change(texts.keys().tolist()))  # type: ignore[operator]
     with pytest.raises(TrainingError, match=words):
-        Columns.open(PairedStore(images, changed), AlignConfig(), IMAGE, TEXT)
+        Columns.open(JoinedStore(images, changed), AlignConfig(), IMAGE, TEXT)
 
 
 def test_a_store_that_ends_early_or_has_other_chunks_is_refused(tmp_path: Path) -> None:
     images, texts = make_store(tmp_path / "i.zarr"), make_store(tmp_path / "t.zarr", rows=90)
     with pytest.raises(TrainingError, match=r"row 90 is 'shard/000090' .* and beyond its end in"):
-        Columns.open(PairedStore(images, texts), AlignConfig(), IMAGE, TEXT)
+        Columns.open(JoinedStore(images, texts), AlignConfig(), IMAGE, TEXT)
     coarse = make_store(tmp_path / "c.zarr", rows_per_chunk=32)
     with pytest.raises(TrainingError, match=r"16 rows per chunk, .* has 32"):
-        Columns.open(PairedStore(images, coarse), AlignConfig(), IMAGE, TEXT)
+        Columns.open(JoinedStore(images, coarse), AlignConfig(), IMAGE, TEXT)
 
 
 def test_stores_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_stores_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 
 def test_features_of_another_width_or_encoder_are_not_mixed(tmp_path: Path) -> None:
     first, wider = make_store(tmp_path / "a.zarr"), make_store(tmp_path / "b.zarr", image_dim=9)
-    stores = [PairedStore.of(first), PairedStore.of(wider)]
+    stores = [first, wider]
     with pytest.raises(TrainingError, match=r"b\.zarr/image/eye has dim = 9, but .*a\.zarr"):
         open_columns(stores, AlignConfig(), IMAGE, TEXT)
 
@@ -185,7 +185,7 @@ def test_held_out_rows_come_from_all_stores_in_proportion(tmp_path: Path) -> Non
     config = AlignConfig(
         batch_size=24, holdout=0.3, holdout_rows=30, memory_mb=1, captions_per_image=1
     )
-    columns = open_columns([PairedStore.of(each) for each in stores], config, IMAGE, TEXT)
+    columns = open_columns(stores, config, IMAGE, TEXT)
     loader, heldout = training_data(columns, [1.0, 2.0], config, seed=0, device=CPU)
     assert heldout is not None
     assert len(heldout) == 30

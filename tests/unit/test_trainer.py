@@ -10,7 +10,7 @@ import torch
 import zarr
 
 from align.checkpoint import Checkpoint, load_head
-from align.columns import PairedStore, open_columns
+from align.columns import open_columns
 from align.config import AlignConfig
 from align.heads import HEADS
 from align.trainer import train, training_data
@@ -35,7 +35,7 @@ def settings(**changes: Any) -> AlignConfig:
 
 def run(store: FeatureStore, path: Path, config: AlignConfig, **given: Any) -> Path | None:
     options = {"image": IMAGE, "text": TEXT, "device": CPU, "seed": 0, **given}
-    return train([PairedStore.of(store)], config, run_dir=path, **options)
+    return train([store], config, run_dir=path, **options)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_
 
 def spoil(store: FeatureStore, config: AlignConfig, step: int) -> None:
     """Make an image that no step sees before this one (from 0) no number, late in its batch."""
-    columns = open_columns([PairedStore.of(store)], config, IMAGE, TEXT)
+    columns = open_columns([store], config, IMAGE, TEXT)
     loader, _ = training_data(columns, [1.0], config, seed=0, device=CPU)
     size = config.batch_size
     before = {key for each in range(step) for key in loader.keys(each, size)}

@@ -20,7 +20,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from align.checkpoint import Checkpoint
-from align.columns import PairedStore
 from align.config import AlignConfig
 from align.trainer import train
 from features.errors import StoreCorruptError
@@ -44,7 +43,7 @@ def settings(**changes: Any) -> AlignConfig:
 
 def run(store: FeatureStore, path: Path, config: AlignConfig, **given: Any) -> Path | None:
     options = {"image": IMAGE, "text": TEXT, "device": CPU, "seed": 0, **given}
-    return train([PairedStore.of(store)], config, run_dir=path, **options)
+    return train([store], config, run_dir=path, **options)
 
 
 @pytest.fixture(scope="module")
