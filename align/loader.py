@@ -24,8 +24,8 @@ from align.order import Order, Window
 from align.windows import (
     MIB,
     Needs,
-    Part,
     ResidentMemory,
+    StepPart,
     StreamingMemory,
     WindowMemory,
     WindowPlan,
@@ -122,7 +122,7 @@ class Stream:
 
     def parts(
         self, first_step: int, stop_step: int
-    ) -> Generator[tuple[WindowMemory, Part], None, None]:
+    ) -> Generator[tuple[WindowMemory, StepPart], None, None]:
         """Yield what each step takes of each window, when the window is in memory.
 
         The next windows are read meanwhile, into the memory that is free. One thread plans the
@@ -154,7 +154,7 @@ class Stream:
             planner.shutdown(cancel_futures=True)
             readers.shutdown(cancel_futures=True)
 
-    def _cut(self, window: Window) -> Iterator[Part]:
+    def _cut(self, window: Window) -> Iterator[StepPart]:
         for step, place, span in self.order.steps(window):
             positions = window.positions[span]
             rows = self.order.store_rows(window, positions)
@@ -166,7 +166,7 @@ class Stream:
             drawn = usable[:, : self.captions]
             if not self._all_usable:
                 drawn = np.take_along_axis(usable, fields, axis=1)
-            yield Part(span, positions, rows, fields, drawn)
+            yield StepPart(span, positions, rows, fields, drawn)
 
     def _draw(
         self, usable: Bool[np.ndarray, "part all_fields"], step: int, place: int
@@ -289,7 +289,7 @@ class Loader:
 
     def _batch(
         self,
-        running: Sequence[Iterator[tuple[WindowMemory, Part]]],
+        running: Sequence[Iterator[tuple[WindowMemory, StepPart]]],
         image: Float16[Tensor, "batch image_dim"],
         text: Float16[Tensor, "batch captions text_dim"],
     ) -> Batch:

@@ -31,7 +31,7 @@ Features = tuple[Float16[Tensor, "rows image_dim"], Float16[Tensor, "rows captio
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """Rows of a window that one step takes, in their order."""
 
     span: slice
@@ -50,7 +50,7 @@ class WindowPlan:
     """A window, and what the steps take of it."""
 
     window: Window
-    parts: Iterable[Part]
+    parts: Iterable[StepPart]
     """In order; a list if the rows are read in this order, otherwise made when they are used."""
 
 
@@ -108,18 +108,18 @@ class WindowMemory(ABC):
     @abstractmethod
     def copy(
         self,
-        part: Part,
+        part: StepPart,
         image: Float16[Tensor, "part image_dim"],
         text: Float16[Tensor, "part captions text_dim"],
     ) -> None:
         """Copy the features of a part into the memory of a batch."""
 
     @abstractmethod
-    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+    def caption_ids(self, part: StepPart) -> Int64[np.ndarray, "part captions"]:
         """Return the hashes of the captions of a part; they must have been asked for."""
 
     @abstractmethod
-    def view(self, part: Part) -> Features | None:
+    def view(self, part: StepPart) -> Features | None:
         """Return the features of a part where they lie, None if they must be copied."""
 
     def release(self) -> None:
@@ -156,7 +156,7 @@ class ResidentMemory(WindowMemory):
 
     def copy(
         self,
-        part: Part,
+        part: StepPart,
         image: Float16[Tensor, "part image_dim"],
         text: Float16[Tensor, "part captions text_dim"],
     ) -> None:
@@ -164,12 +164,12 @@ class ResidentMemory(WindowMemory):
         self._image.gather(part.positions, image)
         self._text.gather(self._captions(part).ravel(), text.flatten(0, 1))
 
-    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+    def caption_ids(self, part: StepPart) -> Int64[np.ndarray, "part captions"]:
         """Gather the hashes of the captions of a part."""
         ids: np.ndarray = self._caption_ids[self._captions(part)]
         return ids
 
-    def view(self, part: Part) -> Features | None:
+    def view(self, part: StepPart) -> Features | None:
         """Return None: the rows of a part are scattered."""
 
     def _read_chunk(self, slot: int, chunk: int) -> None:
@@ -182,7 +182,7 @@ class ResidentMemory(WindowMemory):
                 hashes = caption_hashes(self.columns, field, chunk)
                 self._caption_ids[first : first + len(hashes)] = hashes
 
-    def _captions(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+    def _captions(self, part: StepPart) -> Int64[np.ndarray, "part captions"]:
         places: np.ndarray = part.fields * self._rows + part.positions[:, None]  # field by field
         return places
 
@@ -242,7 +242,7 @@ class StreamingMemory(WindowMemory):
 
     def copy(
         self,
-        part: Part,
+        part: StepPart,
         image: Float16[Tensor, "part image_dim"],
         text: Float16[Tensor, "part captions text_dim"],
     ) -> None:
@@ -250,11 +250,11 @@ class StreamingMemory(WindowMemory):
         self._image.copy(part.span, image)
         self._text.copy(self._caption_span(part), text.flatten(0, 1))
 
-    def caption_ids(self, part: Part) -> Int64[np.ndarray, "part captions"]:
+    def caption_ids(self, part: StepPart) -> Int64[np.ndarray, "part captions"]:
         """Return the hashes of the captions of a part."""
         return self._caption_ids[self._caption_span(part)].reshape(-1, self._captions)
 
-    def view(self, part: Part) -> Features | None:
+    def view(self, part: StepPart) -> Features | None:
         """Return the features of a part where they lie, None if they are int8."""
         if self._image.scale is not None or self._text.scale is not None:
             return None
@@ -286,7 +286,7 @@ class StreamingMemory(WindowMemory):
             hashes = caption_hashes(self.columns, field, chunk)
             self._caption_ids[targets[: len(hashes)]] = hashes
 
-    def _caption_span(self, part: Part) -> slice:
+    def _caption_span(self, part: StepPart) -> slice:
         return slice(part.span.start * self._captions, part.span.stop * self._captions)
 
 
