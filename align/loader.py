@@ -158,14 +158,12 @@ class Stream:
         for step, place, span in self.order.steps(window):
             positions = window.positions[span]
             rows = self.order.store_rows(window, positions)
-            shape = (len(rows), len(self.source.columns.text))
-            usable = np.broadcast_to(np.True_, shape)
-            if not self._all_usable:  # in most stores all are; then no row is looked up
+            if self._all_usable:  # as in most stores; then no row is looked up
+                usable = np.broadcast_to(np.True_, (len(rows), len(self.source.columns.text)))
+            else:
                 usable = self.source.text_ok[rows]
             fields = self._draw(usable, step, place)
-            drawn = usable[:, : self.captions]
-            if not self._all_usable:
-                drawn = np.take_along_axis(usable, fields, axis=1)
+            drawn = np.take_along_axis(usable, fields, axis=1)
             yield StepPart(span, positions, rows, fields, drawn)
 
     def _draw(

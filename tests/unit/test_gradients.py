@@ -44,7 +44,7 @@ def loss_and_gradients(
     ).double()
     with torch.no_grad():
         for weight in model.parameters():
-            weight += shift
+            weight.add_(shift)
     gradients = Gradients(model, config, ["bare", "long"], seed=0, device=torch.device("cpu"))
     loss = gradients.backward(given or batch(), step)
     return [loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)]
@@ -76,7 +76,7 @@ def test_both_passes_over_a_micro_batch_drop_the_same_activations() -> None:
 
 
 def test_a_field_without_weight_and_a_missing_caption_take_no_part() -> None:
-    weighted = {"loss": {"positives": "own", "field_weights": {"long": 0.0}}}
+    weighted: dict[str, Any] = {"loss": {"positives": "own", "field_weights": {"long": 0.0}}}
     every = batch()
     alone = replace(every, text=every.text[:, :1], fields=every.fields[:, :1], caption_ids=None)
     for found, expected in zip(
