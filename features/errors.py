@@ -1,23 +1,6 @@
 """Every error this project raises on purpose.
 
-They live in `features` because it is the package all others may import::
-
-    SailError
-      ConfigError              the run file or an override is wrong
-        PlaceError             a URL that is of no kind we read, or carries credentials
-      StorageError             a place under a URL cannot be reached, read or written
-        PlaceNotFoundError     there is no such file
-        FileEndsEarlyError     it is shorter than what is asked of it
-      SourceError              the data that a run file names cannot be read
-      EncoderError             a frozen encoder cannot be loaded or used as asked
-      StoreError
-        StoreNotFoundError     nothing at that path
-        StoreMismatchError     made from other rows or by another encoder
-        StoreCorruptError      a chunk does not hold what was written
-      ClusterError             the workers or the scheduler of a cluster fail
-      CheckpointError          a checkpoint is missing, incomplete, or from another head
-      TrainingError            the head cannot be trained as asked
-      EvaluationError          a measure cannot be computed from what is there
+They live in `features` because it is the package all others may import.
 
 A message says, in this order: what is wrong, with the value and the place; what was expected;
 the command or setting that puts it right.

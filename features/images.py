@@ -31,68 +31,36 @@ HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+
+def _defaults(
+    size: int | dict[str, int],
+    resample: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop: int | None = None,
+) -> dict[str, Any]:
+    crops = {} if crop is None else {"crop_size": {"height": crop, "width": crop}}
+    return crops | {
+        "do_resize": True,
+        "do_center_crop": crop is not None,
+        "resample": resample,
+        "size": {"height": size, "width": size} if isinstance(size, int) else size,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
 # What each processor of transformers does where preprocessor_config.json leaves a key out.
-_SQUARE = {"do_resize": True, "do_center_crop": False, "resample": BILINEAR}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "ViTImageProcessor": _SQUARE
-    | {"size": {"height": 224, "width": 224}, "image_mean": HALF, "image_std": HALF},
-    "BitImageProcessor": {
-        "do_resize": True,
-        "do_center_crop": True,
-        "resample": BICUBIC,
-        "size": {"shortest_edge": 224},
-        "crop_size": {"height": 224, "width": 224},
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    },
-    "CLIPImageProcessor": {
-        "do_resize": True,
-        "do_center_crop": True,
-        "resample": BICUBIC,
-        "size": {"shortest_edge": 224},
-        "crop_size": {"height": 224, "width": 224},
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    },
-    "SiglipImageProcessor": _SQUARE
-    | {
-        "resample": BICUBIC,
-        "size": {"height": 224, "width": 224},
-        "image_mean": HALF,
-        "image_std": HALF,
-    },
-    "MobileNetV2ImageProcessor": {
-        "do_resize": True,
-        "do_center_crop": True,
-        "resample": BILINEAR,
-        "size": {"shortest_edge": 256},
-        "crop_size": {"height": 224, "width": 224},
-        "image_mean": HALF,
-        "image_std": HALF,
-    },
-    "DeiTImageProcessor": _SQUARE
-    | {
-        "do_center_crop": True,
-        "resample": BICUBIC,
-        "size": {"height": 256, "width": 256},
-        "crop_size": {"height": 224, "width": 224},
-        "image_mean": HALF,
-        "image_std": HALF,
-    },
-    "ConvNextImageProcessor": _SQUARE
-    | {
-        "resample": BICUBIC,
-        "size": {"shortest_edge": 384},
-        "crop_pct": 224 / 256,
-        "image_mean": HALF,
-        "image_std": HALF,
-    },
-    "DINOv3ViTImageProcessor": _SQUARE
-    | {
-        "size": {"height": 224, "width": 224},
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
-    },
+    "ViTImageProcessor": _defaults(224, BILINEAR, HALF, HALF),
+    "BitImageProcessor": _defaults({"shortest_edge": 224}, BICUBIC, CLIP_MEAN, CLIP_STD, 224),
+    "CLIPImageProcessor": _defaults({"shortest_edge": 224}, BICUBIC, CLIP_MEAN, CLIP_STD, 224),
+    "SiglipImageProcessor": _defaults(224, BICUBIC, HALF, HALF),
+    "MobileNetV2ImageProcessor": _defaults({"shortest_edge": 256}, BILINEAR, HALF, HALF, 224),
+    "DeiTImageProcessor": _defaults(256, BICUBIC, HALF, HALF, 224),
+    "ConvNextImageProcessor": _defaults({"shortest_edge": 384}, BICUBIC, HALF, HALF)
+    | {"crop_pct": 224 / 256},
+    "DINOv3ViTImageProcessor": _defaults(224, BILINEAR, IMAGENET_MEAN, IMAGENET_STD),
 }
 SUFFIXES = ("Fast", "Pil")
 CONVNEXT_STRETCHES_FROM = 384

@@ -25,18 +25,16 @@ from features.storage.column import Column, create_column, encoder_of
 from features.storage.files import (
     children,
     delete,
-    files_below,
     folder_beside,
     is_file,
     move,
-    read,
     remove_leftovers,
     zarr_store,
 )
 from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
 from features.storage.parallel import in_order
-from features.storage.place import Place, can_be_listed, posix
+from features.storage.place import Place, can_be_listed
 
 FORMAT = "sail-features"
 FORMAT_VERSION = 1
@@ -48,15 +46,15 @@ STRINGS = np.dtypes.StringDType()
 
 @runtime_checkable
 class RowSource(Protocol):
-    """What is known of the rows of a store that is made or grows; an `Index`, mostly."""
+    """What is known of the rows of a store that is made: an `Index`, or another store."""
 
-    path: Path
     rows: int
-    class_names: tuple[str, ...] | None
     source: dict[str, Any]
     """Where they come from, as the store records it."""
-    grown_from: tuple[int, ...]
-    """Rows there were before each time that rows were appended."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the labels, where they are known."""
 
     @property
     def row_arrays(self) -> tuple[str, ...]:
@@ -66,6 +64,15 @@ class RowSource(Protocol):
         self, names: Sequence[str], rows: int, *, first: int = 0
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """Yield the values of some arrays by name, from row `first` on, so many rows at once."""
+
+
+@runtime_checkable
+class GrownRows(RowSource, Protocol):
+    """The same, of rows that a store is extended by."""
+
+    path: Path
+    grown_from: tuple[int, ...]
+    """Rows there were before each time that rows were appended."""
 
 
 class FeatureStore:
@@ -114,41 +121,24 @@ class FeatureStore:
         Raises:
             StoreMismatchError: There is a store already, of other rows.
         """
-        with new_group(path, store=path) as folder:
-            digest = keys_digest(rows)
-            names = rows.row_arrays
-            facts = {
-                "rows": rows.rows,
-                "rows_per_chunk": rows_per_chunk,
-                "keys_sha256": digest,
-                "source": rows.source,
-            }
-            group = create_group(folder, names, facts, rows.class_names)
-            write_rows(group, names, rows, rows_per_chunk)
+        digest = keys_digest(rows)
+        if not is_file(path / METADATA):
+            with new_group(path, store=path) as folder:
+                names = rows.row_arrays
+                facts = {
+                    "rows": rows.rows,
+                    "rows_per_chunk": rows_per_chunk,
+                    "keys_sha256": digest,
+                    "source": rows.source,
+                }
+                group = create_group(folder, names, facts, rows.class_names)
+                write_rows(group, names, rows, rows_per_chunk)
         store = cls.open(path)
         if store.keys_sha256 != digest:
             raise StoreMismatchError(
                 str(path), "keys_sha256", found=store.keys_sha256, expected=digest
             )
         return store
-
-    def copy_rows(self, path: Place) -> "FeatureStore":
-        """Write a store of the same keys, captions, labels and groups, without columns.
-
-        It appears at `path` as a whole; where there is one of these keys already, it stays.
-
-        Raises:
-            StoreMismatchError: There is a store at `path`, of other rows.
-        """
-        if not self.is_at(path):
-            with new_group(path, store=path) as folder:
-                _copy_rows(self.path, folder)
-        copy = FeatureStore.open(path)
-        if copy.keys_sha256 != self.keys_sha256:
-            raise StoreMismatchError(
-                str(path), "keys_sha256", found=copy.keys_sha256, expected=self.keys_sha256
-            )
-        return copy
 
     @property
     def num_chunks(self) -> int:
@@ -171,6 +161,20 @@ class FeatureStore:
         """Names of the labels, where the source gave them."""
         names = self._group["label"].attrs.get("class_names") if "label" in self._group else None
         return tuple(str(name) for name in names) if isinstance(names, list) else None
+
+    @property
+    def row_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that belong to no encoder."""
+        numbers = (name for name in NUMBERS if name in self._group)
+        return ("key", *(f"caption/{field}" for field in self.fields), *numbers)
+
+    def blocks(
+        self, names: Sequence[str], rows: int, *, first: int = 0
+    ) -> Iterator[dict[str, list[Any]]]:
+        """Yield the values of such arrays by name, from row `first` on, so many rows at once."""
+        for start in range(first, self.rows, rows):
+            part = self._slice(start, start + rows)
+            yield {name: np.asarray(self._row_array(name)[part]).tolist() for name in names}
 
     def keys(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the keys of rows `start` to `stop` as a numpy string array."""
@@ -322,21 +326,6 @@ def create_group(
     return group
 
 
-def _copy_rows(store: Place, folder: Path) -> None:
-    """Copy the files of a store that belong to no encoder."""
-    groups = [store / name / "zarr.json" for name in ("image", "text")]
-    copied = [place for place in groups if is_file(place)]
-    for name in ("key", "label", "group", "caption"):
-        copied += [place for place, _ in files_below(store / name)]
-    for place in copied:
-        target = folder / posix(place).relative_to(posix(store))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(read(place))
-    metadata = json.loads(read(store / "zarr.json"))
-    metadata.pop("consolidated_metadata", None)  # it would speak of the columns
-    (folder / "zarr.json").write_text(json.dumps(metadata))
-
-
 def keys_digest(source: RowSource, rows: int | None = None) -> str:
     """Return the sha256 over the keys, each ended by a newline: equal keys in equal order.
 
@@ -446,7 +435,7 @@ logger = logging.getLogger(__name__)
 METADATA = "zarr.json"
 
 
-def extend_store(store: FeatureStore, index: RowSource, *, append: bool) -> FeatureStore:
+def extend_store(store: FeatureStore, index: GrownRows, *, append: bool) -> FeatureStore:
     """Return the store with all rows and caption fields of an index, whose first rows it has.
 
     Args:
@@ -470,7 +459,7 @@ def extend_store(store: FeatureStore, index: RowSource, *, append: bool) -> Feat
     return FeatureStore.open(store.path)
 
 
-def _check_first_rows(store: FeatureStore, index: RowSource, *, append: bool) -> None:
+def _check_first_rows(store: FeatureStore, index: GrownRows, *, append: bool) -> None:
     has_them = store.rows <= index.rows
     if not has_them or store.keys_sha256 != keys_digest(index, store.rows):
         raise SourceError(

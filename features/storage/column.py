@@ -196,12 +196,7 @@ class Column:
     def read_into(
         self, chunk: int, buffer: Shaped[np.ndarray, "rows_per_chunk dim"], *, verify: bool = False
     ) -> int:
-        """Fill a buffer with a chunk as it is in the store; return how many of its rows are real.
-
-        Args:
-            chunk: Number of the chunk.
-            buffer: Of the column's dtype; filled without a copy from local disk.
-            verify: Whether to check the crc32c.
+        """Fill a buffer of the column's dtype with a chunk; return how many of its rows are real.
 
         Raises:
             StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
@@ -212,16 +207,7 @@ class Column:
     def read_pieces(
         self, chunk: int, buffer: Shaped[np.ndarray, "some_rows dim"], *, verify: bool = False
     ) -> Iterator[tuple[int, Shaped[np.ndarray, "_ dim"]]]:
-        """Yield a chunk on local disk piece by piece: its first row, and the rows in the buffer.
-
-        Args:
-            chunk: Number of the chunk.
-            buffer: Of the column's dtype; every piece overwrites the one before.
-            verify: Whether to check the crc32c, which is known after the last piece only.
-
-        Raises:
-            StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
-        """
+        """Yield a chunk on local disk piece by piece; see `features.storage.chunks.read_pieces`."""
         file = Path(str(self.features_file(chunk)))
         yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify)
 
@@ -231,16 +217,7 @@ class Column:
         rows: Shaped[np.ndarray, "all_rows dim"],
         places: Int64[np.ndarray, "rows_per_chunk"],
     ) -> bool:
-        """Read a chunk on local disk straight to the places of its rows; nothing is verified.
-
-        Args:
-            chunk: Number of the chunk.
-            rows: Of the column's dtype.
-            places: Of the rows of the chunk, in `rows`.
-
-        Returns:
-            Whether that could be done; see `features.storage.chunks`.
-        """
+        """Read a chunk on local disk straight to places in `rows`; see `scatter_rows`."""
         return scatter_rows(Path(str(self.features_file(chunk))), rows, places)
 
     def read_scale_into(self, chunk: int, buffer: Float32[np.ndarray, "rows_per_chunk"]) -> None:
@@ -294,11 +271,10 @@ class Column:
 
     def blocks(self, rows: Int64[np.ndarray, "rows"]) -> Iterator[Float16[np.ndarray, "some dim"]]:
         """Yield the features of rows that are in order, block by block."""
-        for start in range(0, self.rows, BLOCK_ROWS):
-            first, last = np.searchsorted(rows, [start, start + BLOCK_ROWS])
-            if first < last:
-                low, high = int(rows[first]), int(rows[last - 1])
-                yield self.read(low, high + 1)[rows[first:last] - low]
+        for part in np.split(rows, np.flatnonzero(np.diff(rows // BLOCK_ROWS)) + 1):
+            if len(part):
+                first, last = int(part[0]), int(part[-1])
+                yield self.read(first, last + 1)[part - first]
 
     def rows_at(self, rows: Int64[np.ndarray, "rows"]) -> Float16[np.ndarray, "rows dim"]:
         """Return the features of rows in any order; each part of the store is read once."""

@@ -86,7 +86,7 @@ def backend(place: RemotePath) -> Backend:
     if place.scheme == "hf":
         return Hub()
 
-    return Objects()
+    return _Objects()
 
 
 def failure(place: RemotePath, error: Exception, what: str) -> StorageError:
@@ -168,13 +168,12 @@ CLIENT: Any = {
 }
 
 
-class Objects:
+class _Objects:
     """S3, Google Cloud Storage and HTTP, by obstore."""
 
     errors: tuple[type[Exception], ...] = (BaseError, BrokenBody, OSError)
 
     def entry(self, place: RemotePath) -> Entry:
-        """Return the size and version of a file."""
         key = _key(place)
         if len(key.encode()) > MAX_KEY_BYTES:
             raise FileNotFoundError(key)
@@ -184,16 +183,13 @@ class Objects:
             raise FileNotFoundError(key) from error
 
     def whole(self, place: RemotePath) -> memoryview:
-        """Return the content of a file."""
         found = obstore.get(_store(place), _key(place))
         return memoryview(_whole(found.bytes(), found.meta["size"]))
 
     def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
-        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
         return memoryview(obstore.get_range(_store(place), _key(place), start=start, end=stop))
 
     def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
-        """Yield the names of what is in a folder, and the size of what is a file."""
         found = obstore.list_with_delimiter(_listable(folder), folder.key)
         for path in found["common_prefixes"]:
             yield path.rpartition("/")[2], None
@@ -201,24 +197,20 @@ class Objects:
             yield entry["path"].rpartition("/")[2], entry["size"]
 
     def files(self, folder: RemotePath) -> Iterator[Entry]:
-        """Yield the files in a folder, and in the folders in it."""
         root = RemotePath(folder.scheme, folder.bucket)
         for entries in obstore.list(_listable(folder), folder.key):
             for entry in entries:
                 yield _entry(root / entry["path"], entry)
 
     def put(self, place: RemotePath, content: bytes) -> None:
-        """Write a file as a whole: it appears when the server has all of it."""
         check_writable(place)
         obstore.put(_store(place), _key(place), content, use_multipart=False)
 
     def delete(self, place: RemotePath) -> None:
-        """Remove a file."""
         check_writable(place)
         obstore.delete(_store(place), _key(place))
 
     def zarr(self, folder: RemotePath) -> Any:
-        """Return a folder as a Zarr store that is read only."""
         store = _ZarrStore(_store(folder, _key(folder)), read_only=True)
         store.folder = folder
         return store
@@ -296,7 +288,7 @@ def _entry(place: RemotePath, about: Any) -> Entry:
     return Entry(place, about["size"], version)
 
 
-class Hub:
+class _Hub:
     """The hub's own client, which retries by itself; a revision stands behind `@`."""
 
     # OSError, and that of the HTTP client, whichever this version of the hub uses.
@@ -306,31 +298,26 @@ class Hub:
         self._files = HfFileSystem()  # one per thread: it keeps them itself
 
     def entry(self, place: RemotePath) -> Entry:
-        """Return the size and version of a file."""
         about = self._files.info(place.path)
         if about["type"] != "file":
             raise FileNotFoundError(str(place))
         return _hub_entry(place, about)
 
     def whole(self, place: RemotePath) -> memoryview:
-        """Return the content of a file."""
         with self._files.open(place.path, "rb", cache_type="none") as file:
             return memoryview(file.read(file.size))
 
     def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
-        """Return the bytes of a file from `start` to `stop`, fewer if the server sends fewer."""
         with self._files.open(place.path, "rb", cache_type="none") as file:
             file.seek(start)
             return memoryview(file.read(stop - start))
 
     def children(self, folder: RemotePath) -> Iterator[tuple[str, int | None]]:
-        """Yield the names of what is in a folder, and the size of what is a file."""
         for about in self._listed(folder):
             is_file = about["type"] == "file"
             yield about["name"].rpartition("/")[2], about["size"] if is_file else None
 
     def files(self, folder: RemotePath) -> Iterator[Entry]:
-        """Yield the files in a folder, and in the folders in it."""
         for about in self._listed(folder):
             place = folder / about["name"].rpartition("/")[2]
             if about["type"] == "file":
@@ -339,15 +326,12 @@ class Hub:
                 yield from self.files(place)
 
     def put(self, place: RemotePath, content: bytes) -> None:  # noqa: ARG002
-        """Refuse to write."""
         check_writable(place)
 
     def delete(self, place: RemotePath) -> None:
-        """Refuse to write."""
         check_writable(place)
 
     def zarr(self, folder: RemotePath) -> Any:
-        """Return a folder as a Zarr store that is read only."""
         files = AsyncFileSystemWrapper(self._files, asynchronous=True)
         return FsspecStore(files, read_only=True, path=folder.path)
 

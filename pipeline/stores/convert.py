@@ -175,7 +175,7 @@ def convert_store(
     """
     source = FeatureStore.open(path)
     columns = complete_columns(source)
-    target = source.copy_rows(out)
+    target = FeatureStore.create(out, source, rows_per_chunk=source.rows_per_chunk)
     losses = {}
     for column in columns:
         target.add_encoder(encoder_of(column.name), column.fingerprint, dim=column.dim, dtype=dtype)
