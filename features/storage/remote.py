@@ -83,10 +83,7 @@ class BrokenBody(Exception):  # noqa: N818 - never seen: it is tried again, then
 
 def backend(place: RemotePath) -> Backend:
     """Return what answers for a URL."""
-    if place.scheme == "hf":
-        return Hub()
-
-    return _Objects()
+    return _Hub() if place.scheme == "hf" else _Objects()
 
 
 def failure(place: RemotePath, error: Exception, what: str) -> StorageError:
