@@ -268,7 +268,6 @@ class RbfCka:
     Args:
         first: Features.
         second: Features of the same rows.
-        debiased: Take the unbiased estimates of HSIC.
         bandwidths: σ of either side; the median distance between rows if not given (of the first
             2,048 rows, so shuffle rows that are sorted).
 
@@ -284,7 +283,6 @@ class RbfCka:
         first: Float[np.ndarray, "rows first_dim"],
         second: Float[np.ndarray, "rows second_dim"],
         *,
-        debiased: bool = False,
         bandwidths: tuple[float, float] | None = None,
     ) -> None:
         if len(first) < LEAST_ROWS or len(first) != len(second):
@@ -295,7 +293,6 @@ class RbfCka:
         self._first, self._second = _centred(first), _centred(second)
         widths = bandwidths or (median_distance(first), median_distance(second))
         self._widths = widths
-        self._debiased = debiased
         self._own = (
             self._hsic(self._first, self._first, (widths[0], widths[0])),
             self._hsic(self._second, self._second, (widths[1], widths[1])),
@@ -320,15 +317,9 @@ class RbfCka:
                 _kernel(side[rows], side[columns], width)
                 for side, width in zip((first, second), widths, strict=True)
             ]
-            if self._debiased and rows == columns:
-                for kernel in kernels:
-                    np.fill_diagonal(kernel, 0)
             sums[:, rows] += [kernel.sum(axis=1, dtype=np.float64) for kernel in kernels]
             trace += float((kernels[0] * kernels[1]).sum(dtype=np.float64))
         between, whole = float(sums[0] @ sums[1]), float(sums[0].sum() * sums[1].sum())
-        if self._debiased:
-            total = trace + whole / ((n - 1) * (n - 2)) - 2 * between / (n - 2)
-            return total / (n * (n - 3))
         return trace + whole / n**2 - 2 * between / n
 
 

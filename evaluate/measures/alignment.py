@@ -1,7 +1,7 @@
 """How alike image and text features of the same rows are, before and after the head."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field, PositiveInt, model_validator
 
 from evaluate.config import EvalSettings, Names
-from evaluate.measures.measure import Context, Headline, Measure
+from evaluate.measures.measure import Context, Measure
 from evaluate.measures.retrieval import RetrievalSettings
 from evaluate.nearest import nearest_among, nearest_others
 from evaluate.results import Findings, Result
@@ -88,13 +88,9 @@ class Alignment(Measure):
         "pictures and captions are paired at random, and **calibrated** puts that at 0."
     )
     metric = "mutual_knn"
-    in_percent = False
+    in_percent = has_headline = False
     settings = AlignmentSettings
     template = "alignment.html.j2"
-
-    def headlines(self, results: Sequence[Result]) -> list[Headline]:  # noqa: ARG002
-        """Return none: a value alone says little."""
-        return []
 
     def run(self, context: Context, split: str) -> Findings:
         """Measure every image column against every text encoder, then the embeddings of the head.

@@ -36,6 +36,7 @@ class LinearProbeAccuracy(Measure):
         "once a linear map may read it out."
     )
     metric = "linear_probe_top1"
+    has_headline = False
     settings = LinearProbeSettings
     needs = "labels"
 

@@ -107,6 +107,8 @@ class Measure(ABC):
     metric: ClassVar[str]
     """The primary metric: the number to look at first."""
     greater_is_better: ClassVar[bool] = True
+    has_headline: ClassVar[bool] = True
+    """Whether its primary metric stands at the top of the report."""
     in_percent: ClassVar[bool] = True
     """Whether values are shown in per cent, rather than as they are."""
     settings: ClassVar[type[EvalSettings]]
@@ -169,7 +171,7 @@ class Measure(ABC):
 
     def headlines(self, results: Sequence[Result]) -> list[Headline]:
         """Return the numbers at the top of the report: here the first of the primary metric."""
-        found = [result for result in results if result.metric == self.metric]
+        found = [each for each in results if self.has_headline and each.metric == self.metric]
         return [Headline(self.title, self.in_short, each) for each in found[:1]]
 
     def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:  # noqa: ARG002

@@ -93,16 +93,15 @@ def test_linear_cka_of_wide_features_is_that_of_whole_kernels_in_any_order(debia
     assert LinearCka(first, second, debiased=debiased)(order) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("side", [13, 2048])
 def test_rbf_cka_in_blocks_is_that_of_whole_kernels(
-    side: int, debiased: bool, monkeypatch: pytest.MonkeyPatch
+    side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rbf_cka_module, "SIDE", side)
     pair = related()
     widths = median_distance(pair[0]), median_distance(pair[1])
-    expected = cka_of_kernels(rbf(pair[0], widths[0]), rbf(pair[1], widths[1]), debiased=debiased)
-    assert RbfCka(*pair, debiased=debiased)() == pytest.approx(expected, abs=1e-5)
+    expected = cka_of_kernels(rbf(pair[0], widths[0]), rbf(pair[1], widths[1]), debiased=False)
+    assert RbfCka(*pair)() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_bandwidth_is_the_median_distance() -> None:
