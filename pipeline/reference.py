@@ -61,7 +61,19 @@ MODELS: dict[tuple[type[BaseModel], str], str] = {
 
 def reference() -> str:
     """Return docs/recipes.md."""
-    return "\n".join([INTRODUCTION, *(_section(title, model) for title, model in SECTIONS)])
+    sections = [_section(title, model) for title, model in SECTIONS]
+    return "\n".join([INTRODUCTION, *sections, _measures()])
+
+
+def _measures() -> str:
+    lines = ["## What is measured", ""]
+    lines += ["| `eval.` | measure | what is asked | needs | primary metric |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for each in MEASURES:
+        better = "" if each.greater_is_better else " (less is better)"
+        cells = [f"`{each.name}`", each.title, each.in_short, each.needs]
+        lines.append(f"| {' | '.join(cells)} | `{each.metric}`{better} |")
+    return "\n".join([*lines, ""])
 
 
 def _section(title: str, model: type[BaseModel]) -> str:
