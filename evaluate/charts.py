@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
-from matplotlib import cycler, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter, StrMethodFormatter
@@ -20,12 +21,12 @@ SOFT, LINE = "#00000e", "#00000f"
 PAGE = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS)}
 PAGE |= {SOFT: "var(--soft)", LINE: "var(--line)"}
 """Stand-ins for the colours of the style sheet, which replace them once the picture is written."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (7.8, 4.2),
     "figure.constrained_layout.use": True,
     "font.size": 11.5,
     "svg.fonttype": "none",
-    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.prop_cycle": f"cycler(color={COLOURS})",
     "lines.linewidth": 2.2,
     "lines.markersize": 4.8,
     "axes.grid": True,
