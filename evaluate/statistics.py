@@ -1,11 +1,11 @@
-"""Whether one number predicts another over a handful of models: correlations with their doubt."""
+"""Intervals of numbers, nulls of measures of similarity, and correlations over a few models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 
 from evaluate.results import Items
 
@@ -14,18 +14,22 @@ COVERED = 0.95
 DRAWS_AT_ONCE = 1 << 24
 
 
-def ratio_interval(
-    hits: Int[np.ndarray, "items"],
-    counts: Int[np.ndarray, "items"] | None = None,
-    *,
-    resamples: int,
-    seed: int,
-) -> Interval | None:
-    """Return the 95 % interval of Σ hits / Σ counts when the items are drawn anew.
+def value_of(items: Items) -> float:
+    """Return the number that items sum up to; see `Items`."""
+    if items.classes is None:
+        return float(items.hits.sum() / items.out_of.sum())
+    right = np.bincount(items.classes, weights=items.hits)
+    counts = np.bincount(items.classes, weights=items.out_of)
+    return float(np.mean(right[counts > 0] / counts[counts > 0]))
+
+
+def interval_of(items: Items, *, resamples: int, seed: int) -> Interval | None:
+    """Return the 95 % interval of that number when the items are drawn anew.
+
+    A class of which a resample has no item does not count in the mean over classes.
 
     Args:
-        hits: What each item got right: 0 or 1, or of an image with several captions how many.
-        counts: Out of how many; 1 each if not given.
+        items: What each scored.
         resamples: How often the items are drawn, with replacement; 0 for no interval.
         seed: Of the drawing.
 
@@ -35,24 +39,9 @@ def ratio_interval(
     Reference:
         Efron 1979, Bootstrap Methods: Another Look at the Jackknife (the percentile interval).
     """
-    counts = np.ones_like(hits) if counts is None else counts
-    items = np.stack([np.zeros_like(hits), hits, counts], axis=1)
-    return _interval(items, _ratio, resamples=resamples, seed=seed)
-
-
-def mean_per_class_interval(
-    labels: Int[np.ndarray, "items"],
-    correct: Bool[np.ndarray, "items"],
-    *,
-    resamples: int,
-    seed: int,
-) -> Interval | None:
-    """Return the 95 % interval of the mean over classes of the share that is correct.
-
-    A class of which a resample has no item does not count in its mean.
-    """
-    items = np.stack([labels, correct.astype(labels.dtype), np.ones_like(labels)], axis=1)
-    return _interval(items, _mean_over_classes, resamples=resamples, seed=seed)
+    columns = np.stack([_classes(items), items.hits, items.out_of], axis=1)
+    mean = _ratio if items.classes is None else _mean_over_classes
+    return _interval(columns, mean, resamples=resamples, seed=seed)
 
 
 def paired_interval(first: Items, second: Items, *, resamples: int, seed: int) -> Interval | None:
@@ -68,7 +57,7 @@ def paired_interval(first: Items, second: Items, *, resamples: int, seed: int) -
         seed: Of the drawing.
     """
     columns = [
-        np.zeros_like(first.hits) if first.classes is None else first.classes,
+        _classes(first),
         *(part for items in (first, second) for part in (items.hits, items.out_of)),
     ]
     mean = _ratio if first.classes is None else _mean_over_classes
@@ -83,28 +72,15 @@ def paired_interval(first: Items, second: Items, *, resamples: int, seed: int) -
     return _interval(np.stack(columns, axis=1), difference, resamples=resamples, seed=seed)
 
 
-def value_of(items: Items) -> float:
-    """Return the number that items sum up to."""
-    if items.classes is None:
-        return float(items.hits.sum() / items.out_of.sum())
-    right = np.bincount(items.classes, weights=items.hits)
-    counts = np.bincount(items.classes, weights=items.out_of)
-    return float(np.mean(right[counts > 0] / counts[counts > 0]))
-
-
-def interval_of(items: Items, *, resamples: int, seed: int) -> Interval | None:
-    """Return the 95 % interval of that number; see `ratio_interval`."""
-    if items.classes is not None:
-        right = items.hits == items.out_of
-        return mean_per_class_interval(items.classes, right, resamples=resamples, seed=seed)
-    return ratio_interval(items.hits, items.counts, resamples=resamples, seed=seed)
-
-
 def percentile_interval(values: Float[np.ndarray, "resamples"]) -> Interval:
     """Return the 2.5th and 97.5th percentile of what a number was in each resample."""
     tail = (1 - COVERED) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _classes(items: Items) -> Int[np.ndarray, "items"]:
+    return np.zeros_like(items.hits) if items.classes is None else items.classes
 
 
 def _ratio(

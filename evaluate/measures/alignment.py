@@ -14,7 +14,7 @@ from evaluate.config import EvalSettings, Names
 from evaluate.measures.measure import Context, Measure
 from evaluate.measures.retrieval import RetrievalSettings
 from evaluate.nearest import nearest_among, nearest_others
-from evaluate.results import Findings, Result
+from evaluate.results import Findings, Items, Result
 from evaluate.similarity import (
     Cknna,
     LinearCka,
@@ -27,7 +27,7 @@ from evaluate.similarity import (
     mean_shuffled_svcca,
     svcca_of,
 )
-from evaluate.statistics import Calibrated, PairMeasure, Prepare, calibrate, ratio_interval
+from evaluate.statistics import Calibrated, PairMeasure, Prepare, calibrate, interval_of
 from features.config import EachOnce
 from features.storage.column import Column
 
@@ -223,7 +223,8 @@ class StreamedPair:
             for features, blocks in zip(self.features, self.blocks, strict=True)
         ]
         shared = np.rint(k * MutualKnn(*near).of_rows()).astype(np.int64)
-        interval = ratio_interval(shared, np.full_like(shared, k), resamples=resamples, seed=seed)
+        items = Items(shared, np.full_like(shared, k))
+        interval = interval_of(items, resamples=resamples, seed=seed)
         value, chance = float(shared.mean()) / k, k / (self.rows - 1)
         return replace(_against(sampled, value, chance), interval=interval)
 

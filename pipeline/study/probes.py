@@ -29,7 +29,7 @@ from evaluate.measures.knn import KnnSettings, find_neighbours
 from evaluate.measures.retrieval import hits_per_image
 from evaluate.nearest import vote
 from evaluate.results import Items, read_items, write_items
-from evaluate.statistics import Prepare, calibrate, half_sample_interval, ratio_interval
+from evaluate.statistics import Prepare, calibrate, half_sample_interval, interval_of
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.column import Column
@@ -315,7 +315,7 @@ def _linear_probe(config: RunConfig, query: _Labelled, reference: _Labelled) -> 
 
 def _accuracy(config: RunConfig, right: Bool[np.ndarray, "queries"]) -> dict[str, Any]:
     resamples, seed = config.eval.bootstrap, config.eval.seed
-    interval = ratio_interval(right.astype(np.int64), resamples=resamples, seed=seed)
+    interval = interval_of(Items(right.astype(np.int64)), resamples=resamples, seed=seed)
     return {"value": float(right.mean()), "ci95": interval, "n": len(right)}
 
 

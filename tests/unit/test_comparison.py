@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evaluate.results import Items, Result, read_items, write_items, write_results
-from evaluate.statistics import paired_interval, ratio_interval
+from evaluate.statistics import interval_of, paired_interval
 from features.errors import EvaluationError
 from pipeline.study.comparison import compare_runs, comparison_plot, comparison_table
 
@@ -44,7 +44,7 @@ def test_a_paired_interval_is_that_of_the_differences_of_the_items() -> None:
     drawn = random.integers(0, 400, (4000, 400))
     expected = np.quantile((second - first)[drawn].mean(axis=1), [0.025, 0.975])
     assert found == pytest.approx(tuple(expected), abs=0.004)
-    alone = ratio_interval(first, resamples=4000, seed=0)
+    alone = interval_of(Items(first), resamples=4000, seed=0)
     assert alone is not None
     assert found[1] - found[0] < 0.5 * (alone[1] - alone[0])
 
