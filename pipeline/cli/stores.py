@@ -14,7 +14,7 @@ from pipeline.cli.options import complete_folder, json_option, until_stopped
 from pipeline.stores import FORMATS
 
 
-class _Place(click.ParamType):
+class _Place(click.ParamType):  # type: ignore[type-arg]
     """A path or a URL."""
 
     name = "place"

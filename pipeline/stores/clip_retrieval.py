@@ -63,8 +63,8 @@ class ClipRetrievalArrays(Arrays):
             name: (shape, partial(metadata.read, name)) for name, shape in metadata.shapes.items()
         }
         for name, arrays in vectors.items():
-            shape = (metadata.rows, arrays[0].shape[1])
-            theirs[name] = (shape, Stream(partial(_pieces, arrays)).read)
+            pieces = Stream(partial(_pieces, arrays))
+            theirs[name] = ((metadata.rows, arrays[0].shape[1]), pieces.read)
         names = _names(self.layout) if self.layout else {}
         ours = {name: theirs[their] for name, their in names.items() if their in theirs}
         for name, (shape, read) in (ours or theirs).items():

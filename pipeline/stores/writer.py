@@ -158,7 +158,9 @@ def write_store(
 class Part(Protocol):
     """Files of a folder with the same rows, as they are written."""
 
-    files: Sequence[Path]
+    @property
+    def files(self) -> Sequence[Path]:
+        """Which they are."""
 
     def write(self, block: Block) -> None:
         """Write the next rows."""
