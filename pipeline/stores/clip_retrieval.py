@@ -44,7 +44,8 @@ class ClipRetrievalArrays(Arrays):
     """
 
     def _open(self, path: Path, stack: ExitStack) -> None:
-        metadata = stack.enter_context(ParquetArrays(path / "metadata"))
+        metadata = ParquetArrays(path / "metadata")
+        stack.push(metadata)
         folders = [path / "img_emb", path / "text_emb", *sorted((path / "columns").glob("*"))]
         vectors = {
             folder.name: [
