@@ -92,7 +92,7 @@ class WrittenRows:
         return values.astype(dtype, copy=False)
 
 
-class Stream:
+class SequentialArray:
     """An array that comes in parts (files, row groups), read from its front to its back.
 
     Args:
@@ -145,7 +145,8 @@ class WithTable(Arrays):
             self._add(name, shape, partial(self._inner.read, name))
         rows = sum(1 for _ in table_rows(path))
         for column in next(iter(table_rows(path)), {}):
-            self._add(f"table/{column}", (rows,), Stream(partial(_texts, path, column)).read)
+            texts = SequentialArray(partial(_texts, path, column))
+            self._add(f"table/{column}", (rows,), texts.read)
 
 
 def _texts(table: Path, column: str) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 
 from features.store import NUMBERS
 from pipeline.interrupt import StopRequest
-from pipeline.stores.arrays import Arrays, Reader, Stream, unreadable
+from pipeline.stores.arrays import Arrays, Reader, SequentialArray, unreadable
 from pipeline.stores.blocks import Block, Layout, Rows
 from pipeline.stores.npy import NpyArray
 from pipeline.stores.parquet import LAYOUT_KEY, ParquetArrays, as_batch
@@ -64,7 +64,7 @@ class ClipRetrievalArrays(Arrays):
             name: (shape, partial(metadata.read, name)) for name, shape in metadata.shapes.items()
         }
         for name, arrays in vectors.items():
-            pieces = Stream(partial(_pieces, arrays))
+            pieces = SequentialArray(partial(_pieces, arrays))
             theirs[name] = ((metadata.rows, arrays[0].shape[1]), pieces.read)
         names = _names(self.layout) if self.layout else {}
         ours = {name: theirs[their] for name, their in names.items() if their in theirs}

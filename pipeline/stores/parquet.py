@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from features.store import NUMBERS
 from pipeline.interrupt import StopRequest
-from pipeline.stores.arrays import Arrays, Stream, unreadable
+from pipeline.stores.arrays import Arrays, SequentialArray, unreadable
 from pipeline.stores.blocks import STRINGS, Block, Layout, Rows
 from pipeline.stores.writer import write_parts
 
@@ -101,7 +101,7 @@ class ParquetArrays(Arrays):
         self.file_rows = [opened.metadata.num_rows for opened in self._opened]
         self.rows = sum(self.file_rows)
         for field in schema:
-            stream = Stream(partial(self._batches, field.name))
+            stream = SequentialArray(partial(self._batches, field.name))
             self._add(field.name, self._shape(field), stream.read)
 
     def _batches(self, name: str) -> Iterator[np.ndarray]:

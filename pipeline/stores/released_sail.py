@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from features.errors import SourceError
-from pipeline.stores.arrays import Arrays, Stream, unreadable
+from pipeline.stores.arrays import Arrays, SequentialArray, unreadable
 
 EXPECTED = "A tensor of (rows, features) as the released encode.py saves it"
 KINDS = {"image_embedding": "image", "text_embedding": "text"}
@@ -40,7 +40,7 @@ class ReleasedArrays(Arrays):
         usual = dict[str, str]()
         for folder, each in zip(folders, every, strict=True):
             name = folder.relative_to(path).as_posix()
-            self._add(name, each.shape, Stream(each.tensors).read)
+            self._add(name, each.shape, SequentialArray(each.tensors).read)
             *_, kind, model, data = ["", "", *name.split("/")]
             if kind in KINDS:
                 column = f"image/{model}" if KINDS[kind] == "image" else f"text/{model}/{data}"

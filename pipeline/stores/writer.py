@@ -155,7 +155,7 @@ def write_store(
     return out
 
 
-class Part(Protocol):
+class FolderPart(Protocol):
     """Files of a folder with the same rows, as they are written."""
 
     @property
@@ -166,7 +166,7 @@ class Part(Protocol):
         """Write the next rows."""
 
 
-PartOpener = Callable[[Path, int, range], AbstractContextManager[Part]]
+PartOpener = Callable[[Path, int, range], AbstractContextManager[FolderPart]]
 """Begins a part: of a folder, its number among all, and the rows that it will have."""
 
 
