@@ -10,18 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from align.config import AlignConfig, HeadConfig, LossConfig, OptimizerConfig
-from evaluate.config import CheckConfig
-from evaluate.measures import MEASURES, EvalConfig
-from features.config import (
-    ExtractConfig,
-    ImageColumnConfig,
-    ImageEncoderConfig,
-    TextEncoderConfig,
-)
+from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.backends import models
-from features.sources import SOURCES
-from pipeline.run.config import ReportConfig, RunSettings
+from pipeline.run.config import RunConfig, kinds_of
 
 INTRODUCTION = """\
 # The run file
@@ -36,22 +27,8 @@ command is called.
 
 This page is generated from the settings (`make format`); a test fails when it is stale.
 """
-SECTIONS: list[tuple[str, type[BaseModel]]] = [
-    ("[run]", RunSettings),
-    *((f'[data.SPLIT] with kind = "{kind}"', source) for kind, source in SOURCES.items()),
-    ("[encoders.image.NAME]", ImageEncoderConfig),
-    ("[encoders.image.NAME.also.COLUMN]", ImageColumnConfig),
-    ("[encoders.text.NAME]", TextEncoderConfig),
-    ("[extract]", ExtractConfig),
-    ("[align]", AlignConfig),
-    ("[align.head]", HeadConfig),
-    ("[align.loss]", LossConfig),
-    ("[align.optimizer]", OptimizerConfig),
-    ("[eval]", EvalConfig),
-    *(section for measure in MEASURES for section in measure.sections.items()),
-    ("[eval.check]", CheckConfig),
-    ("[report]", ReportConfig),
-]
+NAMES = {"data": "SPLIT", "also": "COLUMN"}
+"""What the names in a table of sections are names of; else they are called NAME."""
 MODELS: dict[tuple[type[BaseModel], str], str] = {
     (ImageEncoderConfig, "model"): "IMAGES",
     (TextEncoderConfig, "model"): "TEXTS",
@@ -61,8 +38,30 @@ MODELS: dict[tuple[type[BaseModel], str], str] = {
 
 def reference() -> str:
     """Return docs/recipes.md."""
-    sections = [_section(title, model) for title, model in SECTIONS]
-    return "\n".join([INTRODUCTION, *sections, _measures()])
+    found = [_section(title, model) for title, model in sections()]
+    return "\n".join([INTRODUCTION, *found, _measures()])
+
+
+def sections(
+    model: type[BaseModel] = RunConfig, place: str = "", kind: str = ""
+) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the title and the settings of every section of a run file, in order."""
+    fields = {name: field.annotation for name, field in model.model_fields.items()}
+    inner = {name: found for name, each in fields.items() if (found := _sections_in(each))}
+    if inner.keys() != fields.keys():
+        yield f'[{place}] with kind = "{kind}"' if kind else f"[{place}]", model
+    for name, kinds in inner.items():
+        path = [*filter(None, [place]), name]
+        path += [NAMES.get(name, "NAME")] * (get_origin(fields[name]) is dict)
+        for kind_of_section, section in kinds.items():
+            yield from sections(section, ".".join(path), kind_of_section)
+
+
+def _sections_in(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Return the sections that a setting is, or is a table of: by kind, or one without a kind."""
+    each = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
+    is_section = isinstance(each, type) and issubclass(each, BaseModel)
+    return {"": each} if is_section else kinds_of(each)
 
 
 def _measures() -> str:
@@ -85,19 +84,12 @@ def _section(title: str, model: type[BaseModel]) -> str:
 def _rows(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         annotation: Any = field.annotation
-        if _is_section(annotation):
+        if _sections_in(annotation):
             continue
         meaning = " ".join((field.description or "").split())
         if (model, name) in MODELS:
             meaning = f"{meaning.removesuffix('.')}: {models(MODELS[model, name])}."
         yield f"| `{name}` | {_type(annotation, field)} | {_default(field)} | {meaning} |"
-
-
-def _is_section(annotation: Any) -> bool:
-    """Return whether a setting is a section of its own, or a table of such."""
-    each = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
-    kinds = get_args(get_args(each)[0]) if get_origin(each) is Annotated else ()
-    return all(isinstance(one, type) and issubclass(one, BaseModel) for one in kinds or (each,))
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:

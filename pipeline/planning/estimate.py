@@ -59,7 +59,7 @@ def head_flops(feature_dim: int, head: HeadConfig) -> int:
             features = torch.empty(rows, feature_dim)
         with FlopCounterMode(display=False) as counter:
             network(features).sum().backward()
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     return flops(2) - flops(1)
 

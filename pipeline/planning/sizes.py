@@ -54,16 +54,17 @@ KNOWN: dict[str, dict[str, Any]] = {
             "vocab_size": 32000,
         },
     },
-} | {
-    f"facebook/dinov2-{size}": {
-        "model_type": "dinov2",
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "image_size": 518,
-        "patch_size": 14,
-    }
-    for size, (layers, width, heads) in _DINOV2.items()
+    **{
+        f"facebook/dinov2-{size}": {
+            "model_type": "dinov2",
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "image_size": 518,
+            "patch_size": 14,
+        }
+        for size, (layers, width, heads) in _DINOV2.items()
+    },
 }
 """Of released checkpoints, what config.json says of their size; none of them need be here."""
 KNOWN_PICTURE = (224, 224)
@@ -91,9 +92,9 @@ def image_size(name: str, settings: ImageEncoderConfig) -> EncoderSize:
             features = pool_image(model, pixels, list(columns.values()))
     except UNFIT:
         return EncoderSize(dict.fromkeys(columns))
-    dims = {column: int(each.shape[1]) for column, each in zip(columns, features, strict=True)}
+    lengths = (int(each.shape[1]) for each in features)
     flops = float(counter.get_total_flops())
-    return EncoderSize(dims, lambda _: flops, found_in)
+    return EncoderSize(dict(zip(columns, lengths, strict=True)), lambda _: flops, found_in)
 
 
 def text_size(settings: TextEncoderConfig) -> EncoderSize:

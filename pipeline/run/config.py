@@ -253,11 +253,23 @@ def _apply(document: dict[str, Any], override: str) -> None:
     table[key] = value
 
 
+def kinds_of(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Return the sections that a setting can be, by their `kind`; none where it has no kinds."""
+    if get_origin(annotation) is not Annotated:
+        return {}
+    return {
+        str(get_args(each.model_fields["kind"].annotation)[0]): each
+        for each in get_args(get_args(annotation)[0])
+        if isinstance(each, type) and issubclass(each, BaseModel)
+    }
+
+
 def _describe(fault: ErrorDetails) -> str:
-    location = [str(part) for part in fault["loc"]]
-    where = ".".join(_as_written(location))
+    place, section = _find(fault["loc"])
+    where = ".".join(place)
     if fault["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        known = section.model_fields if section else ()
+        close = difflib.get_close_matches(place[-1], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"{where}: there is no such setting.{hint}"
     if fault["type"] == "value_error":  # a validator of ours: its message is complete
@@ -268,36 +280,22 @@ def _describe(fault: ErrorDetails) -> str:
     return f"{where}: {expected}, got {fault['input']!r}"
 
 
-def _as_written(location: list[str]) -> list[str]:
-    """Take out the kind that pydantic adds to the place of a section; the file has none there."""
-    for table in (["data"], ["eval", "segmentation"]):
-        if location[: len(table)] == table:
-            name = len(table) + 1
-            return location[:name] + location[name + 1 :]
-    return location
+def _find(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
+    """Return a place as the run file has it, and the section in which its last part stands.
 
-
-def _kind(source: type[BaseModel]) -> str:
-    return str(get_args(source.model_fields["kind"].annotation)[0])
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    """Return the settings that are allowed at a place of the run file."""
-    model: Any = RunConfig
-    for part in location:
-        model = _step(model, part)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return list(model.model_fields)
-    return []
-
-
-def _step(model: Any, part: str) -> Any:
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        field = model.model_fields.get(part)
-        return field.annotation if field else None
-    if get_origin(model) is dict:
-        return get_args(model)[1]
-    if get_origin(model) is Annotated:  # a union of sections: pydantic adds the kind to the place
-        sections = get_args(get_args(model)[0])
-        return next((section for section in sections if _kind(section) == part), None)
-    return None
+    Pydantic adds the kind of a section to the place; the file has none there.
+    """
+    place, section = list[str](), None
+    at: Any = RunConfig
+    for part in map(str, location):
+        if part in (kinds := kinds_of(at)):
+            at = kinds[part]
+            continue
+        place.append(part)
+        section = at if isinstance(at, type) and issubclass(at, BaseModel) else None
+        if section is not None:
+            field = section.model_fields.get(part)
+            at = field.annotation if field else None
+        else:
+            at = get_args(at)[1] if get_origin(at) is dict else None
+    return place, section

@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 
 from pipeline.cli import cli
-from pipeline.reference import SECTIONS
+from pipeline.reference import sections
 from pipeline.run.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -96,10 +96,10 @@ def test_targets_of_make_exist() -> None:
 
 def test_settings_that_the_pages_name_exist() -> None:
     prose = " ".join(page.read_text("utf-8") for page in PAGES)
-    sections = "run|extract|align|eval|report"
-    named = re.findall(rf"`((?:{sections})(?:\.(?!py`)[a-z_0-9]+)+)(?: = [^`]*)?`", prose)
+    stages = "run|extract|align|eval|report"
+    named = re.findall(rf"`((?:{stages})(?:\.(?!py`)[a-z_0-9]+)+)(?: = [^`]*)?`", prose)
     known = {
-        f"{title.strip('[]')}.{key}" for title, model in SECTIONS for key in model.model_fields
+        f"{title.strip('[]')}.{key}" for title, model in sections() for key in model.model_fields
     }
     modules = {name for name in named if is_module(*name.split(".")[:2])}
     assert len(set(named)) > 30
