@@ -5,6 +5,7 @@ unit is done again by another, which skips what is there. Nothing but names and 
 """
 
 import functools
+import itertools
 import logging
 import time
 import uuid
@@ -24,7 +25,7 @@ from features.errors import ClusterError, SailError
 from features.extract import MAX_LOGGED_FAULTS, Phases
 from features.storage.column import Column, pending_in_any
 from features.store import FeatureStore
-from pipeline.interrupt import Stopped, StopRequest
+from pipeline.interrupt import StopRequest
 from pipeline.run import units
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
@@ -70,24 +71,24 @@ def cut_into_units(
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Unit:
     """A call of a function of `pipeline.run.units` by a worker."""
 
     name: str
     words: str
     """What it does, for messages."""
     rows: int
-    function: Callable[..., units.Report]
+    function: Callable[..., units.UnitResult]
     arguments: tuple[Any, ...]
     """Those behind the job and the name."""
 
 
 @dataclass
-class _UnderWay:
+class _InFlight:
     """The tasks handed out, and how many rows are done."""
 
     on_rows: Callable[[int], None]
-    tasks: dict[Future[units.Report], _Task] = field(default_factory=dict)
+    tasks: dict[Future[units.UnitResult], _Unit] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
     lines: int = 0
     """Warnings that were logged."""
@@ -98,11 +99,11 @@ class _UnderWay:
     within: dict[str, int] = field(default_factory=dict)
     """Rows done of each task at work."""
 
-    def hear(self, event: tuple[float, units.Told]) -> None:
-        """Take in what a worker tells; called by a thread of the client."""
-        _, told = event
-        self.begun[told["unit"]] += told["begins"]
-        self.within[told["unit"]] = told["rows"]
+    def hear(self, event: tuple[float, units.UnitProgress]) -> None:
+        """Note the progress that a worker sends; called by a thread of the client."""
+        _, progress = event
+        self.begun[progress["unit"]] += progress["begins"]
+        self.within[progress["unit"]] = progress["rows"]
 
     def tell(self) -> None:
         """Report the rows done; what a lost worker had told is not taken back."""
@@ -121,7 +122,7 @@ class Cluster:
         self._config = config
         self._address = client.scheduler_info()["address"]
         self._next_call = time.monotonic() + SECONDS_BETWEEN_CALLS
-        self._job: units.Job = {
+        self._job: units.ClusterJob = {
             "id": f"sail-{uuid.uuid4().hex[:12]}",
             "version": metadata.version("sail"),
             "recipe": _absolute(config).model_dump(mode="json"),
@@ -153,7 +154,7 @@ class Cluster:
             ClusterError: A unit took down several workers, or the scheduler is gone.
             SourceError: More rows are quarantined than the recipe allows.
         """
-        prepare = _Task(
+        prepare = _Unit(
             name=f"load {name}-{self._job['id']}",
             words=f"Loading the encoder {name}",
             rows=0,
@@ -178,12 +179,12 @@ class Cluster:
 
     def _units(
         self, store: FeatureStore, columns: Sequence[Column], pending: list[int]
-    ) -> Iterator[_Task]:
+    ) -> Iterator[_Unit]:
         split, names = store.path.stem, [column.name for column in columns]
         most = max(1, ROWS_PER_UNIT // store.rows_per_chunk)
         for chunks in cut_into_units(pending, most=most, num_workers=self._num_workers):
             place = f"chunks {chunks[0]} to {chunks[-1]} of {split} {', '.join(names)}"
-            yield _Task(
+            yield _Unit(
                 # Units of one prefix are alike to Dask, so it keeps them until a worker is free.
                 name=f"{', '.join(names)}-{place}-{self._job['id']}",
                 words=f"The unit of {place}",
@@ -193,79 +194,71 @@ class Cluster:
             )
 
     def _run(
-        self, tasks: Iterator[_Task], stop: StopRequest, on_rows: Callable[[int], None]
+        self, tasks: Iterator[_Unit], stop: StopRequest, on_rows: Callable[[int], None]
     ) -> Phases:
         """Have tasks done, a bounded number at a time, until all are or a signal comes."""
-        under_way = _UnderWay(on_rows)
-        self._client.subscribe_topic(self._job["id"], under_way.hear)
+        in_flight = _InFlight(on_rows)
+        self._client.subscribe_topic(self._job["id"], in_flight.hear)
         try:
-            self._hand_out_all(tasks, stop, under_way)
+            try:
+                while not stop():
+                    most = max(LEAST_UNITS, UNITS_PER_WORKER * self._num_workers())
+                    for task in itertools.islice(tasks, max(0, most - len(in_flight.tasks))):
+                        self._submit(task, in_flight)
+                    if not in_flight.tasks:
+                        break
+                    for future in self._finished(in_flight):
+                        self._take(future, in_flight)
+                    in_flight.tell()
+            finally:
+                self._end(in_flight)
         except (OSError, CancelledError) as error:  # the client's; those of workers come as words
             raise self._scheduler_gone() from error
-        return under_way.phases
+        return in_flight.phases
 
-    def _hand_out_all(
-        self, tasks: Iterator[_Task], stop: StopRequest, under_way: _UnderWay
-    ) -> None:
-        try:
-            while not stop():
-                self._hand_out(tasks, under_way)
-                if not under_way.tasks:
-                    break
-                for future in self._finished(under_way):
-                    self._take(future, under_way)
-                under_way.tell()
-        finally:
-            self._end(under_way)
-
-    def _hand_out(self, tasks: Iterator[_Task], under_way: _UnderWay) -> None:
-        most = max(LEAST_UNITS, UNITS_PER_WORKER * self._num_workers())
-        while len(under_way.tasks) < most and (task := next(tasks, None)) is not None:
-            self._submit(task, under_way)
-
-    def _submit(self, task: _Task, under_way: _UnderWay) -> None:
+    def _submit(self, task: _Unit, in_flight: _InFlight) -> None:
         # A key of its own each time: Dask remembers how often one has failed.
         key = f"{task.name}-{uuid.uuid4().hex[:12]}"
         future = self._client.submit(
             task.function, self._job, task.name, *task.arguments, key=key, pure=False
         )
-        under_way.tasks[future] = task
+        in_flight.tasks[future] = task
 
-    def _finished(self, under_way: _UnderWay) -> list[Future[units.Report]]:
+    def _finished(self, in_flight: _InFlight) -> list[Future[units.UnitResult]]:
         try:
             wait(
-                list(under_way.tasks), timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED"
+                list(in_flight.tasks), timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED"
             )
         except TimeoutError:
             return []
-        return [future for future in under_way.tasks if future.done()]
+        return [future for future in in_flight.tasks if future.done()]
 
-    def _take(self, future: Future[units.Report], under_way: _UnderWay) -> None:
+    def _take(self, future: Future[units.UnitResult], in_flight: _InFlight) -> None:
         """Count in what a task has done, or raise what went wrong."""
-        task = under_way.tasks.pop(future)
+        task = in_flight.tasks.pop(future)
         if future.status in ("cancelled", "lost"):
             raise self._scheduler_gone()
         try:
             report = future.result()
         except KilledWorker as error:
-            self._take_death(task, error, under_way)
+            self._take_death(task, error, in_flight)
             return
-        under_way.phases.add(Phases(**report["phases"]))
-        under_way.done += task.rows
-        for line in report["lines"][: MAX_LOGGED_FAULTS - under_way.lines]:
+        in_flight.phases.add(Phases(**report["phases"]))
+        in_flight.done += task.rows
+        for line in report["lines"][: MAX_LOGGED_FAULTS - in_flight.lines]:
             logger.warning("%s", line)
-            under_way.lines += 1
+            in_flight.lines += 1
         if report["error"] is not None:
             raise SailError(report["error"])
 
-    def _take_death(self, task: _Task, error: KilledWorker, under_way: _UnderWay) -> None:
+    def _take_death(self, task: _Unit, error: KilledWorker, in_flight: _InFlight) -> None:
         """Hand out a task again, unless it was being done on every worker that was lost with it.
 
         Dask counts also what only waited on a lost worker: where machines are taken away often,
         that says nothing of the task.
         """
-        if (deaths := under_way.begun[task.name]) < MOST_DEATHS:
-            self._submit(task, under_way)
+        if (deaths := in_flight.begun[task.name]) < MOST_DEATHS:
+            self._submit(task, in_flight)
             return
         raise ClusterError(
             f"{task.words} ended {deaths} workers, one after the other; the last was "
@@ -274,21 +267,21 @@ class Cluster:
             f"the encoder, then run the same command again: what is done is kept."
         ) from error
 
-    def _end(self, under_way: _UnderWay) -> None:
+    def _end(self, in_flight: _InFlight) -> None:
         """Ask what is under way to end after its chunk, and wait until it has."""
-        while under_way.tasks:
+        while in_flight.tasks:
             if not self._num_workers():
-                self._client.cancel(list(under_way.tasks))
+                self._client.cancel(list(in_flight.tasks))
                 return
             self._on_workers(units.stop_units, self._job["id"])
-            for future in self._finished(under_way):
-                words = under_way.tasks[future].words
+            for future in self._finished(in_flight):
+                words = in_flight.tasks[future].words
                 if future.status == "error":
-                    del under_way.tasks[future]
+                    del in_flight.tasks[future]
                     logger.warning("%s failed as well: %r", words, future.exception())
                     continue
                 try:
-                    self._take(future, under_way)
+                    self._take(future, in_flight)
                 except SailError as error:
                     logger.warning("%s failed as well: %s", words, error)
 
@@ -337,7 +330,7 @@ def _has_columns(store: FeatureStore, names: Sequence[str]) -> bool:
     return set(names) <= set(store.columns())
 
 
-def _wait_for(is_there: Callable[[], bool], place: str, should_stop: Callable[[], bool]) -> None:
+def _wait_for(is_there: Callable[[], bool], place: str, stop: StopRequest) -> None:
     """Wait until this machine sees what a worker has written.
 
     Raises:
@@ -346,8 +339,7 @@ def _wait_for(is_there: Callable[[], bool], place: str, should_stop: Callable[[]
     """
     deadline = time.monotonic() + SECONDS_TO_APPEAR
     while not is_there():
-        if should_stop():
-            raise Stopped
+        stop.check()
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"The workers have written {place}, but this machine does not see it. A place that "

@@ -33,7 +33,7 @@ from pipeline.run.folder import run_folder
 SECONDS_BETWEEN_REPORTS = 1.0
 
 
-class Job(TypedDict):
+class ClusterJob(TypedDict):
     """What all units of one command share."""
 
     id: str
@@ -48,7 +48,7 @@ class Job(TypedDict):
     """Whether the workers see all GPUs of the machine and take turns by their numbers."""
 
 
-class Told(TypedDict):
+class UnitProgress(TypedDict):
     """What a worker tells of a unit while it is at it."""
 
     unit: str
@@ -56,7 +56,7 @@ class Told(TypedDict):
     begins: bool
 
 
-class Report(TypedDict):
+class UnitResult(TypedDict):
     """What became of a unit."""
 
     phases: dict[str, Any]
@@ -95,7 +95,7 @@ class _Process:
 _process = _Process()
 
 
-def prepare_columns(job: Job, unit: str, name: str) -> Report:
+def prepare_columns(job: ClusterJob, unit: str, name: str) -> UnitResult:
     """Load an encoder, and make its columns in the store of every split.
 
     Args:
@@ -113,7 +113,9 @@ def prepare_columns(job: Job, unit: str, name: str) -> Report:
     return _reported(job, unit, work)
 
 
-def fill_chunks(job: Job, unit: str, split: str, names: list[str], chunks: list[int]) -> Report:
+def fill_chunks(
+    job: ClusterJob, unit: str, split: str, names: list[str], chunks: list[int]
+) -> UnitResult:
     """Fill those of the chunks of some columns that are not done.
 
     Args:
@@ -158,7 +160,9 @@ def forget_encoder() -> None:
             _process.turn.release()
 
 
-def device_settings(settings: RunSettings, job: Job, number: object, gpus: int) -> RunSettings:
+def device_settings(
+    settings: RunSettings, job: ClusterJob, number: object, gpus: int
+) -> RunSettings:
     """Return the settings with the device of this worker: its own GPU where workers share them.
 
     Args:
@@ -175,7 +179,7 @@ def device_settings(settings: RunSettings, job: Job, number: object, gpus: int) 
 class _Progress:
     """Tells the command now and then how many rows of a unit are done."""
 
-    def __init__(self, job: Job, unit: str) -> None:
+    def __init__(self, job: ClusterJob, unit: str) -> None:
         self._topic = job["id"]
         self._unit = unit
         self._rows = 0
@@ -185,7 +189,7 @@ class _Progress:
         self._rows += rows
         if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
             self._last = time.monotonic()
-            told: Told = {"unit": self._unit, "rows": self._rows, "begins": False}
+            told: UnitProgress = {"unit": self._unit, "rows": self._rows, "begins": False}
             get_worker().log_event(self._topic, told)
 
 
@@ -201,10 +205,10 @@ class _Lines(logging.Handler):
             self.lines.append(record.getMessage())
 
 
-def _reported(job: Job, unit: str, work: Callable[[RunConfig], Phases]) -> Report:
+def _reported(job: ClusterJob, unit: str, work: Callable[[RunConfig], Phases]) -> UnitResult:
     """Do some work when it is this unit's turn, and say what came of it."""
     with _process.turn, _warnings_kept() as lines:
-        told: Told = {"unit": unit, "rows": 0, "begins": True}
+        told: UnitProgress = {"unit": unit, "rows": 0, "begins": True}
         get_worker().log_event(job["id"], told)
         try:
             _check_version(job)
@@ -216,7 +220,7 @@ def _reported(job: Job, unit: str, work: Callable[[RunConfig], Phases]) -> Repor
     return {"phases": asdict(phases), "lines": lines, "error": error}
 
 
-def _check_version(job: Job) -> None:
+def _check_version(job: ClusterJob) -> None:
     version = metadata.version("sail")
     if version != job["version"]:
         raise SailError(
@@ -238,7 +242,7 @@ def _warnings_kept() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _loaded(job: Job, config: RunConfig, name: str) -> Encoder:
+def _loaded(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
     """Return an encoder whose columns are in the stores and were checked against it."""
 
     def load() -> Encoder:

@@ -25,11 +25,11 @@ from pipeline.run import cluster as connection
 from pipeline.run.cluster import LEAST_UNITS, Cluster, cut_into_units, open_cluster
 from pipeline.run.config import EncodersConfig, RunSettings, load_config
 from pipeline.run.extract import extract
-from pipeline.run.units import Job, device_settings, is_no_heartbeat
+from pipeline.run.units import ClusterJob, device_settings, is_no_heartbeat
 from tests import tiny
 from tests.feature_stores import store_digests
 
-JOB: Job = {"id": "j", "version": "1", "recipe": {}, "processors": 1, "share_gpus": True}
+JOB: ClusterJob = {"id": "j", "version": "1", "recipe": {}, "processors": 1, "share_gpus": True}
 
 
 class Watcher(SchedulerPlugin):
@@ -147,7 +147,7 @@ def test_a_device_that_is_named_or_the_only_one_is_left_as_it_is(device: str, gp
 
 
 def test_a_worker_of_a_cluster_that_sees_one_gpu_of_its_own_takes_the_setting() -> None:
-    own: Job = {**JOB, "share_gpus": False}
+    own: ClusterJob = {**JOB, "share_gpus": False}
     assert device_settings(RunSettings(), own, "tcp://10.0.0.1:4711", 8).device == "auto"
 
 
