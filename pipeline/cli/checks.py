@@ -145,8 +145,7 @@ def verify(store: str, as_json: bool) -> None:
         for fault in faults:
             click.echo(fault, err=True)
         raise click.ClickException(
-            f"{store} is not whole (faults: {len(faults)}, named above). A whole store was "
-            f"expected. Each line says what to do."
+            f"{store} is not whole ({len(faults)} faults, named above with what to do)."
         )
     if not as_json:
         click.echo(f"{store} is whole.")

@@ -262,9 +262,9 @@ class Cluster:
             return
         raise ClusterError(
             f"{task.words} ended {deaths} workers, one after the other; the last was "
-            f"{error.last_worker.address}. Workers that live were expected: most often memory "
-            f"runs out. See the logs of the workers; lower `batch_size` or `tokens_per_batch` of "
-            f"the encoder, then run the same command again: what is done is kept."
+            f"{error.last_worker.address}. Most often memory runs out: see the workers' logs; "
+            f"lower `batch_size` or `tokens_per_batch` of the encoder, then run the same command "
+            f"again: what is done is kept."
         ) from error
 
     def _end(self, in_flight: _InFlight) -> None:
@@ -298,8 +298,8 @@ class Cluster:
 
     def _scheduler_gone(self) -> ClusterError:
         return ClusterError(
-            f"The scheduler at {self._address} is gone. It was expected to live "
-            f"as long as the run. Start it again and call the same command: what is done is kept."
+            f"The scheduler at {self._address} is gone. Start it again and call the same command: "
+            f"what is done is kept."
         )
 
     def _say_who_is_there(self) -> None:
@@ -342,9 +342,8 @@ def _wait_for(is_there: Callable[[], bool], place: str, stop: StopRequest) -> No
         stop.check()
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"The workers have written {place}, but this machine does not see it. A place that "
-                f"all share was expected. Set `run.dir` to one, on a shared file system or an "
-                f"object store."
+                f"The workers have written {place}, but this machine does not see it. Set "
+                f"`run.dir` to a place that all share, on a shared file system or an object store."
             )
         time.sleep(1)
 
@@ -404,8 +403,8 @@ def _started(count: int) -> LocalCluster:
         )
     except (RuntimeError, OSError, TimeoutError) as error:
         raise ClusterError(
-            f"The worker processes did not start ({error}). {count} of them, with room in memory "
-            f"to load an encoder each, were expected. Lower --workers, or leave it out."
+            f"The worker processes did not start ({error}). Each of the {count} needs memory for "
+            f"an encoder. Lower --workers, or leave it out."
         ) from error
 
 
@@ -416,9 +415,9 @@ def _connected(scheduler: str) -> Iterator[Client]:
         client = Client(**place, timeout=SECONDS_TO_CONNECT)
     except (OSError, ValueError, TimeoutError) as error:
         raise ClusterError(
-            f"There is no Dask scheduler at {scheduler!r} ({error}). The address of one that runs, "
-            f"such as tcp://10.0.0.1:8786, or the path of its scheduler file was expected. Start "
-            f"one with `dask scheduler`, and give the address it logs."
+            f"There is no Dask scheduler at {scheduler!r} ({error}). Start one with `dask "
+            f"scheduler`, and give the address it logs, such as tcp://10.0.0.1:8786, or the path "
+            f"of its scheduler file."
         ) from error
     with client:
         yield client

@@ -150,8 +150,7 @@ class RunConfig(BaseModel):
         if len(encoders) != 1:
             raise ConfigError(
                 f"The recipe has {len(encoders)} {kind} encoders ({', '.join(encoders) or 'none'}) "
-                f"and align.{kind} is not set. One was expected. Set align.{kind} to a name of "
-                f"[encoders.{kind}]."
+                f"and align.{kind} is not set. Set it to the name of one of them."
             )
         return next(iter(encoders))
 
@@ -224,8 +223,8 @@ def _find_recipe(recipe: str) -> Path:
         close = difflib.get_close_matches(recipe, shipped, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"There is no recipe {recipe!r}.{hint} The path of a TOML file or one of "
-            f"{', '.join(shipped)} was expected. Check the spelling."
+            f"There is no recipe {recipe!r}.{hint} Give the path of a TOML file, or one of "
+            f"{', '.join(shipped)}."
         )
     return path
 
@@ -234,8 +233,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(
-            f"--set {override!r} has no value. `section.key=value` was expected. Write it as in "
-            f"`--set align.batch_size=1024`."
+            f"--set {override!r} has no value. Write it as in `--set align.batch_size=1024`."
         )
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]

@@ -19,9 +19,8 @@ def prepare_device(settings: RunSettings) -> torch.device:
         return torch.device("cuda" if "cuda" in here else "cpu")
     if settings.device not in here:
         raise ConfigError(
-            f"run.device = {settings.device} is no device that torch can use here. One of "
-            f"{', '.join(here)}, or auto was expected. Set run.device to one, or install a driver "
-            f"and a build of torch that has it."
+            f"run.device = {settings.device} is no device that torch can use here. Set it to one "
+            f"of {', '.join(here)}, or auto; or install a driver and a build of torch that has it."
         )
     return torch.device(settings.device)
 

@@ -46,7 +46,7 @@ def extract(
     if config.run.features is not None:
         raise ConfigError(
             f"run.features = {config.run.features} says that the features of another run are used. "
-            f"Nothing to extract was expected. Call `sail align`, or leave run.features out."
+            f"Call `sail align`, or leave run.features out."
         )
     with _cluster(config, scheduler, workers) as cluster:
         folder = start_run(config)

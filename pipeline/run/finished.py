@@ -125,9 +125,9 @@ def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -
     bad = int(np.count_nonzero(status != Status.OK))
     if bad > max_bad_fraction * store.rows:
         raise SourceError(
-            f"{bad} of {store.rows} rows of {store.path}/{name} are quarantined. At most "
-            f"extract.max_bad_fraction = {max_bad_fraction} of them was expected. "
-            f"See why with `sail inspect {store.path}`."
+            f"{bad} of {store.rows} rows of {store.path}/{name} are quarantined, more than "
+            f"extract.max_bad_fraction = {max_bad_fraction}. See why with `sail inspect "
+            f"{store.path}`."
         )
 
 

@@ -92,8 +92,8 @@ def check_complete(store: FeatureStore, config: RunConfig, image: str, text: str
         column = store.column(name)
         if pending := column.pending():
             raise TrainingError(
-                f"{column.path} has {len(pending)} chunks that are not done. A complete column was "
-                f"expected. Finish it with `sail extract`."
+                f"{column.path} has {len(pending)} chunks that are not done. Finish it with `sail "
+                f"extract`."
             )
 
 
@@ -112,7 +112,7 @@ def _named(config: RunConfig, setting: Literal["store", "text_store"], split: st
     if len(config.align.mix) > 1:
         raise ConfigError(
             f"align.{setting} = {path} is one store, but align.mix has the splits "
-            f"{list(config.align.mix)}. The folder of a run that has them all was expected. "
-            f"Name such a folder, or leave align.mix out."
+            f"{list(config.align.mix)}. Name the folder of a run that has them all, or leave "
+            f"align.mix out."
         )
     return path if is_trained else None

@@ -225,7 +225,7 @@ def _check_version(job: ClusterJob) -> None:
     if version != job["version"]:
         raise SailError(
             f"This worker has version {version} of this program, the command has "
-            f"{job['version']}. The same version was expected. Install it where the workers run."
+            f"{job['version']}. Install the same version where the workers run."
         )
 
 

@@ -36,15 +36,14 @@ class _Evaluated:
         path = run / "eval" / "results.json"
         if not path.is_file():
             raise EvaluationError(
-                f"{run} has no eval/results.json. The folder of an evaluated run (its `run.dir`) "
-                f"was expected. Run `sail eval` on its recipe."
+                f"{run} has no eval/results.json. Give the folder of a run (its `run.dir`), after "
+                f"`sail eval`."
             )
         try:
             found = [result for result in read_results(path) if not result.is_detail]
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{path} is damaged: {error!r}. What `sail eval` writes was expected. Delete it, "
-                f"and run `sail eval` again."
+                f"{path} is damaged: {error!r}. Delete it, and run `sail eval` again."
             ) from error
         results = {result.name: result for result in found}
         return cls(run, results, read_items(path.with_name("items.npz")))
@@ -68,14 +67,14 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     common = [name for name in one.results if name in two.results]
     if not common:
         raise EvaluationError(
-            f"{first} and {second} have no measure in common. Runs evaluated on the same splits "
-            f"were expected. Evaluate both with the same [data] and [eval]."
+            f"{first} and {second} have no measure in common. Evaluate both with the same [data] "
+            f"and [eval]."
         )
     if faults := [fault for name in common for fault in _differences(name, one, two)]:
         raise EvaluationError(
             f"{first} and {second} cannot be compared: {'; '.join(faults[:4])}"
-            f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}. The same rows and "
-            f"protocol were expected. Evaluate both with the same [data] and [eval]."
+            f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}. Evaluate both with the "
+            f"same [data] and [eval]."
         )
     return {
         "first": str(first),

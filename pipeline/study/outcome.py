@@ -280,15 +280,15 @@ def read_scores(path: Path, config: RunConfig) -> Scores:
             name = line.pop("encoder", None)
             if name not in known:
                 raise ConfigError(
-                    f"{path}, line {number}, has encoder = {name!r}. A column `encoder` with names "
-                    f"of the recipe was expected: {known}. Correct the line."
+                    f"{path}, line {number}, has encoder = {name!r}. Give the name of one of the "
+                    f"recipe's: {known}."
                 )
             try:
                 scores[name] = {key: float(value) for key, value in line.items() if value}
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"{path}, line {number}, is not all numbers: {error}. A number or nothing was "
-                    f"expected in every column but `encoder`. Correct the line."
+                    f"{path}, line {number}, is not all numbers: {error}. Put a number or nothing "
+                    f"in every column but `encoder`."
                 ) from error
     return scores
 

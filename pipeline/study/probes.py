@@ -73,18 +73,17 @@ def scored_rows(config: RunConfig, split: str | None) -> StudyRows:
     """
     if config.align.mix:
         raise ConfigError(
-            "align.mix names several splits. One was expected, on which all pairs are trained. "
-            "Set align.split instead."
+            "align.mix names several splits. Set align.split to the one on which all pairs train."
         )
     if split is None and config.align.holdout == 0:
         raise ConfigError(
-            "align.holdout = 0 leaves no rows to score the pairs on. A fraction above 0 was "
-            "expected. Set align.holdout, or name a split with --on."
+            "align.holdout = 0 leaves no rows to score the pairs on. Raise it, or name a split "
+            "with --on."
         )
     if split is not None and (split not in config.data or split == config.align.split):
         raise ConfigError(
-            f"--on {split} is no split to score on. One of [data] that is not trained on was "
-            f"expected: {[name for name in config.data if name != config.align.split]}. Correct it."
+            f"--on {split} is no split to score on. Name one of [data] that is not trained on: "
+            f"{[name for name in config.data if name != config.align.split]}."
         )
     found = usable_rows(config, split or config.align.split)
     if split is None:
@@ -98,8 +97,8 @@ def scored_rows(config: RunConfig, split: str | None) -> StudyRows:
         found = StudyRows(found.store, found.fields, found.rows[kept], found.text_ok[kept])
     if len(found.rows) < LEAST_SCORED:
         raise EvaluationError(
-            f"{found.store.path} has {len(found.rows)} rows to score on. At least {LEAST_SCORED} "
-            f"that every encoder has were expected. Raise align.holdout, or name a split with --on."
+            f"{found.store.path} has {len(found.rows)} rows that every encoder has to score on, "
+            f"fewer than {LEAST_SCORED}. Raise align.holdout, or name a split with --on."
         )
     return found
 
@@ -114,15 +113,13 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
     encoders = config.encoders
     if not encoders.image_columns or not encoders.text:
         raise ConfigError(
-            "The recipe has no image or no text encoder. Candidates of both kinds were expected. "
-            "Add them under [encoders], and run `sail extract`."
+            "The recipe has no image or no text encoder. Add candidates of both kinds under "
+            "[encoders], and run `sail extract`."
         )
     store = open_store(config, run_folder(config), split)
     fields = tuple(config.align.fields or store.fields)
     if not fields:
-        raise EvaluationError(
-            f"{store.path} has no captions. Pairs were expected. Name another split."
-        )
+        raise EvaluationError(f"{store.path} has no captions. Name another split.")
     ok = np.ones(store.rows, dtype=bool)
     for image in encoders.image_columns:
         ok &= complete_column(store, f"image/{image}").status() == Status.OK

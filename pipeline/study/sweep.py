@@ -165,8 +165,7 @@ def sweep_run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
     planned = list(_planned(sweep, config))
     if any(varied.align.holdout == 0 for _, varied in planned):
         raise ConfigError(
-            "align.holdout = 0 leaves no rows to compare the trainings by. A fraction above 0 was "
-            "expected. Set align.holdout."
+            "align.holdout = 0 leaves no rows to compare the trainings by. Set it above 0."
         )
     done: list[Trial] = []
     for number, (trial, varied) in enumerate(planned, 1):
@@ -187,15 +186,15 @@ def _check(sweep: Sweep) -> None:
         )
     if wrong := [key for key in sweep.over if not key.startswith("align.")]:
         raise ConfigError(
-            f"--over {wrong[0]} cannot be varied: all trainings share the features of the run. A "
-            f"setting of [align] was expected. Write it as in `--over align.head.kind=glu,linear`."
+            f"--over {wrong[0]} cannot be varied: all trainings share the features of the run. "
+            f"Name a setting of [align], as in `--over align.head.kind=glu,linear`."
         )
     varied: dict[str, Sequence[object]] = {**sweep.over, "--seeds": sweep.seeds}
     for name, values in varied.items():
         if twice := [value for value in values if values.count(value) > 1]:
             raise ConfigError(
-                f"{name} has {twice[0]} more than once. Different values were expected: a training "
-                f"that is counted twice makes the sd too small. Leave one out."
+                f"{name} has {twice[0]} more than once, and a training that is counted twice makes "
+                f"the sd too small. Leave one out."
             )
 
 
