@@ -136,7 +136,7 @@ def plan_run(
             *(measuring.image(name, every) for name in config.encoders.image),
             *(each for name in config.encoders.text for each in measuring.text(name, every)),
         ]
-    size = _bytes(config, passes, splits)
+    size, stage_two = _bytes(config, passes, splits), _stage_two(config, passes, splits)
     return {
         "run": config.run.name,
         "splits": {
@@ -149,14 +149,14 @@ def plan_run(
         "free_bytes": _free_bytes(folder.store(config.trained_splits[0])),
         "passes": [_described(each) for each in passes],
         "this_machine": _this_machine(config, passes, seconds),
-        "stage_two": _stage_two(config, passes, splits),
+        "stage_two": stage_two,
         "price": price,
-        "gpus": _gpus(config, passes, splits, price),
+        "gpus": _gpus(passes, stage_two, price),
         "assumed": {
             "encoder_utilisation": ENCODER_UTILISATION,
             "head_utilisation": HEAD_UTILISATION,
             "decoded_per_core": None
-            if any(each.images for each in passes)
+            if any(each.decoded_per_core for each in passes)
             else ASSUMED_DECODED_PER_CORE,
         },
     }
@@ -244,8 +244,7 @@ def _stage_two(
     config: RunConfig, passes: list[Pass], splits: dict[str, RowCount]
 ) -> dict[str, Any] | None:
     """Return the work of training the head, None where the encoders' lengths are not known."""
-    image = config.aligned_encoder("image")
-    text = config.aligned_encoder("text")
+    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     dims = {name: dim for each in passes for name, dim in each.dims.items()}
     align = config.align
     fields = [name.split("/")[2] for name in dims if name.startswith(f"text/{text}/")]
@@ -254,8 +253,8 @@ def _stage_two(
     text_dim = dims[f"text/{text}/{fields[0]}"] if fields else None
     if image_dim is None or text_dim is None:
         return None
-    rows = sum(splits[name].count for name in config.trained_splits)
-    rows = round(rows * (1 - align.holdout))
+    every = sum(splits[name].count for name in config.trained_splits)
+    rows = round(every * (1 - align.holdout))
     rows = min(rows, align.rows or rows)
     samples = align.batch_size * align.steps if align.steps else rows * align.epochs
     flops = training_flops(
@@ -273,10 +272,9 @@ def _stage_two(
 
 
 def _gpus(
-    config: RunConfig, passes: list[Pass], splits: dict[str, RowCount], price: float | None
+    passes: list[Pass], stage_two: dict[str, Any] | None, price: float | None
 ) -> list[dict[str, Any]]:
     """Return the hours of both stages on each named GPU, and what it takes to feed it."""
-    stage_two = _stage_two(config, passes, splits)
     known = [each for each in passes if each.flops is not None]
     described = []
     for name, peak in GPUS.items():
@@ -311,6 +309,6 @@ def _cores_to_decode(passes: list[Pass], peak: float) -> int | None:
     for each in passes:
         if each.name.startswith("image/") and each.flops:
             encoded = ENCODER_UTILISATION * peak / each.flops
-            rate = each.images.decode if each.images else ASSUMED_DECODED_PER_CORE
+            rate = each.decoded_per_core or ASSUMED_DECODED_PER_CORE
             needed.append(-(-encoded // rate))
     return int(max(needed)) if needed else None

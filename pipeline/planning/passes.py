@@ -31,21 +31,8 @@ from pipeline.run.folder import RunFolder
 T = TypeVar("T")
 SAMPLES = 512
 ROWS_READ_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class ImageRates:
-    """Images a second; of reading and decoding, by one thread."""
-
-    read: float
-    decode: float
-    encode: float
-    copy: float | None
-    """To the device; None where there is none to copy to."""
-    image_bytes: float
-    """Bytes of an encoded image."""
-    images: int
-    """Different images that were decoded."""
+COMPUTED = frozenset({"decode", "tokenise", "encode"})
+"""Phases that share the cores where a processor encodes."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +47,17 @@ class CaptionRates:
     """Different captions that were encoded."""
 
 
-def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> ImageRates | None:
-    """Read, decode and encode images of an index; None if none of the first can be decoded."""
+def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> dict[str, float]:
+    """Read, decode and encode images of an index; none if none of the first can be decoded.
+
+    Returns:
+        Images a second: `read` and `decode` by one thread, `copy` to the device if that is a GPU,
+        and `encode`.
+    """
     part = seconds / 3
-    encoded = _first_images(SampleReader(index, max_pixels=encoder.max_pixels), part)
-    images, sizes, read_seconds = encoded
+    images, read_seconds = _first_images(SampleReader(index, max_pixels=encoder.max_pixels), part)
     if not images:
-        return None
+        return {}
     pixels: list[np.ndarray] = []
 
     def decode_one(data: bytes) -> None:
@@ -80,18 +71,14 @@ def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> Im
     decode_one(images[0])  # the warm-up: libraries load with the first
     decoded = _per_second(decode_one, itertools.cycle(images), part)
     if not pixels:
-        return None
+        return {}
     batch = torch.from_numpy(np.stack(pixels))
     _encode(encoder, batch)  # the warm-up
     batches = _per_second(lambda one: _encode(encoder, one), itertools.repeat(batch), part)
-    return ImageRates(
-        read=len(images) / read_seconds,
-        decode=decoded,
-        encode=batches * len(batch),
-        copy=_copied_per_second(batch, encoder.device),
-        image_bytes=float(np.mean(sizes)),
-        images=len(images),
-    )
+    rates = {"read": len(images) / read_seconds, "decode": decoded}
+    if encoder.device.type == "cuda":
+        rates["copy"] = _copied_per_second(batch, encoder.device)
+    return rates | {"encode": batches * len(batch)}
 
 
 def measure_captions(
@@ -137,8 +124,8 @@ def _encode(encoder: ImageEncoder, batch: torch.Tensor) -> None:
         features.cpu()
 
 
-def _first_images(reader: SampleReader, seconds: float) -> tuple[list[bytes], list[int], float]:
-    """Read images from the front of an index; return them, their sizes, and the time it took."""
+def _first_images(reader: SampleReader, seconds: float) -> tuple[list[bytes], float]:
+    """Read images from the front of an index; return them, and the time it took."""
     images: list[bytes] = []
     started = time.perf_counter()
     stop = min(reader.index.rows, SAMPLES)
@@ -147,7 +134,7 @@ def _first_images(reader: SampleReader, seconds: float) -> tuple[list[bytes], li
         images += [image for image in found if image]
         if _since(started) > seconds:
             break
-    return images, [len(image) for image in images], _since(started)
+    return images, _since(started)
 
 
 def _per_second(work: Callable[[T], object], items: Iterator[T], seconds: float) -> float:
@@ -159,9 +146,7 @@ def _per_second(work: Callable[[T], object], items: Iterator[T], seconds: float)
     return count / _since(started)
 
 
-def _copied_per_second(batch: torch.Tensor, device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
+def _copied_per_second(batch: torch.Tensor, device: torch.device) -> float:
     pinned = batch.pin_memory()
     started = time.perf_counter()
     for _ in range(10):
@@ -195,7 +180,8 @@ class Pass:
     phases: list[Phase] = field(default_factory=list)
     """On this machine, where they were measured."""
     per_second: dict[str, float] = field(default_factory=dict)
-    images: ImageRates | None = None
+    decoded_per_core: float | None = None
+    """Images a second, where they were decoded."""
 
 
 @contextmanager
@@ -252,17 +238,11 @@ class Measuring:
         limit = self._config.extract.max_pixels
         encoder = load_image_encoder(name, settings, self._device, limit)
         made.dims = {f"image/{column.name}": column.dim for column in encoder.columns}
-        rates = measure_images(encoder, self._index, seconds=self._seconds)
-        if rates is None:
-            return made
-        made.images = rates
-        self._add(made, "read", rates.read * self._workers, on_processor=False)
-        decoded = rates.decode * min(self._workers, self._cores)
-        self._add(made, "decode", decoded, on_processor=self._on_cpu)
-        if rates.copy is not None:
-            self._add(made, "copy", rates.copy, on_processor=False)
-        self._add(made, "encode", rates.encode, on_processor=self._on_cpu)
-        self._add_writing(made)
+        if rates := measure_images(encoder, self._index, seconds=self._seconds):
+            made.decoded_per_core = rates["decode"]
+            rates["read"] *= self._workers
+            rates["decode"] *= min(self._workers, self._cores)
+            self._add(made, rates)
         return made
 
     def text(self, name: str, rows: int) -> list[Pass]:
@@ -284,9 +264,7 @@ class Measuring:
             flops = size.flops(tokens) if size.flops else None
             made = Pass(column, rows, {column: dim}, flops, size.found_in, tokens, origin)
             if rates is not None:
-                self._add(made, "tokenise", rates.tokenise, on_processor=self._on_cpu)
-                self._add(made, "encode", rates.encode, on_processor=self._on_cpu)
-                self._add_writing(made)
+                self._add(made, {"tokenise": rates.tokenise, "encode": rates.encode})
             passes.append(made)
         return passes
 
@@ -303,21 +281,21 @@ class Measuring:
             for name in self._index.fields
         }
 
-    def _add(self, made: Pass, phase: str, per_second: float, *, on_processor: bool) -> None:
-        made.per_second[phase] = per_second
-        made.phases.append(Phase(phase, hours(made.rows, per_second), on_processor))
-
-    def _add_writing(self, made: Pass) -> None:
+    def _add(self, made: Pass, per_second: dict[str, float]) -> None:
+        """Note what was measured of a pass, and measure writing too."""
         place = self._config.extract.store or self._config.run.dir
-        if not isinstance(place, Path):
-            return  # nothing is put under a URL to find out
-        dim = sum(each or 0 for each in made.dims.values())
-        with tempfile.TemporaryDirectory(
-            prefix=".sail-plan-", dir=existing_folder(place)
-        ) as temporary:
-            chunk = self._config.extract.rows_per_chunk
-            rate = measure_writing(Path(temporary), dim, chunk, seconds=self._seconds / 10)
-        self._add(made, "write", rate, on_processor=False)
+        if isinstance(place, Path):  # nothing is put under a URL to find out
+            dim = sum(each or 0 for each in made.dims.values())
+            chunk, seconds = self._config.extract.rows_per_chunk, self._seconds / 10
+            above = existing_folder(place)
+            with tempfile.TemporaryDirectory(prefix=".sail-plan-", dir=above) as folder:
+                rate = measure_writing(Path(folder), dim, chunk, seconds=seconds)
+            per_second = per_second | {"write": rate}
+        made.per_second = per_second
+        made.phases = [
+            Phase(name, hours(made.rows, rate), self._on_cpu and name in COMPUTED)
+            for name, rate in per_second.items()
+        ]
 
 
 def _is_here(settings: ImageEncoderConfig | TextEncoderConfig) -> bool:
