@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,6 @@ K = 10
 PERMUTATIONS, HALVES, SEED = 20, 20, 0
 HELD_OUT = 5
 """Every so many rows of the reference choose the regularisation of the linear probe."""
-Features = Float[np.ndarray, "rows dim"]
 PAIR_MEASURES: dict[str, AlignmentName] = {
     "cka": "cka_debiased",
     "mutual_knn": "mutual_knn",
@@ -184,26 +184,18 @@ def measure_images(
         kept: What is known.
         stop: Whether to stop.
     """
+    names = {"knn_temperature", "knn_k", "knn_search", "bootstrap", "seed"}
+    votes = config.eval.model_dump(mode="json", include=names)
+    probed = [HELD_OUT, SEED, votes["bootstrap"], votes["seed"]]
+    measures = {"knn_top1": (_knn, [votes]), "linear_probe_top1": (_linear_probe, probed)}
     found: dict[str, dict[str, Any]] = {}
     for name in config.encoders.image_columns:
         query, reference = (_labelled(config, split, name) for split in splits)
-        rows = [_described(query), _described(reference)]
-        votes = config.eval.model_dump(
-            mode="json", include={"knn_temperature", "knn_k", "knn_search", "bootstrap", "seed"}
-        )
-        found[name] = {}
-        for measure, settings, take in (
-            ("knn_top1", [votes], _knn),
-            (
-                "linear_probe_top1",
-                [HELD_OUT, SEED, votes["bootstrap"], votes["seed"]],
-                _linear_probe,
-            ),
-        ):
+        rows, found[name] = [_described(query), _described(reference)], {}
+        for measure, (take, settings) in measures.items():
             _go_on(stop, f"{measure} of {name}")
-            found[name][measure] = kept.get(
-                [measure, *rows, *settings], partial(take, config, query, reference)
-            )
+            inputs = [measure, *rows, *settings]
+            found[name][measure] = kept.get(inputs, partial(take, config, query, reference))
     return found
 
 
@@ -212,45 +204,38 @@ def measure_pairs(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield the measures of every pair: value, interval, null, and the value calibrated by it."""
     rows = _spread(usable_rows(config, config.align.split))
-    for image in config.encoders.image_columns:
-        column = rows.store.column(f"image/{image}")
-        for text in config.encoders.text:
-            texts = rows.store.column(f"text/{text}/{rows.fields[0]}")
-            inputs = [rows.sha256, _fingerprint(column), _fingerprint(texts), K, PERMUTATIONS]
-            measures = {}
-            for name, measure in PAIR_MEASURES.items():
-                prepare, _ = pair_measure(measure, K)
-                _go_on(stop, f"{name} of {image} and {text}")
-                read = partial(_read_both, column, texts, rows.rows)
-                found = kept.get([name, *inputs], partial(_calibrated, prepare, read))
-                # Apart, so that the seconds are those of the measure.
-                doubt = kept.get(
-                    [f"interval of {name}", *inputs, HALVES],
-                    partial(_interval, prepare, read, found["value"]),
-                )
-                measures[name] = found | {"ci95": doubt["ci95"]}
-            yield image, text, measures
+    for image, text in product(config.encoders.image_columns, config.encoders.text):
+        names = (f"image/{image}", f"text/{text}/{rows.fields[0]}")
+        columns = [rows.store.column(name) for name in names]
+        inputs = [rows.sha256, *map(_fingerprint, columns), K, PERMUTATIONS]
+        measures = {}
+        for name, measure in PAIR_MEASURES.items():
+            _go_on(stop, f"{name} of {image} and {text}")
+            on = (pair_measure(measure, K)[0], columns, rows.rows)
+            found = kept.get([name, *inputs], partial(_calibrated, *on))
+            # Apart, so that the seconds are those of the measure.
+            of_interval = [f"interval of {name}", *inputs, HALVES]
+            doubt = kept.get(of_interval, partial(_interval, *on, found["value"]))
+            measures[name] = found | {"ci95": doubt["ci95"]}
+        yield image, text, measures
 
 
-def _calibrated(prepare: Prepare, read: Callable[[], tuple[Features, Features]]) -> dict[str, Any]:
-    features = read()
-    found = calibrate(prepare, features, permutations=PERMUTATIONS, subsamples=0, seed=SEED)
-    return {
-        "value": found.value,
-        "null_mean": found.null_mean,
-        "calibrated": found.calibrated,
-        "p_value": found.p_value,
-        "n": len(features[0]),
-    }
+def _calibrated(
+    prepare: Prepare, columns: Sequence[Column], rows: Int64[np.ndarray, "rows"]
+) -> dict[str, Any]:
+    first, second = (_read(column, rows) for column in columns)
+    found = calibrate(prepare, (first, second), permutations=PERMUTATIONS, subsamples=0, seed=SEED)
+    kept = ("value", "null_mean", "calibrated", "p_value")
+    return {name: getattr(found, name) for name in kept} | {"n": len(rows)}
 
 
 def _interval(
-    prepare: Prepare, read: Callable[[], tuple[Features, Features]], value: float
+    prepare: Prepare, columns: Sequence[Column], rows: Int64[np.ndarray, "rows"], value: float
 ) -> dict[str, Any]:
     """Return the interval of a value, None where halves of the rows have no k neighbours."""
-    features = read()
-    halves = HALVES if len(features[0]) // 2 > K else 0
-    interval = half_sample_interval(prepare, features, value, subsamples=halves, seed=SEED)
+    first, second = (_read(column, rows) for column in columns)
+    halves = HALVES if len(rows) // 2 > K else 0
+    interval = half_sample_interval(prepare, (first, second), value, subsamples=halves, seed=SEED)
     return {"ci95": interval}
 
 
@@ -285,17 +270,9 @@ def _knn(config: RunConfig, query: _Labelled, reference: _Labelled) -> dict[str,
         max(ks),
     )
     num_classes = int(max(query.labels.max(), reference.labels.max())) + 1
-    right = {
-        k: query.labels
-        == vote(
-            neighbours,
-            reference.labels,
-            k=k,
-            temperature=settings.knn_temperature,
-            num_classes=num_classes,
-        )
-        for k in ks
-    }
+    temperature = settings.knn_temperature
+    voted = partial(vote, neighbours, temperature=temperature, num_classes=num_classes)
+    right = {k: query.labels == voted(reference.labels, k=k) for k in ks}
     best = max(right, key=lambda k: float(right[k].mean()))
     return _accuracy(config, right[best]) | {"k": best} | about
 
@@ -321,12 +298,6 @@ def _spread(rows: StudyRows) -> StudyRows:
     usable = np.flatnonzero(rows.text_ok[:, 0])
     chosen = usable[np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(np.int64)]
     return StudyRows(rows.store, rows.fields, rows.rows[chosen], rows.text_ok[chosen])
-
-
-def _read_both(
-    image: Column, text: Column, rows: Int64[np.ndarray, "rows"]
-) -> tuple[Features, Features]:
-    return _read(image, rows), _read(text, rows)
 
 
 def _read(column: Column, rows: Int64[np.ndarray, "rows"]) -> Float[np.ndarray, "rows dim"]:
@@ -390,7 +361,7 @@ def probe_pairs(
         Stopped: A signal came; the same call goes on from here.
     """
     rows = scored_rows(config, on)
-    pairs = [(i, t) for i in config.encoders.image_columns for t in config.encoders.text]
+    pairs = list(product(config.encoders.image_columns, config.encoders.text))
     probes = []
     for number, (image, text) in enumerate(pairs, 1):
         stop.check()
