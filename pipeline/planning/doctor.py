@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -24,6 +25,7 @@ from pipeline.planning.passes import existing_folder
 from pipeline.planning.sizes import local_folder
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
+from pipeline.run.device import usable_devices
 from pipeline.run.folder import run_folder
 from pipeline.tables import byte_size
 
@@ -192,16 +194,8 @@ def _extras() -> Iterator[Check]:
 
 
 def _devices(config: RunConfig | None) -> Iterator[Check]:
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        yield Check("devices", "broken", f"torch cannot be loaded: {error}", "pip install torch")
-        return
-    yield Check(
-        "processor",
-        "ok",
-        f"{usable_processors()} cores, {torch.get_num_threads()} threads of torch",
-    )
+    words = f"{usable_processors()} cores, {torch.get_num_threads()} threads of torch"
+    yield Check("processor", "ok", words)
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
@@ -209,8 +203,6 @@ def _devices(config: RunConfig | None) -> Iterator[Check]:
         yield Check(f"cuda:{number}", "ok", words)
     if not torch.cuda.is_available():
         yield Check("GPU", "note", "none that torch can use: encoders run on the processor")
-    from pipeline.run.device import usable_devices
-
     here, wanted = usable_devices(), config.run.device if config else "auto"
     if wanted not in ("auto", *here):
         advice = "set run.device to auto, or install a driver and a build of torch that has it"
@@ -224,23 +216,20 @@ def _faiss() -> Check:
     if len(builds) > 1:
         advice = "pip uninstall faiss-cpu faiss-gpu, then install one of them"
         return Check("faiss", "warning", "faiss-cpu and faiss-gpu overwrite each other", advice)
-    fault = _faiss_fault()
+    fault = ""
+    try:
+        import faiss
+
+        if not faiss_finds_neighbours():
+            fault = "finds the wrong neighbours"
+    except (ImportError, RuntimeError, AttributeError) as error:
+        fault = f"fails: {error}"
     if fault:
         again = f"pip install --force-reinstall {builds[0]}"
         return Check("faiss", "broken", f"{builds[0]} {fault}", again)
-    import faiss
-
     kind = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
     words = f"{builds[0]} {_version(builds[0])}, a {kind} build, finds the right neighbours"
     return Check("faiss", "ok", words)
-
-
-def _faiss_fault() -> str:
-    """Return what is wrong with faiss, in words; empty if nothing is."""
-    try:
-        return "" if faiss_finds_neighbours() else "finds the wrong neighbours"
-    except (ImportError, RuntimeError, AttributeError) as error:
-        return f"fails: {error}"
 
 
 def _disk(place: Path) -> Iterator[Check]:
