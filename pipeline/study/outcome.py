@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -34,8 +35,6 @@ from pipeline.study.probes import (
 from pipeline.tables import numbers, rendered, words
 
 COLUMNS = 4
-OVER = ("measure", "over")
-CORRELATION = ("n", "Pearson (95 %)", "without one", "Spearman (95 %)")
 
 
 def study_table(document: dict[str, Any]) -> str:
@@ -45,7 +44,8 @@ def study_table(document: dict[str, Any]) -> str:
             f"Nothing can be correlated: that needs {LEAST_POINTS} encoders, or pairs of them, "
             f"that differ; there are {len(document['pairs'])} pairs. The page ranks them."
         )
-    table = Table(*words(*OVER), *numbers(*CORRELATION, no_wrap=True))
+    right = numbers("n", "Pearson (95 %)", "without one", "Spearman (95 %)", no_wrap=True)
+    table = Table(*words("measure", "over"), *right)
     for row in document["correlations"]:
         table.add_row(row["measure"], row["over"], *_correlation(row))
     return rendered(table)
@@ -53,47 +53,15 @@ def study_table(document: dict[str, Any]) -> str:
 
 def study_page(document: dict[str, Any]) -> str:
     """Return study.md: correlations, encoders, and the ranking of the pairs."""
-    lines = [
-        "# What predicts alignment",
-        "",
-        f"Alignment: mean of both recalls@10 that a linear probe reaches, over "
-        f"{document['images']} images ({document['scored_on']}).",
-        "",
-        "![Alignment over every measure](study.png)",
-        "",
-        *_markdown(
-            (*OVER, *CORRELATION),
-            [[row["measure"], row["over"], *_correlation(row)] for row in document["correlations"]],
-        ),
-    ]
-    if document["encoders"]:
-        names = list(next(iter(document["encoders"].values())))
-        rows = [
-            [
-                encoder,
-                *(_measured(found[n], "{:.1f}", 100) for n in names),
-            ]
-            for encoder, found in document["encoders"].items()
-        ]
-        lines += [
-            "",
-            *_markdown(("image encoder", *(f"{name}, % (95 %, time)" for name in names)), rows),
-        ]
-    names = list(document["pairs"][0]["measures"])
-    rows = [
-        [
-            pair["image"],
-            pair["text"],
-            f"{100 * pair['recall@10']:.1f} ({_per_cent(pair['ci95'])})",
-            f"{pair['probability_best']:.2f}",
-            f"{pair['seconds']:.1f}",
-            *(_measured(pair["measures"][n], "{:.3f}") for n in names),
-        ]
-        for pair in document["pairs"]
-    ]
-    measures = [f"{name} (95 %, time)" for name in names]
-    headings = ("image", "text", "recall@10, % (95 %)", "P(best)", "training, s", *measures)
-    return "\n".join([*lines, "", *_markdown(headings, rows), ""])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        autoescape=False,  # the page is Markdown
+    )
+    functions = {"correlation": _correlation, "measured": _measured, "percent": _percent}
+    return environment.get_template("study.md.j2").render(document, **functions)
 
 
 def study_plot(document: dict[str, Any], path: Path) -> None:
@@ -132,12 +100,8 @@ def _measured(found: dict[str, Any], form: str, scale: float = 1) -> str:
     return f"{form.format(scale * found['value'])} ({', '.join(inside)})"
 
 
-def _per_cent(interval: list[float]) -> str:
-    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
-
-
-def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+def _percent(value: float, interval: list[float]) -> str:
+    return f"{100 * value:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
 
 
 RESAMPLES, SEED = 2000, 0
