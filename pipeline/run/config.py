@@ -182,8 +182,13 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     return _checked(document, str(path), path.resolve().parent)
 
 
-def vary_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Return a run file's settings with some of them set anew, as by `load_config`.
+def vary_config(config: RunConfig, folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the settings of a run in another folder, on the features of this one.
+
+    Args:
+        config: Of this run.
+        folder: Run folder of the other.
+        overrides: What else differs, as in `load_config`.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -191,6 +196,8 @@ def vary_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     document = config.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
         _apply(document, override)
+    features = config.run.features or config.run.dir
+    document.setdefault("run", {}).update(dir=str(folder), features=str(features))
     return _checked(document, f"The run {config.run.name!r} with {', '.join(overrides)}")
 
 

@@ -367,16 +367,9 @@ def probe_pairs(
         stop.check()
         logger.info("probe %d of %d: %s with %s", number, len(pairs), image, text)
         folder = config.run.dir / "study" / "probes" / f"{image}--{text}"
-        given = {
-            "run.dir": str(folder),
-            "run.features": str(config.run.features or config.run.dir),
-            "align.image": image,
-            "align.text": text,
-            "align.head.kind": "linear",
-            "align.loss.kind": "sigmoid",
-        }
-        overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
-        probes.append(_probe(vary_config(config, overrides), rows, stop))
+        overrides = [f"align.image='{image}'", f"align.text='{text}'"]
+        overrides += ["align.head.kind=linear", "align.loss.kind=sigmoid"]
+        probes.append(_probe(vary_config(config, folder, overrides), rows, stop))
     return rows, probes
 
 

@@ -199,15 +199,13 @@ def _check(sweep: Sweep) -> None:
 
 
 def _planned(sweep: Sweep, config: RunConfig) -> Iterator[tuple[Trial, RunConfig]]:
-    features = config.run.features or config.run.dir
     for values in product(*sweep.over.values()):
         settings = dict(zip(sweep.over, values, strict=True))
         for seed in sweep.seeds:
             folder = config.run.dir / sweep.name / _label(settings, seed)
             given = [f"{key}={value}" for key, value in settings.items()]
-            given += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
-            given += [f"run.features={json.dumps(str(features))}"]
-            yield Trial(settings, seed, str(folder)), vary_config(config, given)
+            varied = vary_config(config, folder, [*given, f"run.seed={seed}"])
+            yield Trial(settings, seed, str(folder)), varied
 
 
 def _label(settings: Settings, seed: int) -> str:
