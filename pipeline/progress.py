@@ -1,7 +1,6 @@
-"""The log, and the progress lines, on stderr."""
+"""Progress lines on stderr."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,20 +21,6 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
-
-
-def start_log(*, verbose: bool) -> None:
-    """Send the log of this program to stderr; that of the libraries only from warnings on."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for package in ("pipeline", "features", "align", "evaluate"):
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class _Rate(ProgressColumn):

@@ -9,6 +9,7 @@ import click
 
 from features.errors import SailError, refused
 from pipeline.cli.checks import doctor, inspect, plan, verify
+from pipeline.cli.options import start_log
 from pipeline.cli.stages import align, evaluate, extract
 from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, subset
 from pipeline.cli.studies import compare, pick, scaling, study, sweep
@@ -65,6 +66,7 @@ def cli() -> None:
     RECIPE is the path of a TOML file, or the name of one that ships with the program: demo,
     sail-small, sail, sail-paper. docs/recipes.md lists every setting.
     """
+    start_log()
 
 
 for command in itertools.chain.from_iterable(SECTIONS.values()):

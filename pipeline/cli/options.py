@@ -2,6 +2,8 @@
 
 import functools
 import json
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -96,6 +98,20 @@ def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:
             sys.exit(stop.exit_code)
 
 
+def start_log(level: int = logging.INFO) -> None:
+    """Send the log of this program to stderr; that of the libraries only from warnings on."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for package in ("pipeline", "features", "align", "evaluate"):
+        logging.getLogger(package).setLevel(level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
 @dataclass(frozen=True)
 class Stage:
     """The recipe that a command is called with, and the options that all stages share."""
@@ -106,11 +122,11 @@ class Stage:
     verbose: bool
 
     def load(self) -> Any:
-        """Start the log, and return the settings of the recipe."""
-        from pipeline.progress import start_log
+        """Return the settings of the recipe; the log tells more from here on if it shall."""
         from pipeline.run.config import load_config
 
-        start_log(verbose=self.verbose)
+        if self.verbose:
+            start_log(logging.DEBUG)
         return load_config(self.recipe, self.overrides)
 
     def run(self, work: Callable[[Any, Any], Any], *, kept: str = SAVED) -> Any:

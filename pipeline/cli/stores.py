@@ -64,7 +64,6 @@ def convert(
     if (dtype is None) == (form is None):
         raise click.UsageError("Give either --dtype or --to.")
     from features.storage.place import as_place
-    from pipeline.progress import start_log
     from pipeline.stores.convert import convert_store, export_store
     from pipeline.tables import conversion_table
 
@@ -73,7 +72,6 @@ def convert(
         _write(file, as_json, lambda stop: export_store(store, form, file, stop))
         return
     target = as_place(out) if out else store.parent / f"{store.stem}-{dtype}.zarr"
-    start_log(verbose=False)
     losses = until_stopped(lambda stop: convert_store(store, target, str(dtype), stop))
     if as_json:
         click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
@@ -271,8 +269,6 @@ def reorder(store: Any, like: Any, memory_mb: int, out: Any, as_json: bool) -> N
 
 
 def _write(out: Any, as_json: bool, work: Callable[[Any], object]) -> None:
-    from pipeline.progress import start_log
 
-    start_log(verbose=False)
     until_stopped(work)
     click.echo(json.dumps({"store": str(out)}) if as_json else str(out))

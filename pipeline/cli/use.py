@@ -51,12 +51,10 @@ def search(
     """
     if (not query) == (image is None):
         raise click.UsageError("Give either a sentence or --image FILE.")
-    from pipeline.progress import start_log
     from pipeline.python import load_aligned
     from pipeline.search import search_captions, search_images
     from pipeline.tables import hits_table
 
-    start_log(verbose=False)
     aligned = load_aligned(run)
     splits = list(aligned.config.data)
     others = [name for name in splits if name not in aligned.config.trained_splits]
@@ -93,10 +91,8 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
     if (images is None) == (texts is None):
         raise click.UsageError("Give either --images FOLDER or --texts FILE.")
     from pipeline.embed import Written, embed_images, embed_sentences, image_files, sentences
-    from pipeline.progress import start_log
     from pipeline.python import load_aligned
 
-    start_log(verbose=False)
     aligned = load_aligned(run)
 
     def work(stop: Any) -> Written:
@@ -155,9 +151,7 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
       sail export runs/demo --to hf --with-encoders --out aligned
     """
     from pipeline.export.exports import export_run
-    from pipeline.progress import start_log
 
-    start_log(verbose=False)
     folder = out or run / "export" / form
     export_run(run, form, folder, with_encoders=with_encoders)
     click.echo(json.dumps({"path": str(folder)}) if as_json else str(folder))
@@ -252,9 +246,7 @@ def explore(run: Path, host: str, port: int, token: str | None, memory: float, d
     """
     from pipeline.explore.server import access_for, serve
     from pipeline.explore.session import Session
-    from pipeline.progress import start_log
 
-    start_log(verbose=False)
     access = access_for(host, token)
     session = Session(run, device=device, memory_bytes=int(memory * 2**30))
 
