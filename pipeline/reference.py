@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from evaluate.measures import MEASURES
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.backends import models
 from pipeline.run.config import RunConfig, kinds_of
