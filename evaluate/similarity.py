@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
@@ -333,9 +332,9 @@ def median_distance(features: Float[np.ndarray, "rows dim"]) -> float:
     return median if median > 0 else 1.0
 
 
-def _squares(rows: int) -> Iterator[tuple[slice, slice]]:
-    parts = [slice(start, min(start + SIDE, rows)) for start in range(0, rows, SIDE)]
-    return product(parts, repeat=2)
+def _squares(count: int) -> Iterator[tuple[slice, slice]]:
+    parts = [slice(start, min(start + SIDE, count)) for start in range(0, count, SIDE)]
+    return ((rows, columns) for rows in parts for columns in parts)
 
 
 def _kernel(

@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.measures.segmentation import (
+from evaluate.measures.segmentation import class_colours, hex_colour, overlay
+from evaluate.segmentation import (
     Areas,
     Names,
     Sliding,
-    class_colours,
     fit_size,
-    hex_colour,
     mean_iou,
-    overlay,
     pixel_confusion,
     segment,
     window_starts,
@@ -150,7 +148,7 @@ def test_a_class_takes_the_nearest_of_its_names_however_many_are_looked_at_toget
     together = segment(two_halves(), mean_colours, names, sliding, (18, 26))
     assert (together[:, :12] == 0).all()
     assert (together[:, 12:] == 1).all()
-    monkeypatch.setattr("evaluate.measures.segmentation.COSINES_AT_ONCE", 1)
+    monkeypatch.setattr("evaluate.segmentation.COSINES_AT_ONCE", 1)
     assert torch.equal(segment(two_halves(), mean_colours, names, sliding, (18, 26)), together)
 
 
