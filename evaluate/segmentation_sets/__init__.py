@@ -2,7 +2,7 @@
 
 One JSON file each, which names the repository, file, commit, sha256 and licence of its source. A
 class has one name or several, of which the first is shown; `values` are its numbers in the mask
-files, and pixels of the values `ignored` do not count. `evaluate/mask_classes.py` reads them.
+files, and pixels of the values `ignored` do not count. `evaluate/masks.py` reads them.
 """
 
 from pathlib import Path

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from align.checkpoint import Checkpoint
+from evaluate.measures import measure_of
 from evaluate.results import read_results
 from features.errors import ConfigError, TrainingError
 from features.storage.files import appearing, write_json
@@ -228,8 +229,9 @@ def _train(trial: Trial, config: RunConfig, stop: StopRequest, *, evaluates: boo
     scores = {f"heldout/{name}": heldout[name] for name in HELDOUT}
     if evaluates:
         for result in read_results(evaluate_run(config, stop)):
-            # k-NN is of the frozen features: no head is in it.
-            if not result.task.startswith("knn") and not result.is_detail:
+            measure = measure_of(result)
+            # What comes in variants, as k-NN by k, has no single score.
+            if not result.is_detail and not (measure and measure.variant(result)):
                 scores[f"{result.task} {result.dataset} {result.metric}"] = result.value
     return replace(trial, scores=scores)
 
