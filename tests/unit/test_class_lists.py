@@ -13,6 +13,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from evaluate.measures import EvalConfig
+from evaluate.measures.segmentation import SegmentationSettings
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.class_lists import CLASS_LISTS, FOLDER, check_order, read_class_list
 from features.errors import SourceError
@@ -162,7 +163,8 @@ def test_the_page_of_data_sets_has_only_lines_that_a_run_file_takes() -> None:
     for source in sources:
         TypeAdapter(Source).validate_python(source)
     evaluated = [EvalConfig(**block["eval"]) for block in blocks if "eval" in block]
-    assert {name for each in evaluated for name in each.segmentation} == set(SEGMENTATION_SETS)
+    sets = {name for each in evaluated for name in each.of(SegmentationSettings).segmentation}
+    assert sets == set(SEGMENTATION_SETS)
     assert len(sources) >= 12
     for name in CLASS_LISTS:
         assert f"`{name}`" in page

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluate.measures.zero_shot import ZeroShotSettings
 from features.errors import ConfigError
 from pipeline.reference import reference
 from pipeline.run.config import dump_config, load_config
@@ -223,8 +224,9 @@ def test_names_of_lists_are_no_paths_and_files_are_relative_to_the_run_file(tmp_
         "imagenet-1k",
         tmp_path / "names.json",
     ]
-    assert config.eval.templates == "imagenet-1k"
-    assert config.eval.split_templates == {"own": str(tmp_path / "own.json")}
+    settings = config.eval.of(ZeroShotSettings)
+    assert settings.templates == "imagenet-1k"
+    assert settings.split_templates == {"own": str(tmp_path / "own.json")}
 
 
 @pytest.mark.parametrize(

@@ -225,12 +225,12 @@ def test_scenes_are_drawn_with_their_masks() -> None:
 def test_paths_are_relative_to_the_run_file_and_faults_are_told_as_written(tmp_path: Path) -> None:
     section = '[eval.segmentation.streets]\nkind = "folder"\nimages = "pictures"\nmasks = "masks"\n'
     run_file = tiny.world(tmp_path, extra=[section, 'classes = "camvid"\ntemplates = ["a {}"]'])
-    streets = load_config(str(run_file)).eval.segmentation["streets"]
+    streets = load_config(str(run_file)).eval.of(SegmentationSettings).segmentation["streets"]
     assert streets.model_dump(mode="json")["images"] == str(tmp_path / "pictures")
     assert streets.model_dump(mode="json")["classes"] == "camvid"
     assert streets.templates == ("a {}",)
     own = load_config(str(run_file), ["eval.segmentation.streets.classes=own.json"])
-    dumped = own.eval.segmentation["streets"].model_dump(mode="json")
+    dumped = own.eval.of(SegmentationSettings).segmentation["streets"].model_dump(mode="json")
     assert dumped["classes"] == str(tmp_path / "own.json")
     with pytest.raises(ConfigError, match=r"eval.segmentation.streets: stride = 500 is more than"):
         load_config(str(run_file), ["eval.segmentation.streets.stride=500"])
