@@ -169,7 +169,8 @@ def _write(
 def _columns_of(
     samples: Sequence[Sample], columns: Iterable[str], fields: Sequence[str], missing: Counts
 ) -> dict[str, list[Any]]:
-    if not all(sample.captions.keys() <= set(fields) for sample in samples):
+    known = set(fields)
+    if not all(known.issuperset(sample.captions) for sample in samples):
         raise _MoreFields
     table = {name: list(map(attrgetter(name), samples)) for name in columns}
     for name in fields:
@@ -336,7 +337,8 @@ class SampleReader:
 
     Args:
         index: Says where they are.
-        max_pixels: Of an image larger than that no part is cut out: it comes whole, to be refused.
+        max_pixels: No box is cut out of a larger image: it is returned whole, for the decoder to
+            refuse.
     """
 
     def __init__(self, index: Index, *, max_pixels: int = MAX_PIXELS) -> None:
@@ -401,7 +403,7 @@ ONLY_MOVED = (
 
 @dataclass(frozen=True)
 class Changes:
-    """In what a source is no longer as it was when it was indexed."""
+    """How a source differs from its index."""
 
     settings: frozenset[str]
     """Settings that differ: which captions are picked, where the files are, how many rows."""
@@ -435,9 +437,9 @@ def update_index(
     append: bool,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Index:
-    """Replace an index by the one that follows it; killed at any moment, one of both is there.
+    """Bring an index up to date. It is replaced as a whole: a kill leaves the old or the new one.
 
-    Shards whose rows are there are only read again where other captions are wanted of them.
+    Shards that were indexed are read again only if their captions are picked otherwise.
 
     Args:
         index: What was indexed earlier.

@@ -5,9 +5,10 @@ import json
 import logging
 import multiprocessing
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,34 +73,19 @@ def write_shards(
 
     Returns:
         The tars, in order.
-
-    Raises:
-        ValueError: There is no such split, or a number is not usable.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
-    if rows < 1 or rows_per_shard < 1 or seed < 0:
-        raise ValueError(
-            f"rows={rows} and rows_per_shard={rows_per_shard} must be 1 or more, seed={seed} must "
-            f"be 0 or more."
-        )
-    if split == "compositional" and rows % 2:
-        raise ValueError(f"rows={rows} of the compositional split must be even: two for a group.")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "classes.txt", "".join(f"{name}\n" for name in CLASS_NAMES).encode())
     _keep_only_same(folder, split, rows=rows, seed=seed, rows_per_shard=rows_per_shard)
-    shards = [
-        _Shard(
-            folder / f"{split}-{number:05d}.tar",
-            split,
-            seed,
-            start,
-            min(start + rows_per_shard, rows),
-        )
+    shards = {
+        folder / f"{split}-{number:05d}.tar": range(start, min(start + rows_per_shard, rows))
         for number, start in enumerate(range(0, rows, rows_per_shard))
-    ]
-    _draw_all([shard for shard in shards if not shard.path.exists()])
-    return [shard.path for shard in shards]
+    }
+    _draw_all(
+        partial(_write_shard, split=split, seed=seed),
+        {path: numbers for path, numbers in shards.items() if not path.exists()},
+    )
+    return list(shards)
 
 
 def sample(split: str, seed: int, row: int) -> SceneRow:
@@ -115,38 +101,28 @@ def sample(split: str, seed: int, row: int) -> SceneRow:
     return SceneRow(scene, short_caption(scene), long_caption(scene, (*source, 1)))
 
 
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    split: str
-    seed: int
-    start: int
-    stop: int
-
-
-def _draw_all(shards: list[_Shard]) -> None:
+def _draw_all(draw_shard: Callable[[Path, range], None], shards: dict[Path, range]) -> None:
     """Draw shards in two processes where that is worth starting them."""
-    rows = sum(shard.stop - shard.start for shard in shards)
-    if len(shards) < 2 or rows < ROWS_WORTH_A_POOL:
-        for shard in shards:
-            _write_shard(shard)
+    if len(shards) < 2 or sum(map(len, shards.values())) < ROWS_WORTH_A_POOL:
+        for path, rows in shards.items():
+            draw_shard(path, rows)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        for shard in pool.map(_write_shard, shards):
-            logger.info("drew %s", shard.path.name)
+        done = pool.map(draw_shard, shards.keys(), shards.values())
+        for path, _ in zip(shards, done, strict=True):
+            logger.info("drew %s", path.name)
 
 
-def _write_shard(shard: _Shard) -> _Shard:
+def _write_shard(path: Path, rows: range, *, split: str, seed: int) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row in range(shard.start, shard.stop):
-            for name, data in members(sample(shard.split, shard.seed, row)):
+        for row in rows:
+            for name, data in members(sample(split, seed, row)):
                 member = tarfile.TarInfo(f"{row:06d}.{name}")  # owner 0, time 0: same bytes always
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    write(shard.path, buffer.getvalue())
-    return shard
+    write(path, buffer.getvalue())
 
 
 def members(row: SceneRow) -> Iterator[tuple[str, bytes]]:

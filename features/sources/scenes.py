@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from features.sources.base import NONE, Known, SourceReader, SourceSettings
 from features.sources.webdataset import WebdatasetSource
@@ -24,6 +24,12 @@ class ScenesSource(SourceSettings):
     """Which part of the world: `train` never shows the held-out combinations."""
     seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> "ScenesSource":
+        if self.split == "compositional" and self.rows % 2:
+            raise ValueError(f"rows = {self.rows} is odd, but 'compositional' has pairs; add one")
+        return self
 
     def open(self, known: Known = NONE, *, folder: Path | None = None) -> SourceReader[Any]:
         """Draw what is not there yet, and open the shards."""

@@ -49,7 +49,7 @@ class ImageFolder:
         self._folder = folder.resolve() if isinstance(folder, Path) else folder
         self._table = table
         self._beginning = f"{self._folder}/".replace("//", "/")
-        # Images are mostly many to a folder, whose links are followed once.
+        # Many images share a folder, so the links of a folder are followed once.
         self._real = lru_cache(FOLDERS_KEPT)(os.path.realpath)
 
     def find(self, name: str) -> tuple[str, int | None]:

@@ -158,23 +158,6 @@ def test_splits_and_seeds_share_no_picture() -> None:
     assert len(pictures) == len(SPLITS) * 2 * 20
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"split": "validation"}, "split='validation' is not one of train, test, compositional"),
-        ({"rows": 0}, "rows=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"split": "compositional", "rows": 3}, "rows=3 of the compositional split must be even"),
-    ],
-)
-def test_unusable_settings_are_refused_by_name(
-    tmp_path: Path, wrong: dict[str, object], words: str
-) -> None:
-    settings: dict[str, object] = {"split": "train", "rows": 2, "seed": 0} | wrong
-    with pytest.raises(ValueError, match=words):
-        write_shards(tmp_path, **settings)  # type: ignore[arg-type]
-
-
 def test_bundled_encoder_is_small_and_says_how_it_was_supervised() -> None:
     assert (BUNDLED_SCENES / "model.safetensors").stat().st_size <= 8 * MEGABYTE
     supervision = AutoConfig.from_pretrained(BUNDLED_SCENES).supervision

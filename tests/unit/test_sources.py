@@ -123,10 +123,10 @@ class TestEveryScenes(SourceTests):
 
     def test_a_broken_image_keeps_its_row(self, tmp_path: Path) -> None:
         settings = {"kind": self.kind, **self.make(tmp_path, IMAGES)}
-        (file,) = self.opened(tmp_path, settings).files
+        (place,) = self.opened(tmp_path, settings).files
         first, *others = self.held(IMAGES)
-        content, torn = Path(file).read_bytes(), bytes(len(first))
-        Path(file).write_bytes(content.replace(first, torn))
+        torn, file = bytes(len(first or b"")), Path(str(place))
+        file.write_bytes(file.read_bytes().replace(first or b"", torn))
         reader = SampleReader(self.built(tmp_path, settings))
         assert reader.read(0, 4) == [torn, *others]
 
@@ -135,6 +135,16 @@ class TestEveryScenes(SourceTests):
     ) -> None:
         with pytest.raises(ValidationError, match="nowhere"):  # it has none
             self.opened(tmp_path, settings | {"path": tmp_path / "nowhere"})
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"split": "val"}, {"rows": 0}, {"seed": -1}, {"split": "compositional", "rows": 3}],
+    )
+    def test_settings_that_cannot_be_drawn_are_refused(
+        self, settings: dict[str, Any], wrong: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValidationError, match=str(list(wrong)[-1])):
+            parsed(settings | wrong)
 
     def test_it_needs_a_folder_to_be_drawn_into(self, settings: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="needs a folder to draw into"):
