@@ -36,7 +36,7 @@ def test_the_file_is_read_by_plain_h5py(store: FeatureStore, tmp_path: Path) -> 
     with h5py.File(out) as file:
         features = file[f"image/{IMAGE}/features"]
         assert features.dtype == np.float16
-        assert features.storage.chunks == (store.rows_per_chunk, features.shape[1])
+        assert features.chunks == (store.rows_per_chunk, features.shape[1])
         expected = store.column(f"image/{IMAGE}").read(0, 100)
         np.testing.assert_array_equal(features[:], expected)
         assert file["key"].asstr()[7] == str(store.keys()[7])
