@@ -15,6 +15,16 @@ import click
 from click.shell_completion import CompletionItem
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+run_argument = click.argument("run", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+override = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a setting of the recipe; may be repeated.",
+)
+SAVED = "what is done is saved. The same command goes on from here."
 
 
 def settings_of(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -74,16 +84,6 @@ def complete_folder(
 
 
 store_argument = click.argument("store", shell_complete=complete_folder)
-run_argument = click.argument("run", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-override = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override a setting of the recipe; may be repeated.",
-)
-SAVED = "what is done is saved. The same command goes on from here."
 
 
 def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:

@@ -12,6 +12,12 @@ import click
 
 from pipeline.cli.options import Stage, count_of, json_option, seeds_of, settings_of, stage
 
+on = click.option(
+    "--on",
+    metavar="SPLIT",
+    help="Score alignment on this split; on the rows that training holds out if not given.",
+)
+
 
 @click.command()
 @click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
@@ -43,13 +49,6 @@ def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None
         if as_json
         else f"{comparison_table(document)}\n{picture}"
     )
-
-
-on = click.option(
-    "--on",
-    metavar="SPLIT",
-    help="Score alignment on this split; on the rows that training holds out if not given.",
-)
 
 
 @click.command()

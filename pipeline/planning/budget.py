@@ -34,6 +34,8 @@ from pipeline.run.folder import RunFolder, run_folder
 
 FILES_SAMPLED = 3
 SAMPLES_AT_LEAST = 100
+ASSUMED_DECODED_PER_CORE = 150.0
+"""Images a second; photographs of about half a megapixel, where none was there to be measured."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,6 @@ def _file_bytes(file: Place) -> float:
     if isinstance(file, Path) and file.is_dir():
         return 1.0
     return float(next(iter(version(file).values()))[0])
-
-
-ASSUMED_DECODED_PER_CORE = 150.0
-"""Images a second; photographs of about half a megapixel, where none was there to be measured."""
 
 
 def plan_run(

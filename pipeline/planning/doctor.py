@@ -32,6 +32,17 @@ from pipeline.tables import byte_size
 BLOCK = 8 << 20
 MEGABYTE = 1e6
 PHOTO = (640, 480)
+DISTRIBUTION = "sail"
+SHOWN = ("torch", "transformers", "zarr", "numpy", "pyarrow", "pillow")
+LITTLE_ROOM = 10e9
+LITTLE_SHARED_MEMORY = 1e9
+FEW_FILES = 1024
+SECONDS = 1.0
+EXTRAS = {
+    "demo": "the bundled text encoder of the demo",
+    "gpu": "faiss on the GPU",
+    "dev": "tests and checks",
+}
 
 
 def disk_megabytes_per_second(
@@ -91,19 +102,6 @@ def faiss_finds_neighbours() -> bool:
     _, found = index.search(vectors[:20], 3)
     expected = np.argsort(-(vectors[:20] @ vectors.T), axis=1)[:, :3]
     return bool((found == expected).all())
-
-
-DISTRIBUTION = "sail"
-SHOWN = ("torch", "transformers", "zarr", "numpy", "pyarrow", "pillow")
-LITTLE_ROOM = 10e9
-LITTLE_SHARED_MEMORY = 1e9
-FEW_FILES = 1024
-SECONDS = 1.0
-EXTRAS = {
-    "demo": "the bundled text encoder of the demo",
-    "gpu": "faiss on the GPU",
-    "dev": "tests and checks",
-}
 
 
 @dataclass(frozen=True)

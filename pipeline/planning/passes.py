@@ -33,6 +33,9 @@ SAMPLES = 512
 ROWS_READ_AT_ONCE = 32
 COMPUTED = frozenset({"decode", "tokenise", "encode"})
 """Phases that share the cores where a processor encodes."""
+logger = logging.getLogger(__name__)
+ASSUMED_TOKENS = {"short": 16, "long": 120}
+ASSUMED_TOKENS_OF_OTHERS = 40
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,6 @@ def _copied_per_second(batch: torch.Tensor, device: torch.device) -> float:
 
 def _since(started: float) -> float:
     return max(time.perf_counter() - started, 1e-9)
-
-
-logger = logging.getLogger(__name__)
-ASSUMED_TOKENS = {"short": 16, "long": 120}
-ASSUMED_TOKENS_OF_OTHERS = 40
 
 
 @dataclass

@@ -48,6 +48,14 @@ SECONDS_BETWEEN_CALLS = 30
 """How often it is said that there are no workers."""
 SECONDS_TO_APPEAR = 90
 """How long a shared file system may take to show what another machine has written."""
+SECONDS_TO_CONNECT = 30
+PRELOADED = "pipeline.run.units"
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
+    # Else a worker that was lost is given up while it is still being started again.
+    "distributed.deploy.lost-worker-timeout": "1 hour",
+}
+"""Of Dask, for workers of this machine."""
 
 
 def cut_into_units(
@@ -346,16 +354,6 @@ def _wait_for(is_there: Callable[[], bool], place: str, stop: StopRequest) -> No
                 f"`run.dir` to a place that all share, on a shared file system or an object store."
             )
         time.sleep(1)
-
-
-SECONDS_TO_CONNECT = 30
-PRELOADED = "pipeline.run.units"
-SETTINGS = {
-    "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
-    # Else a worker that was lost is given up while it is still being started again.
-    "distributed.deploy.lost-worker-timeout": "1 hour",
-}
-"""Of Dask, for workers of this machine."""
 
 
 @contextmanager

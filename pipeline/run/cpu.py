@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 KEPT_BYTES = 1 << 30
 GROWTH_BYTES = 64 << 20
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def keep_freed_memory() -> bool:
@@ -23,9 +24,6 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_TOP_PAD, GROWTH_BYTES))
     return all(mallopt(name, value) == 1 for name, value in settings)
-
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_processors() -> int:

@@ -35,6 +35,12 @@ from pipeline.study.probes import (
 from pipeline.tables import numbers, rendered, words
 
 COLUMNS = 4
+RESAMPLES, SEED = 2000, 0
+logger = logging.getLogger(__name__)
+SCHEMA = 1
+Scores = dict[str, dict[str, float]]
+Series = dict[tuple[str, str], list[tuple[float, float]]]
+"""Value and alignment of every point, by measure and what the points are."""
 
 
 def study_table(document: dict[str, Any]) -> str:
@@ -102,9 +108,6 @@ def _measured(found: dict[str, Any], form: str, scale: float = 1) -> str:
 
 def _percent(value: float, interval: list[float]) -> str:
     return f"{100 * value:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
-
-
-RESAMPLES, SEED = 2000, 0
 
 
 def pick_run(config: RunConfig, on: str | None, stop: StopRequest) -> Path:
@@ -175,13 +178,6 @@ def pick_table(document: dict[str, Any]) -> str:
         names = ", ".join(f"{row['image']} with {row['text']}" for row in doubt)
         lines.append(f"Not told apart from it by {document['images']:,} images: {names}.")
     return "\n".join(lines)
-
-
-logger = logging.getLogger(__name__)
-SCHEMA = 1
-Scores = dict[str, dict[str, float]]
-Series = dict[tuple[str, str], list[tuple[float, float]]]
-"""Value and alignment of every point, by measure and what the points are."""
 
 
 def study_run(

@@ -43,6 +43,21 @@ from pipeline.run.device import prepare_device
 from pipeline.run.folder import open_store, run_folder
 
 LEAST_SCORED = 10
+logger = logging.getLogger(__name__)
+ROWS = 1000
+"""Pairs on which encoders are compared: spread evenly over the training split."""
+K = 10
+PERMUTATIONS, HALVES, SEED = 20, 20, 0
+HELD_OUT = 5
+"""Every so many rows of the reference choose the regularisation of the linear probe."""
+PAIR_MEASURES: dict[str, AlignmentName] = {
+    "cka": "cka_debiased",
+    "mutual_knn": "mutual_knn",
+    "cknna": "cknna",
+    "svcca": "svcca",
+}
+RECALL_AT = 10
+WAYS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)
@@ -131,21 +146,6 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
             text_ok[:, place] &= column.status() == Status.OK
     rows = np.flatnonzero(ok & text_ok.any(axis=1))
     return StudyRows(store, fields, rows, text_ok[rows])
-
-
-logger = logging.getLogger(__name__)
-ROWS = 1000
-"""Pairs on which encoders are compared: spread evenly over the training split."""
-K = 10
-PERMUTATIONS, HALVES, SEED = 20, 20, 0
-HELD_OUT = 5
-"""Every so many rows of the reference choose the regularisation of the linear probe."""
-PAIR_MEASURES: dict[str, AlignmentName] = {
-    "cka": "cka_debiased",
-    "mutual_knn": "mutual_knn",
-    "cknna": "cknna",
-    "svcca": "svcca",
-}
 
 
 @dataclass(frozen=True)
@@ -316,10 +316,6 @@ def _fingerprint(column: Column) -> dict[str, Any]:
 def _go_on(stop: StopRequest, what: str) -> None:
     stop.check()
     logger.debug("%s", what)
-
-
-RECALL_AT = 10
-WAYS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ from pipeline.tables import numbers, rendered, words
 CHOSEN = "heldout/recall@10"
 SHOWN = ("top1", "recall@10")  # ends of the names of what an evaluation adds to the picture
 PANELS = 6
+logger = logging.getLogger(__name__)
+SCHEMA = 1
+HELDOUT = ("recall@1", "recall@5", "recall@10")
+Settings = dict[str, str]
 
 
 def sweep_table(document: dict[str, Any]) -> str:
@@ -110,12 +114,6 @@ def _by_combination(axes: Axes, rows: list[dict[str, Any]], name: str) -> None:
 
 def _percent(scores: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [100 * s["mean"] for s in scores], [100 * (s["sd"] or 0.0) for s in scores]
-
-
-logger = logging.getLogger(__name__)
-SCHEMA = 1
-HELDOUT = ("recall@1", "recall@5", "recall@10")
-Settings = dict[str, str]
 
 
 @dataclass(frozen=True)
