@@ -3,7 +3,9 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +86,30 @@ def vit_config(*, num_hidden_layers: int = 1) -> ViTConfig:
 
 def image_encoder(folder: Path) -> Path:
     """A vision transformer of random weights in Hugging Face layout; 16 features."""
-    config = vit_config()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return _write(folder, _image_encoder())
+
+
+def text_encoder(folder: Path) -> Path:
+    """A BERT of random weights and its tokenizer in Hugging Face layout; 12 features."""
+    return _write(folder, _text_encoder())
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _files(save: Callable[[Path], object]) -> dict[str, bytes]:
+    """Return what a function saves in a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@cache  # nearly every test of extraction begins with these
+def _image_encoder() -> dict[str, bytes]:
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": 16, "width": 16},
@@ -95,25 +117,27 @@ def image_encoder(folder: Path) -> Path:
         "image_std": [0.5, 0.5, 0.5],
         "resample": 2,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        files = _files(ViTModel(vit_config(), add_pooling_layer=False).save_pretrained)
+    return files | {"preprocessor_config.json": json.dumps(processor).encode()}
 
 
-def text_encoder(folder: Path) -> Path:
-    """A BERT of random weights and its tokenizer in Hugging Face layout; 12 features."""
+@cache
+def _text_encoder() -> dict[str, bytes]:
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-    ).save_pretrained(folder)
+    )
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=12,
@@ -124,8 +148,8 @@ def text_encoder(folder: Path) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+        files = _files(BertModel(config, add_pooling_layer=False).save_pretrained)
+    return files | _files(fast.save_pretrained)
 
 
 def world(folder: Path, *, rows: int = 40, extra: Sequence[str] = ()) -> Path:

@@ -9,8 +9,8 @@ import pytest
 from align.checkpoint import Checkpoint, load_head
 from align.config import AlignConfig, HeadConfig
 from features.errors import CheckpointError
-from tests.fault.test_training_killed import run, weights
 from tests.feature_stores import make_store
+from tests.trainings import run, weights
 
 CONFIG = AlignConfig(
     batch_size=32,

@@ -12,28 +12,16 @@ import torch
 
 import align.checkpoint
 from align.checkpoint import Checkpoint, load_head
-from align.config import AlignConfig, HeadConfig
-from align.trainer import OnStep, train
 from features.store import FeatureStore
-from tests.feature_stores import IMAGE, TEXT, make_store
+from tests.feature_stores import make_store
+from tests.trainings import LONG, LONG_STEPS, run, weights
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = AlignConfig(
-    batch_size=32,
-    steps=6,
-    holdout=0.2,
-    memory_mb=1,
-    eval_every=2,
-    checkpoint_every=1,
-    head=HeadConfig(dim=4, depth=2, dropout=0.1),
-)
-LONG_STEPS = 300  # more than a fast machine takes in the moments before thirty kills
-LONG = CONFIG.model_copy(update={"steps": LONG_STEPS, "eval_every": 20, "checkpoint_every": 5})
 CHILD = """
 import sys
 from pathlib import Path
 import torch
-from tests.fault.test_training_killed import LONG, run
+from tests.trainings import LONG, run
 from features.store import FeatureStore
 
 torch.set_num_threads(int(sys.argv[3]))
@@ -44,7 +32,7 @@ NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from tests.fault.test_training_killed import LONG, run
+from tests.trainings import LONG, run
 from features.store import FeatureStore
 
 store, run_dir, threads = sys.argv[1:]
@@ -68,28 +56,6 @@ for _ in range(30):
 
 class Killed(BaseException):
     """Stands for SIGKILL: no `except Exception` may catch it."""
-
-
-def run(
-    store: FeatureStore,
-    run_dir: Path,
-    config: AlignConfig = CONFIG,
-    on_step: OnStep = lambda _step, _total, _note: None,
-) -> Path | None:
-    return train(
-        [store],
-        config,
-        image=IMAGE,
-        text=TEXT,
-        run_dir=run_dir,
-        device=torch.device("cpu"),
-        seed=3,
-        on_step=on_step,
-    )
-
-
-def weights(run_dir: Path, name: str) -> bytes:
-    return (run_dir / name / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from features.errors import TrainingError
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
 from tests.processes import run_processes
-from tests.unit.test_trainer import spoil
+from tests.trainings import spoil
 
 pytestmark = pytest.mark.slow  # starts processes that import torch
 MODULE = "tests.parity.test_processes"

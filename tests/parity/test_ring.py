@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from align.loss import LossOptions, contrastive_loss
 from align.processes import Ring
-from tests.pairs import pairs_of
+from tests.pairs import CASES, IMAGES, Kind, dense, inputs, pairs, pairs_of
 from tests.processes import run_processes
-from tests.unit.test_loss import CASES, IMAGES, Kind, dense, inputs, pairs
 
 SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in (1, 2, 4)]
 LOSSES: list[tuple[Kind, Literal["image", "pair"]]] = [

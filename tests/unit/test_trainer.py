@@ -4,19 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import zarr
 
 from align.checkpoint import Checkpoint, load_head
-from align.columns import open_columns
 from align.config import AlignConfig
 from align.heads import HEADS
-from align.trainer import train, training_data
+from align.trainer import train
 from features.errors import CheckpointError, TrainingError
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT, make_store
+from tests.trainings import spoil
 
 CPU = torch.device("cpu")
 
@@ -213,18 +211,6 @@ def test_a_checkpoint_of_a_store_with_fewer_caption_fields_says_how_to_go_on(
 def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_path: Path) -> None:
     run(store, tmp_path / "a", settings(), should_stop=lambda: True)
     assert run(store, tmp_path / "a", settings(checkpoint_every=1)) is not None
-
-
-def spoil(store: FeatureStore, config: AlignConfig, step: int) -> None:
-    """Make an image that no step sees before this one (from 0) no number, late in its batch."""
-    columns = open_columns([store], config, IMAGE, TEXT)
-    loader, _ = training_data(columns, [1.0], config, seed=0, device=CPU)
-    size = config.batch_size
-    before = {key for each in range(step) for key in loader.keys(each, size)}
-    late = [key for key in loader.keys(step, size)[size // 2 :] if key not in before]
-    row = store.keys().tolist().index(late[0])
-    features = zarr.open_array(Path(str(columns[0].image.path)) / "features", mode="r+")
-    features[row] = np.nan
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
