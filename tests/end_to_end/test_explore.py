@@ -412,7 +412,7 @@ def test_the_types_of_the_page_are_those_of_the_answers(page: TestClient, tmp_pa
     )
     settings = {"extends": str(STATIC.with_name("jsconfig.json")), "include": ["answers.ts"]}
     (tmp_path / "tsconfig.json").write_text(json.dumps(settings))
-    command = [Path(sys.prefix) / "bin" / "node", str(COMPILER), "-p", tmp_path]
+    command = [str(Path(sys.prefix) / "bin" / "node"), str(COMPILER), "-p", str(tmp_path)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
