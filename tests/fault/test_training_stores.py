@@ -73,7 +73,7 @@ def cut_off(file: Path) -> None:
     ("damage", "words"),
     [
         (flip_a_bit, "its crc32c does not match its bytes"),
-        (cut_off, "it has"),
+        (cut_off, "the file is cut off"),
         (Path.unlink, "the file is missing although its rows are done"),
     ],
 )
