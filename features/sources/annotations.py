@@ -22,7 +22,6 @@ from features.config import DataPlace
 from features.errors import SourceError
 from features.sources.base import (
     Counts,
-    Keys,
     Known,
     Sample,
     SourceReader,
@@ -88,8 +87,8 @@ class AnnotationSource(SourceSettings):
     def _open(self, known: Known) -> "Annotations":
         if not is_file(self.path):
             raise SourceError(
-                f"There is no file {self.path}. The annotations of {self.format} were "
-                f"expected. Correct `path` of the source; docs/datasets.md says which file that is."
+                f"There is no file {self.path}. The annotations of {self.format} were expected. "
+                f"Correct `path` of the source; docs/datasets.md says which file that is."
             )
         return Annotations(self, [self.path], known)
 
@@ -105,7 +104,7 @@ class Annotations(SourceReader[AnnotationSource]):
         Raises:
             SourceError: The file is not of the format, or names an image elsewhere.
         """
-        keys = Keys(self.files[file], counts)
+        keys = self.keys(file, counts)
         folder = self.source.images or file.parent
         images = ImageFolder(folder, file)
 
@@ -127,8 +126,8 @@ class Annotations(SourceReader[AnnotationSource]):
         except NOT_OF_THE_FORMAT as error:
             raise SourceError(
                 f"{file} cannot be read as annotations of {source.format}: {type(error).__name__} "
-                f"{error}. The file as its authors publish it was expected. Correct `path` or "
-                f"`format` of the source; docs/datasets.md says which file each format is."
+                f"{error}. Correct `path` or `format` of the source; docs/datasets.md says which "
+                f"file of its authors each format is."
             ) from error
 
 

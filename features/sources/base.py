@@ -281,6 +281,10 @@ class SourceReader(ABC, Generic[Settings]):
         if self.has_captions:
             self.picker.check()
 
+    def keys(self, file: Place, counts: Counts) -> "Keys":
+        """Return what gives the samples of a file their keys."""
+        return Keys(self.files[file], counts)
+
     def describe(self, sample: Sample, record: Mapping[str, Any], counts: Counts) -> None:
         """Take captions, label and group of a sample out of a record, where it has them."""
         sample.captions |= self.picker.pick(record, counts)

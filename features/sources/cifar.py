@@ -11,15 +11,7 @@ import numpy as np
 
 from features.config import DataPlace
 from features.errors import SourceError
-from features.sources.base import (
-    Counts,
-    ImageReader,
-    Keys,
-    Known,
-    Sample,
-    SourceReader,
-    SourceSettings,
-)
+from features.sources.base import Counts, ImageReader, Known, Sample, SourceReader, SourceSettings
 from features.storage import files
 from features.storage.place import Place
 
@@ -104,7 +96,7 @@ class CifarBatches(SourceReader[CifarSource]):
         Raises:
             SourceError: It does not consist of whole records.
         """
-        layout, keys = self._layout, Keys(self.files[file], counts)
+        layout, keys = self._layout, self.keys(file, counts)
         content = files.read(file)
         record = layout.header + IMAGE_BYTES
         if len(content) % record or not content:

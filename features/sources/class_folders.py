@@ -12,7 +12,6 @@ from features.config import ClassNames, DataPlace
 from features.errors import SourceError
 from features.sources.base import (
     Counts,
-    Keys,
     Known,
     Sample,
     SourceReader,
@@ -103,7 +102,7 @@ class ClassFolders(SourceReader[ClassFolderSource]):
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
         """Yield the images of one class folder, sorted by name."""
-        keys, label = Keys(self.files[file], counts), self._labels[file]
+        keys, label = self.keys(file, counts), self._labels[file]
         for name, size in files.children(file):
             stem, suffix = split_image_suffix(name)
             if size is None or not suffix:

@@ -18,7 +18,6 @@ from features.errors import SourceError
 from features.sources.base import (
     Counts,
     ImageReader,
-    Keys,
     Known,
     Sample,
     SourceReader,
@@ -87,8 +86,8 @@ class ImageParquet(SourceReader[ParquetSource]):
         for setting, name in [("image", source.image), ("key", source.key)]:
             if name is not None and name not in schema.names:
                 raise SourceError(
-                    f"{file} has no column {name!r}; it has {schema.names[:20]}. The `{setting}` "
-                    f"of the source was expected there. Correct it."
+                    f"{file} has no column {name!r}; it has {schema.names[:20]}. Correct "
+                    f"`{setting}` of the source."
                 )
         kind = schema.field(source.image).type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -101,7 +100,7 @@ class ImageParquet(SourceReader[ParquetSource]):
 
     def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
         source = self.source
-        keys = Keys(self.files[file], counts)
+        keys = self.keys(file, counts)
         names = [name for name in parquet.schema_arrow.names if name != source.image]
         self.picker.see(names)
         of_use = {*self.picker.names, source.key, source.label, source.group}
@@ -157,8 +156,8 @@ class ParquetImages(ImageReader):
                 return [self._image(path, row) for row, _ in places]
         except (pa.ArrowException, OSError, IndexError, KeyError) as error:
             raise SourceError(
-                f"{path} cannot be read as it was indexed: {error}. The same file was expected. "
-                f"Restore it, or delete the index and the store to start again."
+                f"{path} cannot be read as it was indexed: {error}. Restore it, or delete the "
+                f"index and the store to start again."
             ) from error
 
     def _image(self, path: str, row: int) -> bytes | None:
@@ -217,8 +216,8 @@ def _whole(file: Place) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
-            f"{file} cannot be read as parquet: {str(error).rstrip('.')}. A whole parquet file was "
-            f"expected. Fetch it again, or take it out of `path`."
+            f"{file} cannot be read as parquet: {str(error).rstrip('.')}. Fetch it again, or take "
+            f"it out of `path`."
         ) from error
 
 

@@ -21,7 +21,6 @@ from features.config import DataPlace
 from features.errors import SourceError
 from features.sources.base import (
     Counts,
-    Keys,
     Known,
     Sample,
     SourceReader,
@@ -85,8 +84,7 @@ class ImageFolder:
     def _outside(self, name: str, target: str = "") -> SourceError:
         return SourceError(
             f"{self._table} names the image {name!r}, which is not inside {self._folder}{target}. "
-            f"Paths within that folder, also after links, were expected. Correct the table, or put "
-            f"it into the folder that the links lead to."
+            f"Correct the table, or put it into the folder that the links lead to."
         )
 
 
@@ -144,7 +142,7 @@ class CaptionTable(SourceReader[FolderSource]):
         Raises:
             SourceError: The table cannot be read, or a row names no image, or one elsewhere.
         """
-        keys = Keys(self.files[file], counts)
+        keys = self.keys(file, counts)
         several = self._has_rows_of_one_image(file)
         images = ImageFolder(file.parent, file)
         groups = itertools.groupby(self._named_rows(file), itemgetter(0))
@@ -170,8 +168,8 @@ class CaptionTable(SourceReader[FolderSource]):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise SourceError(
                     f"Row {number} of {file} has {self.source.image} = {name!r}; its columns are "
-                    f"{list(row)[:20]}. The path of an image was expected. Set `image` of the "
-                    f"source to the column that names the images, or correct the row."
+                    f"{list(row)[:20]}. Set `image` of the source to the column that names the "
+                    f"images, or correct the row."
                 )
             yield name, row
 
@@ -196,8 +194,8 @@ def table_rows(file: Place) -> Iterator[dict[str, Any]]:
         yield from reader(file)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise SourceError(
-            f"The table {file} cannot be read: {error}. A whole {file.suffix} file in UTF-8 was "
-            f"expected. Save it as UTF-8 (of Excel: CSV UTF-8), or fetch it again."
+            f"The table {file} cannot be read: {error}. Save it as UTF-8 (of Excel: CSV UTF-8), or "
+            f"fetch it again."
         ) from error
 
 
@@ -212,8 +210,7 @@ def _jsonl_rows(file: Place) -> Iterator[dict[str, Any]]:
                 row = None
             if not isinstance(row, dict):
                 raise SourceError(
-                    f"Line {number} of {file} is not a JSON object. One object a line was "
-                    f"expected. Correct the line."
+                    f"Line {number} of {file} is not a JSON object. Correct the line."
                 )
             yield row
 

@@ -13,7 +13,6 @@ from features.errors import SourceError
 from features.sources.base import (
     IMAGE_SUFFIXES,
     Counts,
-    Keys,
     Known,
     Sample,
     SourceReader,
@@ -301,12 +300,12 @@ class TarShards(SourceReader[WebdatasetSource]):
             raise _worded(fault, file, whole) from fault
         except OSError as error:
             raise SourceError(
-                f"{file} cannot be read ({error.strerror or error}). A tar was expected there. "
-                f"Make it readable, or take it out of `path`."
+                f"{file} cannot be read ({error.strerror or error}). Make it readable, or take it "
+                f"out of `path`."
             ) from error
 
     def _samples(self, tar: TarFile, file: Place, counts: Counts) -> Iterator[Sample]:
-        keys = Keys(self.files[file], counts)
+        keys = self.keys(file, counts)
         path = str(file)
         base: str | None = None
         sample: Sample | None = None
@@ -410,5 +409,5 @@ def _worded(fault: TarFault, file: Place, whole_samples: int) -> SourceError:
         )
     return SourceError(
         f"{file} is {what} at byte {fault.byte} (whole samples before it: {whole_samples}): "
-        f"{fault.reason}. A whole tar was expected. Fetch it again, or take it out of `path`."
+        f"{fault.reason}. Fetch it again, or take it out of `path`."
     )

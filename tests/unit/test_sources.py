@@ -155,6 +155,30 @@ def test_every_kind_has_a_suite() -> None:
     assert kinds_without_suite() == set()
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("webdataset", {}),
+        ("folder", {"image": "image"}),
+        ("parquet", {"image": "image", "key": None}),
+        ("classes", {"names": None}),
+        ("cifar", {"split": "test"}),
+        (
+            "annotations",
+            {"format": "coco", "images": None, "split": "test", "captions_per_image": 5},
+        ),
+    ],
+)
+def test_an_index_records_the_settings_that_earlier_ones_have(
+    kind: str, more: dict[str, Any]
+) -> None:
+    """Else an index and a store that are there would be taken for those of another source."""
+    needed = {name: more[name] for name in ("format", "split") if name in more}
+    common = {"captions": [], "label": "label", "group": "group", "class_names": None, "rows": None}
+    recorded = parsed({"kind": kind, "path": "/data/x", **needed}).recorded()
+    assert recorded == {"kind": kind, "path": "/data/x", **common, **more}
+
+
 def tar(path: Path, *members: tuple[str, bytes | str]) -> dict[str, Any]:
     """Write a tar, and return the settings that name it."""
     encoded = [(name, text.encode() if isinstance(text, str) else text) for name, text in members]
