@@ -152,7 +152,7 @@ def test_how_many_workers_share_a_batch_changes_no_byte(
     column = extracted(run_file, batches).column("image/vit")
     assert (column.status() == Status.EMPTY_IMAGE).sum() == 1
     for rows in (1, 3):
-        monkeypatch.setattr("features.extract.ROWS_AT_ONCE", rows)
+        monkeypatch.setattr("features.extract.PART_ROWS", rows)
         extracted(run_file, batches, f"run.dir='{tmp_path / str(rows)}'")
         assert store_digests(tmp_path / str(rows)) == store_digests(tmp_path / "run")
 
