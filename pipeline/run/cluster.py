@@ -101,7 +101,7 @@ class _InFlight:
     lines: int = 0
     """Warnings that were logged."""
     done: int = 0
-    told: int = 0
+    reported: int = 0
     begun: Counter[str] = field(default_factory=Counter)
     """How many workers have begun each task."""
     within: dict[str, int] = field(default_factory=dict)
@@ -113,13 +113,13 @@ class _InFlight:
         self.begun[progress["unit"]] += progress["begins"]
         self.within[progress["unit"]] = progress["rows"]
 
-    def tell(self) -> None:
-        """Report the rows done; what a lost worker had told is not taken back."""
+    def report(self) -> None:
+        """Report the rows done; what a lost worker had done is not taken back."""
         names = [task.name for task in self.tasks.values()]
         rows = self.done + sum(self.within.get(name, 0) for name in names)
-        if rows > self.told:
-            self.on_rows(rows - self.told)
-            self.told = rows
+        if rows > self.reported:
+            self.on_rows(rows - self.reported)
+            self.reported = rows
 
 
 class Cluster:
@@ -145,7 +145,7 @@ class Cluster:
         try:
             yield self
         finally:
-            with suppress(OSError):  # the scheduler is gone; that is told already
+            with suppress(OSError):  # the scheduler is gone, which is reported already
                 self._on_workers(units.forget_encoder)
 
     def fill_encoder(self, stores: list[FeatureStore], name: str, stop: StopRequest) -> None:
@@ -217,7 +217,7 @@ class Cluster:
                         break
                     for future in self._finished(in_flight):
                         self._take(future, in_flight)
-                    in_flight.tell()
+                    in_flight.report()
             finally:
                 self._end(in_flight)
         except (OSError, CancelledError) as error:  # the client's; those of workers come as words

@@ -189,27 +189,15 @@ class _Progress:
         self._rows += rows
         if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
             self._last = time.monotonic()
-            told: UnitProgress = {"unit": self._unit, "rows": self._rows, "begins": False}
-            get_worker().log_event(self._topic, told)
-
-
-class _Lines(logging.Handler):
-    """Keeps the first warnings, to be logged by the command instead of here."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if len(self.lines) < MAX_LOGGED_FAULTS:
-            self.lines.append(record.getMessage())
+            progress: UnitProgress = {"unit": self._unit, "rows": self._rows, "begins": False}
+            get_worker().log_event(self._topic, progress)
 
 
 def _reported(job: ClusterJob, unit: str, work: Callable[[RunConfig], Phases]) -> UnitResult:
     """Do some work when it is this unit's turn, and say what came of it."""
     with _process.turn, _warnings_kept() as lines:
-        told: UnitProgress = {"unit": unit, "rows": 0, "begins": True}
-        get_worker().log_event(job["id"], told)
+        progress: UnitProgress = {"unit": unit, "rows": 0, "begins": True}
+        get_worker().log_event(job["id"], progress)
         try:
             _check_version(job)
             phases, error = work(RunConfig.model_validate(job["recipe"])), None
@@ -231,12 +219,20 @@ def _check_version(job: ClusterJob) -> None:
 
 @contextmanager
 def _warnings_kept() -> Iterator[list[str]]:
-    logger = logging.getLogger("features")
-    handler = _Lines()
+    """Keep the first warnings, to be logged by the command instead of here."""
+    lines, logger = list[str](), logging.getLogger("features")
+    handler = logging.Handler(logging.WARNING)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if len(lines) < MAX_LOGGED_FAULTS:
+            lines.append(record.getMessage())
+        return False
+
+    handler.addFilter(keep)
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     try:
-        yield handler.lines
+        yield lines
     finally:
         logger.propagate = propagate
         logger.removeHandler(handler)
