@@ -80,7 +80,7 @@ def test_the_example_of_the_readme_runs(
     run: Path, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(from pipeline\.aligned .*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(from pipeline\.python .*?)```", page, re.DOTALL)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(pictures[0])
     monkeypatch.chdir(tmp_path)
