@@ -11,7 +11,6 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 import evaluate
 
@@ -30,16 +29,6 @@ LOADED_BY_OTHERS = {
 }
 
 Graph = dict[str, set[str]]
-
-NOT_YET: dict[str, set[str]] = {}
-"""Where a rule does not hold yet, since the files of one idea were merged."""
-
-
-def each(rule: str, names: Iterable[str]) -> list[ParameterSet]:
-    """Names as parameters of a rule, of which some are known to break it."""
-    known = NOT_YET.get(rule, set())
-    broken = pytest.mark.xfail(strict=True, reason="the house is being rebuilt")
-    return [pytest.param(name, marks=[broken] * (name in known), id=name) for name in names]
 
 
 def name_of(path: Path) -> str:
@@ -118,7 +107,7 @@ def circles(graph: Graph) -> list[list[str]]:
     return sorted(map(sorted, groups))
 
 
-@pytest.mark.parametrize("file", each("direction", FILES))
+@pytest.mark.parametrize("file", FILES)
 def test_a_package_imports_only_the_layers_below_it(file: str) -> None:
     above = LAYERS[LAYERS.index(file.split("/")[0]) + 1 :]
     assert not imported_packages(ROOT / file) & set(above)
@@ -128,7 +117,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert circles(module_imports()) == []
 
 
-@pytest.mark.parametrize("package", each("circles", LAYERS))
+@pytest.mark.parametrize("package", LAYERS)
 def test_no_folder_imports_itself_by_way_of_others(package: str) -> None:
     """Neither of folders nor of files beside them: a folder that needs one is none to ignore."""
     assert circles(imports_within(package)) == []
@@ -138,7 +127,7 @@ def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
 
 
-@pytest.mark.parametrize("file", each("length", FILES))
+@pytest.mark.parametrize("file", FILES)
 def test_a_file_can_be_read_in_one_sitting(file: str) -> None:
     assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 650
 
@@ -186,7 +175,6 @@ def imported_distributions() -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="the house is being rebuilt")
 def test_what_is_imported_is_declared() -> None:
     imported = imported_distributions()
     assert [name for name, packages in imported.items() if not packages & declared()] == []
