@@ -124,7 +124,10 @@ def build_model(model: str, revision: str | None) -> tuple[nn.Module, Path | Non
     if settings is None:
         folder = local_folder(model, revision)
         if folder is None:
-            raise EncoderError(f"{model} is not on this machine.")
+            raise EncoderError(
+                f"{model} is not on this machine, so its size is not known. Download it, or name a "
+                f"folder that holds it."
+            )
         settings = read_settings(folder)
     with META:
         if settings.get("model_type") == "nvembed":

@@ -230,8 +230,8 @@ def _find_recipe(recipe: str) -> Path:
         close = difflib.get_close_matches(recipe, shipped, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"There is no recipe {recipe!r}.{hint} Give the path of a TOML file, or one of "
-            f"{', '.join(shipped)}."
+            f"There is no recipe {recipe!r}. Give the path of a TOML file, or one of "
+            f"{', '.join(shipped)}.{hint}"
         )
     return path
 

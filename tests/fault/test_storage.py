@@ -207,6 +207,7 @@ def test_a_shard_on_s3_that_changed_since_it_was_indexed_is_refused(
     tmp_path: Path, s3: Bucket
 ) -> None:
     tiny.write_tar(tmp_path / "shards" / "s.tar", tiny.samples(2))
+    tiny.write_tar(tmp_path / "shards" / "t.tar", tiny.samples(1, first=9))
     s3.upload(tmp_path / "shards", "shards")
     source = WebdatasetSource(kind="webdataset", path=s3.url("shards/*.tar"))
     index = build_index(source.open(), tmp_path / "index.parquet")
@@ -226,7 +227,7 @@ def test_a_shard_on_s3_that_got_shorter_is_told_when_it_is_read(tmp_path: Path, 
     index = indexed(tmp_path, kind="webdataset", path=s3.url("shards/*.tar"))
     shard.write_bytes(shard.read_bytes()[:1000])
     s3.upload(tmp_path / "shards", "shards")
-    with pytest.raises(SourceError, match=r"s\.tar has 1000 bytes.*as it was when"):
+    with pytest.raises(SourceError, match=r"s\.tar has 1000 bytes, and had more when it was indexed"):
         images(index)
 
 

@@ -15,7 +15,7 @@ def test_a_device_that_is_here_can_be_computed_on(device: str) -> None:
 
 
 def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=r"run\.device = cuda:63 is no device .* One of cpu"):
+    with pytest.raises(ConfigError, match=r"run\.device = cuda:63 is no device .* one of cpu"):
         prepare_device(RunSettings(device="cuda:63"))
 
 
