@@ -227,7 +227,9 @@ def test_a_shard_on_s3_that_got_shorter_is_told_when_it_is_read(tmp_path: Path, 
     index = indexed(tmp_path, kind="webdataset", path=s3.url("shards/*.tar"))
     shard.write_bytes(shard.read_bytes()[:1000])
     s3.upload(tmp_path / "shards", "shards")
-    with pytest.raises(SourceError, match=r"s\.tar has 1000 bytes, and had more when it was indexed"):
+    with pytest.raises(
+        SourceError, match=r"s\.tar has 1000 bytes, and had more when it was indexed"
+    ):
         images(index)
 
 
