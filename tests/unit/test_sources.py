@@ -173,8 +173,14 @@ def test_an_index_records_the_settings_that_earlier_ones_have(
     kind: str, more: dict[str, Any]
 ) -> None:
     """Else an index and a store that are there would be taken for those of another source."""
-    needed = {name: more[name] for name in ("format", "split") if name in more}
-    common = {"captions": [], "label": "label", "group": "group", "class_names": None, "rows": None}
+    needed: dict[str, Any] = {name: more[name] for name in ("format", "split") if name in more}
+    common: dict[str, Any] = {
+        "captions": [],
+        "label": "label",
+        "group": "group",
+        "class_names": None,
+        "rows": None,
+    }
     recorded = parsed({"kind": kind, "path": "/data/x", **needed}).recorded()
     assert recorded == {"kind": kind, "path": "/data/x", **common, **more}
 
