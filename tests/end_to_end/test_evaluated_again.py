@@ -79,6 +79,7 @@ def test_another_setting_is_measured(run_file: Path) -> None:
     assert written(run_file) != before
 
 
+@pytest.mark.slow
 def test_results_or_a_report_that_was_deleted_is_made_again(run_file: Path) -> None:
     before = written(run_file)
     for name in ("results.json", "report.html", "inputs.sha256"):

@@ -61,6 +61,7 @@ class Run:
 
     def __init__(self, run_file: Path, folder: Path) -> None:
         self.run_file, self.folder = run_file, folder
+        self.path = folder / "eval" / "results.json"
         self.model, _ = load_head(folder / "align" / "best")
 
     def config(self, *overrides: str) -> RunConfig:
@@ -68,8 +69,13 @@ class Run:
         return load_config(str(self.run_file), [*places, *overrides])
 
     def results(self, *overrides: str) -> Rows:
-        path = evaluate_run(self.config(*overrides), StopRequest())
-        results: Rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        assert evaluate_run(self.config(*overrides), StopRequest()) == self.path
+        return self.written
+
+    @property
+    def written(self) -> Rows:
+        """What results.json holds."""
+        results: Rows = json.loads(self.path.read_text(encoding="utf-8"))["results"]
         return results
 
     @property
@@ -93,6 +99,16 @@ def run(world: Path, tmp_path: Path) -> Run:
     return Run(world, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def measured(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of which every measure was taken; for tests that only read it."""
+    folder = tmp_path_factory.mktemp("measured")
+    shutil.copytree(world.parent / "run" / "align", folder / "align", symlinks=True)
+    run = Run(world, folder)
+    run.results(*ALL)
+    return run
+
+
 def value(results: Rows, task: str, dataset: str, metric: str, **protocol: Any) -> float:
     (found,) = [
         row["value"]
@@ -103,8 +119,8 @@ def value(results: Rows, task: str, dataset: str, metric: str, **protocol: Any) 
     return float(found)
 
 
-def test_every_measure_is_taken_and_named_as_the_contract_says(run: Run) -> None:
-    results = run.results(*ALL)
+def test_every_measure_is_taken_and_named_as_the_contract_says(measured: Run) -> None:
+    results = measured.written
     found = {(row["task"], row["metric"]) for row in results}
     assert found >= {
         ("zero_shot", "top1"),
@@ -128,14 +144,14 @@ def test_every_measure_is_taken_and_named_as_the_contract_says(run: Run) -> None
         assert row["n"] in (8, 16)
         assert row["encoders"]["image"] == "vit"
         assert 0 < row["protocol"]["chance"] < 1
-    table = results_table(run.folder / "eval" / "results.json").splitlines()
+    table = results_table(measured.folder / "eval" / "results.json").splitlines()
     assert "alignment/vit|bert/long" in [line.rstrip() for line in table]
     assert max(map(len, table)) <= 80
 
 
-def test_retrieval_equals_its_definition_on_the_features_of_the_store(run: Run) -> None:
-    results = run.results(*ALL)
-    cosine = (run.images() @ run.captions("long").T).numpy()
+def test_retrieval_equals_its_definition_on_the_features_of_the_store(measured: Run) -> None:
+    results = measured.written
+    cosine = (measured.images() @ measured.captions("long").T).numpy()
     for way, scores in zip(WAYS, (cosine, cosine.T), strict=True):
         wrong = scores.copy()
         np.fill_diagonal(wrong, -2)
@@ -177,26 +193,27 @@ def test_alignment_and_the_linear_probe_can_be_switched_off(run: Run) -> None:
     assert not [row for row in results if row["task"].startswith(("alignment", "linear"))]
 
 
-def test_zero_shot_equals_its_definition_with_prompts_encoded_anew(run: Run) -> None:
-    results = run.results(*ALL)
-    settings = run.config().encoders.text["bert"]
+def test_zero_shot_equals_its_definition_with_prompts_encoded_anew(measured: Run) -> None:
+    results = measured.written
+    settings = measured.config().encoders.text["bert"]
     encoder = load_text_encoder("bert", settings, torch.device("cpu"))
     prompts = [prompt for name in CLASSES for prompt in (f"the {name}", f"a {name} circle")]
     features = torch.from_numpy(encoder.encode(prompts).astype(np.float16))
-    embedded = F.normalize(run.model.embed_text(features), dim=-1)
+    embedded = F.normalize(measured.model.embed_text(features), dim=-1)
     classes = F.normalize(embedded.view(5, 2, -1).mean(1), dim=-1)
     assert (classes @ classes.T).fill_diagonal_(0).max() < 1 - 1e-4  # no two classes are the same
-    right = ((run.images() @ classes.T).argmax(1).numpy() == LABELS).astype(float)
+    right = ((measured.images() @ classes.T).argmax(1).numpy() == LABELS).astype(float)
     assert value(results, "zero_shot", "test", "top1") == pytest.approx(right.mean())
     by_class = [right[label == LABELS].mean() for label in range(5)]
     found = value(results, "zero_shot", "test", "mean_per_class")
     assert found == pytest.approx(np.mean(by_class))
 
 
-def test_knn_equals_its_definition_on_the_features_of_the_store(run: Run) -> None:
-    results = run.results(*ALL)
+def test_knn_equals_its_definition_on_the_features_of_the_store(measured: Run) -> None:
+    results = measured.written
     query, voters = (
-        F.normalize(run.features("image/vit", split).float(), dim=-1) for split in ("test", "train")
+        F.normalize(measured.features("image/vit", split).float(), dim=-1)
+        for split in ("test", "train")
     )
     cosine, rows = (each.numpy() for each in (query @ voters.T).topk(3, dim=1))
     votes = np.zeros((16, 5))
@@ -310,8 +327,10 @@ def test_earlier_numbers_are_shown_as_such(run: Run, tmp_path: Path) -> None:
     assert "Recorded earlier, not from this run" in run.report
 
 
-def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(run: Run) -> None:
-    run.results(*ALL)
+def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(
+    measured: Run, tmp_path: Path
+) -> None:
+    run = measured
     every = read_results(run.folder / "eval" / "results.json")
     read = [each for each in every if not each.task.startswith("alignment/")]
     items = read_items(run.folder / "eval" / "items.npz")
@@ -328,7 +347,7 @@ def test_what_every_item_scored_sums_up_to_the_numbers_and_compares_runs(run: Ru
             for each in np.unique(classes)
         ]
         assert np.mean(shares) == pytest.approx(result.value), result.name
-    sail("compare", str(run.folder), str(run.folder), "--plot", str(run.folder / "c.png"))
+    sail("compare", str(run.folder), str(run.folder), "--plot", str(tmp_path / "c.png"))
     document = compare_runs(run.folder, run.folder)
     assert {row["measure"] for row in document["measures"]} == {each.name for each in every}
     paired = [row for row in document["measures"] if row["paired"]]

@@ -59,6 +59,7 @@ def test_eight_gated_layers_are_the_same_in_onnxruntime_and_the_card_runs(
     assert not (out / "image_head.onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_kind_of_head_is_the_same_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     run = trained(tmp_path / "world", f"align.head.kind={kind}", "align.epochs=1")

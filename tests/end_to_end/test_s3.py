@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import cli
@@ -58,6 +59,7 @@ def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
     return files | {"zarr.json": json.dumps(metadata).encode()}
 
 
+@pytest.mark.slow
 def test_shards_and_stores_on_s3_give_the_bytes_and_numbers_of_a_local_run(
     tmp_path: Path, s3: Bucket
 ) -> None:
@@ -74,6 +76,7 @@ def test_shards_and_stores_on_s3_give_the_bytes_and_numbers_of_a_local_run(
     assert CliRunner().invoke(cli, ["verify", url]).stdout == f"{url} is whole.\n"
 
 
+@pytest.mark.slow
 def test_shards_are_appended_to_a_store_on_s3_as_to_a_local_one(tmp_path: Path, s3: Bucket) -> None:
     run_file = tiny.world(tmp_path, rows=20)
     overrides = on_s3(run_file, s3)
@@ -107,6 +110,7 @@ def test_verify_names_a_chunk_on_s3_that_is_damaged(tmp_path: Path, s3: Bucket) 
     assert "features/c/1/0 is damaged: it has" in done.stderr
 
 
+@pytest.mark.slow
 def test_further_shards_and_captions_on_s3_give_the_bytes_of_a_local_extraction(
     tmp_path: Path, s3: Bucket
 ) -> None:

@@ -32,6 +32,7 @@ def extracted(run_file: Path, run: Path) -> FeatureStore:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("column", "chunk"), [("vit", 0), ("vit-mean", 2), ("vit-first", 4)])
 def test_the_next_run_writes_only_what_is_missing_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, chunk: int

@@ -140,6 +140,7 @@ def kill(folder: Path, work: Work, reads: int) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", WORKS)
 def test_the_same_call_goes_on_after_a_signal(folder: Path, work: Work) -> None:
     expected, reads = finished_at_once(folder, work)
@@ -202,6 +203,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [to_hdf5, to_parquet, to_clip_retrieval, to_smaller_chunks])
 def test_the_same_call_goes_on_when_a_full_disk_has_room_again(
     small_disk: Path, work: Work, capfd: pytest.CaptureFixture[str]

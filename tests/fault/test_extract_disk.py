@@ -47,7 +47,9 @@ def assert_whole_as_far_as_it_goes(run: Path) -> None:
         assert [fault for fault in verify_store(store) if "is not done" not in fault] == []
 
 
-@pytest.mark.parametrize("kilobytes", [8, 24, 60, 300, 700])
+@pytest.mark.parametrize(
+    "kilobytes", [60, *(pytest.param(size, marks=pytest.mark.slow) for size in (8, 24, 300, 700))]
+)
 def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(
     kilobytes: int, disk: Disk, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_an_unknown_option_ends_a_command_with_2(name: str) -> None:
     assert "--no-such-option" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["--help"], 0), (["plan", "nowhere"], 1), (["inspect", "nowhere"], 1)]
 )

@@ -47,6 +47,7 @@ def computed_tokens(encoder: TextEncoder, ids: list[list[int]]) -> tuple[np.ndar
     return encoder.encode_tokens(ids), seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(PACKED_TYPES))
 @pytest.mark.parametrize("pooling", sorted(POOLED))
 def test_packed_captions_equal_transformers_one_by_one(
