@@ -105,7 +105,7 @@ class Gallery:
         try:
             return SampleReader(Index.open(self.index), max_pixels=self.max_pixels)
         except SourceError as error:
-            logger.warning("The report shows no pictures of this split: %s", error)
+            logger.warning("The report shows no pictures of %s: %s", self.index.stem, error)
             return None
 
 

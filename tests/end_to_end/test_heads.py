@@ -115,4 +115,4 @@ def test_a_head_is_imported_and_measured_on_the_stores_that_the_recipe_names(
         results.append(json.loads((folder / "eval" / "results.json").read_text())["results"])
     assert results[0] == results[1] != []
     measures = 3  # of which each says once that the run has no index to find pictures by
-    assert caplog.text.count("The report shows no pictures of") == measures
+    assert caplog.text.count("The report shows no pictures of test: ") == measures
