@@ -15,7 +15,8 @@ from features.errors import TrainingError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.fingerprint import Fingerprint
-from features.store import KEYS_AT_ONCE, FeatureStore, rows_by_key, store_key_hashes
+from features.storage.rows import KEYS_AT_ONCE
+from features.store import FeatureStore, rows_by_key, store_key_hashes
 
 # Settings of [align] that are left out of the description of a training:
 RECORDED_SEPARATELY = {"image", "text", "store", "text_store"}  # as encoders and rows
@@ -33,7 +34,7 @@ class JoinedStore(FeatureStore):
             TrainingError: They have not the same rows.
         """
         check_same_rows(images, texts)
-        super().__init__(images.path, images._group)
+        super().__init__(images.path, images.document, images.manifest)
         self.texts = texts
 
     @cached_property

@@ -85,12 +85,14 @@ class StoreMismatchError(StoreError):
 
 
 class StoreCorruptError(StoreError):
-    """A chunk on disk is not what was written there."""
+    """A file of a store is not what was written there."""
 
-    def __init__(self, chunk: object, what: str) -> None:
+    def __init__(self, place: object, what: str) -> None:
+        self.place = place
+        self.what = what
         super().__init__(
-            f"{chunk} is damaged: {what}. A whole chunk was expected. Delete the `status` chunk of "
-            f"the same number and run `sail extract` again to compute it anew."
+            f"{place} is damaged: {what}. `sail verify` names all that is damaged in the store; "
+            f"run `sail repair` to encode such chunks again."
         )
 
 

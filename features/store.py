@@ -9,7 +9,6 @@ The layout is documented in docs/store.md. Two ideas carry it:
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,8 +19,14 @@ import numpy as np
 import zarr
 from jaxtyping import Bool, Int32, Int64, UInt64
 
-from features.errors import SourceError, StoreError, StoreMismatchError, StoreNotFoundError
-from features.storage.column import Column, create_column, encoder_of
+from features.errors import (
+    SourceError,
+    StoreCorruptError,
+    StoreError,
+    StoreMismatchError,
+    StoreNotFoundError,
+)
+from features.storage.column import MOST, Column, create_column, describe_column, encoder_of
 from features.storage.files import (
     children,
     delete,
@@ -29,41 +34,37 @@ from features.storage.files import (
     is_file,
     move,
     remove_leftovers,
-    zarr_store,
 )
 from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
+from features.storage.identity import Keys
+from features.storage.manifest import (
+    METADATA,
+    Contents,
+    Manifest,
+    describe,
+    read_metadata,
+    write_manifest,
+)
 from features.storage.parallel import in_order
 from features.storage.place import Place, can_be_listed
+from features.storage.rows import (
+    NUMBERS,
+    RowArray,
+    RowSource,
+    create_row_array,
+    keys_digest,
+    metadata_of_rows,
+    write_rows,
+    write_store_manifest,
+)
 
 FORMAT = "sail-features"
-FORMAT_VERSION = 1
-KEYS_AT_ONCE = 65_536
-NUMBERS = ("label", "group")
-"""Row arrays of int32, -1 where unknown; all others are of strings."""
-STRINGS = np.dtypes.StringDType()
-
-
-@runtime_checkable
-class RowSource(Protocol):
-    """What is known of the rows of a store that is made: an `Index`, or another store."""
-
-    rows: int
-    source: dict[str, Any]
-    """Where they come from, as the store records it."""
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the labels, where they are known."""
-
-    @property
-    def row_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays: `key`, `caption/<field>`, `label`, `group`."""
-
-    def blocks(
-        self, names: Sequence[str], rows: int, *, first: int = 0
-    ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """Yield the values of some arrays by name, from row `first` on, so many rows at once."""
+FORMAT_VERSION = 2
+READABLE = (1, FORMAT_VERSION)
+RESERVED = ("manifest",)
+"""Names in a group that are no encoder and no caption field."""
+MOST_ROWS_PER_CHUNK = 2**24
 
 
 @runtime_checkable
@@ -78,15 +79,24 @@ class GrownRows(RowSource, Protocol):
 class FeatureStore:
     """A store on disk or under a URL: keys, captions, labels, and the columns of features."""
 
-    def __init__(self, path: Place, group: zarr.Group) -> None:
+    def __init__(self, path: Place, document: Mapping[str, Any], manifest: Manifest | None) -> None:
+        """Take what `open` found.
+
+        Args:
+            path: Where it is.
+            document: Its `zarr.json`.
+            manifest: What it says of its files; None in version 1.
+        """
         self.path = path
-        self._group = group
-        self.attributes: dict[str, Any] = dict(group.attrs.asdict())
+        self.manifest = manifest
+        self.document = document
+        self.attributes: dict[str, Any] = dict(document["attributes"])
         self.rows = int(self.attributes["rows"])
         self.rows_per_chunk = int(self.attributes["rows_per_chunk"])
         self.keys_sha256 = str(self.attributes["keys_sha256"])
         self.source: dict[str, Any] = self.attributes["source"]
-        self._opened: dict[str, zarr.Array[Any]] = {}
+        self._opened: dict[str, RowArray] = {}
+        self._sound: dict[str, set[int]] = {}
 
     @staticmethod
     def is_at(path: Place) -> bool:
@@ -99,18 +109,27 @@ class FeatureStore:
 
         Raises:
             StoreNotFoundError: There is nothing at `path`.
-            StoreError: What is there is not a feature store of this format.
+            StoreError: What is there is not a feature store of a format that is read.
+            StoreCorruptError: Its metadata or its manifest are damaged.
         """
-        if not is_file(path / "zarr.json"):
+        if not is_file(path / METADATA):
             raise StoreNotFoundError(path)
-        group = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
-        found = (group.attrs.get("format"), group.attrs.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
+        document = read_metadata(path / METADATA, "group")
+        attributes = document["attributes"]
+        found = (attributes.get("format"), attributes.get("format_version"))
+        if found not in [(FORMAT, version) for version in READABLE]:
             raise StoreError(
                 f"{path} has format {found[0]!r}, version {found[1]!r}. This program reads "
-                f"{FORMAT!r}, version {FORMAT_VERSION}. Check the path, or extract again."
+                f"{FORMAT!r}, versions 1 and {FORMAT_VERSION}. Check the path, or extract again."
             )
-        return cls(path, group)
+        manifest = None
+        if found[1] != 1:
+            manifest = Manifest.open(path)
+            if manifest is None:
+                raise StoreCorruptError(path / "manifest" / METADATA, "the file is missing")
+            manifest.check("", document)
+        _check_attributes(path, attributes)
+        return cls(path, document, manifest)
 
     @classmethod
     def create(cls, path: Place, rows: RowSource, *, rows_per_chunk: int) -> "FeatureStore":
@@ -133,6 +152,7 @@ class FeatureStore:
                 }
                 group = create_group(folder, names, facts, rows.class_names)
                 write_rows(group, names, rows, rows_per_chunk)
+                write_store_manifest(folder, names, -(-rows.rows // rows_per_chunk))
         store = cls.open(path)
         if store.keys_sha256 != digest:
             raise StoreMismatchError(
@@ -153,32 +173,41 @@ class FeatureStore:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """Caption fields, in the order of their names (numbers by value)."""
-        fields = self._members("caption")
+        if self.manifest is not None:
+            arrays = self.manifest.arrays
+            fields = [name[8:] for name in arrays if name.startswith("caption/")]
+        else:
+            fields = self._members("caption")
         return tuple(sorted(fields, key=lambda name: (not name.isdigit(), len(name), name)))
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the labels, where the source gave them."""
-        names = self._group["label"].attrs.get("class_names") if "label" in self._group else None
+        if "label" not in self.row_arrays:
+            return None
+        names = self._row_array("label").attributes.get("class_names")
         return tuple(str(name) for name in names) if isinstance(names, list) else None
 
-    @property
+    @cached_property
     def row_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that belong to no encoder."""
-        numbers = (name for name in NUMBERS if name in self._group)
-        return ("key", *(f"caption/{field}" for field in self.fields), *numbers)
+        there = [f"caption/{field}" for field in self.fields]
+        if self.manifest is not None:
+            numbers = [name for name in NUMBERS if name in self.manifest.arrays]
+        else:
+            numbers = [name for name in NUMBERS if is_file(self.path / name / METADATA)]
+        return ("key", *there, *numbers)
 
     def blocks(
         self, names: Sequence[str], rows: int, *, first: int = 0
     ) -> Iterator[dict[str, list[Any]]]:
         """Yield the values of such arrays by name, from row `first` on, so many rows at once."""
         for start in range(first, self.rows, rows):
-            part = self._slice(start, start + rows)
-            yield {name: np.asarray(self._row_array(name)[part]).tolist() for name in names}
+            yield {name: self.values(name, start, start + rows).tolist() for name in names}
 
     def keys(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the keys of rows `start` to `stop` as a numpy string array."""
-        return np.asarray(self._row_array("key")[self._slice(start, stop)])
+        return self.values("key", start, stop)
 
     def captions(self, field: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one caption per row, empty where there is none, as a numpy string array."""
@@ -187,11 +216,19 @@ class FeatureStore:
                 f"{self.path} has no caption field {field!r}; it has {list(self.fields)}. "
                 f"Name one of these."
             )
-        return np.asarray(self._row_array(f"caption/{field}")[self._slice(start, stop)])
+        return self.values(f"caption/{field}", start, stop)
+
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the values of a row array: strings, or int32.
+
+        Raises:
+            StoreCorruptError: A file is damaged, or not the one that was written.
+        """
+        return self._row_array(name).read(start, self.rows if stop is None else stop)
 
     def strings_at(self, name: str, rows: Int64[np.ndarray, "rows"]) -> np.ndarray:
         """Return `key` or `caption/<field>` of rows in any order, reading each chunk once."""
-        return np.asarray(self._row_array(name).oindex[rows])
+        return self._row_array(name).at(rows)
 
     def labels(self) -> Int32[np.ndarray, "rows"] | None:
         """Return the class of every row, -1 where unknown."""
@@ -224,9 +261,15 @@ class FeatureStore:
                 f"{self.path} has no column {name!r}; it has {columns or 'none'}. "
                 f"Name one of these, or add the encoder to the recipe and run `sail extract`."
             )
-        column = Column(self.path, name)
-        column.rows = self.rows  # a store that was killed while it grew still has its old rows
-        return column
+        # A store that was killed while it grew still has its old rows, and longer columns.
+        sound = self._sound.setdefault(name, set())
+        return Column(self.path, name, rows=self.rows, keys=self._key_files(), sound=sound)
+
+    def _key_files(self) -> Keys | None:
+        manifest = self.manifest
+        if manifest is None:
+            return None
+        return lambda chunk: [file.crc32 for file in manifest.files("key", chunk)]
 
     def add_encoder(
         self, name: str, fingerprint: dict[str, Any], *, dim: int, dtype: str = "float16"
@@ -249,32 +292,49 @@ class FeatureStore:
         fields = self.fields if name.startswith("text/") else ()
         if is_file(target / "zarr.json"):
             self._check_fingerprint(name, fingerprint)
+            about = read_metadata(target / METADATA, "group")
             for field in sorted(set(fields).difference(self._members(name))):
                 with new_group(target / field, store=self.path) as folder:
-                    group = zarr.create_group(folder)
-                    create_column(group, self.rows, dim, self.rows_per_chunk, dtype=dtype)
+                    arrays = self._create_column(zarr.create_group(folder), dim, dtype)
+                    self._seal(folder, f"{name}/{field}", arrays, f"{name}/{field}", about)
             return
         with new_group(target, store=self.path) as folder:
             group = zarr.create_group(folder, attributes=fingerprint)
-            columns = [group]
+            columns = {name: group}
             if name.startswith("text/"):
-                columns = [group.create_group(field) for field in fields]
-            for column in columns:
-                create_column(column, self.rows, dim, self.rows_per_chunk, dtype=dtype)
+                columns = {f"{name}/{field}": group.create_group(field) for field in fields}
+            for column, its_group in columns.items():
+                arrays = self._create_column(its_group, dim, dtype)
+                self._seal(folder, column, arrays, name)
         self._check_fingerprint(name, fingerprint)
 
+    def _create_column(self, group: zarr.Group, dim: int, dtype: str) -> tuple[str, ...]:
+        identified = self.manifest is not None
+        return create_column(
+            group, self.rows, dim, self.rows_per_chunk, dtype=dtype, identified=identified
+        )
+
+    def _seal(
+        self,
+        folder: Path,
+        name: str,
+        arrays: Sequence[str],
+        part: str,
+        encoder: Mapping[str, Any] | None = None,
+    ) -> None:
+        if self.manifest is not None:
+            contents = describe_column(folder, name, arrays, part=part, encoder=encoder)
+            write_manifest(folder, contents, name.removeprefix(part).lstrip("/"))
+
     def _numbers(self, name: str) -> Int32[np.ndarray, "rows"] | None:
-        if name not in self._group:
-            return None
-        return np.asarray(self._row_array(name)[: self.rows])
+        return self.values(name) if name in self.row_arrays else None
 
-    def _row_array(self, name: str) -> zarr.Array[Any]:
+    def _row_array(self, name: str) -> RowArray:
         if name not in self._opened:
-            self._opened[name] = _array(self._group, name)
+            self._opened[name] = RowArray(
+                self.path, name, self.rows, self.rows_per_chunk, self.manifest
+            )
         return self._opened[name]
-
-    def _slice(self, start: int, stop: int | None) -> slice:
-        return slice(start, self.rows if stop is None else min(stop, self.rows))
 
     def _members(self, group: str) -> list[str]:
         """Return the sorted names of the arrays and groups in a group."""
@@ -282,24 +342,26 @@ class FeatureStore:
             return self._consolidated_members(group)
         folder = self.path / group
         found = [name for name, size in children(folder) if size is None and name[0] != "."]
-        return [name for name in found if is_file(folder / name / "zarr.json")]
+        found = [name for name in found if name not in RESERVED]
+        return [name for name in found if is_file(folder / name / METADATA)]
 
     def _consolidated_members(self, group: str) -> list[str]:
         """Return them from the metadata of the whole store, which the root can hold."""
-        metadata = self._group.metadata.consolidated_metadata
-        if metadata is None:
+        consolidated = self.document.get("consolidated_metadata")
+        if not isinstance(consolidated, dict):
             raise StoreError(
                 f"{self.path} is on a web server, which does not list files. Consolidated metadata "
                 f"was expected in it. Call `zarr.consolidate_metadata` on the store before it is "
                 f"put there, or use s3://, gs:// or hf://."
             )
-        paths = [path.split("/") for path in metadata.flattened_metadata]
+        paths = [str(path).split("/") for path in consolidated.get("metadata", ())]
         parent = group.split("/")
-        return sorted(path[-1] for path in paths if path[:-1] == parent)
+        found = (path[-1] for path in paths if path[:-1] == parent)
+        return sorted(name for name in found if name not in RESERVED)
 
     def _check_fingerprint(self, name: str, expected: dict[str, Any]) -> None:
-        group = zarr.open_group(zarr_store(self.path / name), mode="r", zarr_format=3)
-        for field, found, wanted in Fingerprint(group.attrs.asdict()).differences(expected):
+        about = read_metadata(self.path / name / METADATA, "group")
+        for field, found, wanted in Fingerprint(about["attributes"]).differences(expected):
             raise StoreMismatchError(str(self.path / name), field, found=found, expected=wanted)
 
 
@@ -326,65 +388,17 @@ def create_group(
     return group
 
 
-def keys_digest(source: RowSource, rows: int | None = None) -> str:
-    """Return the sha256 over the keys, each ended by a newline: equal keys in equal order.
-
-    Args:
-        source: Whose keys.
-        rows: How many of the first; all if not given.
-    """
-    digest = hashlib.sha256()
-    left = source.rows if rows is None else rows
-    for block in source.blocks(("key",), KEYS_AT_ONCE):
-        keys = block["key"][:left]
-        digest.update("".join(f"{key}\n" for key in keys).encode())
-        left -= len(keys)
-    return digest.hexdigest()
-
-
-def create_row_array(
-    group: zarr.Group,
-    name: str,
-    rows: int,
-    rows_per_chunk: int,
-    class_names: Sequence[str] | None,
-) -> None:
-    """Make the empty array of that name, with a value for each row."""
-    is_number = name in NUMBERS
-    array = group.create_array(
-        name,
-        shape=(rows,),
-        chunks=(rows_per_chunk,),
-        dtype="int32" if is_number else "string",
-        fill_value=-1 if is_number else "",
-        dimension_names=["row"],
-    )
-    if name == "label" and class_names:
-        array.attrs["class_names"] = list(class_names)
-
-
-def write_rows(
-    group: zarr.Group,
-    names: Sequence[str],
-    source: RowSource,
-    rows_per_chunk: int,
-    first_chunk: int = 0,
-) -> None:
-    """Write the chunks of some row arrays, from one on."""
-    first = first_chunk * rows_per_chunk
-    for block in source.blocks(names, rows_per_chunk, first=first):
-        stop = first + len(block[names[0]])
-        for name in names:
-            dtype = np.int32 if name in NUMBERS else STRINGS
-            _array(group, name)[first:stop] = np.array(block[name], dtype=dtype)
-        first = stop
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise StoreError(f"{name!r} of {group.store_path} is a group, not an array. Extract again.")
-    return array
+def _check_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
+    limits = {"rows": (0, MOST), "rows_per_chunk": (1, MOST_ROWS_PER_CHUNK)}
+    for name, (least, most) in limits.items():
+        value = attributes.get(name)
+        if type(value) is not int or not least <= value <= most:
+            raise StoreCorruptError(
+                path / METADATA, f"{name} is {value!r}, not a number from {least} to {most}"
+            )
+    for name, kind in {"keys_sha256": str, "source": dict}.items():
+        if not isinstance(attributes.get(name), kind):
+            raise StoreCorruptError(path / METADATA, f"{name} is {attributes.get(name)!r}")
 
 
 HASH_BYTES = 8
@@ -432,7 +446,6 @@ def rows_by_key(
 
 
 logger = logging.getLogger(__name__)
-METADATA = "zarr.json"
 
 
 def extend_store(store: FeatureStore, index: GrownRows, *, append: bool) -> FeatureStore:
@@ -449,13 +462,27 @@ def extend_store(store: FeatureStore, index: GrownRows, *, append: bool) -> Feat
     """
     _check_first_rows(store, index, append=append)
     remove_leftovers(store.path)
-    added = [name for name in index.row_arrays if not is_file(store.path / name / METADATA)]
+    added = [name for name in index.row_arrays if name not in store.row_arrays]
     if not added and index.rows == store.rows and index.source == store.source:
-        return store
+        return _finished(store)
     with folder_beside(store.path) as folder:
-        _write(folder, store, index, added)
+        manifests = _write(folder, store, index, added)
+        for path, (now, after) in manifests.items():
+            write_manifest(store.path, now, path, after=after)
         _move(folder, store, grows=index.rows > store.rows)
+        for path in sorted(manifests, reverse=True):  # that of the store, "", is the last
+            write_manifest(store.path, manifests[path][1], path)
     logger.info("%s: %d rows, %d of them new", store.path, index.rows, index.rows - store.rows)
+    return FeatureStore.open(store.path)
+
+
+def _finished(store: FeatureStore) -> FeatureStore:
+    """End what a writer began that was killed after all rows were there."""
+    if store.manifest is None or not store.manifest.is_growing:
+        return store
+    for path in [*store.columns(), ""]:
+        if (manifest := Manifest.open(store.path, path)) is not None:
+            write_manifest(store.path, manifest.after, path)
     return FeatureStore.open(store.path)
 
 
@@ -476,26 +503,75 @@ def _check_first_rows(store: FeatureStore, index: GrownRows, *, append: bool) ->
         )
 
 
-def _write(folder: Path, store: FeatureStore, index: RowSource, added: list[str]) -> None:
-    """Write beside the store what it will have, except chunks that it has already."""
+def _write(
+    folder: Path, store: FeatureStore, index: RowSource, added: list[str]
+) -> dict[str, tuple[Contents, Contents]]:
+    """Write beside the store what it will have, except chunks that it has already.
+
+    Returns:
+        The manifests as they are and as they will be: of the store, and of each column that grows.
+    """
     attributes = store.attributes | {
         "rows": index.rows,
         "keys_sha256": keys_digest(index),
         "source": index.source,
     }
     group = zarr.create_group(folder, attributes=attributes)
+    manifest, size = store.manifest, store.rows_per_chunk
     grows = index.rows > store.rows
     there = [name for name in index.row_arrays if name not in added]
     for name in [*added, *(there if grows else [])]:
-        create_row_array(group, name, index.rows, store.rows_per_chunk, index.class_names)
+        create_row_array(
+            group, name, index.rows, size, index.class_names, checked=manifest is not None
+        )
     if added:
-        write_rows(group, added, index, store.rows_per_chunk)
+        write_rows(group, added, index, size)
     if grows:
-        write_rows(group, there, index, store.rows_per_chunk, store.full_chunks)
-        for name in store.columns():
-            column, longer = store.column(name), group.create_group(name)
-            size = store.rows_per_chunk
-            create_column(longer, index.rows, column.dim, size, dtype=column.dtype.name)
+        write_rows(group, there, index, size, store.full_chunks)
+    manifests = {}
+    if manifest is not None:
+        now = manifest.contents
+        new = [*added, *(there if grows else [])]
+        after = _grown(folder, now, new, -(-index.rows // size), first=store.full_chunks)
+        manifests[""] = (now, after)
+    for name in store.columns() if grows else ():
+        column, longer = store.column(name), group.create_group(name)
+        dtype, identified = column.dtype.name, manifest is not None
+        arrays = create_column(
+            longer, index.rows, column.dim, size, dtype=dtype, identified=identified
+        )
+        its_own = Manifest.open(store.path, name)
+        if manifest is not None and its_own is not None:
+            new = describe(folder, [f"{name}/{array}" for array in arrays], {})
+            now = its_own.contents
+            after = now | {"metadata": now["metadata"] | new["metadata"]}
+            manifests[name] = (now, after)
+    return manifests
+
+
+def _grown(
+    folder: Path, now: Contents, names: Sequence[str], num_chunks: int, *, first: int
+) -> Contents:
+    """Return what the manifest of a store will say.
+
+    Args:
+        folder: Has the files of some row arrays from a chunk on, and all files of new ones.
+        now: What it says.
+        names: Of these arrays.
+        num_chunks: Of each of them.
+        first: The chunk.
+    """
+    paths = {
+        "",
+        *names,
+        *(path for path in metadata_of_rows(names) if is_file(folder / path / METADATA)),
+    }
+    new = describe(folder, paths, dict.fromkeys(names, num_chunks))
+    arrays = dict(now["arrays"])
+    for name, files in new["arrays"].items():
+        before = now["arrays"].get(name, files)
+        arrays[name] = {key: before[key][:first] + files[key][first:] for key in files}
+    return {"metadata": {**now["metadata"], **new["metadata"]}, "arrays": arrays}
 
 
 def _move(folder: Path, store: FeatureStore, *, grows: bool) -> None:
@@ -519,4 +595,4 @@ def _move(folder: Path, store: FeatureStore, *, grows: bool) -> None:
 
 
 def _is_group(file: Path) -> bool:
-    return bool(json.loads(file.read_text(encoding="utf-8"))["node_type"] == "group")
+    return bool(read_metadata(file)["node_type"] == "group")

@@ -1,15 +1,18 @@
 """Small feature stores on disk whose images and captions share what there is to learn."""
 
 import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zarr
 
 from features.status import Status
-from features.storage.column import create_column
 from features.storage.place import Place
-from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 
 IMAGE, TEXT = "eye", "reader"
@@ -45,6 +48,47 @@ class StopAfter(StopRequest):
         return self.chunks < 0
 
 
+def as_version_1(store: Path) -> None:
+    """Take from a store what version 2 added, as one that was made before has it."""
+    for folder in [*store.rglob("manifest"), *store.rglob("identity")]:
+        shutil.rmtree(folder)
+    for array in [store / "key", *store.glob("caption/*"), store / "label", store / "group"]:
+        if (file := array / "zarr.json").is_file():
+            about = json.loads(file.read_text("utf-8"))
+            if about["codecs"][-1]["name"] != "crc32c":
+                continue
+            about["codecs"].pop()
+            file.write_text(json.dumps(about, indent=2))
+            for chunk in array.glob("c/*"):
+                chunk.write_bytes(chunk.read_bytes()[:-4])
+    about = json.loads((store / "zarr.json").read_text("utf-8"))
+    about["attributes"]["format_version"] = 1
+    (store / "zarr.json").write_text(json.dumps(about, indent=2))
+
+
+@dataclass
+class ListedRows:
+    """Rows of a store to be, as lists by the name of the array."""
+
+    values: Mapping[str, Sequence[Any]]
+    source: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.values["key"])
+
+    @property
+    def row_arrays(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+    def blocks(
+        self, names: Sequence[str], rows: int, *, first: int = 0
+    ) -> Iterator[dict[str, Sequence[Any]]]:
+        for start in range(first, self.rows, rows):
+            yield {name: self.values[name][start : start + rows] for name in names}
+
+
 def store_digests(run: Path) -> dict[str, str]:
     """Hash every file of a run's stores; what a writer left half-written would show too."""
     return {
@@ -76,26 +120,13 @@ def make_store(
     """
     generator = np.random.default_rng(seed)
     keys = [f"shard/{row:06d}" for row in range(rows)]
-    group = zarr.create_group(path)
-    _strings(group, "key", keys, rows_per_chunk)
-    for field in fields:
-        words = captions[field] if captions else [f"{field} of {row}" for row in range(rows)]
-        _strings(group, f"caption/{field}", words, rows_per_chunk)
+    values = {"key": keys}
+    for name in fields:
+        words = captions[name] if captions else [f"{name} of {row}" for row in range(rows)]
+        values[f"caption/{name}"] = words
+    store = FeatureStore.create(path, ListedRows(values), rows_per_chunk=rows_per_chunk)
     for name, dim in [(f"image/{IMAGE}", image_dim), (f"text/{TEXT}", text_dim)]:
-        encoder = group.create_group(name, attributes={"model": name, "dim": dim})
-        for column in [encoder] if name.startswith("image") else map(encoder.create_group, fields):
-            create_column(column, rows, dim, rows_per_chunk)
-    group.attrs.update(
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "rows": rows,
-            "rows_per_chunk": rows_per_chunk,
-            "keys_sha256": hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest(),
-            "source": {},
-        }
-    )
-    store = FeatureStore.open(path)
+        store.add_encoder(name, {"model": name, "dim": dim}, dim=dim)
     latent = generator.standard_normal((rows, LATENT))
     names = [f"image/{IMAGE}", *(f"text/{TEXT}/{field}" for field in fields)]
     for number, name in enumerate(names):
@@ -134,11 +165,6 @@ model = "none"
 """
     )
     return path
-
-
-def _strings(group: zarr.Group, name: str, values: list[str], rows_per_chunk: int) -> None:
-    array = group.create_array(name, shape=(len(values),), chunks=(rows_per_chunk,), dtype="string")
-    array[:] = np.array(values, dtype=np.dtypes.StringDType())
 
 
 def _write(store: FeatureStore, name: str, features: np.ndarray, status: np.ndarray) -> None:

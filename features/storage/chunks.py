@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,14 @@ from features.storage.place import Place, RemotePath
 from features.storage.requests import read_into, read_ranges
 
 CRC_BYTES = 4
+NOT_THIS = "it is another chunk than the one that was written here"
 
 
-def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> None:
+def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> int:
     """Write a chunk: it appears under its name as a whole, or not at all.
+
+    Returns:
+        Its crc32c.
 
     Args:
         place: Where.
@@ -29,18 +34,23 @@ def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> None:
         beside: A file on local disk has a name beside this one until it is whole.
     """
     data = values.reshape(-1).view(np.uint8).data
+    checksum = _checksum(values)
     if not isinstance(place, Path) or not isinstance(beside, Path):
-        files.write(place, b"".join((data, _checksum(values))))
-        return
+        files.write(place, b"".join((data, checksum)))
+        return int.from_bytes(checksum, "little")
     place.parent.mkdir(parents=True, exist_ok=True)
     # Not unbuffered: such a write may end early, on a disk that is nearly full or after 2 GiB.
     with appearing(place, beside=beside) as partial, partial.open("wb") as file:
         file.write(data)
-        file.write(_checksum(values))
+        file.write(checksum)
+    return int.from_bytes(checksum, "little")
 
 
-def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
+def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> int:
     """Fill a buffer with a chunk; on local disk without a copy.
+
+    Returns:
+        The crc32c in the file.
 
     Raises:
         StoreCorruptError: The file is missing, of another length, or (with `verify`) damaged.
@@ -60,10 +70,11 @@ def read_chunk(place: Place, buffer: np.ndarray, *, verify: bool) -> None:
         raise StoreCorruptError(place, f"it has {size} bytes, not {buffer.nbytes + CRC_BYTES}")
     if verify and checksum != _checksum(buffer):
         raise StoreCorruptError(place, "its crc32c does not match its bytes")
+    return int.from_bytes(checksum, "little")
 
 
 def read_pieces(
-    path: Path, buffer: np.ndarray, rows: int, *, verify: bool
+    path: Path, buffer: np.ndarray, rows: int, *, verify: bool, expected: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a chunk on local disk piece by piece, in a buffer that is small enough for the cache.
 
@@ -72,6 +83,7 @@ def read_pieces(
         buffer: C-contiguous, for some rows; every piece overwrites the one before.
         rows: Of the chunk.
         verify: Whether to check the crc32c, which is known after the last piece only.
+        expected: The crc32c that the chunk must have, where it is known.
 
     Yields:
         The first row of a piece, and its rows.
@@ -94,6 +106,8 @@ def read_pieces(
         raise StoreCorruptError(path, f"{len(checksum)} bytes follow its {rows} rows")
     if verify and checksum != crc.to_bytes(CRC_BYTES, "little"):
         raise StoreCorruptError(path, "its crc32c does not match its bytes")
+    if expected is not None and checksum != expected.to_bytes(CRC_BYTES, "little"):
+        raise StoreCorruptError(path, NOT_THIS)
 
 
 def read_part(place: Place, start: int, part: np.ndarray) -> None:
@@ -117,11 +131,34 @@ def read_part(place: Place, start: int, part: np.ndarray) -> None:
         raise _missing(place) from error
 
 
+def crc32c_behind(path: Path) -> int:
+    """Return the crc32c behind the values of a chunk on local disk.
+
+    Raises:
+        StoreCorruptError: The file is missing or too short.
+    """
+    with _opened(path) as file:
+        if file.seek(0, os.SEEK_END) < CRC_BYTES:
+            raise StoreCorruptError(path, "the file is cut off")
+        file.seek(-CRC_BYTES, os.SEEK_END)
+        return int.from_bytes(file.read(CRC_BYTES), "little")
+
+
 def _opened(path: Path) -> Any:
     try:
-        return path.open("rb", buffering=0)
-    except FileNotFoundError as error:
+        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
+    except IsADirectoryError as error:
+        raise StoreCorruptError(path, "it is a folder") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise StoreCorruptError(path, "it is not a regular file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its other end
 
 
 def _fill(file: Any, target: memoryview) -> int:

@@ -1,15 +1,17 @@
 """A column of features: chunks of float16 (or int8) rows, and a status for each row."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Float16, Float32, Int8, Int64, Shaped, UInt8
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from features.errors import StoreCorruptError
 from features.status import Status
 from features.storage.chunks import (
     CRC_BYTES,
@@ -19,14 +21,29 @@ from features.storage.chunks import (
     scatter_rows,
     write_chunk,
 )
-from features.storage.files import is_file, names, remove_leftovers, zarr_store
+from features.storage.files import is_file, names, remove_leftovers
 from features.storage.fingerprint import Fingerprint
+from features.storage.identity import WORDS, Identities, Keys
+from features.storage.manifest import (
+    METADATA,
+    Contents,
+    Manifest,
+    describe,
+    digest_of,
+    read_metadata,
+)
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, can_be_listed
 
 GREATEST = 127
 BLOCK_ROWS = 4096
 """Rows of a column that are in memory at once, where they are read in blocks."""
+MOST = 10**11
+"""More rows than a store can have."""
+MOST_IN_CHUNK = 2**32
+"""More numbers than a chunk can have: 8 GiB of float16."""
+LAYOUT = ["bytes", "crc32c"]
+"""Codecs of features."""
 
 
 def quantise(
@@ -59,19 +76,54 @@ def encoder_of(column: str) -> str:
 class Column:
     """The features of one encoder (and caption field) for every row, with a status for each."""
 
-    def __init__(self, store: Place, name: str) -> None:
+    def __init__(
+        self,
+        store: Place,
+        name: str,
+        *,
+        rows: int | None = None,
+        keys: Keys | None = None,
+        sound: set[int] | None = None,
+    ) -> None:
+        """Open a column; `FeatureStore.column` does.
+
+        Args:
+            store: Where the store is.
+            name: `image/<encoder>` or `text/<encoder>/<field>`.
+            rows: Of the store; of the column if not given.
+            keys: Of the store; if not given, chunks have no records of what they are (version 1).
+            sound: Numbers of chunks whose features were found whole, which grow as they are read.
+
+        Raises:
+            StoreCorruptError: Its metadata are damaged.
+        """
         self.name = name
         self.path = store / name
         self.is_remote = isinstance(store, RemotePath)
         """Under a URL: reading is waiting, and worth many threads."""
-        array = zarr.open_array(zarr_store(self.path / "features"), mode="r", zarr_format=3)
-        self.dtype: np.dtype[Any] = array.dtype
+        encoder = encoder_of(name)
+        about = read_metadata(store / encoder / METADATA, "group")
+        features = read_metadata(self.path / "features" / METADATA, "array")
+        manifest = None if keys is None else Manifest.open(store, name)
+        if manifest is not None:
+            manifest.check(encoder, about)
+            manifest.check(f"{name}/features", features)
+        self.dtype: np.dtype[Any]
         """Of the features in the store: float16, or int8 with a factor for each row in `scale`."""
-        self.rows, self.dim = array.shape
-        self.rows_per_chunk = array.chunks[0]
-        encoder = zarr_store(store / encoder_of(name))
-        attributes = zarr.open_group(encoder, mode="r", zarr_format=3).attrs.asdict()
-        self.fingerprint = Fingerprint(attributes)
+        length, self.dim, self.rows_per_chunk, self.dtype = _described(
+            self.path / "features" / METADATA, features
+        )
+        self.rows = length if rows is None else rows
+        if self.rows > length:
+            raise StoreCorruptError(self.path, f"it has {length} rows, the store has {rows}")
+        self.fingerprint = Fingerprint(about["attributes"])
+        self.identities: Identities | None = None
+        """What each chunk is; None in a store of version 1."""
+        if keys is not None:
+            if manifest is None:
+                raise StoreCorruptError(self.path / "manifest" / METADATA, "the file is missing")
+            self.identities = Identities(self.path, name, keys, manifest.encoders(encoder))
+        self._sound = set() if sound is None else sound
 
     @property
     def is_scaled(self) -> bool:
@@ -90,8 +142,9 @@ class Column:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the files of a chunk: features and status, and scale for int8 features."""
-        return self.rows_per_chunk * (self.row_bytes + 1) + CRC_BYTES * (2 + self.is_scaled)
+        """Bytes of the files of a chunk: features, status and identity, and scale for int8."""
+        size = self.rows_per_chunk * (self.row_bytes + 1) + CRC_BYTES * (2 + self.is_scaled)
+        return size + (4 * WORDS + CRC_BYTES) * (self.identities is not None)
 
     def features_file(self, chunk: int) -> Place:
         """Path of a chunk of features: (rows_per_chunk, dim) and 4 bytes of crc32c."""
@@ -148,16 +201,29 @@ class Column:
         scale: Float32[np.ndarray, "batch"] | None,
     ) -> None:
         """Write the rows of a chunk as they are in a store: of its dtype, with their factors."""
-        arrays: list[tuple[str, Place, np.ndarray]] = []
+        parts = {"features": values, "status": status}
         if scale is not None:
-            arrays = [("scale", self.scale_file(chunk), scale.astype("<f4", copy=False))]
+            parts["scale"] = scale.astype("<f4", copy=False)
         else:
-            values = values.astype("<f2", copy=False)
-        arrays.append(("features", self.features_file(chunk), values))
-        arrays.append(("status", self.status_file(chunk), status))
+            parts["features"] = values.astype("<f2", copy=False)
         padding = self.rows_per_chunk - len(status)
-        for array, file, rows in arrays:
-            write_chunk(file, _padded(rows, padding), beside=self.path / array / str(chunk))
+        crcs = {"scale": 0}
+        padded = {name: _padded(part, padding) for name, part in parts.items()}
+        for name in ("scale", "features"):
+            if name in padded:
+                crcs[name] = self._write(name, chunk, padded[name])
+        if self.identities is not None:
+            crc: int = google_crc32c.value(padded["status"])
+            self.identities.write(chunk, status=crc, **crcs)
+        self._write("status", chunk, padded["status"])
+
+    def _write(self, part: str, chunk: int, values: np.ndarray) -> int:
+        files = {
+            "features": self.features_file,
+            "scale": self.scale_file,
+            "status": self.status_file,
+        }
+        return write_chunk(files[part](chunk), values, beside=self.path / part / str(chunk))
 
     def checksum(self) -> str:
         """Return a sha256 over the crc32c of all chunks of features, of which 4 bytes are read.
@@ -177,21 +243,38 @@ class Column:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left half-written; those at work are left alone."""
-        for array in ("scale", "features", "status"):
+        for array in ("scale", "features", "identity", "status"):
             remove_leftovers(self.path / array)
 
     def status(self) -> UInt8[np.ndarray, "rows"]:
-        """Return the status code of every row; 0 (pending) where a chunk is not done."""
+        """Return the status code of every row; 0 (pending) where a chunk is not done.
+
+        Raises:
+            StoreCorruptError: A file is damaged, or not the one that was written.
+        """
         size = self.rows_per_chunk
         codes = np.zeros(self.num_chunks * size, dtype=np.uint8)
 
         def fill(chunk: int) -> None:
-            part = codes[chunk * size : (chunk + 1) * size]
-            read_chunk(self.status_file(chunk), part, verify=True)
+            self._read_status(chunk, codes[chunk * size : (chunk + 1) * size])
 
         for _ in in_order(fill, self._done(), at=self.path):
             pass
         return codes[: self.rows]
+
+    def chunk_status(self, chunk: int) -> UInt8[np.ndarray, "rows"]:
+        """Return the status code of every row of a chunk that is done.
+
+        Raises:
+            StoreCorruptError: The file is missing, damaged, or not the one that was written.
+        """
+        codes = np.zeros(self.rows_per_chunk, dtype=np.uint8)
+        self._read_status(chunk, codes)
+        return codes[: self.chunk_rows(chunk)]
+
+    def _read_status(self, chunk: int, codes: UInt8[np.ndarray, "rows_per_chunk"]) -> None:
+        crc = read_chunk(self.status_file(chunk), codes, verify=True)
+        self._check(chunk, "status", crc, self.status_file(chunk))
 
     def read_into(
         self, chunk: int, buffer: Shaped[np.ndarray, "rows_per_chunk dim"], *, verify: bool = False
@@ -199,17 +282,26 @@ class Column:
         """Fill a buffer of the column's dtype with a chunk; return how many of its rows are real.
 
         Raises:
-            StoreCorruptError: The file is missing, cut off, or (with `verify`) damaged.
+            StoreCorruptError: The file is missing, cut off, another than was written, or (with
+                `verify`) damaged.
         """
-        read_chunk(self.features_file(chunk), buffer, verify=verify)
+        crc = read_chunk(self.features_file(chunk), buffer, verify=verify)
+        self._check(chunk, "features", crc, self.features_file(chunk))
+        if verify:
+            self._sound.add(chunk)
         return self.chunk_rows(chunk)
+
+    def _check(self, chunk: int, part: str, crc32c: int, file: Place) -> None:
+        if self.identities is not None:
+            self.identities.check(chunk, part, crc32c, file)
 
     def read_pieces(
         self, chunk: int, buffer: Shaped[np.ndarray, "some_rows dim"], *, verify: bool = False
     ) -> Iterator[tuple[int, Shaped[np.ndarray, "_ dim"]]]:
         """Yield a chunk on local disk piece by piece; see `features.storage.chunks.read_pieces`."""
         file = Path(str(self.features_file(chunk)))
-        yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify)
+        expected = None if self.identities is None else self.identities.of(chunk).features
+        yield from read_pieces(file, buffer, self.rows_per_chunk, verify=verify, expected=expected)
 
     def scatter(
         self,
@@ -224,9 +316,11 @@ class Column:
         """Fill a buffer with the factors of the rows of a chunk of int8 features.
 
         Raises:
-            StoreCorruptError: The file is missing, cut off or damaged.
+            StoreCorruptError: The file is missing, cut off, damaged, or not the one that was
+                written.
         """
-        read_chunk(self.scale_file(chunk), buffer, verify=True)
+        crc = read_chunk(self.scale_file(chunk), buffer, verify=True)
+        self._check(chunk, "scale", crc, self.scale_file(chunk))
 
     def restored(
         self, chunk: int, values: Shaped[np.ndarray, "rows dim"], first: int = 0
@@ -245,7 +339,13 @@ class Column:
         return dequantise(values, scale[first : first + len(values)])
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "batch dim"]:
-        """Return rows `start` to `stop`; zeros where a row is pending or quarantined."""
+        """Return rows `start` to `stop`; zeros where a row is pending or quarantined.
+
+        A chunk is checked whole the first time that some of it is read.
+
+        Raises:
+            StoreCorruptError: A file is damaged, or not the one that was written.
+        """
         stop = min(stop, self.rows)
         features = np.zeros((max(stop - start, 0), self.dim), dtype=np.float16)
 
@@ -254,9 +354,7 @@ class Column:
             if is_file(self.status_file(chunk)):
                 skipped = first - chunk * self.rows_per_chunk
                 target = features[first - start : last - start]
-                values = np.empty(target.shape, self.dtype) if self.is_scaled else target
-                offset = skipped * self.dim * self.dtype.itemsize
-                read_part(self.features_file(chunk), offset, values)
+                values = self._some(chunk, skipped, target)
                 if self.is_scaled:
                     target[:] = self.restored(chunk, values, skipped)
 
@@ -264,6 +362,41 @@ class Column:
         for _ in in_order(fill, parts, at=self.path):
             pass
         return features
+
+    def read_stored(self, start: int, stop: int) -> Shaped[np.ndarray, "batch dim"]:
+        """Return rows `start` to `stop` as they are in the store, of the column's dtype."""
+        stop = min(stop, self.rows)
+        values = np.zeros((max(stop - start, 0), self.dim), dtype=self.dtype)
+        for chunk, first, last in _chunks_between(start, stop, self.rows_per_chunk):
+            target = values[first - start : last - start]
+            target[:] = self._some(chunk, first - chunk * self.rows_per_chunk, target)
+        return values
+
+    def read_scale(self, start: int, stop: int) -> Float32[np.ndarray, "batch"]:
+        """Return the factors of rows `start` to `stop` of int8 features."""
+        parts = []
+        for chunk, first, last in _chunks_between(start, min(stop, self.rows), self.rows_per_chunk):
+            factors = np.empty(self.rows_per_chunk, dtype=np.float32)
+            self.read_scale_into(chunk, factors)
+            begin = chunk * self.rows_per_chunk
+            parts.append(factors[first - begin : last - begin])
+        return np.concatenate(parts)
+
+    def _some(
+        self, chunk: int, skipped: int, target: Shaped[np.ndarray, "rows dim"]
+    ) -> Shaped[np.ndarray, "rows dim"]:
+        """Return some rows of a chunk, of the column's dtype: in `target` if it has that."""
+        values = target if target.dtype == self.dtype else np.empty(target.shape, self.dtype)
+        if chunk in self._sound:
+            offset = skipped * self.dim * self.dtype.itemsize
+            read_part(self.features_file(chunk), offset, values)
+        elif len(values) == self.rows_per_chunk:
+            self.read_into(chunk, values, verify=True)
+        else:
+            whole = np.empty((self.rows_per_chunk, self.dim), dtype=self.dtype)
+            self.read_into(chunk, whole, verify=True)
+            values[:] = whole[skipped : skipped + len(values)]
+        return values
 
     def ok_rows(self) -> Int64[np.ndarray, "ok"]:
         """Return the rows that can be used, in order."""
@@ -296,9 +429,27 @@ class Column:
 
 
 def create_column(
-    group: zarr.Group, rows: int, dim: int, rows_per_chunk: int, *, dtype: str = "float16"
-) -> None:
-    """Make the empty arrays of a column: features and status, and scale for int8 features."""
+    group: zarr.Group,
+    rows: int,
+    dim: int,
+    rows_per_chunk: int,
+    *,
+    dtype: str = "float16",
+    identified: bool = True,
+) -> tuple[str, ...]:
+    """Make the empty arrays of a column: features and status, and scale for int8 features.
+
+    Args:
+        group: Of the column.
+        rows: Of the store.
+        dim: Length of a feature vector.
+        rows_per_chunk: Of the store.
+        dtype: Of the features.
+        identified: Whether chunks have records of what they are; they have none in version 1.
+
+    Returns:
+        The names of the arrays.
+    """
     row_array: dict[str, Any] = {
         "shape": (rows,),
         "chunks": (rows_per_chunk,),
@@ -322,6 +473,51 @@ def create_column(
     )
     codes = {status.label: int(status) for status in Status}
     group.create_array("status", dtype="uint8", attributes={"codes": codes}, **row_array)
+    if identified:
+        create_identity(group, -(-rows // rows_per_chunk))
+    arrays = ("scale", "features", "status", "identity")
+    return arrays[dtype != "int8" : len(arrays) - (not identified)]
+
+
+def create_identity(group: zarr.Group, num_chunks: int, *, overwrite: bool = False) -> None:
+    """Make the empty array of what each chunk of a column is."""
+    group.create_array(
+        "identity",
+        shape=(num_chunks, WORDS),
+        chunks=(1, WORDS),
+        dtype="uint32",
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=0,
+        dimension_names=["chunk", "word"],
+        overwrite=overwrite,
+    )
+
+
+def describe_column(
+    folder: Path,
+    name: str,
+    arrays: Iterable[str],
+    *,
+    part: str = "",
+    encoder: Mapping[str, Any] | None = None,
+) -> Contents:
+    """Return what the manifest of a column says.
+
+    Args:
+        folder: On local disk, with the metadata of the column.
+        name: Of the column.
+        arrays: Of the column.
+        part: Path in the store of the folder.
+        encoder: Metadata of the encoder, if they are not in the folder.
+    """
+    paths = [name, *(f"{name}/{array}" for array in arrays)]
+    if encoder is None:
+        paths.append(encoder_of(name))
+    contents = describe(folder, set(paths), {}, part=part)
+    if encoder is not None:
+        contents["metadata"][f"{encoder_of(name)}/{METADATA}"] = digest_of(encoder)
+    return contents
 
 
 def pending_in_any(columns: Sequence[Column], among: Iterable[int] | None = None) -> list[int]:
@@ -343,3 +539,26 @@ def _padded(values: np.ndarray, padding: int) -> np.ndarray:
     if padding == 0:
         return np.ascontiguousarray(values)
     return np.concatenate([values, np.zeros((padding, *values.shape[1:]), dtype=values.dtype)])
+
+
+def _described(place: Place, document: dict[str, Any]) -> tuple[int, int, int, np.dtype[Any]]:
+    """Return rows, length of a vector, rows of a chunk and dtype that metadata state."""
+    try:
+        rows, dim = document["shape"]
+        chunk, width = document["chunk_grid"]["configuration"]["chunk_shape"]
+        names = [str(codec["name"]) for codec in document["codecs"]]
+        endian = document["codecs"][0].get("configuration", {}).get("endian", "little")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StoreCorruptError(place, f"it does not describe features ({error!r})") from error
+    numbers = [rows, dim, chunk, width]
+    are_possible = all(type(each) is int and 0 <= each <= MOST for each in numbers)
+    if not are_possible or not 0 < dim * chunk <= MOST_IN_CHUNK:
+        raise StoreCorruptError(
+            place, f"its shape {[rows, dim]}, chunks {[chunk, width]} cannot be"
+        )
+    dtype, layout = document.get("data_type"), (width, names, endian)
+    if dtype not in ("float16", "int8") or layout != (dim, LAYOUT, "little"):
+        raise StoreCorruptError(
+            place, f"it is {dtype} of {layout}, not float16 or int8 of {(dim, LAYOUT, 'little')}"
+        )
+    return rows, dim, chunk, np.dtype(dtype)

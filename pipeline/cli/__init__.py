@@ -11,7 +11,7 @@ from features.errors import SailError, refused
 from pipeline.cli.checks import doctor, inspect, plan, verify
 from pipeline.cli.options import start_log
 from pipeline.cli.stages import align, evaluate, extract
-from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, subset
+from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, repair, subset
 from pipeline.cli.studies import compare, pick, scaling, study, sweep
 from pipeline.cli.use import embed, explore, export, export_head, import_head, search
 
@@ -21,7 +21,7 @@ SECTIONS = {
     "Before a long run": (doctor, plan, pick, study),
     "Try settings": (sweep, scaling),
     "Hand over": (embed, export, export_head, import_head),
-    "Stores": (convert, import_store, merge, subset, rechunk, reorder),
+    "Stores": (repair, convert, import_store, merge, subset, rechunk, reorder),
 }
 
 

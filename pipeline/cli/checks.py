@@ -5,6 +5,7 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 
 import json
 import sys
+from pathlib import Path
 
 import click
 
@@ -127,18 +128,32 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
 
 @click.command()
 @store_argument
+@click.option(
+    "--seal",
+    is_flag=True,
+    help="Make a whole store of version 1 one of version 2, with an identity for every chunk.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
-def verify(store: str, as_json: bool) -> None:
-    """Read every chunk of a store: checksums, counts, keys. Exit 1 with what is wrong.
+def verify(store: str, seal: bool, as_json: bool) -> None:
+    """Read every file of a store: identities, checksums, counts, keys. Exit 1 with what is wrong.
+
+    A store of format version 1 says of no chunk which one it is: in it a chunk in the place of
+    another is not found. With --seal it is verified, and then every chunk gets its identity.
 
     \b
     Examples:
       sail verify runs/demo/features/train.zarr
+      sail verify old.zarr --seal
       sail verify runs/demo/features/train.zarr --json | jq '.faults[]'
     """
-    from pipeline.stores.verify import verify_store
+    from features.store import FeatureStore
+    from pipeline.stores.verify import find_faults, seal_store
 
-    faults = verify_store(as_place(store))
+    place = as_place(store)
+    if seal and not isinstance(place, Path):
+        raise click.UsageError("--seal changes a store on local disk; copy it there first.")
+    found = seal_store(place) if seal and isinstance(place, Path) else find_faults(place)
+    faults = [str(fault) for fault in found]
     if as_json:
         click.echo(json.dumps({"store": store, "faults": faults}, ensure_ascii=False))
     if faults:
@@ -148,4 +163,9 @@ def verify(store: str, as_json: bool) -> None:
             f"{store} is not whole ({len(faults)} faults, named above with what to do)."
         )
     if not as_json:
-        click.echo(f"{store} is whole.")
+        is_proven = FeatureStore.open(place).manifest is not None
+        unproven = (
+            ", as far as format version 1 can tell: a chunk in the place of another is not found. "
+            "`sail verify --seal` gives each chunk an identity"
+        )
+        click.echo(f"{store} is whole{'' if is_proven else unproven}.")

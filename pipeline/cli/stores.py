@@ -268,6 +268,46 @@ def reorder(store: Any, like: Any, memory_mb: int, out: Any, as_json: bool) -> N
     _write(out, as_json, lambda stop: reorder_store(store, out, like, stop, memory_mb=memory_mb))
 
 
+@click.command()
+@store_argument
+@click.option(
+    "--run",
+    metavar="RUN",
+    help="Run file or folder of the run that made it, if the store does not lie in that.",
+)
+@json_option
+def repair(store: Any, run: str | None, as_json: bool) -> None:
+    """Write again the chunks that `sail verify` names, and no others.
+
+    Features are encoded again from the sources of the run, to the same bytes; keys, captions,
+    labels and metadata come from its index. Exit 1 with what could not be repaired.
+
+    \b
+    Example:
+      sail repair runs/demo/features/train.zarr
+    """
+    from pipeline.stores.repair import repair_store
+
+    done = until_stopped(lambda stop: repair_store(store, stop, run=run))
+    left = [str(fault) for fault in done.left]
+    if as_json:
+        about = {"store": str(store), "encoded": done.encoded, "written": done.written}
+        click.echo(json.dumps({**about, "left": left}, ensure_ascii=False))
+    else:
+        for file in done.written:
+            click.echo(f"{file}: written again")
+        for column, chunks in done.encoded.items():
+            click.echo(f"{column}: encoded again chunks {', '.join(map(str, chunks))}")
+    if left:
+        for fault in left:
+            click.echo(fault, err=True)
+        raise click.ClickException(
+            f"{store} is not whole ({len(left)} faults are left, named above with what to do)."
+        )
+    if not as_json:
+        click.echo(f"{store} is whole.")
+
+
 def _write(out: Any, as_json: bool, work: Callable[[Any], object]) -> None:
 
     until_stopped(work)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
-from features.store import NUMBERS
+from features.storage.rows import NUMBERS
 from pipeline.interrupt import StopRequest
 from pipeline.stores.arrays import Arrays, Reader, SequentialArray, unreadable
 from pipeline.stores.blocks import Block, Layout, Rows

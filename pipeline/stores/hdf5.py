@@ -20,7 +20,8 @@ import numpy as np
 from features.errors import SourceError, StoreError
 from features.status import Status
 from features.storage.column import encoder_of
-from features.store import FORMAT, FORMAT_VERSION, NUMBERS
+from features.storage.rows import NUMBERS
+from features.store import FORMAT
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.arrays import Arrays, unreadable
@@ -28,6 +29,8 @@ from pipeline.stores.blocks import STRINGS, Layout
 from pipeline.stores.resumable import unfinished
 from pipeline.stores.writer import StoreRows
 
+FORMAT_VERSION = 1
+"""Of the file, which has no checksums."""
 TEXT = h5py.string_dtype("utf-8")
 EXPECTED = "An HDF5 file"
 

@@ -10,7 +10,7 @@ import numpy as np
 from features.errors import ConfigError, SourceError
 from features.status import Status
 from features.storage.column import encoder_of
-from features.store import NUMBERS
+from features.storage.rows import NUMBERS
 from pipeline.stores.arrays import Arrays, stamp_of
 from pipeline.stores.blocks import STRINGS, Block, Layout
 

@@ -11,7 +11,8 @@ from jaxtyping import Int32, Int64
 from features.errors import SourceError, StoreError
 from features.storage.fingerprint import Fingerprint
 from features.storage.place import Place
-from features.store import NUMBERS, FeatureStore, rows_by_key, store_key_hashes
+from features.storage.rows import NUMBERS
+from features.store import FeatureStore, rows_by_key, store_key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.stores.blocks import STRINGS, Block, Layout, joined, num_rows, selected
 from pipeline.stores.resumable import check_free

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.store import NUMBERS
+from features.storage.rows import NUMBERS
 from pipeline.interrupt import StopRequest
 from pipeline.stores.arrays import Arrays, SequentialArray, unreadable
 from pipeline.stores.blocks import STRINGS, Block, Layout, Rows

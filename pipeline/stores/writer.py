@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,14 +12,21 @@ import numpy as np
 import zarr
 from jaxtyping import UInt64
 
-from features.errors import SourceError, StoreCorruptError, StoreError
+from features.errors import SourceError, StoreError
 from features.status import Status
-from features.storage.column import Column, create_column, dequantise, encoder_of
-from features.storage.files import zarr_store
+from features.storage.column import (
+    Column,
+    create_column,
+    dequantise,
+    describe_column,
+    encoder_of,
+)
 from features.storage.groups import publish
+from features.storage.manifest import write_manifest
 from features.storage.place import Place
 from features.storage.remote import check_writable
-from features.store import FORMAT_VERSION, NUMBERS, FeatureStore, create_group, key_hashes
+from features.storage.rows import NUMBERS, RowArray, write_block, write_store_manifest
+from features.store import FORMAT_VERSION, FeatureStore, create_group, key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.blocks import Block, Layout, Rows, chunks_of
@@ -59,7 +67,8 @@ class StoreRows:
             source=store.source,
             keys_sha256=store.keys_sha256,
         )
-        self._group = zarr.open_group(zarr_store(store.path), mode="r", zarr_format=3)
+        self._columns = {column.name: column for column in columns}
+        self._status = {column.name: column.status() for column in columns}
 
     @property
     def stamp(self) -> str:
@@ -85,11 +94,14 @@ class StoreRows:
         return block
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        try:
-            return np.asarray(self._group[name][start:stop])  # type: ignore[index]
-        except ValueError as error:  # so zarr calls a checksum that does not fit
-            where = f"{self.store.path / name}, rows {start} to {stop - 1},"
-            raise StoreCorruptError(where, str(error)) from error
+        owner, _, part = name.rpartition("/")
+        if (column := self._columns.get(owner)) is None:
+            return self.store.values(name, start, stop)
+        if part == "status":
+            return self._status[owner][start:stop]
+        return (
+            column.read_scale(start, stop) if part == "scale" else column.read_stored(start, stop)
+        )
 
 
 def complete_columns(store: FeatureStore) -> list[Column]:
@@ -208,16 +220,17 @@ def write_parts(
 class _Writer:
     def __init__(self, folder: Path, layout: Layout, *, done: int) -> None:
         self._layout = layout
+        self._folder = folder
         self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
-        self._columns = [Column(folder, name) for name in layout.columns]
+        self._columns = [Column(folder, name, keys=self._key_files) for name in layout.columns]
         self._keys = KeyCheck(layout.rows)
         for chunk in range(done):
-            self._keys.add(np.asarray(self._group["key"][self._rows(chunk)]))  # type: ignore[index]
+            self._keys.add(self._written_keys(chunk))
 
     def write(self, chunk: int, block: Block) -> None:
         self._keys.add(block["key"])
-        for name in self._layout.names:
-            self._group[name][self._rows(chunk)] = block[name]  # type: ignore[index]
+        rows = {name: block[name] for name in self._layout.names}
+        write_block(self._group, rows, self._rows(chunk).start)
         for column in self._columns:
             features, status = (block[f"{column.name}/{each}"] for each in ("features", "status"))
             column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
@@ -225,7 +238,8 @@ class _Writer:
     def finish(self, origin: object) -> None:
         if repeated := self._keys.repeated():
             first, again = repeated[0]
-            key = str(self._group["key"][first])  # type: ignore[index]
+            size = self._layout.rows_per_chunk
+            key = str(self._written_keys(first // size)[first % size])
             raise SourceError(
                 f"Of {origin} rows {first} and {again} both have the key {key!r}. Unique keys "
                 f"were expected. Take them from elsewhere (`--take key=…`), or let stores that are "
@@ -238,9 +252,20 @@ class _Writer:
                 f"again."
             )
         self._group.attrs["keys_sha256"] = self._keys.sha256
+        chunks = -(-self._layout.rows // self._layout.rows_per_chunk)
+        write_store_manifest(self._folder, self._layout.names, chunks)
         for column in self._columns:
             if unusable := int((column.status() != Status.OK).sum()):
                 logger.warning("%s: %d rows quarantined", column.name, unusable)
+
+    def _written_keys(self, chunk: int) -> np.ndarray:
+        layout, rows = self._layout, self._rows(chunk)
+        keys = RowArray(self._folder, "key", layout.rows, layout.rows_per_chunk, None)
+        return keys.read(rows.start, rows.stop)
+
+    def _key_files(self, chunk: int) -> list[int]:
+        file = self._folder / "key" / "c" / str(chunk)
+        return [zlib.crc32(file.read_bytes())]
 
     def _rows(self, chunk: int) -> slice:
         size = self._layout.rows_per_chunk
@@ -260,7 +285,8 @@ def _create(folder: Path, layout: Layout) -> zarr.Group:
         group.require_group(encoder).attrs.update(dict(fingerprint))
     for name, dim in layout.columns.items():
         dtype = "int8" if name in layout.scaled else "float16"
-        create_column(group.require_group(name), rows, dim, size, dtype=dtype)
+        arrays = create_column(group.require_group(name), rows, dim, size, dtype=dtype)
+        write_manifest(folder, describe_column(folder, name, arrays), name)
     return group
 
 

@@ -20,7 +20,7 @@ import zarr
 from evaluate.measures.alignment import AlignmentSettings, alignment_values
 from features.status import Status
 from features.storage.column import create_column
-from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+from features.store import FORMAT, FeatureStore
 from tests.benchmarks.figure import Figure, figure_of
 from tests.peak_memory import peak_bytes_of
 
@@ -55,12 +55,12 @@ def measure(rows: int = ROWS) -> list[Figure]:
 
 def store_of(path: Path, rows: int) -> FeatureStore:
     """Write a store of features alone."""
-    about = {"format": FORMAT, "format_version": FORMAT_VERSION, "keys_sha256": "", "source": {}}
+    about = {"format": FORMAT, "format_version": 1, "keys_sha256": "", "source": {}}
     shape = {"rows": rows, "rows_per_chunk": ROWS_PER_CHUNK}
     group = zarr.create_group(path, attributes=about | shape)
     dims = {IMAGE: IMAGE_DIM, TEXT: TEXT_DIM}
     for name, dim in dims.items():
-        create_column(group.create_group(name), rows, dim, ROWS_PER_CHUNK)
+        create_column(group.create_group(name), rows, dim, ROWS_PER_CHUNK, identified=False)
     store = FeatureStore.open(path)
     generator = np.random.default_rng(0)
     mixes = {

@@ -22,7 +22,7 @@ import zarr
 from numpy.lib.format import open_memmap
 
 from evaluate.nearest import nearest_neighbours, open_search
-from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+from features.store import FORMAT, FeatureStore
 from tests.benchmarks.figure import Figure, figure_of
 
 ROWS, DIM, QUERIES, TOP, SHOWN, ROWS_AT_ONCE = 1_000_000, 768, 50, 10, 24, 65_536
@@ -73,7 +73,7 @@ def measure(rows: int = ROWS) -> list[Figure]:
 
 def store_of(path: Path, rows: int) -> FeatureStore:
     """Write a store with keys and captions of sixty characters, and no features."""
-    about = {"format": FORMAT, "format_version": FORMAT_VERSION, "keys_sha256": "", "source": {}}
+    about = {"format": FORMAT, "format_version": 1, "keys_sha256": "", "source": {}}
     group = zarr.create_group(path, attributes=about | {"rows": rows, "rows_per_chunk": 4096})
     for name in ("key", "caption/long"):
         array = group.create_array(name, shape=(rows,), chunks=(4096,), dtype="string")

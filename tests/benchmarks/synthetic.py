@@ -10,7 +10,7 @@ from features.index import build_index
 from features.sources.tables import FolderSource
 from features.status import Status
 from features.storage.column import Column, create_column
-from features.store import FORMAT, FORMAT_VERSION, FeatureStore
+from features.store import FORMAT, FeatureStore
 from tests import tiny
 
 
@@ -71,21 +71,22 @@ def linked_store(
 ) -> FeatureStore:
     """Write a store of any size in little space: every chunk is a link to the first of its column.
 
-    It has no keys and no captions (both read as empty strings).
+    Only its features and status are there: it is of version 1, with nothing that says which chunk
+    is which, and without keys and captions.
     """
     chunks = max(2, round(gigabytes * 1e9 / (2 * (image_dim + text_dim) * rows_per_chunk)))
     rows = chunks * rows_per_chunk
     group = zarr.create_group(path)
     for name in ("key", "caption/0"):
-        group.create_array(name, shape=(rows,), chunks=(rows_per_chunk,), dtype="string")
+        create_row_array(group, name, rows, rows_per_chunk, None, checked=False)
     for name, dim in (("image/synthetic", image_dim), ("text/synthetic", text_dim)):
         encoder = group.create_group(name, attributes={"model": "synthetic"})
         arrays = encoder if name.startswith("image") else encoder.create_group("0")
-        create_column(arrays, rows, dim, rows_per_chunk)
+        create_column(arrays, rows, dim, rows_per_chunk, identified=False)
     group.attrs.update(
         {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": 1,
             "rows": rows,
             "rows_per_chunk": rows_per_chunk,
             "keys_sha256": "",

@@ -24,6 +24,7 @@ from pipeline.run.config import RunConfig, load_config
 from pipeline.run.extract import extract
 from tests import tiny
 from tests.commands import sail, the_error_of
+from tests.feature_stores import as_version_1
 
 MEASURED = {
     ("image", "store"),
@@ -122,6 +123,7 @@ def test_features_that_are_not_those_of_their_rows_are_found(run_file: Path, cop
     features = zarr.open_group(store, mode="r+")["image/vit/features"]
     assert isinstance(features, zarr.Array)
     features[:] = np.roll(np.asarray(features[:]), 1, axis=0)
+    as_version_1(store)
     result = sail("eval", run_file, "--check", "--set", copied, expect=1)
     assert "image embeddings over store (encoded now against as stored)" in result.stderr
     assert "text embeddings" not in result.stderr

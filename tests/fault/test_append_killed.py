@@ -91,7 +91,7 @@ class Expected:
 
         Rows that are ok have these features, and the keys are the first of these.
         """
-        assert [fault for fault in verify_store(path) if "is not done" not in fault] == []
+        assert [fault for fault in verify_store(path) if "to finish it." not in fault] == []
         store = FeatureStore.open(path)
         assert store.keys().tolist() == self.keys[: store.rows]
         for name, expected in self.features.items():

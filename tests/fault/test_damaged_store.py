@@ -14,10 +14,10 @@ from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
-from pipeline.stores.verify import verify_store
+from pipeline.stores.verify import find_faults, verify_store
 from tests import tiny
 from tests.commands import sail
-from tests.feature_stores import on_disk
+from tests.feature_stores import as_version_1, on_disk
 
 
 @pytest.fixture
@@ -50,16 +50,18 @@ def test_verify_names_a_damaged_chunk(
     damage: Callable[[Path], None], words: str, column: Column
 ) -> None:
     damage(on_disk(column.features_file(1)))
-    (fault,) = verify_store(on_disk(column.path).parents[1])
-    assert str(column.features_file(1)) in fault
-    assert words in fault
-    assert "run `sail extract` again" in fault
+    (fault,) = find_faults(on_disk(column.path).parents[1])
+    assert fault.place == str(column.features_file(1))
+    assert words in fault.what
+    assert "Run `sail repair`" in fault.remedy
 
 
 def test_verify_names_keys_that_occur_twice_and_keys_that_were_changed(column: Column) -> None:
     store = on_disk(column.path).parents[1]
     keys = zarr.open_array(store / "key", mode="r+")
     keys[[7, 11, 12]] = np.array([keys[2], keys[2], "other"], dtype=np.dtypes.StringDType())
+    assert [fault.place for fault in find_faults(store)] == [str(store / "key" / "c" / "1")]
+    as_version_1(store)
     first, second, changed = verify_store(store)
     assert first.startswith("row 7: the key 'train-0/00002' occurs twice")
     assert second.startswith("row 11: the key 'train-0/00002' occurs twice")

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from features.store import FeatureStore
 from pipeline.cli import cli
 from tests.commands import sail
-from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
+from tests.feature_stores import IMAGE, TEXT, as_version_1, make_store, on_disk
 
 RECIPE = f"""
 [run]
@@ -73,7 +73,7 @@ def cut_off(file: Path) -> None:
     ("damage", "words"),
     [
         (flip_a_bit, "its crc32c does not match its bytes"),
-        (cut_off, "the file is cut off"),
+        (cut_off, "bytes, not"),
         (Path.unlink, "the file is missing although its rows are done"),
     ],
 )
@@ -101,6 +101,7 @@ def test_stores_in_another_order_are_refused_by_the_first_key_and_joined_when_re
     keys[[3, 4]] = keys[[4, 3]]
     group["key"][:] = keys  # type: ignore[index]
     group.attrs["keys_sha256"] = "0" * 64
+    as_version_1(tmp_path / "texts.zarr")
     refused(
         align(tmp_path, f"text_store={tmp_path / 'texts.zarr'}"),
         "have not the same rows: row 3 is 'shard/000003' in the one",
@@ -130,6 +131,7 @@ def test_a_caption_field_of_another_width_is_refused(tmp_path: Path) -> None:
     target = on_disk(store.path) / "text" / TEXT / "long"
     target.rename(tmp_path / "long")
     field.rename(target)
+    as_version_1(on_disk(store.path))
     refused(align(tmp_path), "text/reader/long has dim = 11, but", "text/reader/bare has 10")
 
 

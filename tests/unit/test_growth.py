@@ -18,7 +18,7 @@ from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from pipeline.stores.verify import verify_store
 from tests import tiny
-from tests.feature_stores import StopBeforeChunks
+from tests.feature_stores import StopBeforeChunks, as_version_1
 
 
 def extracted(run_file: Path, *overrides: str, append: bool = False) -> FeatureStore:
@@ -77,7 +77,8 @@ def test_a_further_caption_field_is_computed_and_nothing_else(
     assert {name for name, _ in written} == {"text/bert/long"}
     assert store.fields == ("long", "short")
     after = files(store.path)
-    assert {name for name in before if after[name] != before[name]} == {"zarr.json"}  # its source
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"zarr.json", "manifest/zarr.json"}  # its source
     whole = extracted(
         run_file, "data.train.captions=['short','long']", f"run.dir='{tmp_path / 'fresh'}'"
     )
@@ -134,7 +135,8 @@ def test_shards_that_sort_before_come_behind_all_the_same(tmp_path: Path) -> Non
     order = [str(shards / f"train-{name}.tar") for name in ("0", "1", "00")]
     fresh = extracted(run_file, f"data.train.path={order}", f"run.dir='{tmp_path / 'fresh'}'")
     there, made = files(store.path), files(fresh.path)
-    assert {name for name in made if made[name] != there[name]} == {"zarr.json"}  # its source
+    changed = {name for name in made if made[name] != there[name]}
+    assert changed == {"zarr.json", "manifest/zarr.json"}  # its source
     assert there.keys() == made.keys()
 
 
@@ -196,6 +198,8 @@ def test_a_store_that_was_killed_while_it_grew_has_its_old_rows(tmp_path: Path) 
     run_file = tiny.world(tmp_path, rows=42)
     store = extracted(run_file)
     captions = store.captions("long").tolist()
+    assert isinstance(store.path, Path)
+    as_version_1(store.path)
     for name in ("key", "caption/long", "label", "group", "image/vit/status"):
         array = zarr.open_array(store.path / name, mode="r+")
         array.resize((55,))

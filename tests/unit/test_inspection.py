@@ -120,7 +120,7 @@ def test_chunks_that_are_not_done_are_pending_and_not_measured(store: FeatureSto
 def test_damaged_features_are_told_in_one_line(store: FeatureStore) -> None:
     file = on_disk(store.column(EYE).features_file(2))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    with pytest.raises(StoreCorruptError, match=r"image/eye/features is damaged"):
+    with pytest.raises(StoreCorruptError, match=r"image/eye/features/c/2/0 is damaged"):
         describe_store(store.path)
     assert "is damaged" in the_error_of(sail("inspect", store.path, expect=1))
 

@@ -19,7 +19,7 @@ from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.stores.convert import convert_store
-from tests.feature_stores import IMAGE, TEXT, make_store
+from tests.feature_stores import IMAGE, TEXT, as_version_1, make_store, on_disk
 
 SMALL, LARGE = 24_000, 10 * MIB  # bytes: some chunks of the stores below, all of them
 
@@ -126,6 +126,7 @@ def other_keys(store: FeatureStore, keys: list[str]) -> FeatureStore:
     writable = zarr.open_group(store.path, mode="r+")
     writable["key"][:] = np.array(keys, dtype=np.dtypes.StringDType())  # type: ignore[index]
     writable.attrs["keys_sha256"] = "0" * 64
+    as_version_1(on_disk(store.path))
     return FeatureStore.open(store.path)
 
 

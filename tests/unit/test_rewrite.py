@@ -19,7 +19,7 @@ from pipeline.stores.merge import merge_stores, rechunk_store, reorder_store
 from pipeline.stores.subset import Choice, subset_store
 from pipeline.stores.verify import verify_store
 from tests.commands import sail, the_error_of
-from tests.feature_stores import IMAGE, TEXT, make_store, on_disk
+from tests.feature_stores import IMAGE, TEXT, as_version_1, make_store, on_disk
 
 GO_ON = StopRequest()
 EYE = f"image/{IMAGE}"
@@ -28,7 +28,7 @@ EYE = f"image/{IMAGE}"
 def numbered(
     store: FeatureStore, name: str, values: Sequence[int], class_names: list[str] | None = None
 ) -> None:
-    """Give a store labels or groups."""
+    """Give a store labels or groups; call `FeatureStore.open` again."""
     group = zarr.open_group(on_disk(store.path), mode="r+")
     array = group.create_array(
         name, shape=(store.rows,), chunks=(store.rows_per_chunk,), dtype="int32", fill_value=-1
@@ -36,6 +36,7 @@ def numbered(
     array[:] = np.array(values, dtype=np.int32)
     if class_names:
         array.attrs["class_names"] = class_names
+    as_version_1(on_disk(store.path))
 
 
 def rekeyed(path: Path, **options: int) -> FeatureStore:
@@ -46,6 +47,7 @@ def rekeyed(path: Path, **options: int) -> FeatureStore:
     group["key"][:] = np.array(keys, dtype=np.dtypes.StringDType())  # type: ignore[index]
     digest = hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
     group.attrs["keys_sha256"] = digest
+    as_version_1(path)
     return FeatureStore.open(path)
 
 
@@ -151,6 +153,7 @@ def test_stores_that_differ_are_refused_and_what_differs_is_named(
             merge_stores([store.path, other.path], tmp_path / "both.zarr", GO_ON)
     other = make_store(tmp_path / "c.zarr", rows=10)
     zarr.open_group(tmp_path / "c.zarr" / EYE, mode="r+").attrs["pooling"] = "cls"
+    as_version_1(tmp_path / "c.zarr")
     with pytest.raises(StoreError, match=r"c.zarr has image/eye: pooling = 'cls'.* has None"):
         merge_stores([store.path, other.path], tmp_path / "both.zarr", GO_ON)
 
@@ -294,11 +297,12 @@ def test_a_store_that_is_not_done_is_refused(store: FeatureStore, tmp_path: Path
 
 def shuffled(path: Path, rows: int) -> FeatureStore:
     """Make a store of the rows of `s.zarr`, and more, whose keys stand in a random order."""
-    store = make_store(path, rows=rows, bad_images=(0, 17), bad_captions=((3, 0),))
+    make_store(path, rows=rows, bad_images=(0, 17), bad_captions=((3, 0),))
     order = np.random.default_rng(1).permutation(rows)
     keys = np.array([f"shard/{row:06d}" for row in order], dtype=np.dtypes.StringDType())
     zarr.open_group(path, mode="r+")["key"][:] = keys  # type: ignore[index]
-    return store
+    as_version_1(path)
+    return FeatureStore.open(path)
 
 
 @pytest.mark.parametrize("memory_mb", [1, 1000])
