@@ -134,7 +134,7 @@ class Store:
         for place in sorted(set().union(*metadata)):
             about = self.document(place)
             if about is not None and digest(about) not in [each.get(place) for each in metadata]:
-                self.fault(place, "it is not what the manifest says")
+                self.fault(place, f"it is another one than {self.path / name} speaks of")
         return versions
 
     def rows(self, versions: list[dict[str, Any]]) -> list[list[int]]:
@@ -179,8 +179,9 @@ class Store:
     def column(self, name: str, rows: int, size: int, keys: list[list[int]]) -> None:
         """Check a column: each chunk is whole, is the one of its place, and is what rows can be."""
         versions = self.manifest(name)
-        about = self.document(f"{name}/features/zarr.json") if versions else None
-        if about is None:
+        metadata = f"{name}/features/zarr.json"
+        about = self.document(metadata) if versions else None
+        if about is None or digest(about) not in [it["metadata"].get(metadata) for it in versions]:
             self.expected |= {self.name_of(file) for file in (self.path / name).rglob("*")}
             return
         encoder = "/".join(name.split("/")[:2]) + "/zarr.json"
@@ -245,7 +246,8 @@ class Store:
         """Check every file."""
         root = self.document("zarr.json")
         versions = self.manifest("")
-        if root is None or not versions:
+        said = [each["metadata"].get("zarr.json") for each in versions]
+        if root is None or digest(root) not in said:
             return
         about = root.get("attributes", {})
         if (about.get("format"), about.get("format_version")) != ("sail-features", 2):

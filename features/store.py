@@ -39,6 +39,7 @@ from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
 from features.storage.identity import Keys
 from features.storage.manifest import (
+    FILE,
     METADATA,
     Contents,
     Manifest,
@@ -118,6 +119,10 @@ class FeatureStore:
         attributes = document["attributes"]
         found = (attributes.get("format"), attributes.get("format_version"))
         if found not in [(FORMAT, version) for version in READABLE]:
+            if is_file(path / FILE):
+                raise StoreCorruptError(
+                    path / METADATA, f"it is not that of a store, but {path / FILE} is there"
+                )
             raise StoreError(
                 f"{path} has format {found[0]!r}, version {found[1]!r}. This program reads "
                 f"{FORMAT!r}, versions 1 and {FORMAT_VERSION}. Check the path, or extract again."
@@ -126,7 +131,7 @@ class FeatureStore:
         if found[1] != 1:
             manifest = Manifest.open(path)
             if manifest is None:
-                raise StoreCorruptError(path / "manifest" / METADATA, "the file is missing")
+                raise StoreCorruptError(path / FILE, "the file is missing")
             manifest.check("", document)
         _check_attributes(path, attributes)
         return cls(path, document, manifest)
@@ -542,10 +547,10 @@ def _write(
         )
         its_own = Manifest.open(store.path, name)
         if manifest is not None and its_own is not None:
-            new = describe(folder, [f"{name}/{array}" for array in arrays], {})
+            longer_ones = describe(folder, [f"{name}/{array}" for array in arrays], {})
             now = its_own.contents
-            after = now | {"metadata": now["metadata"] | new["metadata"]}
-            manifests[name] = (now, after)
+            metadata = now["metadata"] | longer_ones["metadata"]
+            manifests[name] = (now, now | {"metadata": metadata})
     return manifests
 
 

@@ -74,9 +74,8 @@ class ListedRows:
     source: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
 
-    @property
-    def rows(self) -> int:
-        return len(self.values["key"])
+    def __post_init__(self) -> None:
+        self.rows = len(self.values["key"])
 
     @property
     def row_arrays(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zarr
 
 from align.columns import open_columns
 from align.config import AlignConfig, HeadConfig
@@ -56,5 +55,9 @@ def spoil(store: FeatureStore, config: AlignConfig, step: int) -> None:
     before = {key for each in range(step) for key in loader.keys(each, size)}
     late = [key for key in loader.keys(step, size)[size // 2 :] if key not in before]
     row = store.keys().tolist().index(late[0])
-    features = zarr.open_array(Path(str(columns[0].image.path)) / "features", mode="r+")
-    features[row] = np.nan
+    column = store.column(f"image/{IMAGE}")
+    chunk, offset = divmod(row, column.rows_per_chunk)
+    start = chunk * column.rows_per_chunk
+    features = column.read(start, start + column.rows_per_chunk)
+    features[offset] = np.nan
+    column.write(chunk, features, column.chunk_status(chunk))

@@ -131,7 +131,11 @@ class Manifest:
         """
         name = f"{path}/{METADATA}" if path else METADATA
         if digest_of(document) not in [each["metadata"].get(name) for each in self._versions]:
-            raise StoreCorruptError(self._store / name, "it is not what the manifest says")
+            said_by = _below(self._store, self._path, FILE)
+            raise StoreCorruptError(
+                self._store / name,
+                f"it is another one than {said_by} speaks of, or that is damaged",
+            )
 
     def files(self, array: str, chunk: int) -> list[File]:
         """Return what a file of a row array may be: one, or two while the store grows."""

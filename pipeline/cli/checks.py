@@ -135,7 +135,9 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
 def verify(store: str, seal: bool, as_json: bool) -> None:
-    """Read every file of a store: identities, checksums, counts, keys. Exit 1 with what is wrong.
+    """Check every file of a store; exit 1 with what is wrong.
+
+    Identities, checksums, lengths, counts and keys are checked.
 
     A store of format version 1 says of no chunk which one it is: in it a chunk in the place of
     another is not found. With --seal it is verified, and then every chunk gets its identity.

@@ -277,7 +277,9 @@ def reorder(store: Any, like: Any, memory_mb: int, out: Any, as_json: bool) -> N
 )
 @json_option
 def repair(store: Any, run: str | None, as_json: bool) -> None:
-    """Write again the chunks that `sail verify` names, and no others.
+    """Write again what `sail verify` finds damaged.
+
+    Only these files are written.
 
     Features are encoded again from the sources of the run, to the same bytes; keys, captions,
     labels and metadata come from its index. Exit 1 with what could not be repaired.

@@ -6,6 +6,7 @@ from typing import Any
 import dask.array
 import numpy as np
 from dask.base import compute
+from dask.delayed import delayed
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from PIL import Image
 from rich.text import Text
@@ -111,7 +112,7 @@ def _features(column: Column, chunks: Int64[np.ndarray, "chunks"]) -> Any:
     size = column.rows_per_chunk
     blocks = [
         dask.array.from_delayed(
-            dask.delayed(column.read)(chunk * size, (chunk + 1) * size),
+            delayed(column.read)(chunk * size, (chunk + 1) * size),
             (column.chunk_rows(chunk), column.dim),
             np.float16,
         )

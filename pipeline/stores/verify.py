@@ -74,12 +74,11 @@ def find_faults(path: Place) -> list[Fault]:
     columns = []
     for name in _columns_there(store):
         faults += _metadata_faults(store, name)
-        column, error = _tried(lambda name=name: store.column(name))  # type: ignore[misc]
-        if column is None:
-            faults += [error] if error else []
-            continue
-        columns.append(column)
-        faults += _column_faults(column)
+        column, fault = _tried(lambda name=name: store.column(name))  # type: ignore[misc]
+        faults += [fault] if fault else []
+        if column is not None:
+            columns.append(column)
+            faults += _column_faults(column)
     return [*dict.fromkeys([*faults, *_files_too_many(store, columns)])]
 
 
@@ -114,7 +113,7 @@ def seal_store(path: Path) -> list[Fault]:
         for chunk in range(column.num_chunks):
             files = {"features": column.features_file, "status": column.status_file}
             files |= {"scale": column.scale_file} if column.is_scaled else {}
-            crcs = {part: crc32c_behind(file(chunk)) for part, file in files.items()}
+            crcs = {part: crc32c_behind(Path(str(file(chunk)))) for part, file in files.items()}
             identities.write(chunk, **({"scale": 0} | crcs))
         write_manifest(path, about, name)
     write_manifest(path, contents)

@@ -1,16 +1,18 @@
 """Stores of any size with synthetic features, written through the store's own code."""
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zarr
 
 from features.index import build_index
 from features.sources.tables import FolderSource
 from features.status import Status
-from features.storage.column import Column, create_column
-from features.store import FORMAT, FeatureStore
+from features.storage.column import Column
+from features.store import FeatureStore
 from tests import tiny
 
 
@@ -71,29 +73,13 @@ def linked_store(
 ) -> FeatureStore:
     """Write a store of any size in little space: every chunk is a link to the first of its column.
 
-    Only its features and status are there: it is of version 1, with nothing that says which chunk
-    is which, and without keys and captions.
+    Keys and captions are empty strings.
     """
     chunks = max(2, round(gigabytes * 1e9 / (2 * (image_dim + text_dim) * rows_per_chunk)))
-    rows = chunks * rows_per_chunk
-    group = zarr.create_group(path)
-    for name in ("key", "caption/0"):
-        create_row_array(group, name, rows, rows_per_chunk, None, checked=False)
-    for name, dim in (("image/synthetic", image_dim), ("text/synthetic", text_dim)):
-        encoder = group.create_group(name, attributes={"model": "synthetic"})
-        arrays = encoder if name.startswith("image") else encoder.create_group("0")
-        create_column(arrays, rows, dim, rows_per_chunk, identified=False)
-    group.attrs.update(
-        {
-            "format": FORMAT,
-            "format_version": 1,
-            "rows": rows,
-            "rows_per_chunk": rows_per_chunk,
-            "keys_sha256": "",
-            "source": {},
-        }
-    )
-    store = FeatureStore.open(path)
+    rows = _EmptyRows(chunks * rows_per_chunk)
+    store = FeatureStore.create(path, rows, rows_per_chunk=rows_per_chunk)
+    store.add_encoder("image/synthetic", {"model": "synthetic"}, dim=image_dim)
+    store.add_encoder("text/synthetic", {"model": "synthetic"}, dim=text_dim)
     random = np.random.default_rng(0)
     for name in store.columns():
         column = store.column(name)
@@ -104,8 +90,26 @@ def linked_store(
     return store
 
 
+@dataclass
+class _EmptyRows:
+    rows: int
+    source: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    row_arrays: tuple[str, ...] = ("key", "caption/0")
+
+    def blocks(
+        self, names: Sequence[str], rows: int, *, first: int = 0
+    ) -> Iterator[dict[str, list[str]]]:
+        for start in range(first, self.rows, rows):
+            yield dict.fromkeys(names, [""] * (min(start + rows, self.rows) - start))
+
+
 def _link_chunks(column: Column) -> None:
+    assert column.identities is not None
+    first_one = column.identities.of(0)
     for chunk in range(1, column.num_chunks):
+        crcs = {"features": first_one.features, "scale": 0, "status": first_one.status}
+        column.identities.write(chunk, **crcs)
         for file, first in [
             (column.features_file(chunk), column.features_file(0)),
             (column.status_file(chunk), column.status_file(0)),

@@ -17,6 +17,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from tests import tiny
+from tests.feature_stores import as_version_1
 from tests.photographs import as_jpeg, sideways, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +118,7 @@ def test_a_store_from_before_modes_and_layers_counts_as_exact_and_last(tmp_path:
     for name in ("mode", "upright", "layer"):
         del group["attributes"][name]
     about.write_text(json.dumps(group))
+    as_version_1(tmp_path / "run" / "features" / "train.zarr")
     (tmp_path / "run" / "encoders.json").unlink()
     extracted(run_file)
     with pytest.raises(StoreMismatchError, match=NOT_FAST):
