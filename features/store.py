@@ -113,7 +113,7 @@ class FeatureStore:
             StoreError: What is there is not a feature store of a format that is read.
             StoreCorruptError: Its metadata or its manifest are damaged.
         """
-        if not is_file(path / METADATA):
+        if not is_file(path / METADATA) and not is_file(path / FILE):
             raise StoreNotFoundError(path)
         document = read_metadata(path / METADATA, "group")
         attributes = document["attributes"]

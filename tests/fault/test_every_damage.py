@@ -28,7 +28,7 @@ from tests.feature_stores import as_version_1, make_store
 
 ROOT = Path(__file__).parents[2]
 EXTRA = "a file beside it"
-FLIPS = 30
+FLIPS = 20
 """Bits of each file that are flipped, one at a time."""
 
 
