@@ -30,6 +30,7 @@ from align.heads import HEADS, AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
+from features.storage.synchronise import make_folder, synchronise, synchronise_all
 
 FORMAT = "sail-head"
 FORMAT_VERSION = 1
@@ -221,7 +222,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: The checkpoint is of a training with other settings or features.
         """
-        self._steps.mkdir(parents=True, exist_ok=True)
+        make_folder(self._steps)
         if not self.last.is_symlink():
             self._clean()
             return None
@@ -276,7 +277,7 @@ class CheckpointFolder:
         target = self._folder(snapshot.step)
         shutil.rmtree(target, ignore_errors=True)  # nothing points to it: see `resume`
         partial.rename(target)
-        _sync(self._steps)
+        synchronise(self._steps)
 
     def _write_files(
         self, partial: Path, snapshot: Snapshot, state: dict[str, Tensor] | None
@@ -287,8 +288,7 @@ class CheckpointFolder:
             save_file(state, partial / STATE)
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **snapshot.metadata}
         write_json(partial / CONFIG, metadata)
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
+        synchronise_all(partial)
 
     def _point(self, link: Path, step: int) -> None:
         target = self._folder(step).relative_to(self.run_dir)
@@ -298,7 +298,7 @@ class CheckpointFolder:
         partial.unlink(missing_ok=True)
         partial.symlink_to(target, target_is_directory=True)
         partial.replace(link)
-        _sync(self.run_dir)
+        synchronise(self.run_dir)
 
     def _clean(self) -> None:
         """Remove every folder but those pointed to, and the state of one that is only the best."""
@@ -311,12 +311,3 @@ class CheckpointFolder:
 
     def _folder(self, step: int) -> Path:
         return self._steps / f"step-{step:08d}"
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

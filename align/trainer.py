@@ -49,6 +49,7 @@ from align.processes import Ring
 from align.windows import MIB, shares
 from features.errors import TrainingError
 from features.storage.files import write
+from features.storage.synchronise import make_folder, synchronise
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         _cut_back(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
+        synchronise(run_dir)
         self._board = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -147,6 +149,10 @@ class MetricsLog:
         for name, value in values.items():
             name = name if "/" in name else f"train/{name}"
             self._board.add_scalar(name, value, step)
+
+    def synchronise(self) -> None:
+        """See every line on the disk, before a checkpoint of the same step."""
+        synchronise(self.path)
 
     def close(self) -> None:
         """Write what is left."""
@@ -350,15 +356,19 @@ class Training:
             self.scores_since_best = 0
             self.best = self.snapshot() if self.ring.leads else None
 
-    def save(self) -> None:
+    def save(self, log: MetricsLog | None) -> None:
         """Write a checkpoint that this training can go on from; all processes wait for it.
+
+        Args:
+            log: Of the first of several processes; its lines are on the disk before.
 
         Raises:
             TrainingError: A weight is not finite, as after a gradient that was not.
             CheckpointError: It cannot be written.
         """
         self.check_loss()
-        if self.ring.leads:
+        if log is not None:
+            log.synchronise()
             snapshot = self.snapshot()
             if not all(weight.isfinite().all() for weight in snapshot.weights.values()):
                 raise self._not_finite("update", self.step)
@@ -460,7 +470,7 @@ def _run_steps(
             stop, save = map(bool, ring.greatest(should_stop(), due))
             if stop or save:
                 with timer.saving():
-                    training.save()
+                    training.save(log)
                 meter.restart()
             on_step(training.step, training.total_steps, note)
 

@@ -181,7 +181,10 @@ class Store:
         versions = self.manifest(name)
         metadata = f"{name}/features/zarr.json"
         about = self.document(metadata) if versions else None
-        if about is None or digest(about) not in [it["metadata"].get(metadata) for it in versions]:
+        said = [it["metadata"].get(metadata) for it in versions]
+        if about is None or digest(about) not in said:
+            if versions and None in said:
+                self.fault(f"{name}/manifest/zarr.json", f"it does not speak of {metadata}")
             self.expected |= {self.name_of(file) for file in (self.path / name).rglob("*")}
             return
         encoder = "/".join(name.split("/")[:2]) + "/zarr.json"

@@ -449,8 +449,9 @@ def _approximate_search(embeddings: Float16[np.ndarray, "rows dim"], path: Path)
         reference, generator = partial(blocks_of, embeddings), np.random.default_rng(0)
         name = f"IVF{LISTS},SQ8"
         built = _built(reference, embeddings.shape, name, LEARNED_FROM, generator)
-        with appearing(path) as partial_file:
-            faiss.write_index(built, str(partial_file))
+        with appearing(path) as partial_path, partial_path.open("wb") as file:
+            # Given a path, it only prints that its last write has failed.
+            faiss.write_index(built, faiss.PyCallbackIOWriter(file.write, 1 << 20))
     index = faiss.read_index(str(path))
     lists = faiss.extract_index_ivf(index)
     lists.parallel_mode = 1  # over the lists of one query, not over queries

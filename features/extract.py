@@ -169,12 +169,15 @@ def prefetch(
 
 
 class Writer:
-    """Writes chunks on a thread of its own; at most two wait, then `put` does."""
+    """Writes chunks on threads of its own: one waits for the disk while the other copies.
+
+    At most two chunks wait or are written, then `put` waits.
+    """
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(2)
+        self._waiting: deque[Future[float]] = deque()
 
     def __enter__(self) -> "Writer":
         return self
@@ -183,7 +186,7 @@ class Writer:
         self._pool.shutdown(wait=True)
         if exception[0] is None:
             for future in self._waiting:
-                future.result()  # a full disk is an error, not a warning
+                self._phases.write += future.result()  # a full disk is an error, not a warning
 
     def put(
         self,
@@ -194,13 +197,13 @@ class Writer:
     ) -> None:
         """Hand over a chunk; its arrays must not be changed afterwards."""
         while len(self._waiting) >= 2:
-            self._waiting.popleft().result()
+            self._phases.write += self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(self._write, column, chunk, features, status))
 
-    def _write(self, column: Column, chunk: int, features: np.ndarray, status: np.ndarray) -> None:
+    def _write(self, column: Column, chunk: int, features: np.ndarray, status: np.ndarray) -> float:
         started = time.perf_counter()
         column.write(chunk, features, status)
-        self._phases.write += time.perf_counter() - started
+        return time.perf_counter() - started
 
 
 def _caption_status(

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 from jaxtyping import Float32, Num
-from numpy.lib.format import open_memmap
 
 from features.errors import EncoderError, SourceError
 from features.sources.base import IMAGE_SUFFIXES
-from features.storage.files import appearing, replacing_folder
+from features.storage.files import appearing, delete, replacing_folder
 from pipeline.interrupt import StopRequest
 from pipeline.run.aligned import Aligned
 from pipeline.run.cpu import usable_processors
+from pipeline.stores.npy import write_header
 
 logger = logging.getLogger(__name__)
 ITEMS_AT_ONCE = 1024
@@ -140,15 +140,15 @@ def _writer(out: Path) -> Callable[[Path, Blocks, int, int], None]:
 
 
 def _write_npy(out: Path, blocks: Blocks, count: int, dim: int) -> None:
-    with appearing(out) as partial, appearing(out.with_suffix(".names.txt")) as partial_names:
-        array = open_memmap(partial, "w+", dtype="<f4", shape=(count, dim))
-        start = 0
-        with partial_names.open("w", encoding="utf-8") as names_file:
-            for names, embeddings in blocks:
-                array[start : start + len(names)] = embeddings
-                names_file.writelines(f"{name}\n" for name in names)
-                start += len(names)
-        array.flush()
+    with appearing(out) as partial, partial.open("wb") as file:
+        write_header(file, "<f4", (count, dim))
+        with appearing(out.with_suffix(".names.txt")) as partial_names:
+            with partial_names.open("w", encoding="utf-8") as names_file:
+                for names, embeddings in blocks:
+                    file.write(np.ascontiguousarray(embeddings, dtype="<f4").data)
+                    names_file.writelines(f"{name}\n" for name in names)
+            file.flush()
+            delete(out)  # so that embeddings never lie beside the names of others
 
 
 def _write_parquet(out: Path, blocks: Blocks, _count: int, dim: int) -> None:

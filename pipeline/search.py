@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int64
-from numpy.lib.format import open_memmap
 
 from evaluate.embedder import Embedder
 from evaluate.nearest import blocks_of, nearest_neighbours
@@ -19,6 +18,7 @@ from features.storage.files import appearing
 from features.store import FeatureStore
 from pipeline.run.aligned import Aligned
 from pipeline.run.folder import open_store, run_folder
+from pipeline.stores.npy import write_header
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,10 @@ def open_embeddings(
     if not path.is_file():
         logger.info("embedding %d rows of %s, once", len(rows), column.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as partial:
-            written = open_memmap(partial, "w+", dtype="<f2", shape=(len(rows), aligned.dim))
-            start = 0
+        with appearing(path) as partial, partial.open("wb") as file:
+            write_header(file, "<f2", (len(rows), aligned.dim))
             for block in embedder.blocks(column, rows):
-                written[start : start + len(block)] = block
-                start += len(block)
-            written.flush()
+                file.write(np.ascontiguousarray(block, dtype="<f2").data)
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 

@@ -4,7 +4,7 @@ import ctypes
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,22 @@ CRC_BYTES = 4
 NOT_THIS = "it is another chunk than the one that was written here"
 
 
-def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> int:
+def write_chunk(
+    place: Place, values: np.ndarray, *, beside: Place, after: Sequence[Place] = ()
+) -> int:
     """Write a chunk: it appears under its name as a whole, or not at all.
 
-    Returns:
-        Its crc32c.
+    After a power cut, too, a chunk on local disk that is there is whole, and there are those that
+    it was written after; it may be gone itself, and is made again then.
 
     Args:
         place: Where.
         values: C-contiguous.
         beside: A file on local disk has a name beside this one until it is whole.
+        after: Chunks without which it must not be there, of arrays of the same column.
+
+    Returns:
+        Its crc32c.
     """
     data = values.reshape(-1).view(np.uint8).data
     checksum = _checksum(values)
@@ -39,8 +45,19 @@ def write_chunk(place: Place, values: np.ndarray, *, beside: Place) -> int:
         files.write(place, b"".join((data, checksum)))
         return int.from_bytes(checksum, "little")
     place.parent.mkdir(parents=True, exist_ok=True)
+    column = beside.parent.parent
+    folders = {
+        folder: None
+        for chunk in after
+        if isinstance(chunk, Path)
+        for folder in chunk.parents
+        if folder.is_relative_to(column)
+    }
     # Not unbuffered: such a write may end early, on a disk that is nearly full or after 2 GiB.
-    with appearing(place, beside=beside) as partial, partial.open("wb") as file:
+    with (
+        appearing(place, beside=beside, after=folders, stays=False) as partial,
+        partial.open("wb") as file,
+    ):
         file.write(data)
         file.write(checksum)
     return int.from_bytes(checksum, "little")

@@ -207,23 +207,19 @@ class Column:
         else:
             parts["features"] = values.astype("<f2", copy=False)
         padding = self.rows_per_chunk - len(status)
-        crcs = {"scale": 0}
         padded = {name: _padded(part, padding) for name, part in parts.items()}
-        for name in ("scale", "features"):
-            if name in padded:
-                crcs[name] = self._write(name, chunk, padded[name])
-        if self.identities is not None:
-            crc: int = google_crc32c.value(padded["status"])
-            self.identities.write(chunk, status=crc, **crcs)
-        self._write("status", chunk, padded["status"])
-
-    def _write(self, part: str, chunk: int, values: np.ndarray) -> int:
-        files = {
-            "features": self.features_file,
-            "scale": self.scale_file,
-            "status": self.status_file,
-        }
-        return write_chunk(files[part](chunk), values, beside=self.path / part / str(chunk))
+        files = {"features": self.features_file(chunk), "status": self.status_file(chunk)}
+        if scale is not None:
+            files = {"scale": self.scale_file(chunk), **files}
+        crcs, written = {"scale": 0}, []
+        for name, file in files.items():
+            beside, after = self.path / name / str(chunk), written if name == "status" else ()
+            if name == "status" and self.identities is not None:
+                crc: int = google_crc32c.value(padded["status"])
+                self.identities.write(chunk, status=crc, **crcs)
+                written.append(self.identities.file(chunk))
+            crcs[name] = write_chunk(file, padded[name], beside=beside, after=after)
+            written.append(file)
 
     def checksum(self) -> str:
         """Return a sha256 over the crc32c of all chunks of features, of which 4 bytes are read.

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +24,7 @@ from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
 from features.storage.remote import backend
 from features.storage.requests import entry, read_into, tried
+from features.storage.synchronise import make_folder, synchronise, synchronise_all
 
 NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{12})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 SECONDS_UNTIL_OLD = 24 * 3600
@@ -37,20 +38,39 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def appearing(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
+def appearing(
+    path: Path, *, beside: Path | None = None, after: Iterable[Path] = (), stays: bool = True
+) -> Iterator[Path]:
     """Yield a name to write a file under; it becomes `path` if that succeeds, and goes if not.
+
+    The content is on the disk before it gets its name: also after a power cut it is whole.
 
     Args:
         path: What the file is called when it is whole.
         beside: The name until then is beside this one; beside `path` if not given.
+        after: Folders, the names in which are on the disk before that of the file.
+        stays: Whether the file is still there after a power cut. It may be done without where it
+            is made again if it is not, which is faster.
     """
     partial = partial_path(beside or path)
     try:
         yield partial
+        for each in (partial, *after):
+            synchronise(each)
         os.replace(partial, path)  # noqa: PTH105 - Path.replace is the same with a longer trace
-    except BaseException:  # a full disk, above all: what is half-written would keep it full
-        partial.unlink(missing_ok=True)
+        if stays:
+            synchronise(path.parent)
+    except BaseException as error:  # a full disk, above all: what is left would keep it full
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Let an error of the system say what could not be written: that of `write` does not."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 @contextmanager
@@ -58,32 +78,47 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder; it becomes `path` if that succeeds, and goes if not.
 
     A folder that is there already is replaced, and stays whole until then. Of several writers the
-    last one wins.
+    last one wins. Afterwards the folder is on the disk, under its name.
     """
     partial = partial_path(path)
     partial.mkdir(parents=True)
     try:
         yield partial
+        synchronise_all(partial)
         _replace_folder(partial, path)
-    except BaseException:  # a full disk, above all: what is half-written would keep it full
+        synchronise(path.parent)
+    except BaseException as error:  # a full disk, above all: what is left would keep it full
         shutil.rmtree(partial, ignore_errors=True)
+        _name(error, path)
         raise
 
 
 def _replace_folder(new: Path, path: Path) -> None:
     """Rename a folder over another, which no system call does where that one has files."""
-    while True:
-        try:
-            new.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
+    while not _renamed(new, path):
         old = partial_path(path)
         with suppress(FileNotFoundError):  # another writer was faster
             path.rename(old)
+        try:
+            is_done = _renamed(new, path)
+        except OSError:
+            with suppress(OSError):
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
+        if is_done:
+            return
+
+
+def _renamed(new: Path, path: Path) -> bool:
+    """Rename a folder, unless there is one with files."""
+    try:
+        new.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def remove_leftovers(folder: Place) -> None:
@@ -239,14 +274,16 @@ def move(file: Path, place: Place) -> None:
     if isinstance(place, RemotePath):
         write(place, file.read_bytes())
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent)
+    synchronise(file)
     file.replace(place)
+    synchronise(place.parent)
 
 
 def write(place: Place, content: bytes) -> None:
     """Write a file: it appears under its name as a whole, or not at all."""
     if isinstance(place, Path):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         with appearing(place) as partial:
             partial.write_bytes(content)
         return
@@ -262,7 +299,9 @@ def write_json(place: Place, document: object, *, allow_nan: bool = True) -> Non
 def delete(place: Place) -> None:
     """Remove a file, if it is there."""
     if isinstance(place, Path):
-        place.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            place.unlink()
+            synchronise(place.parent)
         return
     tried(place, "A file that can be deleted", lambda server: server.delete(place))
 

@@ -17,6 +17,7 @@ from features.storage.files import (
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath
 from features.storage.remote import check_writable
+from features.storage.synchronise import make_folder, synchronise, synchronise_all
 
 METADATA = "zarr.json"
 
@@ -49,14 +50,16 @@ def new_group(place: Place, *, store: Place) -> Iterator[Path]:
 
 
 def publish(folder: Path, place: Place) -> None:
-    """Let a group that is whole on local disk appear at its place.
+    """Let a group that is whole on local disk appear at its place, and see it on the disk there.
 
     Where another writer was faster, theirs stays. Under a URL the `zarr.json` of the group is
     written last: without it there is no group.
     """
     if isinstance(place, Path):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
+        synchronise_all(folder)
         _rename_if_first(folder, place)
+        synchronise(place.parent)
     else:
         _upload(folder, place)
 

@@ -4,7 +4,9 @@ import logging
 from importlib import import_module
 from pathlib import Path
 
-from features.errors import ConfigError
+from safetensors import SafetensorError
+
+from features.errors import CheckpointError, ConfigError
 from features.storage.files import replacing_folder
 from pipeline.card import CARD
 from pipeline.export import FORMS
@@ -32,9 +34,15 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
     _check_free(out)
     module = import_module(f"pipeline.export.{FORMS[form]}")
     parts = parts_of(run, with_encoders=with_encoders)
-    with replacing_folder(out) as folder:
-        use: str = module.write(parts, folder)
-        (folder / CARD).write_text(parts.card(use), encoding="utf-8")
+    try:
+        with replacing_folder(out) as folder:
+            use: str = module.write(parts, folder)
+            (folder / CARD).write_text(parts.card(use), encoding="utf-8")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{out} cannot be written: {error}. Room on the disk was expected, where it can be "
+            f"written. Make room, and export again; what was there before is still there."
+        ) from error
     logger.info("exported the head of step %d to %s", parts.aligned.checkpoint.step, out)
     return out
 

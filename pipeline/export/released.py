@@ -5,6 +5,7 @@ read from it; nothing in it is run.
 """
 
 import hashlib
+import io
 import logging
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from align.config import HeadConfig
 from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.column import Column
-from features.storage.files import appearing
+from features.storage.files import write
 from pipeline.card import export_model
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import open_store, run_folder, start_run
@@ -103,9 +104,9 @@ def save_released(model: AlignmentModel, kind: str, path: Path, *, epoch: int) -
         theirs: state[ours].detach().cpu().clone().reshape(state[ours].shape or ONE)
         for theirs, ours in released_names(kind).items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as partial, partial.open("wb") as file:
-        torch.save({"epoch": epoch, "name": "sail", "state_dict": weights}, file)
+    buffer = io.BytesIO()  # a full disk is an error of torch's own if it writes the file itself
+    torch.save({"epoch": epoch, "name": "sail", "state_dict": weights}, buffer)
+    write(path, buffer.getvalue())
 
 
 def released_names(kind: Kind) -> dict[str, str]:

@@ -31,7 +31,7 @@ from evaluate.report import (
 from evaluate.results import Findings, Result, read_results, write_items, write_results
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
-from features.storage.files import write
+from features.storage.files import delete, write
 from features.storage.fingerprint import differences
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
@@ -270,11 +270,11 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     if written and stamp.read_text(encoding="utf-8").strip() == digest:
         logger.info("%s is up to date", results)
         return results
-    folder.eval.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.eval)
     context = _context(config, checkpoint_path, stores, inputs, stop)
     found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
     page = render(make_report(config, context, found, folder.align / "metrics.jsonl"))
-    stamp.unlink(missing_ok=True)  # from here on the files may not belong together
+    delete(stamp)  # from here on the files may not belong together
     items = {name: each for part in found.values() for name, each in part.items.items()}
     write_items(folder.eval / "items.npz", items)
     write_results(

@@ -14,13 +14,12 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.lib import format as npy
 
 from features.storage.rows import NUMBERS
 from pipeline.interrupt import StopRequest
 from pipeline.stores.arrays import Arrays, Reader, SequentialArray, unreadable
 from pipeline.stores.blocks import Block, Layout, Rows
-from pipeline.stores.npy import NpyArray
+from pipeline.stores.npy import NpyArray, write_header
 from pipeline.stores.parquet import LAYOUT_KEY, ParquetArrays, as_batch
 from pipeline.stores.writer import write_parts
 
@@ -112,8 +111,7 @@ class _ClipRetrievalPart(ExitStack):
             name = self._names[array]
             parent = folder if name in ("img_emb", "text_emb") else folder / "columns"
             file = self.enter_context(self._file(parent / name, number, digits, "npy").open("wb"))
-            header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), dim)}
-            npy.write_array_header_1_0(file, header)
+            write_header(file, "<f2", (len(rows), dim))
             self._vectors[array] = file
         metadata = self._file(folder / "metadata", number, digits, "parquet")
         self._metadata = self.enter_context(pq.ParquetWriter(metadata, schema))

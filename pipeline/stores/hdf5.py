@@ -5,14 +5,15 @@ array, chunked by the same rows, and every attribute as JSON text. Any other fil
 name.
 """
 
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -40,7 +41,8 @@ def write(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
 
     A process that is killed while it changes the tree of an HDF5 file leaves nothing readable. So
     the tree is made in one go: all texts and numbers, and room for every chunk of the columns. What
-    follows, which is nearly all of the file, only fills that room.
+    follows, which is nearly all of the file, only fills that room. At last all of it is read back
+    and compared.
     """
     if out.is_dir():
         raise StoreError(f"{out} is a folder. A file was expected. Give another --out.")
@@ -52,21 +54,86 @@ def write(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
         ProgressLine(out.name, None, "chunks") as line,
     ):
         if not work.done:
-            with h5py.File(work.made, "w") as file:
+            with _opened(work.made, "w") as (file, _):
                 _create(file, layout)
                 for start in starts:
                     _write(file, layout.names, rows, start, stop)
             _reserve(work.made)
             work.advance(work.made)
         line.set(work.done - 1, len(starts))
-        with h5py.File(work.made, "r+") as file:
+        with _opened(work.made, "r+") as (file, disk):
             for start in starts[work.done - 1 :]:
                 _write(file, ours, rows, start, stop)
                 file.flush()
+                disk.check()
                 work.advance(work.made)
                 line.advance(1)
-        work.made.replace(out)
+        _compare(work.made, rows, starts, stop)
+        work.publish(out)
     return out
+
+
+class _Disk(io.FileIO):
+    """The file that HDF5 writes into; keeps the first failure for `check`.
+
+    HDF5 loses a failed write that it makes while it closes a data set, and crashes at the exit of
+    the process after one that it could not lose. So it hears of none.
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of it, as long as nothing has failed."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self._error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Change the length, as long as nothing has failed."""
+        try:
+            return self.tell() if self._error else super().truncate(size)
+        except OSError as error:
+            self._error = error
+            return 0
+
+    def check(self) -> None:
+        """Raise the first failure, if there was one."""
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror, self.name)
+
+
+@contextmanager
+def _opened(path: Path, mode: Literal["w", "r+"]) -> Iterator[tuple[h5py.File, _Disk]]:
+    with _Disk(path, "w+" if mode == "w" else "r+") as disk:
+        with h5py.File(disk, mode) as file:
+            yield file, disk
+        disk.check()
+
+
+def _compare(path: Path, rows: StoreRows, starts: Sequence[int], stop: StopRequest) -> None:
+    """Read the file back, and compare every value to the store."""
+    with h5py.File(path, "r") as file:
+        for start in starts:
+            stop.check()
+            part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
+            for name, values in rows.some(rows.layout.array_names, part.start, part.stop).items():
+                found = _values(file[name], part.start, part.stop)
+                is_equal = found.dtype == values.dtype and (
+                    bool((found == values).all())
+                    if values.dtype == STRINGS
+                    else found.tobytes() == values.tobytes()  # also where it is not a number
+                )
+                if not is_equal:
+                    raise StoreError(
+                        f"{name}, rows {part.start} to {part.stop - 1}, is not in the HDF5 file as "
+                        f"it is in {rows.store.path}. Equal values were expected when it was read "
+                        f"back; the file is not kept. Check the disk, and run the command again."
+                    )
 
 
 class Hdf5Arrays(Arrays):

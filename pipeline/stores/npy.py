@@ -14,6 +14,15 @@ from pipeline.stores.blocks import STRINGS
 EXPECTED = "NumPy arrays as `numpy.save` and `numpy.savez` write them"
 
 
+def write_header(file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:
+    """Begin a `.npy` file; its values are to follow, row by row.
+
+    `open_memmap` would end the process where the disk is full, with a signal and without a word.
+    """
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(file, header)
+
+
 class NpyArray:
     """One array in the `.npy` format, of which some rows are read at a time."""
 

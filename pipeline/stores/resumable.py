@@ -19,6 +19,7 @@ from pathlib import Path
 from features.errors import SailError, StorageError, StoreCorruptError, StoreError
 from features.storage.files import write_json
 from features.storage.place import Place
+from features.storage.synchronise import make_folder, synchronise, synchronise_all
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,23 @@ class Unfinished:
         """Know that one more step is done.
 
         Args:
-            written: Files that must be on the disk before, because after a power cut nothing would
-                tell that they are not. Chunks of a store need not: they have checksums.
+            written: Files of the step that are not synchronised yet. They are on the disk before it
+                is known, because after a power cut nothing would tell that they are not. With the
+                first step all that is there is.
         """
-        for path in written:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        if self.done:
+            for path in (*written, *{path.parent for path in written}):
+                synchronise(path)
+        else:
+            synchronise_all(self.made)
         self.done += 1
         write_json(self._state, {"made_of": self._made_of, "done": self.done})
+
+    def publish(self, out: Path) -> None:
+        """Give what is made, all of which is on the disk, its name."""
+        make_folder(out.parent)
+        self.made.replace(out)
+        synchronise(out.parent)
 
 
 def check_free(out: Place) -> None:
@@ -97,7 +107,7 @@ def unfinished(out: Place, *made_of: object) -> Iterator[Unfinished]:
         StoreError: Another process is at it.
     """
     folder = (out if isinstance(out, Path) else Path(out.name)).with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _locked(folder, out):
         work = Unfinished(folder, hashlib.sha256(repr(made_of).encode()).hexdigest())
         if work.done:
@@ -111,7 +121,7 @@ def unfinished(out: Place, *made_of: object) -> Iterator[Unfinished]:
             else:
                 logger.info("What is done of %s is in %s", out, folder)
             raise
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # all is done, and nobody needs it
 
 
 @contextmanager

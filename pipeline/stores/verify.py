@@ -268,12 +268,13 @@ def _files_too_many(store: FeatureStore, columns: list[Column]) -> Iterator[Faul
             ending = "/0" if array in ("features", "identity") else ""
             expected |= {f"{column.name}/{array}/c/{chunk}{ending}" for chunk in chunks}
     begin = len(str(store.path)) + 1
-    known = [f"{column.name}/" for column in columns]
+    opened = {column.name for column in columns}
+    closed = [f"{name}/" for name in _columns_there(store) if name not in opened]
     for place, _ in files_below(store.path):
         name = str(place)[begin:]
         parts = name.split("/")
         if name in expected or any(NAME.fullmatch(part) for part in parts):
             continue
-        if parts[0] in ("image", "text") and not name.startswith(tuple(known)):
+        if name.startswith(tuple(closed)):
             continue  # of a column that cannot be opened, which is named already
         yield Fault(str(place), "it is no file of the store", "Delete it, or put it elsewhere.")

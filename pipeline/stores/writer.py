@@ -160,7 +160,7 @@ def write_store(
         blocks = chunks_of(rows, layout.rows_per_chunk, stop, left, at_once)
         for chunk, block in zip(left, blocks, strict=True):
             writer.write(chunk, block)
-            work.advance()
+            work.advance(*writer.row_files(chunk))
             line.advance(1)
         writer.finish(origin)
         publish(work.made, out)
@@ -213,14 +213,13 @@ def write_parts(
                     part.write(block)
                     line.advance(1)
             work.advance(*part.files)
-        work.made.rename(out)
+        work.publish(out)
     return out
 
 
 class _Writer:
     def __init__(self, folder: Path, layout: Layout, *, done: int) -> None:
-        self._layout = layout
-        self._folder = folder
+        self._folder, self._layout = folder, layout
         self._group = zarr.open_group(folder, mode="r+") if done else _create(folder, layout)
         self._columns = [Column(folder, name, keys=self._key_files) for name in layout.columns]
         self._keys = KeyCheck(layout.rows)
@@ -234,6 +233,11 @@ class _Writer:
         for column in self._columns:
             features, status = (block[f"{column.name}/{each}"] for each in ("features", "status"))
             column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
+
+    def row_files(self, chunk: int) -> list[Path]:
+        """Return what zarr wrote of a chunk: no file where every value is the empty one."""
+        files = [self._folder / name / "c" / str(chunk) for name in self._layout.names]
+        return [file for file in files if file.is_file()]
 
     def finish(self, origin: object) -> None:
         if repeated := self._keys.repeated():

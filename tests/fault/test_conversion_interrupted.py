@@ -302,6 +302,7 @@ def test_a_second_process_is_told_to_wait(folder: Path) -> None:
         to_larger_chunks(folder, StopAfter(3))
     with unfinished(folder / "out", "held") as held:  # of other rows: what there was is gone
         assert held.done == 0
+        held.made.touch()
         held.advance()
         with pytest.raises(StoreError, match="out is being made by another process"):
             to_larger_chunks(folder, StopRequest())
