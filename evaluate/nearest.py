@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Float16, Float32, Int64
@@ -451,7 +451,7 @@ def _approximate_search(embeddings: Float16[np.ndarray, "rows dim"], path: Path)
         built = _built(reference, embeddings.shape, name, LEARNED_FROM, generator)
         with appearing(path) as partial_path, partial_path.open("wb") as file:
             # Given a path, it only prints that its last write has failed.
-            faiss.write_index(built, faiss.PyCallbackIOWriter(file.write, 1 << 20))
+            faiss.write_index(built, cast(Any, faiss).PyCallbackIOWriter(file.write, 1 << 20))
     index = faiss.read_index(str(path))
     lists = faiss.extract_index_ivf(index)
     lists.parallel_mode = 1  # over the lists of one query, not over queries
