@@ -33,6 +33,7 @@ from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.files import delete, write
 from features.storage.fingerprint import differences
+from features.storage.synchronise import make_folder
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
