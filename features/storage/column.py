@@ -211,7 +211,8 @@ class Column:
         files = {"features": self.features_file(chunk), "status": self.status_file(chunk)}
         if scale is not None:
             files = {"scale": self.scale_file(chunk), **files}
-        crcs, written = {"scale": 0}, []
+        crcs = {"scale": 0}
+        written: list[Place] = []
         for name, file in files.items():
             beside, after = self.path / name / str(chunk), written if name == "status" else ()
             if name == "status" and self.identities is not None:

@@ -284,7 +284,8 @@ def worker(name: str, folder: Path, first: int) -> None:
 
 def tried(name: str, folder: Path) -> dict[str, Counter[str]]:
     """Damage a data set of a format in every way; return how often each came out, by kind."""
-    chosen, counts = FORMATS[name], {}
+    chosen = FORMATS[name]
+    counts: dict[str, Counter[str]] = {}
     chosen.write(folder / "whole", data(0, ROWS - 100))
     shutil.copytree(folder / "whole", folder / "older")
     if name.startswith("sail"):
