@@ -17,19 +17,27 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from align.config import HeadConfig
+from align.config import HeadConfig, LossConfig, OptimizerConfig
 from align.heads import HEADS, AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
+from features.storage.reading import (
+    Expected,
+    check_regular,
+    checked,
+    read_json,
+    read_safetensors,
+    reading,
+)
 from features.storage.synchronise import make_folder, synchronise, synchronise_all
 
 FORMAT = "sail-head"
@@ -42,6 +50,46 @@ HINTS = {
 MAY_DIFFER = {*RECORDED_ONLY, "checkpoint_every"}  # from a run to the one that goes on from it
 REMEDY = "Delete the folder of this training and run `sail align` again."
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
+EXPECTED = Expected("A whole checkpoint", REMEDY, CheckpointError)
+NOT_DESCRIBED = ("sha256", "exported")
+
+
+class _Encoder(BaseModel):
+    name: str
+    dim: Annotated[int, Field(gt=0, le=1 << 24)]
+    fingerprint: dict[str, Any]
+
+
+class _Align(BaseModel):
+    head: dict[str, Any]
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    batch_size: PositiveInt
+
+
+class _Rows(BaseModel):
+    rows: PositiveInt
+
+
+class _Run(BaseModel):
+    align: _Align
+    image: _Encoder
+    text: _Encoder
+    store: _Rows
+    seed: int
+    fields: list[str]
+
+
+class _Metadata(BaseModel):
+    """What every reader of a checkpoint relies on."""
+
+    step: NonNegativeInt
+    epoch: float
+    finished: bool
+    heldout: dict[str, float]
+    best_step: NonNegativeInt
+    run: _Run
+    sha256: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -60,22 +108,22 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or it is damaged or of another format.
         """
-        try:
-            metadata = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
+        if not (path / CONFIG).exists():
             raise CheckpointError(
                 f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
                 f"Train one with `sail align`."
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path / CONFIG} is not JSON: {error}. {REMEDY}") from error
-        metadata = metadata if isinstance(metadata, dict) else {}
+            )
+        metadata = read_json(path / CONFIG, dict[str, Any], EXPECTED)
         found = (metadata.get("format"), metadata.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(
                 f"{path} has format {found[0]!r}, version {found[1]!r}. {FORMAT!r}, version "
                 f"{FORMAT_VERSION}, was expected. Check the path, or train again."
             )
+        known = checked(metadata, _Metadata, path / CONFIG, EXPECTED).sha256.get(CONFIG)
+        if known is not None and known != _described_sha256(metadata):
+            why = "what it says does not have the sha256 that stands in it"
+            raise EXPECTED.refusal(path / CONFIG, why)
         return cls(path.resolve(), metadata)
 
     @property
@@ -126,9 +174,31 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights."""
-        with (self.path / MODEL).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Hash of the weights.
+
+        Raises:
+            CheckpointError: They are missing, or not those that were written.
+        """
+        return self._checked_sha256(MODEL)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one of its files.
+
+        Raises:
+            CheckpointError: It is missing, damaged, or not the one that was written.
+        """
+        self._checked_sha256(name)
+        return read_tensors(self.path / name)
+
+    def _checked_sha256(self, name: str) -> str:
+        path = self.path / name
+        with reading(path, EXPECTED), check_regular(path).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        written = self.metadata.get("sha256", {}).get(name, found)
+        if found != written:
+            why = f"its sha256 is {found}, and was {written} when it was written"
+            raise EXPECTED.refusal(path, why)
+        return found
 
 
 def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[AlignmentModel, Checkpoint]:
@@ -169,7 +239,7 @@ def load_weights(model: AlignmentModel, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: The file is missing or damaged, or has other weights.
     """
-    tensors = read_tensors(checkpoint.path / MODEL)
+    tensors = checkpoint.tensors(MODEL)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
@@ -187,12 +257,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It is missing or damaged.
     """
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. A whole safetensors file was expected. {REMEDY}"
-        ) from error
+    return read_safetensors(path, EXPECTED)
 
 
 @dataclass(frozen=True)
@@ -287,7 +352,11 @@ class CheckpointFolder:
         if state is not None:
             save_file(state, partial / STATE)
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **snapshot.metadata}
-        write_json(partial / CONFIG, metadata)
+        hashes = {CONFIG: _described_sha256(metadata)}
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        write_json(partial / CONFIG, metadata | {"sha256": hashes})
         synchronise_all(partial)
 
     def _point(self, link: Path, step: int) -> None:
@@ -311,3 +380,9 @@ class CheckpointFolder:
 
     def _folder(self, step: int) -> Path:
         return self._steps / f"step-{step:08d}"
+
+
+def _described_sha256(metadata: dict[str, Any]) -> str:
+    """Return the hash of what a checkpoint says of itself, but for what an export adds."""
+    described = {name: value for name, value in metadata.items() if name not in NOT_DESCRIBED}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

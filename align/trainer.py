@@ -24,13 +24,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from align.checkpoint import (
+    EXPECTED,
     STATE,
     Checkpoint,
     CheckpointFolder,
     Snapshot,
     build_described,
     load_weights,
-    read_tensors,
 )
 from align.columns import Columns, describe, open_columns, select_rows
 from align.config import AlignConfig
@@ -49,6 +49,7 @@ from align.processes import Ring
 from align.windows import MIB, shares
 from features.errors import TrainingError
 from features.storage.files import write
+from features.storage.reading import read_json_lines, reading
 from features.storage.synchronise import make_folder, synchronise
 from features.store import FeatureStore
 
@@ -164,15 +165,16 @@ def _cut_back(path: Path, step: int) -> None:
     """Keep the lines up to a step; a line cut off by a kill is dropped."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-    write(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+    lines, damaged = read_json_lines(path)
+    steps = [line.get("step") for line in lines]
+    kept = [
+        line
+        for line, at in zip(lines, steps, strict=True)
+        if isinstance(at, int | float) and at <= step
+    ]
+    if damaged:
+        logger.warning("%s had %d lines that were damaged: they are left out", path, damaged)
+    write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 class Meter:
@@ -420,19 +422,21 @@ class Training:
             CheckpointError: One of its files is damaged.
         """
         load_weights(self.result, checkpoint)
-        state: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in read_tensors(checkpoint.path / STATE).items():
-            number, name = key.split("/")
-            state.setdefault(number, {})[name] = tensor
-        if self._average is not None:
-            self.model.load_state_dict(state.pop(WEIGHTS))
-            self._average.n_averaged.fill_(checkpoint.step)
-        self.optimizer.load_state_dict(
-            {
-                "state": {int(number): values for number, values in state.items()},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-        )
+        tensors = checkpoint.tensors(STATE)
+        with reading(checkpoint.path / STATE, EXPECTED):
+            state: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                number, name = key.split("/")
+                state.setdefault(number, {})[name] = tensor
+            if self._average is not None:
+                self.model.load_state_dict(state.pop(WEIGHTS))
+                self._average.n_averaged.fill_(checkpoint.step)
+            self.optimizer.load_state_dict(
+                {
+                    "state": {int(number): values for number, values in state.items()},
+                    "param_groups": self.optimizer.state_dict()["param_groups"],
+                }
+            )
         self.step = checkpoint.step
         self.scores = checkpoint.heldout
         self.best_step = checkpoint.metadata["best_step"]

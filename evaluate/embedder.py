@@ -1,7 +1,6 @@
 """Rows of a store as vectors: frozen features, or embeddings by the trained head."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from align.heads import AlignmentModel
 from features.config import TextEncoderConfig
 from features.errors import EvaluationError
 from features.storage.column import Column
-from features.storage.files import write
+from features.storage.files import appearing
 from features.storage.fingerprint import Fingerprint
+from features.storage.reading import read_kept, seal
 from features.store import FeatureStore
 
 ROWS_AT_ONCE = 4096
@@ -184,9 +184,9 @@ def prompt_features(
     compared = Fingerprint(embedder.checkpoint.text["fingerprint"]).deciding
     digest = hashlib.sha256(json.dumps([compared, prompts], sort_keys=True).encode()).hexdigest()
     path = cache / f"prompts-{digest[:16]}.npy"
-    if path.is_file():
-        features: np.ndarray = np.load(path, allow_pickle=False)
-        return features
+    dim = int(embedder.checkpoint.text["dim"])
+    if (kept := read_kept(path, (len(prompts), dim))) is not None:
+        return np.array(kept)
     name = embedder.text
     if name not in encoders:
         raise EvaluationError(
@@ -197,8 +197,9 @@ def prompt_features(
 
     encoder = load_text_encoder(name, encoders[name], embedder.device)
     check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared)
-    features = encoder.encode(prompts).astype(np.float16)
-    buffer = io.BytesIO()
-    np.save(buffer, features, allow_pickle=False)
-    write(path, buffer.getvalue())
+    features: np.ndarray = encoder.encode(prompts).astype(np.float16)
+    with appearing(path) as partial:
+        with partial.open("wb") as file:
+            np.save(file, features, allow_pickle=False)
+        seal(partial)
     return features

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float16, Float32, Int64
 
 from features.errors import EvaluationError
 from features.storage.files import appearing
+from features.storage.reading import is_sealed, seal
 
 logger = logging.getLogger(__name__)
 Reference = Callable[[], Iterable[Float[np.ndarray, "_ dim"]]]
@@ -444,14 +445,16 @@ def _approximate_search(embeddings: Float16[np.ndarray, "rows dim"], path: Path)
     """
     import faiss
 
-    if not path.is_file():
+    if not is_sealed(path):
         logger.info("building a FAISS index of %d rows, once", len(embeddings))
         reference, generator = partial(blocks_of, embeddings), np.random.default_rng(0)
         name = f"IVF{LISTS},SQ8"
         built = _built(reference, embeddings.shape, name, LEARNED_FROM, generator)
-        with appearing(path) as partial_path, partial_path.open("wb") as file:
-            # Given a path, it only prints that its last write has failed.
-            faiss.write_index(built, cast(Any, faiss).PyCallbackIOWriter(file.write, 1 << 20))
+        with appearing(path) as partial_path:
+            with partial_path.open("wb") as file:
+                # Given a path, it only prints that its last write has failed.
+                faiss.write_index(built, cast(Any, faiss).PyCallbackIOWriter(file.write, 1 << 20))
+            seal(partial_path)
     index = faiss.read_index(str(path))
     lists = faiss.extract_index_ivf(index)
     lists.parallel_mode = 1  # over the lists of one query, not over queries

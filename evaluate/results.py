@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from features.errors import EvaluationError
 from features.storage.files import write, write_json
+from features.storage.reading import Expected, read_json, read_npz
 
+EXPECTED = Expected(
+    "What `sail eval` wrote", "Delete it, and run `sail eval` again.", EvaluationError
+)
 logger = logging.getLogger(__name__)
 SCHEMA = 1
 
@@ -79,13 +83,66 @@ def write_results(
     write_json(path, document, allow_nan=False)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a results.json says."""
+
+    run: str
+    checkpoint_sha256: str
+    results: list[Result]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read a results.json.
+
+    Raises:
+        EvaluationError: It is missing, damaged, or not the one that the evaluation wrote.
+    """
+    _check_written(path)
+    return read_json(path, Evaluation, EXPECTED)
+
+
 def read_results(path: Path) -> list[Result]:
-    """Read the numbers of a results.json."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Result(**entry | {"ci95": tuple(entry["ci95"]) if entry["ci95"] else None})
-        for entry in document["results"]
-    ]
+    """Read the numbers of a results.json; raises what `read_evaluation` does."""
+    return read_evaluation(path).results
+
+
+STAMP = "inputs.sha256"
+
+
+def write_stamp(folder: Path, inputs: str, names: Iterable[str]) -> None:
+    """Write down what the files of an evaluation were made of, and their hashes.
+
+    Args:
+        folder: Of the files.
+        inputs: Hash of everything that they depend on.
+        names: Of the files.
+    """
+    hashes = {"inputs": inputs} | {name: sha256_of(folder / name) for name in names}
+    write_json(folder / STAMP, hashes)
+
+
+def read_stamp(folder: Path) -> dict[str, str]:
+    """Return what `write_stamp` wrote; nothing where that is missing or damaged."""
+    try:
+        return read_json(folder / STAMP, dict[str, str], EXPECTED)
+    except EvaluationError:
+        return {}
+
+
+def sha256_of(path: Path) -> str | None:
+    """Return the hash of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_written(path: Path) -> None:
+    """Refuse a file that is not as the evaluation wrote it, where that is known."""
+    known = read_stamp(path.parent).get(path.name)
+    if known is not None and (found := sha256_of(path)) not in (None, known):
+        raise EXPECTED.refusal(path, f"its sha256 is {found}, and was {known} when it was written")
 
 
 PARTS = ("hits", "counts", "classes", "taken", "rows")
@@ -173,9 +230,20 @@ def write_items(path: Path, items: Mapping[str, Items]) -> None:
 
 
 def read_items(path: Path) -> dict[str, Items]:
-    """Read what `write_items` wrote; nothing where there is no such file."""
-    if not path.is_file():
+    """Read what `write_items` wrote; nothing where there is no such file.
+
+    Raises:
+        EvaluationError: It is damaged, or not the one that the evaluation wrote.
+    """
+    if not path.exists():
         return {}
-    with np.load(path, allow_pickle=False) as archive:
-        names = [name.removesuffix(".hits") for name in archive.files if name.endswith(".hits")]
-        return {name: Items(*(archive.get(f"{name}.{part}") for part in PARTS)) for name in names}
+    _check_written(path)
+    arrays = read_npz(path, EXPECTED)
+    for name, values in arrays.items():
+        number, _, part = name.rpartition(".")
+        hits = arrays.get(f"{number}.hits", np.empty(0))
+        if part not in PARTS or values.dtype != np.int32 or len(values) != len(hits):
+            why = f"{name!r} is {values.dtype} of shape {values.shape}"
+            raise EXPECTED.refusal(path, why)
+    names = [name.removesuffix(".hits") for name in arrays if name.endswith(".hits")]
+    return {name: Items(*(arrays.get(f"{name}.{part}") for part in PARTS)) for name in names}

@@ -6,6 +6,8 @@ A message says, in this order: what is wrong, with the value and the place; what
 the command or setting that puts it right.
 """
 
+import errno
+
 
 class SailError(Exception):
     """Base of the errors that are the user's to put right; the CLI prints them without a trace."""
@@ -15,11 +17,46 @@ def refused(error: OSError, who: str) -> str:
     """Say in words that the operating system refused something; `who` must be able to do it."""
     place = f" {error.filename}:" if error.filename else ""
     reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
+    remedy = REMEDIES.get(error.errno or 0, "Check `run.dir` and the paths of the recipe")
     return (
         f"The operating system refused:{place} {reason}. A place that {who} can "
-        f"read and write, with room on the disk, was expected. Check `run.dir` and the paths of "
-        f"the recipe; what was done is kept."
+        f"read and write was expected. {remedy}; what was done is kept."
     )
+
+
+_MAKE_ROOM = "Make room on the disk, or choose another with `run.dir`"
+_RIGHTS = "Give this user the right to it, or choose another place"
+_NETWORK = "Check the network and the address, and run the command again"
+REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: "Raise the largest size of a file (`ulimit -f`), or choose another disk",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "Choose a place on a disk that can be written",
+    errno.ENOENT: "Correct the path, or put the file back",
+    errno.ENOTDIR: "Correct the path: a part of it is a file",
+    errno.EISDIR: "Correct the path: it is a folder",
+    errno.EEXIST: "Choose another place, or delete what is there",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Correct the links: they lead in a circle",
+    errno.EMFILE: "Raise the number of open files (`ulimit -n 4096`)",
+    errno.ENFILE: "Close other programs: this machine has too many files open",
+    errno.ENOMEM: "Free memory, or lower the batch sizes",
+    errno.EAGAIN: "Wait for what else uses it, or raise the number of processes (`ulimit -u`)",
+    errno.EIO: "Check the disk (`dmesg`): it cannot be read or written there",
+    errno.ESTALE: "Mount the network disk again, and run the command again",
+    errno.ECONNREFUSED: _NETWORK,
+    errno.ECONNRESET: _NETWORK,
+    errno.ENETUNREACH: _NETWORK,
+    errno.EHOSTUNREACH: _NETWORK,
+    errno.ETIMEDOUT: _NETWORK,
+}
+"""What to do about an error of the operating system, by its number."""
+
+
+class FileError(SailError):
+    """A file is not what it was taken for: damaged, of another kind, or too large."""
 
 
 class ConfigError(SailError):

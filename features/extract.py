@@ -28,6 +28,7 @@ from features.index import Index, SampleReader
 from features.status import Status
 from features.storage.column import Column, pending_in_any
 from features.store import FeatureStore
+from features.terminal import harmless
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -243,9 +244,7 @@ def without_infinities(
 def log_faults(faults: Sequence[str], phases: Phases) -> None:
     """Name the first faults of a column in the log; `sail inspect` counts them all."""
     for line in faults[: max(0, MAX_LOGGED_FAULTS - phases.faults)]:
-        # What data name must not steer the terminal.
-        shown = (each if each.isprintable() else ascii(each)[1:-1] for each in line)
-        logger.warning("quarantined %s", "".join(shown))
+        logger.warning("quarantined %s", harmless(line))
 
 
 def _scaled(on_rows: Callable[[int], None], rows: int, texts: int) -> Callable[[int], None]:

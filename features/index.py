@@ -28,6 +28,7 @@ from features.storage import files
 from features.storage.files import appearing, partial_path, remove_leftovers, version
 from features.storage.parallel import in_order
 from features.storage.place import Place, as_place
+from features.storage.reading import Expected, check_regular, reading
 
 Reader = SourceReader[Any]
 Images = Sequence[bytes | None]
@@ -36,6 +37,9 @@ ROWS_PER_GROUP = 4096
 MAX_FIELDS = 256
 MAX_IMAGE_BYTES = 1 << 28  # no photograph is as large; reading it would take as much memory
 METADATA_KEY = b"sail"
+EXPECTED = Expected(
+    "An index of this version", "Delete it, and run `sail extract` again.", SourceError
+)
 COLUMNS = {
     "key": pa.string(),
     "path": pa.string(),
@@ -140,7 +144,7 @@ def _write(
     rows, greatest, missing = 0, {"label": -1, "group": -1}, Counts()
     with (
         appearing(path) as partial,
-        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+        pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer,
     ):
         for samples in itertools.chain([first], groups):
             table = _columns_of(samples, columns, fields, missing)
@@ -230,7 +234,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = pq.ParquetFile(path)
+        self._file = pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = threading.Lock()
         self._cached_group = lru_cache(GROUPS_KEPT)(self._read_group)
         about = json.loads(self._file.metadata.metadata[METADATA_KEY])
@@ -263,13 +267,8 @@ class Index:
         Raises:
             SourceError: It is missing, damaged, or was not written by this program.
         """
-        try:
-            return cls(path)
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-            raise SourceError(
-                f"The index {path} cannot be read ({error}). Delete it and run `sail extract` "
-                f"again."
-            ) from error
+        with reading(path, EXPECTED):
+            return cls(check_regular(path))
 
     @property
     def names(self) -> dict[Place, str]:
@@ -329,7 +328,8 @@ class Index:
 
     def _read_group(self, number: int, columns: tuple[str, ...] | None) -> pa.Table:
         wanted = None if columns is None else list(columns)
-        return self._file.read_row_group(number, columns=wanted)
+        with reading(self.path, EXPECTED):
+            return self._file.read_row_group(number, columns=wanted)
 
 
 class SampleReader:
@@ -345,7 +345,8 @@ class SampleReader:
         self.index = index
         self._max_pixels = max_pixels
         source = index.source
-        self._images = SOURCES[source["kind"]].model_validate(source).image_reader()
+        with reading(index.path, EXPECTED):
+            self._images = SOURCES[source["kind"]].model_validate(source).image_reader()
 
     def read(self, start: int, stop: int) -> list[bytes | None]:
         """Return the encoded image of each row, None where the index has none.

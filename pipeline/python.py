@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from align.checkpoint import CONFIG, load_head
 from features.errors import ConfigError
+from features.storage.reading import Expected, checked, read_json
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import EncodersConfig, RunConfig, RunSettings, load_config
 from pipeline.run.device import prepare_device
 
 EXPORTED = "exported"
 """Where config.json of an exported folder says how the encoders are used."""
+EXPECTED = Expected(
+    "What `sail export` of this version writes", "Export the run again.", ConfigError
+)
 IMAGE, TEXT = "image_encoder", "text_encoder"
 """Folders of the encoders in it; they stand for them there, as a hub id does."""
 
@@ -75,20 +79,13 @@ def _read_exported(folder: Path) -> Exported | None:
     Raises:
         ConfigError: It is one, but another version wrote it or it was changed.
     """
-    try:
-        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        written = document[EXPORTED]
-    except (OSError, ValueError, KeyError, TypeError):
+    path = folder / CONFIG
+    if not path.exists():
         return None
-    try:
-        exported = Exported.model_validate(written)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ConfigError(
-            f"{folder / CONFIG} cannot be used: {EXPORTED}.{'.'.join(map(str, fault['loc']))}: "
-            f"{fault['msg']}. What `sail export` of this version writes was expected. Export the "
-            f"run again."
-        ) from None
+    document = read_json(path, dict[str, Any], EXPECTED)
+    if EXPORTED not in document:
+        return None
+    exported = checked(document[EXPORTED], Exported, f"{EXPORTED} of {path}", EXPECTED)
     return exported.model_copy(update={"encoders": _found(exported.encoders, folder)})
 
 

@@ -15,7 +15,9 @@ from evaluate.nearest import blocks_of, nearest_neighbours
 from features.errors import EvaluationError
 from features.storage.column import Column
 from features.storage.files import appearing
+from features.storage.reading import read_kept, seal
 from features.store import FeatureStore
+from features.terminal import harmless
 from pipeline.run.aligned import Aligned
 from pipeline.run.folder import open_store, run_folder
 from pipeline.stores.npy import write_header
@@ -85,21 +87,25 @@ def embeddings_file(aligned: Aligned, column: Column, rows: Int64[np.ndarray, "o
     """Return where the embeddings of rows of a column are kept; the name stands for all of it."""
     parts = [aligned.checkpoint.sha256, str(column.path), column.name]
     digest = hashlib.sha256("\n".join(parts).encode() + rows.tobytes()).hexdigest()[:16]
-    return _kept_in(aligned.config.run.dir) / f"{column.name.replace('/', '-')}-{digest}.npy"
+    name = harmless(column.name.replace("/", "-"))
+    return _kept_in(aligned.config.run.dir) / f"{name}-{digest}.npy"
 
 
 def open_embeddings(
     aligned: Aligned, embedder: Embedder, column: Column, rows: Int64[np.ndarray, "ok"]
 ) -> Float16[np.ndarray, "ok dim"]:
     """Return the embeddings of rows of a column, mapped from a file that is made once."""
-    path = embeddings_file(aligned, column, rows)
-    if not path.is_file():
-        logger.info("embedding %d rows of %s, once", len(rows), column.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as partial, partial.open("wb") as file:
-            write_header(file, "<f2", (len(rows), aligned.dim))
+    path, shape = embeddings_file(aligned, column, rows), (len(rows), aligned.dim)
+    if (kept := read_kept(path, shape)) is not None:
+        return kept
+    logger.info("embedding %d rows of %s, once", len(rows), column.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as partial:
+        with partial.open("wb") as file:
+            write_header(file, "<f2", shape)
             for block in embedder.blocks(column, rows):
                 file.write(np.ascontiguousarray(block, dtype="<f2").data)
+        seal(partial)
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 

@@ -4,17 +4,28 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
+from rich.text import Text
+
+from features.terminal import harmless
 
 WIDTH_OF_A_PIPE = 160
+
+
+class _Harmless(Console):
+    """Shows strings, as captions and keys, so that they steer nothing."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(harmless(text, lines=True), **options)
 
 
 def rendered(table: RenderableType) -> str:
     """Return a table, or coloured text, as wide as the terminal, or for a pipe 160 columns.
 
-    Brackets and colons in it are no markup: they may be of captions and keys.
+    Brackets, colons and control characters in its strings are no markup: they may be of captions
+    and keys.
     """
     width = None if Console().is_terminal else WIDTH_OF_A_PIPE
-    console = Console(width=width, markup=False, emoji=False)
+    console = _Harmless(width=width, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")
@@ -55,7 +66,7 @@ def store_table(description: dict[str, Any]) -> str:
         f"{', '.join(description['caption_fields']) or 'none'}; {description['classes']} classes"
     ]
     lines += [
-        f"{name}: supervision: {supervision}"
+        harmless(f"{name}: supervision: {supervision}")
         for name, column in columns.items()
         if (supervision := column["fingerprint"].get("supervision"))
     ]
@@ -104,12 +115,14 @@ def hits_table(hits: list[dict[str, Any]]) -> str:
     """Return what `sail search` prints."""
     table = Table(*numbers("#", "cosine"), *words("key", "captions"))
     for hit in hits:
-        table.add_row(str(hit["rank"]), f"{hit['cosine']:.3f}", hit["key"], _captions(hit))
+        table.add_row(
+            str(hit["rank"]), f"{hit['cosine']:.3f}", harmless(hit["key"]), _captions(hit)
+        )
     return rendered(table)
 
 
 def _captions(row: dict[str, Any]) -> str:
-    return "\n".join(f"{field}: {text}" for field, text in row["captions"].items())
+    return "\n".join(harmless(f"{field}: {text}") for field, text in row["captions"].items())
 
 
 def _pooling(fingerprint: dict[str, Any]) -> str:
@@ -121,12 +134,12 @@ def row_table(description: dict[str, Any]) -> str:
     """Return what `sail inspect STORE --row N` prints."""
     table = titled(f"row {description['row']}", Column(no_wrap=True), *words(""))
     table.show_header = False
-    table.add_row("key", description["key"])
+    table.add_row("key", harmless(description["key"]))
     for field, caption in description["captions"].items():
-        table.add_row(f"caption/{field}", caption)
+        table.add_row(f"caption/{field}", harmless(caption))
     for what in ("label", "class", "group"):
         if description[what] is not None:
-            table.add_row(what, str(description[what]))
+            table.add_row(what, harmless(str(description[what])))
     for name, column in description["columns"].items():
         table.add_row(name, f"{column['status']}; norm {column['norm']}; {column['first']} …")
     return rendered(table)

@@ -7,8 +7,8 @@ import itertools
 
 import click
 
-from features.errors import SailError, refused
 from pipeline.cli.checks import doctor, inspect, plan, verify
+from pipeline.cli.fence import fence
 from pipeline.cli.options import start_log
 from pipeline.cli.stages import align, evaluate, extract
 from pipeline.cli.stores import convert, import_store, merge, rechunk, reorder, repair, subset
@@ -43,14 +43,8 @@ class Commands(click.Group):
                 )
 
     def invoke(self, ctx: click.Context) -> object:  # noqa: D102
-        try:
+        with fence():
             return super().invoke(ctx)
-        except SailError as error:
-            raise click.ClickException(str(error)) from error
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise click.ClickException(refused(error, "this command")) from error
 
 
 @click.group(

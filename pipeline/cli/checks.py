@@ -3,19 +3,21 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from features.storage.place import as_place
+from features.terminal import harmless
 from pipeline.cli.options import (
     Stage,
     complete_recipe,
     count_of,
     json_option,
     override,
+    say,
+    say_json,
     stage,
     store_argument,
 )
@@ -52,7 +54,10 @@ def plan(run: Stage, rows: str | None, seconds: float, price: float | None) -> N
     from pipeline.tables import plan_table
 
     description = plan_run(config, rows=count, seconds=seconds, price=price)
-    click.echo(json.dumps(description, indent=2) if run.as_json else plan_table(description))
+    if run.as_json:
+        say_json(description, indent=2)
+    else:
+        say(plan_table(description))
 
 
 @click.command()
@@ -79,7 +84,10 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     from pipeline.tables import doctor_table
 
     examination = examine(config)
-    click.echo(json.dumps(examination, indent=2) if as_json else doctor_table(examination))
+    if as_json:
+        say_json(examination, indent=2)
+    else:
+        say(doctor_table(examination))
     if not examination["ok"]:
         sys.exit(1)
 
@@ -116,14 +124,14 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
     else:
         description = describe_row(place, row)
     if as_json:
-        click.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        say_json(description, indent=2)
         return
-    click.echo(store_table(description) if row is None else row_table(description))
+    say(store_table(description) if row is None else row_table(description))
     if row is not None and sys.stdout.isatty():
         from pipeline.stores.inspect import picture_of
 
         if picture := picture_of(place, row):
-            click.echo(rendered(picture))
+            say(rendered(picture))
 
 
 @click.command()
@@ -157,10 +165,10 @@ def verify(store: str, seal: bool, as_json: bool) -> None:
     found = seal_store(place) if seal and isinstance(place, Path) else find_faults(place)
     faults = [str(fault) for fault in found]
     if as_json:
-        click.echo(json.dumps({"store": store, "faults": faults}, ensure_ascii=False))
+        say_json({"store": store, "faults": faults})
     if faults:
         for fault in faults:
-            click.echo(fault, err=True)
+            click.echo(harmless(fault), err=True)
         raise click.ClickException(
             f"{store} is not whole ({len(faults)} faults, named above with what to do)."
         )
@@ -170,4 +178,4 @@ def verify(store: str, seal: bool, as_json: bool) -> None:
             ", as far as format version 1 can tell: a chunk in the place of another is not found. "
             "`sail verify --seal` gives each chunk an identity"
         )
-        click.echo(f"{store} is whole{'' if is_proven else unproven}.")
+        say(f"{store} is whole{'' if is_proven else unproven}.")

@@ -1,18 +1,21 @@
 """What commands of `sail` share: options, and the clean end by a signal."""
 
 import functools
+import io
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+from features.terminal import harmless
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -98,16 +101,54 @@ def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:
             sys.exit(stop.exit_code)
 
 
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+PACKAGES = ("pipeline", "features", "align", "evaluate")
+
+
+def say(text: str) -> None:
+    """Print the result of a command, in which no text of strangers steers the terminal."""
+    parts = COLOUR.split(text) if sys.stdout.isatty() else [text]  # colours are those of our tables
+    click.echo("".join(p if COLOUR.fullmatch(p) else harmless(p, lines=True) for p in parts))
+
+
+def say_json(document: object, *, indent: int | None = None) -> None:
+    """Print a JSON document, in which no text of strangers steers the terminal."""
+    click.echo(harmless(json.dumps(document, indent=indent, ensure_ascii=False), lines=True))
+
+
+def say_paths(paths: Iterable[object]) -> None:
+    """Print paths, one a line: to a script with the very bytes that they have."""
+    for path in map(str, paths):
+        click.echo(harmless(path) if sys.stdout.isatty() else path)
+
+
+def say_written(path: object, document: object, *, as_json: bool) -> None:
+    """Print the path of what was written, or what else is known of it as JSON."""
+    if as_json:
+        say_json(document)
+    else:
+        say_paths([path])
+
+
+class _Line(logging.Formatter):
+    """A line of the log: text of strangers begins none of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is given
+        ours = record.name.partition(".")[0] in PACKAGES
+        return harmless(super().formatMessage(record), lines=not ours)
+
+
 def start_log(level: int = logging.INFO) -> None:
     """Send the log of this program to stderr; that of the libraries only from warnings on."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for package in ("pipeline", "features", "align", "evaluate"):
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in PACKAGES:
         logging.getLogger(package).setLevel(level)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path keeps its bytes, and no letter that the locale lacks ends a command.
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -137,11 +178,22 @@ class Stage:
         keep_freed_memory()
         return until_stopped(lambda stop: work(config, stop), kept=kept)
 
-    def show(self, document: Path, table: Callable[[Any], str], *others: Path) -> None:
-        """Print a JSON file that a command wrote; without --json a table of it, and paths."""
-        text = document.read_text(encoding="utf-8")
-        shown = [text] if self.as_json else [table(json.loads(text)), *map(str, others)]
-        click.echo("\n".join(shown))
+    def show(self, document: Path, table: Callable[[Any], str], *others: Path) -> Any:
+        """Print a JSON file that a command wrote; without --json a table of it, and paths.
+
+        Returns:
+            What the file says.
+        """
+        from features.storage.reading import Expected, read_json
+
+        remedy = "Delete it, and run the command again."
+        found = read_json(document, dict[str, Any], Expected("A JSON object", remedy))
+        if self.as_json:
+            say_json(found, indent=1)
+        else:
+            say(table(found))
+            say_paths(others)
+        return found
 
 
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:

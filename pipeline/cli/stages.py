@@ -3,13 +3,12 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from pipeline.cli.options import Stage, stage
+from pipeline.cli.options import Stage, say_json, say_paths, stage
 
 
 @click.command()
@@ -74,7 +73,10 @@ def align(run: Stage) -> None:
 
 def _print_paths(run: Stage, paths: Iterable[object]) -> None:
     texts = [str(path) for path in paths]
-    click.echo(json.dumps(texts) if run.as_json else "\n".join(texts))
+    if run.as_json:
+        say_json(texts)
+    else:
+        say_paths(texts)
 
 
 @click.command(name="eval")
@@ -104,10 +106,7 @@ def evaluate(run: Stage, check: bool) -> None:
     from pipeline.run.evaluate import evaluate_run, results_table
 
     results = run.run(evaluate_run)
-    if run.as_json:
-        click.echo(results.read_text(encoding="utf-8"))
-    else:
-        click.echo(f"{results_table(results)}\n{results}\n{results.with_name('report.html')}")
+    run.show(results, lambda _: results_table(results), results, results.with_name("report.html"))
 
 
 def _check(run: Stage) -> None:
@@ -115,5 +114,4 @@ def _check(run: Stage) -> None:
     from pipeline.tables import drift_table
 
     path = run.run(check_run, kept="nothing was written.")
-    run.show(path, drift_table, path)
-    refuse_drift(json.loads(path.read_text(encoding="utf-8")))
+    refuse_drift(run.show(path, drift_table, path))

@@ -3,14 +3,21 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli.options import complete_folder, json_option, until_stopped
+from pipeline.cli.options import (
+    complete_folder,
+    json_option,
+    say,
+    say_json,
+    say_paths,
+    say_written,
+    until_stopped,
+)
 from pipeline.stores import FORMATS
 
 
@@ -74,9 +81,10 @@ def convert(
     target = as_place(out) if out else store.parent / f"{store.stem}-{dtype}.zarr"
     losses = until_stopped(lambda stop: convert_store(store, target, str(dtype), stop))
     if as_json:
-        click.echo(json.dumps({"store": str(target), "columns": losses}, indent=2))
+        say_json({"store": str(target), "columns": losses}, indent=2)
     else:
-        click.echo(f"{conversion_table(losses)}\n{target}")
+        say(conversion_table(losses))
+        say_paths([target])
 
 
 @click.command(name="import-store")
@@ -313,4 +321,4 @@ def repair(store: Any, run: str | None, as_json: bool) -> None:
 def _write(out: Any, as_json: bool, work: Callable[[Any], object]) -> None:
 
     until_stopped(work)
-    click.echo(json.dumps({"store": str(out)}) if as_json else str(out))
+    say_written(out, {"store": str(out)}, as_json=as_json)

@@ -3,14 +3,23 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli.options import Stage, count_of, json_option, seeds_of, settings_of, stage
+from pipeline.cli.options import (
+    Stage,
+    count_of,
+    json_option,
+    say,
+    say_json,
+    say_paths,
+    seeds_of,
+    settings_of,
+    stage,
+)
 
 on = click.option(
     "--on",
@@ -44,11 +53,11 @@ def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None
     document = compare_runs(first, second)
     picture = plot or second / "eval" / "compare.png"
     comparison_plot(document, picture)
-    click.echo(
-        json.dumps(document, indent=2, ensure_ascii=False)
-        if as_json
-        else f"{comparison_table(document)}\n{picture}"
-    )
+    if as_json:
+        say_json(document, indent=2)
+    else:
+        say(comparison_table(document))
+        say_paths([picture])
 
 
 @click.command()

@@ -3,14 +3,23 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli.options import Stage, json_option, run_argument, stage, until_stopped
+from pipeline.cli.options import (
+    Stage,
+    json_option,
+    run_argument,
+    say,
+    say_json,
+    say_paths,
+    say_written,
+    stage,
+    until_stopped,
+)
 from pipeline.export import FORMS
 
 
@@ -62,7 +71,10 @@ def search(
     vector = aligned.encode_text([query]) if query else aligned.encode_image([str(image)])
     find = search_images if among == "images" else search_captions
     hits = [asdict(hit) for hit in find(aligned, where, vector, top)]
-    click.echo(json.dumps(hits, indent=2, ensure_ascii=False) if as_json else hits_table(hits))
+    if as_json:
+        say_json(hits, indent=2)
+    else:
+        say(hits_table(hits))
 
 
 @click.command()
@@ -103,8 +115,8 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
         return embed_sentences(aligned, lines, out, stop)
 
     written = until_stopped(work, kept="nothing was written.")
-    path = str(written.path)
-    click.echo(json.dumps(asdict(written) | {"path": path}) if as_json else path)
+    path = written.path
+    say_written(path, asdict(written) | {"path": str(path)}, as_json=as_json)
 
 
 @click.command()
@@ -154,7 +166,7 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 
     folder = out or run / "export" / form
     export_run(run, form, folder, with_encoders=with_encoders)
-    click.echo(json.dumps({"path": str(folder)}) if as_json else str(folder))
+    say_written(folder, {"path": str(folder)}, as_json=as_json)
 
 
 @click.command(name="import-head")
@@ -175,7 +187,7 @@ def import_head(run: Stage, file: Path) -> None:
     from pipeline.export import released
 
     checkpoint = str(run.run(lambda config, _stop: released.import_head(file, config)))
-    click.echo(json.dumps([checkpoint]) if run.as_json else checkpoint)
+    say_written(checkpoint, [checkpoint], as_json=run.as_json)
 
 
 @click.command(name="export-head")
@@ -193,7 +205,7 @@ def export_head(checkpoint: Path, file: Path) -> None:
     """
     from pipeline.export import released
 
-    click.echo(released.export_head(checkpoint, file))
+    say_paths([released.export_head(checkpoint, file)])
 
 
 @click.command()
@@ -251,6 +263,6 @@ def explore(run: Path, host: str, port: int, token: str | None, memory: float, d
     session = Session(run, device=device, memory_bytes=int(memory * 2**30))
 
     def work(stop: Any) -> None:
-        serve(session, access, port, stop, on_ready=click.echo)
+        serve(session, access, port, stop, on_ready=say)
 
     until_stopped(work, kept="nothing of the run was changed.")

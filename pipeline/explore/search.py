@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int32
 from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault, open_image
 from features.storage.files import appearing
+from features.storage.reading import is_sealed, seal
 from features.store import FeatureStore
 from pipeline.explore.session import Searchable, Session
 from pipeline.stores.inspect import describe_row
@@ -189,11 +190,13 @@ def open_map(session: Session, split: str) -> EmbeddingMap:
     field = caption_field(session, split)
     images, texts = session.images(split), session.captions(split, field)
     path = images.path.with_name(f"map-{images.path.stem}-{texts.path.stem}.npz")
-    if not path.is_file():
+    if not is_sealed(path):
         logger.info("drawing the map of %s, once", split)
         made = _drawn(images, texts)
-        with appearing(path) as partial, partial.open("wb") as file:
-            np.savez(file, **{name: getattr(made, name) for name in PARTS})
+        with appearing(path) as partial:
+            with partial.open("wb") as file:
+                np.savez(file, **{name: getattr(made, name) for name in PARTS})
+            seal(partial)
     with np.load(path, allow_pickle=False) as archive:
         return EmbeddingMap(*(archive[name] for name in PARTS))
 

@@ -1,6 +1,5 @@
 """The views of results, training and store: the numbers of a run, and the rows behind them."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from jaxtyping import Float32
 from evaluate.confusion import Confusions, confusion_matrix, worst_mistakes
 from evaluate.measures import MEASURES, measure_of
 from evaluate.nearest import nearest_others
-from evaluate.results import Items, Result, read_items, read_results, rows_sha256
+from evaluate.results import Items, Result, read_evaluation, read_items, read_results, rows_sha256
 from features.errors import EvaluationError, StoreError
 from features.status import Status
 from features.storage.column import Column
@@ -40,10 +39,10 @@ def results(session: Session) -> dict[str, Any]:
         EvaluationError: The run was not evaluated.
     """
     found, items = _read(session), read_items(session.folder.eval / "items.npz")
-    document = json.loads(session.results.read_text(encoding="utf-8"))
+    measured = read_evaluation(session.results).checkpoint_sha256
     head = session.checkpoint()
     return {
-        "is_current": head is not None and head.sha256 == document["checkpoint_sha256"],
+        "is_current": head is not None and head.sha256 == measured,
         "measures": [
             {"name": measure.name, "title": measure.title, "words": f"{measure.in_short}."}
             for measure in MEASURES

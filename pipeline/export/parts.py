@@ -1,12 +1,12 @@
 """What a trained run hands over: its head, its numbers, and the frozen encoders it stands on."""
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from evaluate.results import read_evaluation
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.checkpoint import (
     WEIGHTS,
@@ -179,8 +179,7 @@ def _part(
 def _results(path: Path, checkpoint_sha256: str) -> Path | None:
     if not path.is_file():
         return None
-    measured = json.loads(path.read_text(encoding="utf-8")).get("checkpoint_sha256")
-    if measured != checkpoint_sha256:
+    if read_evaluation(path).checkpoint_sha256 != checkpoint_sha256:
         logger.warning("%s is of another head: the numbers are left out. Use `sail eval`.", path)
         return None
     return path

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.column import Column
 from features.storage.files import write
+from features.storage.reading import Expected, read_torch
 from pipeline.card import export_model
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import open_store, run_folder, start_run
@@ -34,6 +34,9 @@ LAYERS: dict[Kind, dict[str, str]] = {
     "mlp": {"proj.0": "up", "proj.2": "down"},
     "linear": {"": "linear"},
 }
+EXPECTED = Expected(
+    "A PyTorch file with nothing but tensors and numbers", "Fetch it again.", CheckpointError
+)
 ONE = torch.Size([1])  # shape of scale and bias there
 
 
@@ -121,14 +124,7 @@ def released_names(kind: Kind) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path} cannot be read: {reason} A PyTorch file with nothing but tensors and numbers "
-            f"was expected. Fetch it again."
-        ) from error
+    loaded = read_torch(path, EXPECTED)
     weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     if not isinstance(weights, dict):
         weights = {}

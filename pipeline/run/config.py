@@ -23,7 +23,11 @@ from features.config import (
 from features.errors import ConfigError
 from features.sources import Source
 from features.storage.place import FolderSetting, without_secrets
+from features.storage.reading import Expected, cut, read_toml, reason_of, shown
 
+OF_A_RECIPE = Expected(
+    "A run file in TOML", "Correct the line; docs/recipes.md has examples.", ConfigError
+)
 RECIPES = Path(__file__).parents[1] / "recipes"
 EXPECTED = {
     "tuple_type": 'an array was expected, as ["a", "b"]',
@@ -167,12 +171,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             range. The message lists every fault in the file, not only the first.
     """
     path = _find_recipe(recipe)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} is not valid TOML: {error}. Correct the line; docs/recipes.md has examples."
-        ) from error
+    document = read_toml(path, OF_A_RECIPE)
     for override in overrides:
         _apply(document, override)
     run = document.setdefault("run", {})
@@ -240,20 +239,25 @@ def _apply(document: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(
-            f"--set {override!r} has no value. Write it as in `--set align.batch_size=1024`."
+            f"--set {shown(override)} has no value. Write it as in `--set align.batch_size=1024`."
         )
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word, such as a path
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--set {cut(override)} cannot be read: {reason_of(error)}. A value as in TOML was "
+            f"expected. Correct it."
+        ) from error
     *sections, key = name.strip().split(".")
     table = document
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ConfigError(
-                f"--set {override!r}: {section!r} is a value, not a section. Name a key of a "
-                f"section, as in `--set align.batch_size=1024`."
+                f"--set {shown(override)}: {shown(section)} is a value, not a section. Name a key "
+                f"of a section, as in `--set align.batch_size=1024`."
             )
     table[key] = value
 
@@ -282,7 +286,7 @@ def _describe(fault: ErrorDetails) -> str:
     if fault["type"] == "missing":
         return f"{where}: this setting is needed."
     expected = EXPECTED.get(fault["type"], fault["msg"])
-    return f"{where}: {expected}, got {fault['input']!r}"
+    return f"{where}: {expected}, got {shown(fault['input'])}"
 
 
 def _find(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:

@@ -28,13 +28,25 @@ from evaluate.report import (
     TrainingFacts,
     render,
 )
-from evaluate.results import Findings, Result, read_results, write_items, write_results
+from evaluate.results import (
+    STAMP,
+    Findings,
+    Result,
+    read_results,
+    read_stamp,
+    sha256_of,
+    write_items,
+    write_results,
+    write_stamp,
+)
 from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.files import delete, write
 from features.storage.fingerprint import differences
+from features.storage.reading import Expected, read_json, read_json_lines
 from features.storage.synchronise import make_folder
 from features.store import FeatureStore
+from features.terminal import harmless
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine, timed
 from pipeline.run.aligned import Aligned
@@ -95,7 +107,7 @@ def training_facts(context: Context, metrics: Path) -> TrainingFacts:
     checkpoint = context.embedder.checkpoint
     lines = read_metrics(metrics)
     steps = [line for line in lines if "loss" in line]
-    scored = [line for line in lines if f"heldout/{RECALLS[0]}" in line]
+    scored = [line for line in lines if all(f"heldout/{name}" in line for name in RECALLS)]
     x = [float(line["step"]) for line in scored]
     return TrainingFacts(
         facts=tuple(_facts(context, steps)),
@@ -114,16 +126,18 @@ def training_facts(context: Context, metrics: Path) -> TrainingFacts:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a line that a kill cut off is left out."""
+    """Read metrics.jsonl; a line that a kill cut off, or that is damaged, is left out."""
     if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    lines, damaged = read_json_lines(path)
+    whole = [line for line in lines if {"step", "epoch"} <= line.keys() and _is_numbers(line)]
+    if damaged := damaged + len(lines) - len(whole):
+        logger.warning("%s has %d lines that are damaged: its curves lack them", path, damaged)
+    return whole
+
+
+def _is_numbers(line: dict[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in line.values())
 
 
 def read_reference(path: Path | None) -> list[dict[str, Any]]:
@@ -134,17 +148,12 @@ def read_reference(path: Path | None) -> list[dict[str, Any]]:
     """
     if path is None:
         return []
-    expected = (
-        "A JSON list of objects, one for each row of the table, was expected. Correct "
-        "report.reference, or leave it out."
+    expected = Expected(
+        "A JSON list of objects, one for each row of the table,",
+        "Correct report.reference, or leave it out.",
+        ConfigError,
     )
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. {expected}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path} is {type(rows).__name__}, not rows of a table. {expected}")
-    return rows
+    return read_json(path, list[dict[str, Any]], expected)
 
 
 def metadata_version() -> str:
@@ -240,6 +249,7 @@ def _loss_name(loss: dict[str, Any]) -> str:
 
 
 logger = logging.getLogger(__name__)
+WRITTEN = ("items.npz", "results.json", "report.html")
 VERSION = 7  # raised when the same inputs give other results or another report
 
 
@@ -265,17 +275,15 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     work = _plan(config, Splits(stores, config.trained_splits))
     results, report = folder.eval / "results.json", folder.eval / "report.html"
     start_run(config)
-    stamp = folder.eval / "inputs.sha256"
     digest = _digest(config, work, checkpoint, stores, inputs)
-    written = results.is_file() and report.is_file() and stamp.is_file()
-    if written and stamp.read_text(encoding="utf-8").strip() == digest:
+    if _is_up_to_date(folder.eval, digest):
         logger.info("%s is up to date", results)
         return results
     make_folder(folder.eval)
     context = _context(config, checkpoint_path, stores, inputs, stop)
     found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
     page = render(make_report(config, context, found, folder.align / "metrics.jsonl"))
-    delete(stamp)  # from here on the files may not belong together
+    delete(folder.eval / STAMP)  # from here on the files may not belong together
     items = {name: each for part in found.values() for name, each in part.items.items()}
     write_items(folder.eval / "items.npz", items)
     write_results(
@@ -285,8 +293,21 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         results=[result for part in found.values() for result in part.results],
     )
     write(report, page.encode())
-    write(stamp, f"{digest}\n".encode())
+    write_stamp(folder.eval, digest, WRITTEN)
     return results
+
+
+def _is_up_to_date(folder: Path, digest: str) -> bool:
+    """Return whether neither inputs nor what was written has changed since the last time."""
+    known = read_stamp(folder)
+    if known.pop("inputs", None) != digest or set(known) != set(WRITTEN):
+        return False
+    changed = [name for name, written in known.items() if sha256_of(folder / name) != written]
+    if changed:
+        logger.warning(
+            "%s of %s is not as it was written: everything is measured again", changed[0], folder
+        )
+    return not changed
 
 
 def _context(
@@ -361,11 +382,11 @@ def results_table(path: Path) -> str:
     for heading in ("%", "95 %", "chance", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for task, results in tasks.items():
-        table.add_row(Text(task, "bold"))
+        table.add_row(Text(harmless(task), "bold"))
         width = max(len(result.dataset) for result in results)
         for result in results:
             name = f"  {result.dataset:<{width}}  {_metric(result)}"
-            table.add_row(Text(name), *_numbers(result))
+            table.add_row(Text(harmless(name)), *_numbers(result))
     return rendered(table)
 
 

@@ -1,6 +1,7 @@
 """Files of other people: arrays by name, read some rows at a time."""
 
 import itertools
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -13,8 +14,10 @@ import numpy as np
 from features.errors import SourceError
 from features.sources.tables import table_rows
 from features.storage.column import encoder_of
+from features.storage.reading import MAX_TEXT_BYTES, Expected, cut_text, reading
 from pipeline.stores.blocks import STRINGS, Block, Layout
 
+logger = logging.getLogger(__name__)
 TABLE_ROWS = 4096
 Reader = Callable[[int, int], np.ndarray]
 """Returns the rows from one to another, the latter not included."""
@@ -30,6 +33,8 @@ TYPES: Mapping[str, tuple[str, Any]] = {
 class Arrays(AbstractContextManager["Arrays"]):
     """Arrays in a file or folder, by name. Texts come as numpy's variable-width strings."""
 
+    expected: Expected
+    """What such files are called in messages."""
     layout: Layout | None = None
     """Of the store that `sail convert` wrote in this form; None for files of other programs."""
     files: Sequence[Path] = ()
@@ -46,7 +51,8 @@ class Arrays(AbstractContextManager["Arrays"]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape by name; the first number is that of the rows."""
         self._readers: dict[str, Reader] = {}
-        with ExitStack() as stack:
+        self.path = path
+        with ExitStack() as stack, reading(path, self.expected):
             self._open(path, stack)
             self._close = stack.pop_all().close
 
@@ -59,7 +65,9 @@ class Arrays(AbstractContextManager["Arrays"]):
         Raises:
             SourceError: They are damaged, or not of one length.
         """
-        return self._readers[name](start, stop)
+        with reading(self.path, self.expected):
+            values = self._readers[name](start, stop)
+        return limited(values, f"{name} of {self.path}") if values.dtype == STRINGS else values
 
     @abstractmethod
     def _open(self, path: Path, stack: ExitStack) -> None:
@@ -78,6 +86,7 @@ class WrittenRows:
     def __init__(self, path: Path, arrays: Arrays, layout: Layout) -> None:
         self.layout, self.stamp = layout, stamp_of(arrays)
         self._path, self._arrays = path, arrays
+        self.block(0, 1)  # before anything is made of what is not there
 
     def block(self, start: int, stop: int) -> Block:
         """Return rows `start` to `stop`; refuse values of other types than a store has."""
@@ -88,7 +97,8 @@ class WrittenRows:
         array = name.rpartition("/")[2] if encoder_of(name) in self.layout.fingerprints else name
         kind, dtype = TYPES.get(array, ("T", STRINGS))
         if values.dtype.kind != kind:
-            raise unreadable(self._path, f"{name} holds {values.dtype}", "A store's arrays")
+            expected = of_form("A store's arrays")
+            raise expected.refusal(self._path, f"{name} holds {values.dtype}")
         return values.astype(dtype, copy=False)
 
 
@@ -131,7 +141,7 @@ class WithTable(Arrays):
     """
 
     def __init__(self, arrays: Arrays, table: Path) -> None:
-        self._inner = arrays
+        self._inner, self.expected = arrays, arrays.expected
         super().__init__(table)
 
     def _open(self, path: Path, stack: ExitStack) -> None:  # noqa: ARG002 - nothing stays open
@@ -162,9 +172,19 @@ def stamp_of(arrays: Arrays) -> str:
     return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in each)
 
 
-def unreadable(path: Path, why: object, expected: str) -> SourceError:
-    """Return the error of a file that is not what it was taken for."""
-    return SourceError(
-        f"{path} cannot be read: {why}. {expected} was expected. Correct the path or `--from`, or "
-        f"write the file again."
-    )
+def limited(values: np.ndarray, place: str) -> np.ndarray:
+    """Return texts, of which those over `MAX_TEXT_BYTES` are cut, and named in the log."""
+    long = np.flatnonzero(np.strings.str_len(values) > MAX_TEXT_BYTES // 4)  # of 4 bytes at most
+    texts = {row: cut_text(values[row]) for row in long.tolist()}
+    if over := [row for row, text in texts.items() if text != values[row]]:
+        logger.warning("%d texts over 1 MiB in %s are cut there", len(over), place)
+        values = values.copy()
+        for row in over:
+            values[row] = texts[row]
+    return values
+
+
+def of_form(what: str) -> Expected:
+    """Return how a form is called in messages."""
+    remedy = "Correct the path or `--from`, or write the file again."
+    return Expected(what, remedy, SourceError)

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 
 from features.storage.rows import NUMBERS
 from pipeline.interrupt import StopRequest
-from pipeline.stores.arrays import Arrays, Reader, SequentialArray, unreadable
+from pipeline.stores.arrays import Arrays, Reader, SequentialArray, of_form
 from pipeline.stores.blocks import Block, Layout, Rows
-from pipeline.stores.npy import NpyArray, write_header
+from pipeline.stores.npy import NpyArray, open_npy, write_header
 from pipeline.stores.parquet import LAYOUT_KEY, ParquetArrays, as_batch
 from pipeline.stores.writer import write_parts
 
 ROWS_PER_FILE = 1_000_000
-EXPECTED = "A folder as `clip-retrieval inference` writes it"
+EXPECTED = of_form("A folder as `clip-retrieval inference` writes it")
 
 
 def write(rows: Rows, out: Path, stop: StopRequest, *, rows_per_file: int = ROWS_PER_FILE) -> Path:
@@ -42,14 +42,15 @@ class ClipRetrievalArrays(Arrays):
     Files of the same rows must have as many of them.
     """
 
+    expected = EXPECTED
+
     def _open(self, path: Path, stack: ExitStack) -> None:
         metadata = ParquetArrays(path / "metadata")
         stack.push(metadata)
         folders = [path / "img_emb", path / "text_emb", *sorted((path / "columns").glob("*"))]
         vectors = {
             folder.name: [
-                NpyArray(file, stack.enter_context(file.open("rb")))
-                for file in sorted(folder.glob("*.npy"))
+                NpyArray(file, *open_npy(file, stack)) for file in sorted(folder.glob("*.npy"))
             ]
             for folder in folders
             if folder.is_dir()
@@ -82,18 +83,18 @@ class ClipRetrievalArrays(Arrays):
 def _check(path: Path, metadata: ParquetArrays, vectors: dict[str, list[NpyArray]]) -> None:
     """Compare the rows of files that belong together."""
     if not vectors:
-        raise unreadable(path, "there is neither img_emb nor text_emb", EXPECTED)
+        raise EXPECTED.refusal(path, "there is neither img_emb nor text_emb")
     expected = metadata.file_rows
     for name, arrays in vectors.items():
         if len(arrays) != len(expected):
             why = f"{name} has {len(arrays)} files, metadata {len(expected)}"
-            raise unreadable(path, why, EXPECTED)
+            raise EXPECTED.refusal(path, why)
         first = 0
         for array, file, rows in zip(arrays, metadata.files, expected, strict=True):
             if array.shape[0] != rows or len(array.shape) != 2:
                 row = first + min(array.shape[0], rows)
                 why = f"it has shape {array.shape} and {file.name} {rows} rows, from row {row} on"
-                raise unreadable(array.place, why, EXPECTED)
+                raise EXPECTED.refusal(array.place, why)
             first += rows
 
 

@@ -7,25 +7,27 @@ name.
 
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
-from features.errors import SourceError, StoreError
+from features.errors import SailError, StoreError
 from features.status import Status
 from features.storage.column import encoder_of
+from features.storage.reading import check_regular, reading
 from features.storage.rows import NUMBERS
 from features.store import FORMAT
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
-from pipeline.stores.arrays import Arrays, unreadable
+from pipeline.stores.arrays import Arrays, Reader, of_form
 from pipeline.stores.blocks import STRINGS, Layout
 from pipeline.stores.resumable import unfinished
 from pipeline.stores.writer import StoreRows
@@ -33,7 +35,9 @@ from pipeline.stores.writer import StoreRows
 FORMAT_VERSION = 1
 """Of the file, which has no checksums."""
 TEXT = h5py.string_dtype("utf-8")
-EXPECTED = "An HDF5 file"
+EXPECTED = of_form("An HDF5 file")
+OURS = of_form("An HDF5 file as `sail convert --to hdf5` writes it")
+MAX_CHUNK_BYTES = 1 << 30
 
 
 def write(rows: StoreRows, out: Path, stop: StopRequest) -> Path:
@@ -139,22 +143,49 @@ def _compare(path: Path, rows: StoreRows, starts: Sequence[int], stop: StopReque
 class Hdf5Arrays(Arrays):
     """The datasets of an HDF5 file. Links to other files are not followed."""
 
+    expected = EXPECTED
+
     def _open(self, path: Path, stack: ExitStack) -> None:
         self.files = (path,)
-        try:
-            file = stack.enter_context(h5py.File(path, "r"))
-        except OSError as error:
-            raise unreadable(path, error, EXPECTED) from error
+        file = stack.enter_context(h5py.File(check_regular(path), "r"))
 
         def see(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
+            if isinstance(item, h5py.Dataset) and item.shape is not None:
                 if item.is_virtual or item.external:
-                    raise unreadable(path, f"{name} keeps its values in another file", EXPECTED)
-                self._add(name, item.shape, partial(_values, item))
+                    raise EXPECTED.refusal(path, f"{name} keeps its values in another file")
+                self._add(name, item.shape, _stored(item))
 
         file.visititems(see)  # follows no link
         is_ours = file.attrs.get("format") == json.dumps(FORMAT)
         self.layout = _layout(path, file, self.shapes) if is_ours else None
+
+
+def _stored(dataset: h5py.Dataset) -> Reader:
+    """Return what reads a dataset whose values are all in the file: any shape can be declared."""
+
+    @cache
+    def check() -> None:
+        size = dataset.dtype.itemsize * math.prod(dataset.chunks or (0,))
+        if size > MAX_CHUNK_BYTES:
+            raise ValueError(f"{dataset.name} has chunks of {size} bytes")
+        if dataset.chunks is None:
+            found, wanted = dataset.id.get_storage_size(), dataset.nbytes
+        else:
+            per_axis = zip(dataset.shape, dataset.chunks, strict=True)
+            found = dataset.id.get_num_chunks()
+            wanted = math.prod(-(-length // chunk) for length, chunk in per_axis)
+        if found < wanted:
+            what = "bytes" if dataset.chunks is None else "chunks"
+            raise ValueError(
+                f"{dataset.name} has shape {dataset.shape}, of which {found} of "
+                f"{wanted} {what} are there"
+            )
+
+    def read(start: int, stop: int) -> np.ndarray:
+        check()
+        return _values(dataset, start, stop)
+
+    return read
 
 
 def _values(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
@@ -214,10 +245,8 @@ def _write(
 
 def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """Read what `_create` wrote."""
-    try:
+    with reading(f"The attributes of {path}", OURS):
         attributes = _attributes(file)
-    except (ValueError, TypeError) as error:
-        raise _not_ours(path, f"its attributes are not JSON ({error})") from error
     if attributes.get("format_version") != FORMAT_VERSION:
         raise _not_ours(path, f"it has format_version {attributes.get('format_version')}")
     sizes = [attributes.get(name) for name in ("rows", "rows_per_chunk")]
@@ -251,8 +280,8 @@ def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) 
     )
 
 
-def _not_ours(path: Path, why: str) -> SourceError:
-    return unreadable(path, why, "An HDF5 file as `sail convert --to hdf5` writes it")
+def _not_ours(path: Path, why: str) -> SailError:
+    return OURS.refusal(path, why)
 
 
 def _write_attributes(target: Any, attributes: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A store to be, made of arrays that someone else wrote: which array becomes what."""
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,8 @@ PART = r"[^/.][^/]*"
 COLUMN = re.compile(rf"image/{PART}|text/{PART}/{PART}")
 PLAIN = re.compile(rf"key|label|group|caption/{PART}")
 SHOWN = 30
+MAX_LENGTH = 1 << 20
+"""Of a vector of features: no encoder gives as many, and a chunk of them must fit in memory."""
 
 
 class TakenRows:
@@ -54,6 +57,8 @@ class TakenRows:
         """
         _check_names(arrays, taken)
         rows = _check_shapes(arrays, taken)
+        for array in taken.values():  # before anything is made of what is not there
+            arrays.read(array, 0, 1)
         self._arrays, self._taken, self._stem = arrays, dict(taken), stem
         self.stamp = stamp_of(arrays)
         self._columns = [name for name in taken if COLUMN.fullmatch(name)]
@@ -154,10 +159,10 @@ def _check_names(arrays: Arrays, taken: Mapping[str, str]) -> None:
 def _check_shapes(arrays: Arrays, taken: Mapping[str, str]) -> int:
     """Return the rows, which all have."""
     first = next(iter(taken.values()))
-    rows = arrays.shapes[first][0]
+    rows = next(iter(arrays.shapes[first]), 0)
     for name, array in taken.items():
         shape = arrays.shapes[array]
-        if shape[0] != rows:
+        if shape and shape[0] != rows:
             raise SourceError(
                 f"{array!r} has {shape[0]} rows, {first!r} has {rows}: row {min(shape[0], rows)} "
                 f"is in one of them only. As many rows in the same order were expected. Find out "
@@ -168,5 +173,10 @@ def _check_shapes(arrays: Arrays, taken: Mapping[str, str]) -> int:
                 f"{array!r} has shape {shape}, which cannot be {name!r}. Rows of "
                 f"{'vectors' if COLUMN.fullmatch(name) else 'single values'} were expected. "
                 f"Correct --take."
+            )
+        if math.prod(shape[1:]) > MAX_LENGTH:
+            raise SourceError(
+                f"{array!r} has vectors of {shape[1]} numbers. At most {MAX_LENGTH} were expected. "
+                f"Take another array."
             )
     return rows

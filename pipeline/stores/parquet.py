@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.storage.reading import check_regular, reading
 from features.storage.rows import NUMBERS
 from pipeline.interrupt import StopRequest
-from pipeline.stores.arrays import Arrays, SequentialArray, unreadable
+from pipeline.stores.arrays import Arrays, SequentialArray, of_form
 from pipeline.stores.blocks import STRINGS, Block, Layout, Rows
 from pipeline.stores.writer import write_parts
 
 LAYOUT_KEY = b"sail"
-EXPECTED = "Parquet with vectors of one length"
+EXPECTED = of_form("Parquet with vectors of one length")
 ROWS_AT_ONCE = 4096
 BUFFER_BYTES = 1 << 20
 FILE_BYTES = 1 << 28
@@ -80,22 +81,22 @@ def as_batch(block: Block, schema: pa.Schema) -> pa.RecordBatch:
 class ParquetArrays(Arrays):
     """The columns of a parquet file, or of the files of a folder in the order of their names."""
 
+    expected = EXPECTED
+
     def _open(self, path: Path, stack: ExitStack) -> None:
         self.files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not self.files:
-            raise unreadable(path, "there is no .parquet file", EXPECTED)
-        try:
-            # Otherwise a column of a whole row group, often a million rows, is read at once.
-            streamed = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
-            self._opened = [
-                stack.enter_context(pq.ParquetFile(file, **streamed)) for file in self.files
-            ]
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error, EXPECTED) from error
+            raise EXPECTED.refusal(path, "there is no .parquet file")
+        # Otherwise a column of a whole row group, often a million rows, is read at once.
+        streamed = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
+        self._opened = [
+            stack.enter_context(pq.ParquetFile(check_regular(file), **streamed))
+            for file in self.files
+        ]
         schema = self._opened[0].schema_arrow
         for file, opened in zip(self.files, self._opened, strict=True):
             if not opened.schema_arrow.equals(schema):
-                raise unreadable(file, f"its columns are not those of {self.files[0]}", EXPECTED)
+                raise EXPECTED.refusal(file, f"its columns are not those of {self.files[0]}")
         metadata = (schema.metadata or {}).get(LAYOUT_KEY)
         self.layout = None if metadata is None else _layout(path, metadata)
         self.file_rows = [opened.metadata.num_rows for opened in self._opened]
@@ -119,7 +120,7 @@ class ParquetArrays(Arrays):
             if wrong := pc.indices_nonzero(other).to_pylist():
                 length = len(column[wrong[0]])
                 why = f"{name} of row {first + wrong[0]} has {length} values, not {dim}"
-                raise unreadable(file, why, EXPECTED)
+                raise EXPECTED.refusal(file, why)
             values = column.flatten().to_numpy(zero_copy_only=False)
             vectors = np.zeros((len(column), dim), dtype=values.dtype)
             vectors[column.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, dim)
@@ -143,12 +144,8 @@ class ParquetArrays(Arrays):
 
 
 def _layout(path: Path, text: bytes) -> Layout:
-    try:
+    with reading(f"The layout in {path}", EXPECTED):
         return Layout.from_json(text)
-    except (ValueError, TypeError, KeyError) as error:
-        raise unreadable(
-            path, f"its metadata {LAYOUT_KEY!r} are broken ({error})", EXPECTED
-        ) from error
 
 
 def _type(name: str, layout: Layout) -> pa.DataType:

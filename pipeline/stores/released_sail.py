@@ -12,16 +12,16 @@ filtered otherwise between two runs, with the same number left, no check of the 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from features.errors import SourceError
-from pipeline.stores.arrays import Arrays, SequentialArray, unreadable
+from features.storage.reading import read_torch
+from pipeline.stores.arrays import Arrays, SequentialArray, of_form
+from pipeline.stores.safetensors import numpy_of
 
-EXPECTED = "A tensor of (rows, features) as the released encode.py saves it"
+EXPECTED = of_form("A tensor of (rows, features) as the released encode.py saves it")
 KINDS = {"image_embedding": "image", "text_embedding": "text"}
 
 
@@ -31,10 +31,12 @@ class ReleasedArrays(Arrays):
     They are taken as `image/<model>` and `text/<model>/<data>_<caption>`, by their own names.
     """
 
+    expected = EXPECTED
+
     def _open(self, path: Path, stack: ExitStack) -> None:  # noqa: ARG002 - nothing stays open
         folders = sorted({file.parent for file in path.rglob("*.pt")})
         if not folders:
-            raise unreadable(path, "there is no .pt file", EXPECTED)
+            raise EXPECTED.refusal(path, "there is no .pt file")
         every = [_Folder(folder) for folder in folders]
         self.files = [file for each in every for file in each.files]
         usual = dict[str, str]()
@@ -69,25 +71,21 @@ class _Folder:
     def tensors(self) -> Iterator[np.ndarray]:
         for file in self.files:
             tensor = _load(file, mapped=False)
-            yield (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            yield numpy_of(tensor)
 
 
 def _number(file: Path) -> int:
     try:
         return int(file.stem)
     except ValueError as error:
-        raise unreadable(file, "its name is no number", "A file such as 0.pt") from error
+        raise of_form("A file such as 0.pt").refusal(file, "its name is no number") from error
 
 
 def _load(file: Path, *, mapped: bool) -> Tensor:
-    try:
-        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise unreadable(file, why, EXPECTED) from error
+    tensor = read_torch(file, EXPECTED, mapped=mapped)
     if not isinstance(tensor, Tensor) or tensor.ndim != 2:
         found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
-        raise unreadable(file, f"it holds {found}", EXPECTED)
+        raise EXPECTED.refusal(file, f"it holds {found}")
     return tensor
 
 

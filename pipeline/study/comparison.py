@@ -39,12 +39,7 @@ class _Evaluated:
                 f"{run} has no eval/results.json. Give the folder of a run (its `run.dir`), after "
                 f"`sail eval`."
             )
-        try:
-            found = [result for result in read_results(path) if not result.is_detail]
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{path} is damaged: {error!r}. Delete it, and run `sail eval` again."
-            ) from error
+        found = [result for result in read_results(path) if not result.is_detail]
         results = {result.name: result for result in found}
         return cls(run, results, read_items(path.with_name("items.npz")))
 

@@ -210,8 +210,8 @@ def test_too_many_bad_rows_stop_the_run_when_asked_to(tmp_path: Path) -> None:
 
 
 def test_keys_cannot_steer_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    log_faults(["row 1 (Ü/\x1b[31m\n\u202e): missing image"], Phases())
-    assert caplog.messages == [r"quarantined row 1 (Ü/\x1b[31m\n\u202e): missing image"]
+    log_faults(["row 1 (Ü/\u001b[31m\u000a\u202e): missing image"], Phases())
+    assert caplog.messages == [r"quarantined row 1 (Ü/\u001b[31m\u000a\u202e): missing image"]
 
 
 def test_a_stop_request_ends_after_the_chunk_at_hand_and_the_next_run_goes_on(
