@@ -1,11 +1,12 @@
 """Prompts for the names of classes."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from features.class_lists import CLASS_LISTS, read_class_list
 from features.errors import EvaluationError
+from features.storage.reading import Expected, checked, read_json
 
 
 def read_templates(setting: Sequence[str] | str) -> tuple[str, ...]:
@@ -22,17 +23,14 @@ def read_templates(setting: Sequence[str] | str) -> tuple[str, ...]:
         return tuple(setting)
     if setting in CLASS_LISTS:
         return read_class_list(setting).templates
-    try:
-        templates = json.loads(Path(setting).read_text(encoding="utf-8"))["templates"]
-        if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
-            raise TypeError("its `templates` are no list of texts")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            f"The templates {setting!r} cannot be read: {error}. One of {', '.join(CLASS_LISTS)}, "
-            f'or a JSON file {{"templates": ["a photo of a {{}}."]}} was expected. Correct '
-            f"eval.templates."
-        ) from error
-    return tuple(templates)
+    expected = Expected(
+        f'One of {", ".join(CLASS_LISTS)}, or a JSON file {{"templates": ["a photo of a {{}}."]}}',
+        "Correct eval.templates.",
+        EvaluationError,
+    )
+    document = read_json(Path(setting), dict[str, Any], expected)
+    place = f"The templates {setting!r}"
+    return tuple(checked(document.get("templates"), list[str], place, expected))
 
 
 def make_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ def export_model(checkpoint_path: Path, target: Path) -> Path:
     """
     checkpoint = Checkpoint.open(checkpoint_path)
     card = model_card(checkpoint, USE_OF_HEAD)
-    if (target / CARD).is_file() and (target / CARD).read_text(encoding="utf-8") == card:
+    if (target / CARD).is_file() and (target / CARD).read_bytes() == card.encode():
         return target
     with replacing_folder(target) as folder:
         for name in (MODEL, CONFIG):

@@ -1,6 +1,7 @@
 """Embeddings of a user's own images or sentences, as a file for other programs."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from jaxtyping import Float32, Num
 from features.errors import EncoderError, SourceError
 from features.sources.base import IMAGE_SUFFIXES
 from features.storage.files import appearing, delete, replacing_folder
+from features.storage.reading import Expected, read_text
+from features.terminal import harmless
 from pipeline.interrupt import StopRequest
 from pipeline.run.aligned import Aligned
 from pipeline.run.cpu import usable_processors
@@ -50,19 +53,21 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
+def name_of(path: Path) -> str:
+    """Return the name under which an image is written: bytes that are not UTF-8 as hexadecimal."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
 def sentences(file: Path) -> list[str]:
     """Return the lines of a text file that are not empty.
 
     Raises:
         SourceError: It cannot be read, is not UTF-8, or has none.
     """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"{file} cannot be read: {error}. A text file in UTF-8 with one sentence a line was "
-            f"expected. Correct --texts."
-        ) from error
+    expected = Expected(
+        "A text file in UTF-8 with one sentence a line", "Correct --texts.", SourceError
+    )
+    lines = [line.strip() for line in read_text(file, expected).split("\n")]
     if not (found := [line for line in lines if line]):
         raise SourceError(
             f"{file} has no line that is not empty. One sentence a line was expected. Fill it."
@@ -105,7 +110,7 @@ def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopR
                     usable = [image for image in prepared if image is not None]
                     embeddings[ok] = aligned.encode_pixels(usable)
                 unusable += int((~ok).sum())
-                yield [str(path) for path in part], embeddings
+                yield [name_of(path) for path in part], embeddings
 
     _writer(out)(out, blocks(), len(files), aligned.dim)
     return Written(out, len(files), unusable)
@@ -146,7 +151,7 @@ def _write_npy(out: Path, blocks: Blocks, count: int, dim: int) -> None:
             with partial_names.open("w", encoding="utf-8") as names_file:
                 for names, embeddings in blocks:
                     file.write(np.ascontiguousarray(embeddings, dtype="<f4").data)
-                    names_file.writelines(f"{name}\n" for name in names)
+                    names_file.writelines(f"{harmless(name)}\n" for name in names)
             file.flush()
             delete(out)  # so that embeddings never lie beside the names of others
 

@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import logging
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from http.cookies import CookieError, SimpleCookie
@@ -19,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from features.errors import SailError
+from features.errors import SailError, refused
 from features.images import ImageFault
 from pipeline.explore.search import (
     MAX_UPLOAD_BYTES,
@@ -67,6 +68,9 @@ PAGE = """<!doctype html>
 <h1>{}</h1>
 <p>{}</p>
 """
+
+
+HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<address>[\da-fA-F:.]+)\])(?::\d{1,5})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ class Guard:
         return _refuse(scope, 401, "The token is missing or wrong.")
 
     def _is_known_host(self, value: str) -> bool:
-        host = value.rpartition(":")[0] if not value.endswith("]") and ":" in value else value
-        host = host.strip("[]").lower()
+        named = HOST.fullmatch(value)
+        host = (named["name"] or named["address"]).lower() if named else ""
         if host in LOOPBACK or host == self._access.host.lower():
             return True
         # Beyond loopback the token guards: a name that was made to point here has no cookie of it.
@@ -153,7 +157,8 @@ def _is_from_elsewhere(scope: Scope, headers: Headers) -> bool:
     is_link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
     site = headers.get("sec-fetch-site", "none")
     origin = headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+    host = headers.get("host")
+    if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
         return True
     return site not in ("none", "same-origin") and not is_link
 
@@ -218,6 +223,7 @@ def create_app(session: Session, access: Access) -> FastAPI:
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(SailError, _said)
+    app.add_exception_handler(OSError, _said_by_the_system)
     app.add_exception_handler(RequestValidationError, _misunderstood)
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.add_middleware(Guard, access=access)
@@ -405,6 +411,11 @@ def image(request: Request, split: str, row: int, side: int = SIDES[1]) -> Respo
 
 def _said(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": str(error)}, status_code=409)
+
+
+def _said_by_the_system(_request: Request, error: Exception) -> JSONResponse:
+    words = refused(error, "this program") if isinstance(error, OSError) else str(error)
+    return JSONResponse({"error": words}, status_code=409)
 
 
 def _misunderstood(_request: Request, error: Exception) -> JSONResponse:

@@ -1,5 +1,6 @@
 """Serves the page until a signal comes."""
 
+import asyncio
 import logging
 import secrets
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from features.errors import ConfigError, SailError
 from pipeline.explore.app import Access, create_app, is_loopback
@@ -18,8 +20,47 @@ from pipeline.interrupt import StopRequest
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_FINISH = 5
+SECONDS_FOR_HEADERS = 10
 MOST_AT_ONCE = 64  # connections; each may send an image, so that this bounds the memory
 TOKEN_CHARACTERS = 16
+
+
+class _Impatient(H11Protocol):
+    """A connection that must send the headers of a request soon, and keeps no other one out.
+
+    Anyone can open connections, before any token is asked for.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers()
+        waiting = [each for each in self.connections if isinstance(each, _Impatient)]
+        waiting = [each for each in waiting if each is not self and each._deadline is not None]
+        if len(self.connections) >= MOST_AT_ONCE - 1 and waiting:
+            oldest = min(waiting, key=lambda each: each._deadline.when())  # type: ignore[union-attr]
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._deadline is None:
+            self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_headers(self) -> None:
+        self._deadline = self.loop.call_later(SECONDS_FOR_HEADERS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def access_for(host: str, token: str | None) -> Access:
@@ -67,6 +108,7 @@ def serve(
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(session, access),
+                http=_Impatient,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -5,7 +5,7 @@ it was loaded, and everything that these follow from: settings, sizes and times 
 versions of the libraries. While these are the same, so are the fingerprints.
 """
 
-import json
+import logging
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import SourceError, StoreCorruptError
+from features.errors import FileError, SourceError, StoreCorruptError
 from features.status import Status
 from features.storage.files import write_json
+from features.storage.reading import Expected, read_json
 from features.store import FeatureStore
 from pipeline.run.config import RunConfig
 
+logger = logging.getLogger(__name__)
+EXPECTED = Expected("What is known of the encoders", "They are loaded, and it is written again.")
 LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg")
 
 
@@ -27,10 +30,12 @@ class KnownEncoders:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._entries = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # none yet, or damaged: encoders are loaded
-            self._entries = {}
+        self._entries: dict[str, Any] = {}
+        if path.exists():
+            try:
+                self._entries = read_json(path, dict[str, Any], EXPECTED)
+            except FileError as error:  # the encoders are loaded
+                logger.warning("%s", error)
 
     def fingerprints(self, name: str, config: RunConfig) -> dict[str, dict[str, Any]] | None:
         """Return those of `image/<name>` or `text/<name>`, None if it must be loaded."""

@@ -240,7 +240,19 @@ def _write(
     stop.check()
     part = slice(start, min(start + rows.layout.rows_per_chunk, rows.layout.rows))
     for name, values in rows.some(names, part.start, part.stop).items():
+        _check_texts(name, values, start)
         file[name][part] = values.astype(object) if values.dtype == STRINGS else values
+
+
+def _check_texts(name: str, values: np.ndarray, start: int) -> None:
+    """Refuse a text with a NUL, at which those of HDF5 end."""
+    texts = values.tolist() if values.dtype == STRINGS else []
+    if with_nul := [row for row, text in enumerate(texts, start) if "\0" in text]:
+        raise StoreError(
+            f"{name} of row {with_nul[0]} has a NUL character, which no text in "
+            f"HDF5 can have. Texts without were expected. Choose another form, such as "
+            f"`--to parquet`, or correct the captions and extract them again."
+        )
 
 
 def _layout(path: Path, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]) -> Layout:

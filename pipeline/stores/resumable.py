@@ -8,21 +8,23 @@ call of anything else begins anew.
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from features.errors import SailError, StorageError, StoreCorruptError, StoreError
+from features.errors import FileError, SailError, StorageError, StoreCorruptError, StoreError
 from features.storage.files import write_json
 from features.storage.place import Place
+from features.storage.reading import Expected, read_json
 from features.storage.synchronise import make_folder, synchronise, synchronise_all
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
+EXPECTED = Expected("What is done so far", "It is made from the beginning.")
 MENDABLE = (StorageError, StoreCorruptError)
 
 
@@ -42,11 +44,12 @@ class Unfinished:
         """Steps that need not be done again."""
         self._state, self._made_of = folder / "state.json", made_of
         try:
-            state = json.loads(self._state.read_bytes())
-        except (FileNotFoundError, ValueError):
+            state = read_json(self._state, dict[str, Any], EXPECTED)
+        except FileError:  # none yet, or damaged: it is made from the beginning
             state = {}
-        if state.get("made_of") == made_of and self.made.exists():
-            self.done = int(state["done"])
+        done = state.get("done")
+        if state.get("made_of") == made_of and isinstance(done, int) and self.made.exists():
+            self.done = done
         elif self.made.is_dir():
             shutil.rmtree(self.made)
         else:

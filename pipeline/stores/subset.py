@@ -15,6 +15,7 @@ from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.place import Place
+from features.storage.reading import Expected, read_text
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
@@ -222,14 +223,8 @@ def _chosen(store: FeatureStore, choice: Choice, stop: StopRequest) -> Bool[np.n
 
 def _with_keys(store: FeatureStore, file: Path) -> Bool[np.ndarray, "rows"]:
     """Find the rows of keys, all of which must be there."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"{file} cannot be read: {error}. A text file in UTF-8 with one key a line was "
-            f"expected. Correct --keys."
-        ) from error
-    wanted = {line.strip() for line in lines} - {""}
+    expected = Expected("A text file in UTF-8 with one key a line", "Correct --keys.", SourceError)
+    wanted = {line.strip() for line in read_text(file, expected).split("\n")} - {""}
     mask = np.zeros(store.rows, dtype=bool)
     for start in range(0, store.rows, store.rows_per_chunk):
         keys = store.keys(start, start + store.rows_per_chunk).tolist()

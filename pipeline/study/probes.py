@@ -35,6 +35,7 @@ from features.errors import ConfigError, EvaluationError
 from features.status import Status
 from features.storage.column import Column
 from features.storage.files import write_json
+from features.storage.reading import Expected, read_json
 from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
@@ -148,6 +149,9 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
     return StudyRows(store, fields, rows, text_ok[rows])
 
 
+EXPECTED = Expected("What an earlier call measured", "Delete it: it is measured again.")
+
+
 @dataclass(frozen=True)
 class Kept:
     """What was measured before, in a file that is written after each measure."""
@@ -158,7 +162,7 @@ class Kept:
     @classmethod
     def read(cls, path: Path) -> "Kept":
         """Read the file; nothing is known where there is none."""
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = read_json(path, dict[str, dict[str, Any]], EXPECTED) if path.exists() else {}
         return cls(path, known)
 
     def get(self, inputs: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -378,7 +382,7 @@ def _probe(config: RunConfig, rows: StudyRows, stop: StopRequest) -> Probe:
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     model, checkpoint = load_head(best, prepare_device(config.run))
     note, kept = config.run.dir / "probe.json", config.run.dir / "items.npz"
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    known = read_json(note, dict[str, Any], EXPECTED) if note.exists() else {}
     of = {"checkpoint_sha256": checkpoint.sha256, "rows_sha256": rows.sha256}
     if known.get("checkpoint_sha256") == checkpoint.sha256:
         seconds = known["seconds"]  # this call found the training done

@@ -170,10 +170,10 @@ def sweep_run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
     for number, (trial, varied) in enumerate(planned, 1):
         logger.info("%s %d of %d: %s", sweep.name, number, len(planned), Path(trial.dir).name)
         done.append(_train(trial, varied, stop, evaluates=sweep.evaluates))
-        _write(path, sweep, done)
+        write_json(path, _document(sweep, done))
     if all(trial.failed for trial in done):
         raise TrainingError(f"None of {len(done)} trainings came to an end. {done[-1].failed}")
-    sweep_plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+    sweep_plot(_document(sweep, done), path.with_suffix(".png"))
     return path
 
 
@@ -234,8 +234,8 @@ def _train(trial: Trial, config: RunConfig, stop: StopRequest, *, evaluates: boo
     return replace(trial, scores=scores)
 
 
-def _write(path: Path, sweep: Sweep, done: list[Trial]) -> None:
-    document = {
+def _document(sweep: Sweep, done: list[Trial]) -> dict[str, Any]:
+    return {
         "schema": SCHEMA,
         "name": sweep.name,
         "over": sweep.over,
@@ -243,7 +243,6 @@ def _write(path: Path, sweep: Sweep, done: list[Trial]) -> None:
         "summary": summary(done),
         "runs": [asdict(trial) for trial in done],
     }
-    write_json(path, document)
 
 
 def summary(trials: Sequence[Trial]) -> list[dict[str, object]]:

@@ -27,10 +27,14 @@ def test_the_names_of_this_machine_are_served(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["evil.example", "127.0.0.1.evil.example:8642", "localhost.evil.example", "10.0.0.7"]
+    "name",
+    [
+        *("evil.example", "127.0.0.1.evil.example:8642", "localhost.evil.example", "10.0.0.7"),
+        *("]127.0.0.1[", "127.0.0.1:8642, evil.example", "[127.0.0.1", "127.0.0.1:x"),
+    ],
 )
 def test_another_name_that_leads_here_is_refused(name: str) -> None:
-    answer = client(Access("127.0.0.1"), name).get("/api/run")
+    answer = client(Access("127.0.0.1")).get("/api/run", headers={"host": name})
     assert answer.status_code == 421
     assert "under this name" in answer.json()["error"]
 
@@ -43,6 +47,7 @@ def test_another_name_that_leads_here_is_refused(name: str) -> None:
         {"origin": "http://evil.example"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:9999"},
+        {"origin": "file://127.0.0.1:8642"},
     ],
     ids=str,
 )
