@@ -1,4 +1,4 @@
-"""Whole commands over a finished run of which one file is damaged: right, or one line, never a trace.
+"""Whole commands over a finished run of which one file is damaged: right, or one line.
 
 Only the stores are left out, which have tests of their own (test_damaged_store.py).
 """
@@ -227,7 +227,6 @@ def test_one_damaged_file_of_a_run_gives_the_right_result_or_one_line(
             and told(COMMANDS[name], trial, out) != right[name]
         ):
             faults.append(f"{what}: silently wrong: {err[-600:]}")
-    print(f"{TRIALS} trials, {len(faults)} faults, {time.monotonic() - began:.0f} s")
     assert not faults, "\n\n".join(faults)
 
 
