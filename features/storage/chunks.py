@@ -1,6 +1,7 @@
 """The files of a column: a chunk of values as they are, and four bytes of crc32c behind them."""
 
 import ctypes
+import errno
 import os
 import stat
 import sys
@@ -161,13 +162,35 @@ def crc32c_behind(path: Path) -> int:
         return int.from_bytes(file.read(CRC_BYTES), "little")
 
 
+def whole_file(place: Place, limit: int) -> bytes | None:
+    """Return the content of a file of a store; None if there is none.
+
+    Raises:
+        StoreCorruptError: It is no regular file, or has more bytes than `limit`.
+    """
+    if not isinstance(place, Path):
+        try:
+            return files.read(place)
+        except FileNotFoundError:
+            return None
+    if not os.path.lexists(place):
+        return None
+    with _opened(place) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise StoreCorruptError(place, f"it has {size} bytes, more than {limit}")
+        return bytes(file.readall())
+
+
 def _opened(path: Path) -> Any:
     try:
         file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _missing(path) from error
-    except IsADirectoryError as error:
-        raise StoreCorruptError(path, "it is a folder") from error
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _missing(path) from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise StoreCorruptError(path, "it is not a regular file") from error
+        raise
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise StoreCorruptError(path, "it is not a regular file")

@@ -213,11 +213,17 @@ def children(folder: Place) -> list[tuple[str, int | None]]:
         if not folder.is_dir():
             return []
         with os.scandir(folder) as there:
-            return sorted(
-                (each.name, each.stat().st_size if each.is_file() else None) for each in there
-            )
+            return sorted((each.name, _size(each)) for each in there)
     what = "A folder that can be listed"
     return tried(folder, what, lambda server: sorted(server.children(folder)))
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Return the bytes of what is no folder; none of a link that leads nowhere, or in a circle."""
+    try:
+        return None if entry.is_dir() else entry.stat().st_size
+    except OSError:
+        return 0
 
 
 def files_below(folder: Place) -> Iterator[tuple[Place, int]]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from features.errors import StoreCorruptError
-from features.storage.files import appearing, is_file, read, write
+from features.storage.chunks import whole_file
+from features.storage.files import appearing, is_file, write
 from features.storage.place import Place
 
 FILE = "manifest/zarr.json"
@@ -49,12 +50,9 @@ def read_metadata(place: Place, kind: str | None = None) -> dict[str, Any]:
     Raises:
         StoreCorruptError: It is missing, or not such a document.
     """
-    try:
-        content = read(place)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise StoreCorruptError(place, "the file is missing") from error
-    if len(content) > METADATA_BYTES:
-        raise StoreCorruptError(place, f"it has {len(content)} bytes, more than {METADATA_BYTES}")
+    content = whole_file(place, METADATA_BYTES)
+    if content is None:
+        raise StoreCorruptError(place, "the file is missing")
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from numcodecs.vlen import VLenUTF8
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from features.errors import StoreCorruptError
-from features.storage.files import read
+from features.storage.chunks import CRC_BYTES, whole_file
 from features.storage.manifest import METADATA, Manifest, describe, read_metadata, write_manifest
 from features.storage.parallel import in_order
 from features.storage.place import Place
@@ -28,7 +28,6 @@ from features.storage.place import Place
 NUMBERS = ("label", "group")
 """Row arrays of int32, -1 where unknown; all others are of strings."""
 STRINGS = np.dtypes.StringDType()
-CRC_BYTES = 4
 KEYS_AT_ONCE = 65_536
 CHUNK_BYTES = 1 << 30
 """The most that the strings of a chunk may take."""
@@ -120,9 +119,8 @@ class RowArray:
 
     def _chunk(self, chunk: int) -> np.ndarray:
         place = self._path / "c" / str(chunk)
-        try:
-            content = read(place)
-        except (FileNotFoundError, NotADirectoryError):
+        content = whole_file(place, CHUNK_BYTES)
+        if content is None:
             return self._missing(place, chunk)
         if self._manifest is not None:
             check_file(place, content, self._manifest.files(self._name, chunk))

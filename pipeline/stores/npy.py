@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from features.storage.reading import check_regular, npy_header, reading
 from pipeline.stores.arrays import Arrays, of_form
