@@ -95,6 +95,10 @@ class SourceError(SailError):
     """A source is missing, cut off, or changed since it was indexed."""
 
 
+class UnreadableError(SourceError):
+    """A file of a source is damaged or cut off: nothing of it is used."""
+
+
 class EncoderError(SailError):
     """A frozen encoder cannot be loaded, or does not give what the recipe asks for."""
 

@@ -10,10 +10,10 @@ handled by rule.
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,211 +22,54 @@ import pyarrow.parquet as pq
 
 from features.config import ExtractConfig
 from features.errors import SourceError
-from features.sources import SOURCES, Counts, Sample, SourceReader
-from features.status import Status
-from features.storage import files
-from features.storage.files import appearing, partial_path, remove_leftovers, version
+from features.sources import SOURCES, Sample
+from features.sources.index_writer import (
+    BOX,
+    COLUMNS,
+    METADATA_KEY,
+    NEVER_READ,
+    ROWS_PER_GROUP,
+    VERSION,
+    Reader,
+    write_index,
+)
+from features.sources.survey import Earlier
+from features.storage.files import partial_path
 from features.storage.parallel import in_order
 from features.storage.place import Place, as_place
 from features.storage.reading import Expected, check_regular, reading
+from features.storage.versions import state_elsewhere, state_of
 
-Reader = SourceReader[Any]
 Images = Sequence[bytes | None]
-VERSION = 2
-ROWS_PER_GROUP = 4096
-MAX_FIELDS = 256
-MAX_IMAGE_BYTES = 1 << 28  # no photograph is as large; reading it would take as much memory
-METADATA_KEY = b"sail"
 EXPECTED = Expected(
     "An index of this version", "Delete it, and run `sail extract` again.", SourceError
 )
-COLUMNS = {
-    "key": pa.string(),
-    "path": pa.string(),
-    "offset": pa.int64(),
-    "size": pa.int64(),
-    "problem": pa.uint8(),
-    "label": pa.int32(),
-    "group": pa.int32(),
-}
-BOX = {"box": pa.list_(pa.int32(), 4)}  # a column only where the samples are parts of images
-
-
-class _MoreFields(Exception):  # noqa: N818 - asks for another pass
-    """A sample has captions under a field that the samples before it did not have."""
 
 
 def build_index(
-    reader: Reader, path: Path, *, on_progress: Callable[[int], None] = lambda _: None
+    reader: Reader,
+    path: Path,
+    *,
+    needs_images: bool = False,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> "Index":
     """List every sample of a source, and write the index: all of it, or nothing.
 
     Args:
         reader: What lists the samples.
         path: Where the index goes.
+        needs_images: Whether it is refused where not one sample has an image.
         on_progress: Called now and then with the number of samples since the last call.
 
     Raises:
         SourceError: The source cannot be read, or holds no samples.
     """
-    _build(reader, path, on_progress)
+    write_index(reader, path, on_progress, needs_images=needs_images)
     return Index.open(path)
-
-
-def _build(
-    reader: Reader,
-    path: Path,
-    on_progress: Callable[[int], None],
-    grown_from: Sequence[int] = (),
-    copied: "Index | None" = None,
-) -> None:
-    """Write an index; the rows of another are copied first, so that their files are not read.
-
-    The fields of the first samples are mostly those of all. If not, everything is listed for its
-    fields, and then once more to be written.
-    """
-    reported = 0
-
-    def report(rows: int) -> None:  # each sample once, though it may be listed again
-        nonlocal reported
-        if rows > reported:
-            on_progress(rows - reported)
-            reported = rows
-
-    try:
-        _write(reader, path, None, report, grown_from, copied)
-    except _MoreFields:
-        fields = _fields_of(reader, _groups(reader, Counts(), copied))
-        _write(reader, path, fields, report, grown_from, copied)
-
-
-def _groups(reader: Reader, counts: Counts, copied: "Index | None") -> Iterator[list[Sample]]:
-    """Yield the samples as row groups."""
-    known: Iterable[Sample] = ()
-    new = list(reader.files)
-    if copied is not None:
-        known = copied.samples()
-        new = [file for file in new if file not in copied.shards]
-        counts.update(copied.counts)
-    listed = itertools.chain.from_iterable(reader.samples(file, counts) for file in new)
-    samples = itertools.islice(itertools.chain(known, listed), reader.source.rows)
-    while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
-        for sample in group:
-            if sample.size > MAX_IMAGE_BYTES and not sample.problem:
-                counts["images over 256 MiB (quarantined)"] += 1
-                sample.problem = int(Status.IMAGE_TOO_LARGE)
-        yield group
-
-
-def _write(
-    reader: Reader,
-    path: Path,
-    fields: Sequence[str] | None,
-    report: Callable[[int], None],
-    grown_from: Sequence[int],
-    copied: "Index | None",
-) -> None:
-    class_names, counts = reader.class_names(), Counts()
-    groups = _groups(reader, counts, copied)
-    first = next(groups, None)
-    if first is None:
-        listed = "; ".join(f"{what}: {count}" for what, count in counts.most_common(4))
-        raise SourceError(
-            f"{reader.place} holds no samples{listed and f' ({listed})'}. Images with captions or "
-            f"labels were expected. Correct `path` of the source."
-        )
-    if fields is None:
-        fields = _fields_of(reader, [first])
-    columns = COLUMNS | BOX if any(sample.box for sample in first) else COLUMNS
-    schema = pa.schema([*columns.items(), *((f"caption/{field}", pa.string()) for field in fields)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    rows, greatest, missing = 0, {"label": -1, "group": -1}, Counts()
-    with (
-        appearing(path) as partial,
-        pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
-        for samples in itertools.chain([first], groups):
-            table = _columns_of(samples, columns, fields, missing)
-            writer.write_table(_as_table(table, schema))
-            rows += len(samples)
-            greatest = {name: max(most, *table[name]) for name, most in greatest.items()}
-            report(rows)
-        if copied is None:
-            reader.check()
-        _check_labels(reader, greatest["label"], class_names)
-        counts.update({f"rows without caption {field!r}": missing[field] for field in fields})
-        about = {
-            "version": VERSION,
-            "source": reader.source.recorded(),
-            "shards": _described(reader),
-            "grown_from": [length for length in grown_from if length < rows],
-            "fields": list(fields),
-            "class_names": class_names,
-            "has_labels": greatest["label"] >= 0,
-            "has_groups": greatest["group"] >= 0,
-            "counts": dict(counts),
-        }
-        writer.add_key_value_metadata({METADATA_KEY: json.dumps(about).encode()})
-
-
-def _columns_of(
-    samples: Sequence[Sample], columns: Iterable[str], fields: Sequence[str], missing: Counts
-) -> dict[str, list[Any]]:
-    known = set(fields)
-    if not all(known.issuperset(sample.captions) for sample in samples):
-        raise _MoreFields
-    table = {name: list(map(attrgetter(name), samples)) for name in columns}
-    for name in fields:
-        captions = [sample.captions.get(name, "") for sample in samples]
-        missing[name] += sum(not caption or caption.isspace() for caption in captions)
-        table[f"caption/{name}"] = captions
-    return table
-
-
-def _as_table(columns: Mapping[str, list[Any]], schema: pa.Schema) -> pa.Table:
-    try:
-        return pa.table(columns, schema=schema)
-    except UnicodeEncodeError as error:  # a file name of other bytes than UTF-8
-        raise SourceError(
-            f"A key or path is not UTF-8 and cannot be written as text: {error.object!r}. Rename "
-            f"the file."
-        ) from error
-
-
-def _fields_of(reader: Reader, groups: Iterable[Sequence[Sample]]) -> list[str]:
-    """Return the caption fields that the samples have: numbers first, then by length and name."""
-    fields: set[str] = set()
-    for samples in groups:
-        fields.update(*(sample.captions for sample in samples))
-        if len(fields) > MAX_FIELDS:
-            raise SourceError(
-                f"{reader.place} has more than {MAX_FIELDS} caption fields. Name the ones you "
-                f"want in `captions` of the source."
-            )
-    return sorted(fields, key=lambda name: (not name.isdigit(), len(name), name))
-
-
-def _check_labels(reader: Reader, greatest: int, class_names: tuple[str, ...] | None) -> None:
-    if class_names is not None and greatest >= len(class_names):
-        raise SourceError(
-            f"A sample has label {greatest}, but {reader.source.class_names or 'the source'} names "
-            f"only {len(class_names)} classes, from 0. Correct `class_names` of the source."
-        )
-
-
-def _described(reader: Reader) -> list[dict[str, Any]]:
-    """Describe files by name and version, folders by name."""
-    described = [{"path": str(file), "name": name} for file, name in reader.files.items()]
-    if reader.files_are_folders:
-        return described
-    versions = in_order(version, reader.files, at=reader.files)
-    return [about | found for about, found in zip(described, versions, strict=True)]
 
 
 GROUPS_KEPT = 4
 MAX_PIXELS = ExtractConfig().max_pixels
-NEVER_READ = (Status.MISSING_IMAGE, Status.IMAGE_TOO_LARGE)
 
 
 class Index:
@@ -259,6 +102,15 @@ class Index:
         """Files (or folders) in the order of their rows: `name`, and `size_and_time` as indexed."""
         self.grown_from: tuple[int, ...] = tuple(about["grown_from"])
         """Rows there were before each time that rows were appended."""
+        self.group_names: tuple[str, ...] = tuple(about.get("group_names", ()))
+        """Names of the groups by their numbers, where the data name them."""
+        unreadable = about.get("unreadable", {})
+        self.unreadable: dict[Place, dict[str, Any]] = {
+            as_place(path): found for path, found in unreadable.items()
+        }
+        """Shards that could not be read, of which nothing was used."""
+        self.beside: dict[str, dict[str, Any]] = about.get("beside", {})
+        """Further files that the samples are made of, as they were."""
 
     @classmethod
     def open(cls, path: Path) -> "Index":
@@ -274,6 +126,21 @@ class Index:
     def names(self) -> dict[Place, str]:
         """Files in the order of their rows, with what their keys begin with."""
         return {path: str(shard["name"]) for path, shard in self.shards.items()}
+
+    def as_earlier(self) -> Earlier:
+        """Return what an index that takes the place of this one must keep."""
+        return Earlier(
+            place=str(self.path),
+            rows=self.rows,
+            samples=self.samples,
+            shards=self.shards,
+            counts=self.counts,
+            grown_from=self.grown_from,
+            class_names=self.class_names if self.has_labels else None,
+            has_labels=self.has_labels,
+            group_names=self.group_names,
+            has_groups=self.has_groups,
+        )
 
     def samples(self) -> Iterator[Sample]:
         """Yield all rows as they were listed."""
@@ -393,12 +260,14 @@ class SampleReader:
 
 
 MAY_DIFFER = {"captions", "path", "rows"}
+PLACES = {"class_names", "names", "images", "table"}
+"""Settings that may name the same file elsewhere; what follows from it is compared."""
 SHOWN = 80
 START_AGAIN = "Give this run another `run.dir`, or delete the index and the store to start again."
 
 ONLY_MOVED = (
-    "If the same files lie elsewhere now, or only their times changed, delete the index alone: it "
-    "is written again, and the features stay."
+    "If the same files lie elsewhere now, delete the index alone: it is written again, and the "
+    "features stay."
 )
 
 
@@ -409,12 +278,14 @@ class Changes:
     settings: frozenset[str]
     """Settings that differ: which captions are picked, where the files are, how many rows."""
     tables: tuple[Place, ...]
-    """Tables of captions that were written anew."""
+    """Tables of captions that were written anew, and files that may have been copied."""
     files: tuple[Place, ...]
     """Shards, or folders of a class, that were not there."""
+    moved_to: Reader | None = None
+    """The source, where all of its files lie elsewhere now."""
 
     def __bool__(self) -> bool:
-        return bool(self.settings or self.tables or self.files)
+        return bool(self.settings or self.tables or self.files or self.moved_to)
 
 
 def find_changes(index: Index, reader: Reader) -> Changes:
@@ -423,10 +294,11 @@ def find_changes(index: Index, reader: Reader) -> Changes:
     Raises:
         SourceError: A file changed or is gone, or the settings are those of other rows.
     """
+    settings = _changed_settings(index, reader)
+    if (moved := _moved(index, reader)) is not None:
+        return Changes(settings, (), (), moved)
     return Changes(
-        settings=_changed_settings(index, reader),
-        tables=_changed_tables(index, reader),
-        files=_added_files(index, reader),
+        settings, tables=_changed_tables(index, reader), files=_added_files(index, reader)
     )
 
 
@@ -458,12 +330,12 @@ def update_index(
             f"{index.path}: {len(changes.files)}, of which {changes.files[0]} is the first. "
             f"{_NOT_WITHOUT_APPEND}"
         )
-    candidate = partial_path(index.path)
-    is_same = not (changes.tables or changes.settings - {"path"} or reader.source.rows)
-    grown_from = (*index.grown_from, index.rows)
+    candidate, moved = partial_path(index.path), changes.moved_to is not None
+    reader = changes.moved_to or reader
+    is_same = not (moved or changes.tables or changes.settings - {"path"} or reader.source.rows)
     try:
-        _build(reader, candidate, on_progress, grown_from, index if is_same else None)
-        _check_rows(index, Index.open(candidate), append=append)
+        write_index(reader, candidate, on_progress, before=index.as_earlier(), is_copied=is_same)
+        _check_rows(index, Index.open(candidate), append=append, moved=moved)
         candidate.replace(index.path)
     finally:
         candidate.unlink(missing_ok=True)
@@ -474,7 +346,10 @@ def _changed_settings(index: Index, reader: Reader) -> frozenset[str]:
     settings = reader.source.recorded()
     names = index.source.keys() | settings.keys()
     differing = {name for name in names if index.source.get(name) != settings.get(name)}
-    if others := differing - MAY_DIFFER:
+    elsewhere = {
+        name for name in differing & PLACES if _is_alike(index.source.get(name), settings.get(name))
+    }
+    if others := differing - MAY_DIFFER - elsewhere:
         name = min(others)
         raise SourceError(
             f"{index.path} was made from another source: its {name} was "
@@ -484,22 +359,50 @@ def _changed_settings(index: Index, reader: Reader) -> frozenset[str]:
     return frozenset(differing)
 
 
+def _is_alike(old: Any, new: Any) -> bool:
+    """Return whether two settings are places of one name."""
+    places = [str(each) for each in (old, new) if each is not None and "/" in str(each)]
+    return len(places) == 2 and len({each.rpartition("/")[2] for each in places}) == 1
+
+
+def _moved(index: Index, reader: Reader) -> Reader | None:
+    """Return the source as it lies elsewhere now, None where it is where it was.
+
+    That is so where none of its files is where it was, and there are files of the same names and
+    sizes instead.
+    """
+    if any(place in reader.files for place in index.shards):
+        return None
+    again: Reader = reader.source.open()
+    if list(again.files.values()) != list(index.names.values()):
+        return None
+    if not again.files_are_folders:
+        pairs = zip(again.files, index.shards.values(), strict=True)
+        if any(state_elsewhere(place, shard) == "changed" for place, shard in pairs):
+            return None
+    return again
+
+
 def _changed_tables(index: Index, reader: Reader) -> tuple[Place, ...]:
-    """Return the tables that changed, which hold no images; refuse any other file that did."""
+    """Return the tables that changed, which hold no images, and files whose time alone did.
+
+    The rows of both are listed again and compared. Any other file that changed is refused.
+    """
     if reader.files_are_folders:
         return ()  # the images themselves are checked when they are read
+    states = in_order(lambda item: state_of(*item), index.shards.items(), at=index.shards)
     changed = []
-    versions = in_order(files.version_or_none, index.shards, at=index.shards)
-    for (path, shard), found in zip(index.shards.items(), versions, strict=True):
-        if found is not None and shard == {"path": str(path), "name": shard["name"], **found}:
-            continue
-        if found is None or not reader.may_be_rewritten:
-            what = "has changed" if found else "is gone"
+    for path, state in zip(index.shards, states, strict=True):
+        if state == "gone" or (state == "changed" and not reader.may_be_rewritten):
+            what = "has changed" if state == "changed" else "is gone"
             raise SourceError(
                 f"{path} {what} since it was indexed in {index.path}. Restore it, or delete the "
                 f"index and the store to start again. {ONLY_MOVED}"
             )
-        changed.append(path)
+        if state != "same":
+            changed.append(path)
+    beside = {place: index.beside.get(str(place), {}) for place in reader.files_beside}
+    changed += [place for place, about in beside.items() if state_of(place, about) != "same"]
     return tuple(changed)
 
 
@@ -509,10 +412,15 @@ def _added_files(index: Index, reader: Reader) -> tuple[Place, ...]:
             f"{left_out[0]} was indexed in {index.path}, but the source's path, "
             f"{reader.place}, does not match it any more. {START_AGAIN} {ONLY_MOVED}"
         )
-    return tuple(file for file in reader.files if file not in index.shards)
+    unreadable = {
+        place for place, about in index.unreadable.items() if state_of(place, about) == "same"
+    }
+    return tuple(
+        file for file in reader.files if file not in index.shards and file not in unreadable
+    )
 
 
-def _check_rows(old: Index, new: Index, *, append: bool) -> None:
+def _check_rows(old: Index, new: Index, *, append: bool, moved: bool) -> None:
     """Refuse an index that does not begin with the rows of the one before it, as they were."""
     if left_out := [field for field in old.fields if field not in new.fields]:
         raise SourceError(
@@ -529,7 +437,7 @@ def _check_rows(old: Index, new: Index, *, append: bool) -> None:
             f"The class names of the source do not begin with the {len(old.class_names)} in "
             f"{old.path}. {START_AGAIN}"
         )
-    names = _names_compared(old)
+    names = tuple(name for name in _names_compared(old) if not (moved and name == "path"))
     for start in range(0, old.rows, ROWS_PER_GROUP):
         stop = min(start + ROWS_PER_GROUP, old.rows)
         was, now = old.rows_between(start, stop, names), new.rows_between(start, stop, names)

@@ -6,6 +6,7 @@ classes; a list that is `part_of` another takes the classes of its `indices` fro
 """
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from features.errors import SourceError
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 CLASS_LISTS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 NAMES_SHOWN = 3
@@ -32,21 +34,31 @@ class ClassList:
     def names_of_folders(self, folders: Sequence[str], place: str) -> tuple[str, ...]:
         """Return the class name of each folder, found by the folder's name and not by its place.
 
+        A warning says so where classes have no folder.
+
         Raises:
-            SourceError: The folders are not those of the data set, all of them.
+            SourceError: A folder is not of the data set.
         """
         known = map(_letters, self.folders or self.classes)
         names = dict(zip(known, self.classes, strict=True))
         found = [_letters(folder) for folder in folders]
         unknown = [name for name, key in zip(folders, found, strict=True) if key not in names]
         missing = [names[key] for key in names if key not in found]
-        if unknown or missing:
+        if unknown:
             raise SourceError(
                 f"The folders of {place} are not those of {self.name!r}: {len(unknown)} are none "
-                f"of its {len(self.classes)} classes {unknown[:NAMES_SHOWN]}, and {len(missing)} "
-                f"classes have no folder {missing[:NAMES_SHOWN]}. One folder for each class was "
-                f"expected. Correct the folders, or give a JSON file of your own as "
+                f"of its {len(self.classes)} classes {unknown[:NAMES_SHOWN]}. Folders of its "
+                f"classes were expected. Correct the folders, or give a JSON file of your own as "
                 f"`class_names` of the source."
+            )
+        if missing:
+            logger.warning(
+                "%s has folders of %d of the %d classes of %s; none for %s",
+                place,
+                len(found),
+                len(self.classes),
+                self.name,
+                missing[:NAMES_SHOWN],
             )
         return tuple(names[key] for key in found)
 

@@ -10,9 +10,9 @@ from features.sources.annotations import AnnotationSource
 from features.sources.base import Counts, Sample, SourceReader, SourceSettings
 from features.sources.cifar import CifarSource
 from features.sources.class_folders import ClassFolderSource
+from features.sources.folder import FolderSource
 from features.sources.parquet import ParquetSource
 from features.sources.scenes import ScenesSource
-from features.sources.tables import FolderSource
 from features.sources.webdataset import WebdatasetSource
 
 __all__ = ["SOURCES", "Counts", "Sample", "Source", "SourceReader", "SourceSettings"]

@@ -29,7 +29,8 @@ from features.sources.base import (
     as_text,
     split_image_suffix,
 )
-from features.sources.tables import ImageFolder, place_image
+from features.sources.image_folder import FoundImage, ImageFolder, place_image
+from features.sources.text import lines_of
 from features.storage import files
 from features.storage.files import is_file
 from features.storage.parallel import in_order
@@ -51,7 +52,11 @@ MAX_BOX_PIXELS = 1 << 26
 """Room for a box of any photograph, but not for all memory there is."""
 
 # The published .csv lacks the second bar in one of its lines.
-FLICKR_LINE = re.compile(r"(?P<image>[^|#]+\.jpg)\s*[|#]\s*\d+\s*\|?\s*(?P<caption>.*)")
+# That of Flickr8k has a ".1" behind the name of an image.
+FLICKR_LINE = re.compile(
+    r"(?P<image>[^|#]+\.(?:jpe?g|png|webp))(?:\.\d+)?\s*[|#]\s*\d+\s*\|?\s*(?P<caption>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class AnnotationSource(SourceSettings):
     captions_per_image: PositiveInt = 5
     """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
 
+    unused = frozenset({"captions", "label", "group", "class_names"})
+
     def _open(self, known: Known) -> "Annotations":
         if not is_file(self.path):
             raise SourceError(
@@ -108,21 +115,21 @@ class Annotations(SourceReader[AnnotationSource]):
         folder = self.source.images or file.parent
         images = ImageFolder(folder, file)
 
-        def find(record: Record) -> tuple[Record, str, int | None]:
-            return record, *images.find(record.image)
+        def find(record: Record) -> tuple[Record, FoundImage]:
+            return record, images.find(record.image)
 
-        for record, path, size in in_order(find, self._records(file), at=folder):
+        for record, found in in_order(find, self._records(file, counts), at=folder):
             key, problem = keys.of(record.key)
             sample = Sample(key, problem=problem, group=record.group, box=record.box)
             sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}
-            place_image(sample, path, size, counts)
+            place_image(sample, found, images, self, counts)
             yield sample
 
-    def _records(self, file: Place) -> Iterator[Record]:
+    def _records(self, file: Place, counts: Counts) -> Iterator[Record]:
         source = self.source
         try:
             text = files.read(file).decode("utf-8-sig")
-            yield from FORMATS[source.format](text, source)
+            yield from FORMATS[source.format](text, source, counts)
         except NOT_OF_THE_FORMAT as error:
             raise SourceError(
                 f"{file} cannot be read as annotations of {source.format}: {type(error).__name__} "
@@ -131,7 +138,7 @@ class Annotations(SourceReader[AnnotationSource]):
             ) from error
 
 
-def _karpathy(text: str, source: AnnotationSource) -> Iterator[Record]:
+def _karpathy(text: str, source: AnnotationSource, _: Counts) -> Iterator[Record]:
     """`dataset_coco.json`, `dataset_flickr30k.json`: captions under `sentences`, with a split."""
     images = json.loads(text)["images"]
     splits = sorted({image["split"] for image in images})
@@ -144,20 +151,23 @@ def _karpathy(text: str, source: AnnotationSource) -> Iterator[Record]:
             yield _described(str(path), captions, source)
 
 
-def _coco(text: str, source: AnnotationSource) -> Iterator[Record]:
+def _coco(text: str, source: AnnotationSource, counts: Counts) -> Iterator[Record]:
     """`captions_val2017.json`: images and captions apart, joined by id, in order of the image."""
     document = json.loads(text)
     captions: dict[int, list[str]] = {image["id"]: [] for image in document["images"]}
     for annotation in document["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
+        if annotation["image_id"] in captions:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        else:
+            counts["captions of images that the file does not list (ignored)"] += 1
     for image in sorted(document["images"], key=lambda image: int(image["id"])):
         yield _described(image["file_name"], captions[image["id"]], source)
 
 
-def _flickr30k(text: str, source: AnnotationSource) -> Iterator[Record]:
+def _flickr30k(text: str, source: AnnotationSource, _: Counts) -> Iterator[Record]:
     """`results_20130124.token` (name#number, a tab, caption) or `results.csv` (with ` | `)."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(filter(str.strip, lines_of(text)), 1):
         found = FLICKR_LINE.fullmatch(line.strip())
         if found:
             captions.setdefault(found["image"], []).append(found["caption"])
@@ -167,9 +177,9 @@ def _flickr30k(text: str, source: AnnotationSource) -> Iterator[Record]:
         yield _described(name, texts, source)
 
 
-def _winoground(text: str, _: AnnotationSource) -> Iterator[Record]:
+def _winoground(text: str, _: AnnotationSource, __: Counts) -> Iterator[Record]:
     """`examples.jsonl`: two images, named without suffix by their authors, and two captions."""
-    examples = map(json.loads, filter(str.strip, text.splitlines()))
+    examples = map(json.loads, filter(str.strip, lines_of(text)))
     for number, example in enumerate(examples):  # an `id` may come again in files made like it
         for i in range(2):
             name = example[f"image_{i}"]
@@ -179,7 +189,7 @@ def _winoground(text: str, _: AnnotationSource) -> Iterator[Record]:
             yield Record(f"{number}/{i}", name, caption, number)
 
 
-def _mmvp(text: str, _: AnnotationSource) -> Iterator[Record]:
+def _mmvp(text: str, _: AnnotationSource, __: Counts) -> Iterator[Record]:
     """`Questions.csv` of MMVP-VLM: questions 1 and 2 are a pair, images in a folder per type."""
     lines = csv.reader(io.StringIO(text))
     header = next(lines)
@@ -190,14 +200,14 @@ def _mmvp(text: str, _: AnnotationSource) -> Iterator[Record]:
         yield Record(question, f"{kind}/{question}.jpg", (caption,), (int(question) - 1) // 2)
 
 
-def _sugarcrepe(text: str, _: AnnotationSource) -> Iterator[Record]:
+def _sugarcrepe(text: str, _: AnnotationSource, __: Counts) -> Iterator[Record]:
     """`add_att.json` and its six siblings: one image, its caption and a wrong one."""
     for number, example in json.loads(text).items():
         captions = (example["caption"], example["negative_caption"])
         yield Record(number, example["filename"], captions, int(number))
 
 
-def _aro(text: str, _: AnnotationSource) -> Iterator[Record]:
+def _aro(text: str, _: AnnotationSource, __: Counts) -> Iterator[Record]:
     """`visual_genome_relation.json` and `…_attribution.json`: a box of an image, two captions."""
     for number, example in enumerate(json.loads(text)):
         left, top, width, height = (example[f"bbox_{side}"] for side in "xywh")
@@ -214,7 +224,8 @@ def _described(image: str, captions: list[str], source: AnnotationSource) -> Rec
     return Record(key, image, tuple(captions[: source.captions_per_image]))
 
 
-FORMATS: Mapping[str, Callable[[str, AnnotationSource], Iterator[Record]]] = MappingProxyType(
+Format = Callable[[str, AnnotationSource, Counts], Iterator[Record]]
+FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "karpathy": _karpathy,
         "coco": _coco,

@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, PositiveInt
+from pydantic import BaseModel, BeforeValidator, PositiveInt, model_validator
 
 from features.class_lists import check_order, read_class_list
 from features.config import SETTINGS, ClassNames
 from features.errors import FileEndsEarlyError, SourceError
+from features.sources.text import decoded, lines_of, number_or_name
 from features.status import Status
 from features.storage import files
 from features.storage.files import matching_places
@@ -28,14 +29,22 @@ from features.storage.requests import read_ranges
 
 Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
-IMAGE_SUFFIXES = frozenset(
-    {"jpg", "jpeg", "png", "webp", "avif", "jp2", "bmp", "gif", "tif", "tiff", "heic", "heif"}
+NETPBM_SUFFIXES = frozenset({"ppm", "pgm", "pbm", "pnm", "pfm"})
+IMAGE_SUFFIXES = NETPBM_SUFFIXES | frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"}
+    | {"avif", "avifs", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "heic", "heif"}
 )
-"""Includes HEIC, which cannot be decoded, so that such an image keeps its row."""
+"""Every suffix of a format that is decoded, and HEIC, so that such an image keeps its row."""
+LEFT_BEHIND = frozenset(
+    {"__MACOSX", "lost+found", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"}
+    | {"$RECYCLE.BIN", "RECYCLER", "System Volume Information"}
+)
+"""Folders of archives, disks and network drives."""
 NO_PLACE = -1
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
+MAX_NAME_BYTES = 200
 Known = Mapping[Place, str]
 NONE: Known = MappingProxyType({})
 
@@ -59,6 +68,9 @@ class Sample:
     box: Sequence[int] | None = None
     """Left, top, right and bottom in pixels, where the sample is a part of the image."""
     captions: dict[str, str] = field(default_factory=dict)
+    label_name: str = ""
+    """The class by its name, where no number stands there; the index gives it a label."""
+    group_name: str = ""
 
 
 class ImageReader:
@@ -132,6 +144,10 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+OF_LATER: Any = {"of_later": True}
+"""Marks a setting that the first indexes do not have; they stay valid while it is not given."""
+
+
 class SourceSettings(BaseModel):
     """Settings that all kinds of sources have; each kind adds `kind` and its own."""
 
@@ -155,6 +171,19 @@ class SourceSettings(BaseModel):
 
     rows: PositiveInt | None = None
     """Take only the first rows in index order; all if not given."""
+
+    unused: ClassVar[Set[str]] = frozenset()
+    """Settings that a kind inherits and has no use for; they are refused."""
+
+    @model_validator(mode="after")
+    def _every_setting_is_of_use(self) -> "SourceSettings":
+        for name in sorted(self.unused & self.model_fields_set):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                kind = getattr(self, "kind", "")
+                raise ValueError(
+                    f"`{name}` has no effect on a source of kind {kind!r}; take it out"
+                )
+        return self
 
     def open(
         self,
@@ -183,7 +212,12 @@ class SourceSettings(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as the index records them."""
-        return self.model_dump(mode="json")
+        later = {
+            name
+            for name, about in type(self).model_fields.items()
+            if about.json_schema_extra == OF_LATER and getattr(self, name) is None
+        }
+        return self.model_dump(mode="json", exclude=later)
 
     # What `sail plan` and `sail doctor` say of a source before it is indexed.
 
@@ -237,6 +271,8 @@ class SourceReader(ABC, Generic[Settings]):
         added = [file for file in every if file not in known]
         self.files = kept | self._names(added, set(known.values()))
         self.picker = CaptionPicker(source.captions, self.place)
+        self.hint = ""
+        """What is there instead of the first image that is missing, for messages."""
 
     @abstractmethod
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:
@@ -272,6 +308,15 @@ class SourceReader(ABC, Generic[Settings]):
         """Return how many samples a file has, where that is known without listing them."""
         return None
 
+    @property
+    def files_beside(self) -> tuple[Place, ...]:
+        """Further files that the samples are made of, such as a table of captions."""
+        return ()
+
+    def leftover(self) -> Counts:
+        """Count what was no sample's; called when all have been listed."""
+        return Counts()
+
     def check(self) -> None:
         """Refuse a name of captions that no sample had; called when all have been listed.
 
@@ -290,9 +335,11 @@ class SourceReader(ABC, Generic[Settings]):
         sample.captions |= self.picker.pick(record, counts)
         label, group = self.source.label, self.source.group
         if label and label in record:
-            sample.label = whole_number(record[label], counts)
+            found = number_or_name(record[label], counts)
+            sample.label, sample.label_name = (-1, found) if isinstance(found, str) else (found, "")
         if group and group in record:
-            sample.group = whole_number(record[group], counts)
+            found = number_or_name(record[group], counts, of_any_size=True)
+            sample.group, sample.group_name = (-1, found) if isinstance(found, str) else (found, "")
 
 
 class CaptionPicker:
@@ -312,6 +359,12 @@ class CaptionPicker:
     def see(self, names: Iterable[str]) -> None:
         """Note what records have, also where it is not handed over."""
         self._seen |= dict.fromkeys(names)
+
+    def see_captions(self, names: Iterable[str]) -> None:
+        """Note that captions were found under these names, though not in a record."""
+        for name in names:
+            _check_field_name(name)
+        self._found.update(names)
 
     def pick(self, record: Mapping[str, Any], counts: Counts) -> dict[str, str]:
         """Return the captions of a record by field; a list gives the fields 0, 1, and on.
@@ -397,6 +450,10 @@ class Keys:
         self._counts["duplicate keys (quarantined)"] += 1
         return f"{self._shard}/{self._numbered(name)}", int(Status.DUPLICATE_KEY)
 
+    def names(self) -> set[str]:
+        """Return all names so far."""
+        return set(self._suffixes)
+
     def _numbered(self, name: str) -> str:
         while True:
             self._repeats[name] += 1
@@ -412,6 +469,11 @@ def split_image_suffix(name: str) -> tuple[str, str]:
     if suffix[1:].lower() not in IMAGE_SUFFIXES:
         return name, ""
     return name.removesuffix(suffix), suffix
+
+
+def is_left_behind(name: str) -> bool:
+    """Return whether systems leave a file or folder of this name among those of people."""
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
 def matching_files(patterns: str | Sequence[str]) -> list[Place]:
@@ -432,40 +494,31 @@ def matching_files(patterns: str | Sequence[str]) -> list[Place]:
     return list(found)
 
 
-def whole_number(value: Any, counts: Counts) -> int:
-    """Return a label or group number, or -1 for none; anything else is counted."""
-    if value is None or value == "":
-        return -1
-    try:
-        number = int(value)
-        if isinstance(value, float) and number != value:
-            number = -2
-    except (TypeError, ValueError, OverflowError):
-        number = -2
-    if -1 <= number < 2**31:
-        return number
-    counts["labels or groups that are no whole number from 0 (taken as unknown)"] += 1
-    return -1
-
-
 def read_class_names(path: str | Place | None) -> tuple[str, ...] | None:
     """Return the names of a list that ships with the program, or the lines of a file.
 
     Raises:
-        SourceError: The file is not there.
+        SourceError: The file is not there, or a line between others is empty.
     """
     if path is None:
         return None
     if isinstance(path, str):
         return read_class_list(path).classes
+    expected = "A text file with one name a line was expected. Correct `class_names` of the source."
     try:
-        lines = files.read(path).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = decoded(files.read(path))
+    except OSError as error:
+        raise SourceError(f"The class names {path} cannot be read ({error}). {expected}") from error
+    if text is None:
+        raise SourceError(f"The class names {path} are not in UTF-8. {expected}")
+    names = [line.strip() for line in lines_of(text.rstrip())]
+    if "" in names:
         raise SourceError(
-            f"The class names {path} cannot be read ({error}). A text file with one name a line "
-            f"was expected. Correct `class_names` of the source."
-        ) from error
-    return tuple(line.strip() for line in lines if line.strip())
+            f"Line {names.index('') + 1} of the class names {path} is empty. A name on each line "
+            f"was expected, since line 1 names label 0, line 2 label 1, and on. Write the name of "
+            f"that class there, or take the line out if the labels do not count it."
+        )
+    return tuple(names)
 
 
 def as_text(value: str) -> str:
@@ -483,11 +536,13 @@ def _texts(values: Sequence[Any], counts: Counts) -> dict[str, str]:
 
 
 def _check_field_name(name: str) -> None:
-    if not name or "/" in name or name.startswith("."):
+    is_reserved = name.startswith((".", "__")) or name in ("", "zarr.json")
+    if is_reserved or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise SourceError(
-            f"The name {name!r} in `captions` of the source cannot be a caption field, since "
-            f"fields name folders of the feature store. A name without `/` that does not begin "
-            f"with a dot was expected. Rename it in the data."
+            f"The name {name!r:.{MAX_NAME_BYTES}} in `captions` of the source cannot be a caption "
+            f"field, since fields name folders of the feature store. A name without `/` that does "
+            f"not begin with a dot or `__`, is not `zarr.json` and has at most {MAX_NAME_BYTES} "
+            f"bytes was expected. Rename it in the data."
         )
 
 

@@ -56,6 +56,8 @@ class CifarSource(SourceSettings):
     split: Literal["train", "test"]
     """Which of the files."""
 
+    unused = frozenset({"captions", "label", "group"})
+
     def _open(self, known: Known) -> "CifarBatches":
         there = set(files.names(self.path))
         layout = CIFAR_100 if CIFAR_100.names in there else CIFAR_10

@@ -1,8 +1,11 @@
 """One folder of images per class (ImageFolder)."""
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -16,10 +19,14 @@ from features.sources.base import (
     Sample,
     SourceReader,
     SourceSettings,
+    is_left_behind,
     split_image_suffix,
 )
 from features.storage import files
 from features.storage.place import Place
+
+logger = logging.getLogger(__name__)
+NAMES_SHOWN = 5
 
 
 class ClassFolderSource(SourceSettings):
@@ -28,10 +35,13 @@ class ClassFolderSource(SourceSettings):
     class_names: ClassNames | None = None
     """Gives folders a readable class name, by their names: a list that ships with the program, such
     as `imagenet-1k` (docs/datasets.md has all), or a JSON file `{"folders": […], "classes": […]}`.
-    Refused where the folders are others. Run files may also call it `names`, as it was earlier."""
+    A part of the folders of a list will do; others are refused. Run files may also call it `names`,
+    as it was earlier."""
     kind: Literal["classes"]
     path: DataPlace
     """Folder that holds one folder per class."""
+
+    unused = frozenset({"captions", "label", "group"})
 
     @model_validator(mode="before")
     @classmethod
@@ -45,18 +55,35 @@ class ClassFolderSource(SourceSettings):
 
     def _open(self, known: Known) -> "ClassFolders":
         children = files.children(self.path)
-        folders = [name for name, size in children if size is None and name[0] != "."]
-        if not folders:
+        folders = [name for name, size in children if size is None]
+        places = [self.path / name for name in folders if not is_left_behind(name)]
+        found = [place for place in places if place in known or _has_images(place)]
+        if not found:
+            without = f" with images; it has {folders[:NAMES_SHOWN]}" if folders else ""
             raise SourceError(
-                f"{self.path} has no folders. One folder of images per class was expected. "
-                f"Correct `path` of the source."
+                f"{self.path} has no folders{without}. One folder of images per class was "
+                f"expected, the images right in it. Correct `path` of the source."
             )
-        return ClassFolders(self, [self.path / name for name in folders], known)
+        if left_out := len(folders) - len(found):
+            logger.info("%s: %d folders without images are left out", self.path, left_out)
+        return ClassFolders(self, found, known)
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as the index records them, with the earlier name of one."""
         settings = super().recorded()  # indexes have the earlier name
         return settings | {"names": settings["class_names"], "class_names": None}
+
+
+def _has_images(folder: Place) -> bool:
+    """Return whether an image is right in a folder; all count under a URL, which has no others."""
+    if not isinstance(folder, Path):
+        return True
+    with os.scandir(folder) as there:
+        return any(_is_image(each.name) and each.is_file() for each in there)
+
+
+def _is_image(name: str) -> bool:
+    return bool(split_image_suffix(name)[1]) and not is_left_behind(name)
 
 
 class ClassFolders(SourceReader[ClassFolderSource]):
@@ -105,8 +132,9 @@ class ClassFolders(SourceReader[ClassFolderSource]):
         keys, label = self.keys(file, counts), self._labels[file]
         for name, size in files.children(file):
             stem, suffix = split_image_suffix(name)
-            if size is None or not suffix:
-                counts["files that are no images (ignored)"] += 1
+            if size is None or not _is_image(name):
+                what = "files that are no images" if size is not None else "folders in a class"
+                counts[f"{what} (ignored)"] += 1
                 continue
             key, problem = keys.of(stem, suffix)
             yield Sample(key, str(file / name), offset=0, size=size, problem=problem, label=label)

@@ -1,21 +1,26 @@
-"""Parquet files that hold the encoded images themselves."""
+"""Parquet and Arrow files that hold the encoded images themselves, or their paths."""
 
 import json
 import threading
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from features.config import DataPattern
-from features.errors import SourceError
+from features.config import DataPattern, DataPlace
+from features.errors import SourceError, UnreadableError
 from features.sources.base import (
+    NO_PLACE,
+    OF_LATER,
     Counts,
     ImageReader,
     Known,
@@ -24,23 +29,33 @@ from features.sources.base import (
     SourceSettings,
     matching_files,
 )
+from features.sources.image_folder import FoundImage, ImageFolder, place_image
+from features.status import Status
 from features.storage.files import BUFFER_BYTES, open_file
+from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
 
 ROWS_AT_ONCE = 4096
 IMAGES_AT_ONCE = 64
+ARROW_MAGIC = b"ARROW1"
+ARROW_FILES_KEPT = 64
 BATCHES_KEPT = 16
 """So that 32 workers of 32 rows each find theirs, whichever of them comes first."""
 
 
 class ParquetSource(SourceSettings):
-    """Parquet files that hold the encoded image bytes themselves."""
+    """Parquet or Arrow files that hold the encoded image bytes themselves, or paths of images."""
 
     kind: Literal["parquet"]
     path: DataPattern | tuple[DataPattern, ...]
-    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order."""
+    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order. Or of
+    the `.arrow` files that `save_to_disk` of Hugging Face datasets writes (`data-*.arrow`)."""
     image: str = "image"
-    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets)."""
+    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets). Where it
+    holds text, or `{bytes, path}` without any bytes, it names image files."""
+    images: DataPlace | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Folder of the images, or its URL, where the column names files: relative to it, or absolute
+    and inside of it. The folder of the parquet file if not given."""
     key: str | None = None
     """Column with a unique name of the row; its number in the file if not given, or null."""
 
@@ -67,14 +82,21 @@ class ImageParquet(SourceReader[ParquetSource]):
 
     def num_samples(self, file: Place) -> int:
         """Return the rows of a file, by its footer alone."""
-        with _whole(file) as parquet:
-            return int(parquet.metadata.num_rows)
+        with _whole(file) as table:
+            about: Any = table if isinstance(table, ArrowFile) else table.metadata  # type: ignore[attr-defined]
+            return int(about.num_rows)
 
     def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
         """Return the names that Hugging Face datasets write with a column of class labels."""
-        file = next(iter(self.files))
-        with _whole(file) as parquet:
-            text = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
+        for file in self.files:
+            try:
+                with _whole(file) as parquet:
+                    text = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
+                break
+            except UnreadableError:  # told when its rows are listed
+                continue
+        else:
+            return None
         try:
             names = json.loads(text or b"{}")["info"]["features"][self.source.label]["names"]
         except (ValueError, KeyError, TypeError):
@@ -89,31 +111,93 @@ class ImageParquet(SourceReader[ParquetSource]):
                     f"{file} has no column {name!r}; it has {schema.names[:20]}. Correct "
                     f"`{setting}` of the source."
                 )
+        of_use = {source.image, source.key, source.label, source.group, *self.picker.names}
+        check_names_differ(file, [name for name in schema.names if name in of_use])
         kind = schema.field(source.image).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        if not (_holds_bytes(kind) or _holds_paths(kind)):
             raise SourceError(
                 f"The column {source.image!r} of {file} holds {kind}. Encoded images, as bytes or "
-                f"as {{bytes, path}}, were expected. Correct `image` of the source."
+                f"as {{bytes, path}}, or paths of image files were expected. Correct `image` of "
+                f"the source."
             )
 
-    def _samples(self, file: Place, parquet: pq.ParquetFile, counts: Counts) -> Iterator[Sample]:
+    def _samples(self, file: Place, parquet: "ImageTable", counts: Counts) -> Iterator[Sample]:
         source = self.source
         keys = self.keys(file, counts)
         names = [name for name in parquet.schema_arrow.names if name != source.image]
         self.picker.see(names)
         of_use = {*self.picker.names, source.key, source.label, source.group}
         light = [name for name in names if name in of_use]
-        number = 0
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=light):
-            for row in batch.to_pylist() if light else [{}] * batch.num_rows:
-                own = row[source.key] if source.key else None
-                key, problem = keys.of(f"{number:09d}" if own is None else str(own))
-                sample = Sample(key, str(file), offset=number, problem=problem)
-                self.describe(sample, row, counts)
-                yield sample
-                number += 1
+        paths = _path_column(parquet, source.image)
+        columns = light if paths is None else [*light, paths]
+        images = ImageFolder(source.images or file.parent, file)
+
+        def find(row: dict[str, Any]) -> tuple[dict[str, Any], FoundImage | None]:
+            name = row.pop(source.image, None)
+            name = name.get("path") if isinstance(name, dict) else name
+            return row, images.find(name) if paths is not None and name else None
+
+        rows = (
+            row
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns)
+            for row in (batch.to_pylist() if columns else [{}] * batch.num_rows)
+        )
+        found_rows = in_order(find, rows, at=source.images or file) if paths else map(find, rows)
+        for number, (row, found) in enumerate(found_rows):
+            own = row[source.key] if source.key else None
+            key, problem = keys.of(f"{number:09d}" if own is None else str(own))
+            sample = Sample(key, str(file), offset=number, problem=problem)
+            self.describe(sample, row, counts)
+            if found is not None:
+                sample.offset = NO_PLACE
+                place_image(sample, found, images, self, counts)
+            elif paths is not None:
+                sample.offset, sample.problem = NO_PLACE, int(Status.MISSING_IMAGE)
+            yield sample
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether a column holds encoded images, as any writer may say so."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))
+
+
+def _holds_paths(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        kind = kind.field("path").type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
+
+
+def _path_column(table: "ImageTable", column: str) -> str | None:
+    """Return the column of the paths of images, None where the images themselves are there."""
+    kind = table.schema_arrow.field(column).type
+    if not _holds_paths(kind):
+        return None
+    if not pa.types.is_struct(kind):
+        return column
+    has_bytes = _holds_bytes(kind) and not has_nulls_only(table, f"{column}.bytes")
+    return None if has_bytes else f"{column}.path"
+
+
+def check_names_differ(file: Place, names: Sequence[str]) -> None:
+    """Refuse columns of one name: one of them would be lost.
+
+    Raises:
+        SourceError: Naming it.
+    """
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SourceError(
+            f"{file} has {names.count(twice[0])} columns called {twice[0]!r}, of which one would "
+            f"be lost. A name of its own for each was expected. Rename one of them, and write the "
+            f"file anew."
+        )
 
 
 @dataclass(frozen=True)
@@ -138,6 +222,7 @@ class ParquetImages(ImageReader):
 
     def __init__(self, column: str) -> None:
         self._column = column
+        self._arrow = lru_cache(ARROW_FILES_KEPT)(self._open_arrow)
         self._lock = threading.Lock()
         self._starts: dict[str, list[int]] = {}
         self._kept: deque[_Batch] = deque(maxlen=BATCHES_KEPT)
@@ -151,6 +236,8 @@ class ParquetImages(ImageReader):
         Raises:
             SourceError: The file has gone, changed, or lost rows since it was indexed.
         """
+        if places[0][1] >= 0:  # an image file that the column names
+            return list(super().read(path, places))
         try:
             with self._lock:
                 return [self._image(path, row) for row, _ in places]
@@ -160,10 +247,17 @@ class ParquetImages(ImageReader):
                 f"index and the store to start again."
             ) from error
 
+    def _open_arrow(self, path: str) -> pa.ChunkedArray:
+        return ArrowFile(as_place(path)).column(self._column)
+
     def _image(self, path: str, row: int) -> bytes | None:
-        kept = (each for each in self._kept if each.path == path and each.first <= row < each.stop)
-        batch = next(kept, None) or self._read_to(path, row)
-        value = batch.images[row - batch.first].as_py()
+        if is_arrow(path):
+            value = self._arrow(path)[row].as_py()
+        else:
+            of_file = (each for each in self._kept if each.path == path)
+            kept = (each for each in of_file if each.first <= row < each.stop)
+            batch = next(kept, None) or self._read_to(path, row)
+            value = batch.images[row - batch.first].as_py()
         if isinstance(value, dict):
             value = value.get("bytes")
         return value if isinstance(value, bytes) else None
@@ -201,6 +295,16 @@ def _batches(path: str, column: str, group: int, first: int) -> Iterator[_Batch]
             first += batch.num_rows
 
 
+@runtime_checkable
+class ImageTable(Protocol):
+    """What `pyarrow.parquet.ParquetFile` and `ArrowFile` have of use here."""
+
+    schema_arrow: pa.Schema
+
+    def iter_batches(self, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns, so many rows at once."""
+
+
 def open_parquet(place: Place) -> pq.ParquetFile:
     """Open a parquet file; of one under a URL, footer and column chunks are read by ranges."""
     if isinstance(place, RemotePath):
@@ -208,15 +312,72 @@ def open_parquet(place: Place) -> pq.ParquetFile:
     return pq.ParquetFile(place)
 
 
+def is_arrow(place: Place | str) -> bool:
+    """Return whether a file is one of Arrow's own, by its name."""
+    return str(place).lower().endswith((".arrow", ".feather"))
+
+
+class ArrowFile:
+    """A file of Arrow's own (a stream, as Hugging Face datasets write it, or a file), mapped."""
+
+    def __init__(self, place: Place) -> None:
+        if isinstance(place, RemotePath):
+            raise SourceError(
+                f"{place} is an Arrow file under a URL, of which no image could be read alone. A "
+                f"local copy was expected. Fetch it, or write it as parquet."
+            )
+        content = pa.memory_map(str(place))
+        if content.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
+            self._table = pa.ipc.open_file(content).read_all()
+        else:
+            content.seek(0)
+            self._table = pa.ipc.open_stream(content).read_all()
+        self.schema_arrow: pa.Schema = self._table.schema
+        self.num_rows: int = self._table.num_rows
+
+    def __enter__(self) -> "ArrowFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column; nothing is read until its values are."""
+        return self._table.column(name)
+
+    def iter_batches(self, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield some columns, so many rows at once; `a.b` stands for all of `a`."""
+        there = set(self._table.column_names)
+        names = [name if name in there else name.rpartition(".")[0] for name in columns]
+        return iter(self._table.select(names or [self._table.column_names[0]]).to_batches(rows))
+
+
+def has_nulls_only(table: ImageTable, column: str) -> bool:
+    """Return whether a column `a.b` is null in every row, as far as that is known unread."""
+    if isinstance(table, ArrowFile):
+        parent, _, field = column.rpartition(".")
+        values = pc.struct_field(table.column(parent), field)
+        return bool(values.null_count == len(values))
+    about: Any = table.metadata  # type: ignore[attr-defined]
+    for group in map(about.row_group, range(about.num_row_groups)):
+        parts = (group.column(number) for number in range(group.num_columns))
+        found = next((part for part in parts if part.path_in_schema == column), None)
+        counted = found.statistics if found is not None else None
+        if counted is None or not counted.has_null_count or counted.num_values:
+            return False
+    return True
+
+
 @contextmanager
-def _whole(file: Place) -> Iterator[pq.ParquetFile]:
+def _whole(file: Place) -> Iterator[ImageTable]:
     """Open a file of a source, and refuse it where it cannot be read."""
     try:
-        with open_parquet(file) as parquet:
+        with ArrowFile(file) if is_arrow(file) else open_parquet(file) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"{file} cannot be read as parquet: {str(error).rstrip('.')}. Fetch it again, or take "
+        form = "Arrow" if is_arrow(file) else "parquet"
+        raise UnreadableError(
+            f"{file} cannot be read as {form}: {str(error).rstrip('.')}. Fetch it again, or take "
             f"it out of `path`."
         ) from error
 

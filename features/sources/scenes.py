@@ -25,6 +25,8 @@ class ScenesSource(SourceSettings):
     seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
 
+    unused = frozenset({"captions", "label", "group", "class_names"})
+
     @model_validator(mode="after")
     def _pairs_are_whole(self) -> "ScenesSource":
         if self.split == "compositional" and self.rows % 2:

@@ -1,18 +1,21 @@
 """Webdataset tars: members that share a base name are one sample."""
 
 import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from features.config import DataPattern
-from features.errors import SourceError
+from pydantic import Field
+
+from features.config import DataPattern, DataPlace
+from features.errors import SailError, SourceError, UnreadableError
 from features.sources.base import (
     IMAGE_SUFFIXES,
+    NETPBM_SUFFIXES,
+    OF_LATER,
     Counts,
+    Keys,
     Known,
     Sample,
     SourceReader,
@@ -20,225 +23,20 @@ from features.sources.base import (
     matching_files,
     read_class_names,
 )
+from features.sources.joined import JoinedTable
+from features.sources.tar import Member, TarFault, TarFile
+from features.sources.text import Encoding, decoded, lines_of
 from features.status import Status
+from features.storage import files
 from features.storage.place import Place
-from features.storage.requests import open_ranges
-
-BLOCK = 512
-WINDOW_BYTES = 1 << 12
-"""Bytes fetched per read: enough for a header and a caption. More would be image data to skip."""
-MAX_HEADER_BYTES = 1 << 20
-ZEROS = bytes(BLOCK)
-ADLER_BASE = 65521
-REGULAR = frozenset(b"\x0007")
-WITHOUT_CONTENT = frozenset(b"123456")  # links, devices, folders, pipes
-OLD_SPARSE = ord("S")
-LONG_NAME, PAX = ord("L"), ord("x")
-ABOUT_OTHERS = frozenset(b"KgXV")  # a link's target, defaults, Solaris, a volume's label
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
-
-
-class TarFault(Exception):  # noqa: N818 - the caller words it for the user
-    """A tar that cannot be read, or not to its end."""
-
-    def __init__(self, reason: str, *, byte: int = 0, cut_off: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.byte = byte
-        self.cut_off = cut_off
-
-
-class Member(NamedTuple):
-    """A member of a tar and the place of its content."""
-
-    name: str
-    offset: int
-    size: int
-    regular: bool
-    """A plain file, whose content stands as it is at `offset`."""
-
-
-@dataclass(slots=True)
-class _Extended:
-    """What the headers before a member's own say about it."""
-
-    name: str | None = None
-    size: int | None = None
-    sparse: bool = False
-
-
-class TarFile:
-    """An uncompressed tar, open for reading; use it with `with`."""
-
-    def __init__(self, place: Place) -> None:
-        self._file = open_ranges(place)
-        self.size = self._file.size
-        self.has_trailing_data = False
-        """After listing: something other than zeros follows the end of the archive."""
-        self._window = b""
-        self._window_start = 0
-
-    def __enter__(self) -> "TarFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def members(self) -> Iterator[Member]:
-        """Yield the members in their order, each only if its content is there in full.
-
-        Raises:
-            TarFault: A header is damaged, or the tar ends before its end mark (two blocks of
-                zeros).
-        """
-        offset = 0
-        extended: _Extended | None = None
-        while (header := self._header(offset)) != ZEROS:
-            kind = header[156]
-            size = _number(header[124:136], offset)
-            if extended is not None and extended.size is not None and kind not in b"Lx":
-                size = extended.size
-            start = offset + BLOCK
-            if kind == OLD_SPARSE:
-                start = self._after_sparse_map(header, start)
-            offset = start if kind in WITHOUT_CONTENT else start + -(-size // BLOCK) * BLOCK
-            if offset > self.size:
-                raise TarFault("the content of a member is cut off", byte=self.size, cut_off=True)
-            if kind in (LONG_NAME, PAX):
-                extended = self._extend(extended, kind, start, size)
-            elif kind not in ABOUT_OTHERS:
-                yield _member(header, kind, start, size, extended)
-                extended = None
-        self._check_end(offset)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return some bytes of the file, fewer at its end."""
-        skipped = offset - self._window_start
-        if skipped < 0 or skipped + size > len(self._window):
-            self._window = self._file.pread(max(size, WINDOW_BYTES), offset)
-            self._window_start, skipped = offset, 0
-        return self._window[skipped : skipped + size]
-
-    def _header(self, offset: int) -> bytes:
-        header = self.read(offset, BLOCK)
-        if len(header) == BLOCK and (_checksum_is_right(header) or header == ZEROS):
-            return header
-        if offset == 0:
-            raise TarFault(_what_it_is(header))
-        if len(header) < BLOCK:
-            raise TarFault("the blocks that end a tar are missing", byte=self.size, cut_off=True)
-        raise TarFault("the header there is damaged", byte=offset)
-
-    def _check_end(self, offset: int) -> None:
-        """Two blocks of zeros end a tar. One may be what is left of a tar that was cut off."""
-        if self.read(offset + BLOCK, BLOCK) != ZEROS:
-            raise TarFault("the blocks that end a tar are missing", byte=self.size, cut_off=True)
-        self.has_trailing_data = bool(self.read(offset, MAX_HEADER_BYTES).strip(b"\0"))
-
-    def _extend(self, extended: _Extended | None, kind: int, start: int, size: int) -> _Extended:
-        if size > MAX_HEADER_BYTES:
-            raise TarFault(f"a header of {size} bytes is too long to be one", byte=start)
-        extended = extended or _Extended()
-        content = self.read(start, size)
-        if kind == LONG_NAME:
-            extended.name = _text(content.split(b"\0", 1)[0])
-            return extended
-        for keyword, value in _pax_records(content, start):
-            if keyword == b"path":
-                extended.name = _text(value)
-            elif keyword == b"size":
-                extended.size = _decimal(value, start)
-            elif keyword.startswith(b"GNU.sparse."):
-                extended.sparse = True
-        return extended
-
-    def _after_sparse_map(self, header: bytes, start: int) -> int:
-        more = header[482]
-        while more:
-            block = self.read(start, BLOCK)
-            if len(block) < BLOCK:
-                raise TarFault("a header is cut off", byte=self.size, cut_off=True)
-            start, more = start + BLOCK, block[504]
-        return start
-
-
-def _member(header: bytes, kind: int, start: int, size: int, extended: _Extended | None) -> Member:
-    raw = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":  # GNU's magic differs: no prefix there
-        raw = header[345:500].split(b"\0", 1)[0] + b"/" + raw
-    name = _text(raw)
-    regular = kind in REGULAR
-    if extended is not None:
-        name = name if extended.name is None else extended.name
-        regular = regular and not extended.sparse
-    return Member(name, start, size, regular and name[-1:] != "/")
-
-
-def _checksum_is_right(header: bytes) -> bool:
-    """Compare the sum of the bytes, the checksum's own counted as spaces, with the checksum.
-
-    The low half of adler32 is one more than the sum, modulo 65521: fifty times as fast as `sum`.
-    """
-    field = header[148:156]
-    try:
-        stated = int(field.strip(b" \0"), 8)  # of a block of zeros: no number
-    except ValueError:
-        return False
-    difference = sum(field) - 8 * ord(" ")
-    if zlib.adler32(header) & 0xFFFF == (stated + difference + 1) % ADLER_BASE:
-        return True
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header)  # as old tars have it
-    return signed - difference == stated
-
-
-def _number(field: bytes, byte: int) -> int:
-    """Return a number written in octal, or, where the first bit is set, in binary."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        number = int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise TarFault("the header there has no size that can be read", byte=byte)
-    return number
-
-
-def _pax_records(content: bytes, byte: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the records "<length> <keyword>=<value>", each a line, of an extended header."""
-    while content.strip(b"\0"):
-        length = _decimal(content.split(b" ", 1)[0], byte)
-        record = content[:length]
-        keyword, separator, value = record.partition(b" ")[2].partition(b"=")
-        if not separator or not record.endswith(b"\n"):
-            raise TarFault("the extended header there is damaged", byte=byte)
-        yield keyword, value[:-1]
-        content = content[length:]
-
-
-def _decimal(digits: bytes, byte: int) -> int:
-    if not digits.isdigit() or len(digits) > 20:
-        raise TarFault("the extended header there is damaged", byte=byte)
-    return int(digits)
-
-
-def _text(name: bytes) -> str:
-    """Decode a name; bytes that are not UTF-8 are written as hexadecimal, so that names differ."""
-    return name.decode("utf-8", errors="backslashreplace")
-
-
-def _what_it_is(header: bytes) -> str:
-    if not header:
-        return "it is empty"
-    for magic, name in COMPRESSED.items():
-        if header.startswith(magic):
-            return f"it is compressed with {name}, so that no image could be read by its place"
-    return "it does not begin with the header of a tar"
-
 
 OWN_NAMES = "classnames.txt"
+OWN_TYPE = "dataset_type.txt"
 MAX_TEXT_BYTES = 1 << 20
 REPEATED = "captions that are in .txt and in .json (name one in `captions` to encode them once)"
+SEVERAL_LINES = "captions of several lines in a .txt (each one caption)"
+NOT_DECODED = "texts that are not in UTF-8 (left out; `encoding` says what they are in)"
+NO_END = "tars without the blocks that end one (read; fetch them again if they were cut off)"
 MAX_SUFFIXES_COUNTED = 32
 _parse_json = json.JSONDecoder().decode
 
@@ -249,6 +47,24 @@ class WebdatasetSource(SourceSettings):
     kind: Literal["webdataset"]
     path: DataPattern | tuple[DataPattern, ...]
     """Glob pattern(s) of the tar files, `{00000..00010}` too; each read in sorted order."""
+    image: str | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Which member is the image, by all that follows the first dot of its name: `image.png` of
+    `KEY.image.png`. Any member with the suffix of an image if not given."""
+    encoding: Encoding | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Encoding of the texts that have no byte order mark, such as `cp1252` or `gb18030`; UTF-8 if
+    not given."""
+    table: DataPlace | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Table (`.csv`, `.tsv`, `.jsonl`, `.parquet`) of further captions for the samples of these
+    tars, joined to them by `join`. Its columns are the caption fields, all of text that are not
+    named alike in `captions`, where that is given."""
+    join: str | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Column of `table` that says whose captions a row has: the `url` in the sample's `.json`, or
+    its key. The first column if not given."""
+
+    @property
+    def image_names(self) -> frozenset[str]:
+        """Names of members that are images."""
+        return IMAGE_SUFFIXES if self.image is None else frozenset({self.image.lower()})
 
     def _open(self, known: Known) -> "TarShards":
         return TarShards(self, matching_files(self.path), known)
@@ -261,13 +77,42 @@ class TarShards(SourceReader[WebdatasetSource]):
     are one sample. A base name that comes again, or the same member once more, is a duplicate: it
     keeps a row, numbered and quarantined. Captions or a label without an image keep a row,
     quarantined. Ignored and counted are members that are of no use to a sample, samples with
-    neither image nor text, links, devices, and paths that lead out of the archive.
+    neither image nor text, links, devices, and paths that lead out of the archive. A `.txt` is one
+    caption, unless `dataset_type.txt` beside or above the tars says `retrieval`, as those of
+    CLIP_benchmark do: then each of its lines is one.
     """
+
+    @property
+    def files_beside(self) -> tuple[Place, ...]:
+        """The table of further captions."""
+        return () if self.source.table is None else (self.source.table,)
+
+    _ids: Sequence[object] = ()
+    """By what the sample at hand may be named in the table."""
+    _depth_came_first = False
+    """Whether the image of the sample at hand is of a kind that depth maps are of."""
 
     @cached_property
     def _of_use(self) -> set[str]:
         source = self.source
-        return {"json", "txt", *source.captions, source.label or "txt"} | IMAGE_SUFFIXES
+        return {"json", "txt", *source.captions, source.label or "txt"} | source.image_names
+
+    @cached_property
+    def _table(self) -> JoinedTable | None:
+        source = self.source
+        if source.table is None:
+            return None
+        return JoinedTable(source.table, source.join, source.captions, source.encoding)
+
+    @cached_property
+    def _lines_are_captions(self) -> bool:
+        folder = next(iter(self.files)).parent
+        for place in (folder / OWN_TYPE, folder.parent / OWN_TYPE):
+            try:
+                return files.read(place).strip() == b"retrieval"
+            except (OSError, SailError):  # none there, or a server that does not tell
+                continue
+        return False
 
     def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
         """Return those of `classnames.txt`, which CLIP_benchmark puts beside or above local tars.
@@ -295,7 +140,11 @@ class TarShards(SourceReader[WebdatasetSource]):
                     whole += 1
                     yield sample
                 if tar.has_trailing_data:
-                    counts["tars with data after their end (ignored)"] += 1
+                    counts["tars with data after their end that is no tar (ignored)"] += 1
+                if not whole:
+                    counts["tars without a sample"] += 1
+                if not tar.has_end:
+                    counts[NO_END] += 1
         except TarFault as fault:
             raise _worded(fault, file, whole) from fault
         except OSError as error:
@@ -310,14 +159,10 @@ class TarShards(SourceReader[WebdatasetSource]):
         base: str | None = None
         sample: Sample | None = None
         suffixes: set[str] = set()
-        for member in tar.members():
-            name, suffix = split_name(member.name)
-            if not (member.regular and suffix and is_inside(member.name)):
-                counts["members that are no plain file of a sample (ignored)"] += 1
-                continue
+        for name, suffix, member in _parts(tar, keys, counts):
             if name != base or suffix in suffixes:
                 if sample is not None:
-                    yield _finished(sample, counts)
+                    yield self._finished(sample, counts)
                 base, sample = name, None
                 suffixes.clear()
             suffixes.add(suffix)
@@ -329,21 +174,82 @@ class TarShards(SourceReader[WebdatasetSource]):
                 sample = Sample(key, path, problem=problem)
             self._add(sample, member, suffix, tar, counts)
         if sample is not None:
-            yield _finished(sample, counts)
+            yield self._finished(sample, counts)
 
     def _add(
         self, sample: Sample, member: Member, suffix: str, tar: TarFile, counts: Counts
     ) -> None:
-        if suffix in IMAGE_SUFFIXES:
+        if suffix in self.source.image_names:
             if sample.size >= 0:
                 counts["second images of a sample, in another format (ignored)"] += 1
-                return
+                if suffix in NETPBM_SUFFIXES or not self._depth_came_first:
+                    return
+            self._depth_came_first = suffix in NETPBM_SUFFIXES
             sample.offset, sample.size = member.offset, member.size
             return
-        if member.size > MAX_TEXT_BYTES:
+        if is_cut := member.size > MAX_TEXT_BYTES:
             counts["texts over 1 MiB (cut there)"] += 1
         content = tar.read(member.offset, min(member.size, MAX_TEXT_BYTES))
-        self.describe(sample, _record(suffix, content, counts), counts)
+        text = decoded(content, self.source.encoding, is_cut=is_cut)
+        if text is None:
+            counts[NOT_DECODED] += 1
+            return
+        self.describe(sample, self._record(suffix, text, counts), counts)
+
+    def _record(self, suffix: str, text: str, counts: Counts) -> dict[str, Any]:
+        if suffix == "json":
+            record = _json_record(text, counts)
+            if self._table is not None:
+                self._ids = [record.get(name) for name in (self._table.column, "url", "key")]
+            return record
+        text = text.strip()
+        if suffix == "txt" and self._lines_are_captions:
+            return {"txt": [line.strip() for line in lines_of(text) if line.strip()]}
+        if suffix == "txt" and "\n" in text:
+            counts[SEVERAL_LINES] += 1
+        return {suffix: text}
+
+    def _finished(self, sample: Sample, counts: Counts) -> Sample:
+        if sample.size < 0:
+            counts["samples without an image (quarantined)"] += 1
+            sample.problem = sample.problem or int(Status.MISSING_IMAGE)
+        if self._table is not None:
+            name = sample.key.partition("/")[2]
+            ids = [*self._ids, sample.key, name, name.rpartition("/")[2]]
+            self._ids = []
+            captions = self._table.captions_of(ids)
+            if captions is None:
+                counts[f"samples without a row in {self._table.place.name}"] += 1
+            sample.captions |= captions or {}
+        others = [text.strip() for field, text in sample.captions.items() if field != "txt"]
+        if (text := sample.captions.get("txt")) and text in others:
+            counts[REPEATED] += 1
+        return sample
+
+    def check(self) -> None:
+        """Refuse a name of captions that no sample had; those of the table count as had."""
+        self.picker.see_captions(self._table.fields if self._table else ())
+        super().check()
+
+    def leftover(self) -> Counts:
+        """Count the rows of the table that are of no sample."""
+        return self._table.unused() if self._table else Counts()
+
+
+def _parts(tar: TarFile, keys: Keys, counts: Counts) -> Iterator[tuple[str, str, Member]]:
+    """Yield base name, suffix and place of the members that can be part of a sample."""
+    archive, names = 0, set[str]()
+    for member in tar.members():
+        name, suffix = split_name(member.name)
+        if member.archive != archive:
+            archive, names = member.archive, keys.names()
+            counts["archives put behind each other in one file (read)"] += 1
+        if not (member.regular and suffix and is_inside(member.name)):
+            counts["members that are no plain file of a sample (ignored)"] += 1
+            continue
+        if name in names:  # of another shard, which numbers its samples alike
+            name = f"{name}@{archive + 1}"
+        yield name, suffix, member
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -365,10 +271,7 @@ def is_inside(name: str) -> bool:
     return name[0] != "/" and (".." not in name or ".." not in name.split("/"))
 
 
-def _record(suffix: str, content: bytes, counts: Counts) -> dict[str, Any]:
-    text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
-    if suffix != "json":
-        return {suffix: text.strip()}
+def _json_record(text: str, counts: Counts) -> dict[str, Any]:
     try:
         record = _parse_json(text)
     except (ValueError, RecursionError):
@@ -377,16 +280,6 @@ def _record(suffix: str, content: bytes, counts: Counts) -> dict[str, Any]:
         counts["members .json that are no JSON object (ignored)"] += 1
         return {}
     return record
-
-
-def _finished(sample: Sample, counts: Counts) -> Sample:
-    if sample.size < 0:
-        counts["samples without an image (quarantined)"] += 1
-        sample.problem = sample.problem or int(Status.MISSING_IMAGE)
-    text = sample.captions.get("txt")
-    if text and text in (each.strip() for name, each in sample.captions.items() if name != "txt"):
-        counts[REPEATED] += 1
-    return sample
 
 
 def _count_suffix(suffix: str, counts: Counts) -> None:
@@ -403,11 +296,11 @@ def _worded(fault: TarFault, file: Place, whole_samples: int) -> SourceError:
     elif fault.byte:
         what = "damaged"
     else:
-        return SourceError(
+        return UnreadableError(
             f"{file} cannot be read as a tar: {fault.reason}. An uncompressed tar was expected. "
             f"Unpack a compressed one once, fetch a damaged one again, or take it out of `path`."
         )
-    return SourceError(
+    return UnreadableError(
         f"{file} is {what} at byte {fault.byte} (whole samples before it: {whole_samples}): "
         f"{fault.reason}. Fetch it again, or take it out of `path`."
     )

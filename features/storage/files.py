@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from features.storage.parallel import in_order
-from features.storage.place import Place, RemotePath, as_place
+from features.storage.place import Place, RemotePath, as_place, local_path
 from features.storage.remote import backend
 from features.storage.requests import entry, read_into, tried
 from features.storage.synchronise import make_folder, synchronise, synchronise_all
@@ -351,12 +351,14 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
 def matching_places(pattern: str) -> list[Place]:
     """Return the files that match a pattern, sorted by name.
 
-    What braces stand for is listed in the order in which they say it, and each must match.
+    Folders that are there as they are written are no pattern, as `2019 [1]` and `{a,b}`. What
+    braces stand for is listed in the order in which they say it, and each must match.
 
     Raises:
         StorageError: A place under a URL cannot be listed.
     """
-    plain = list(expanded(pattern))
+    folder, rest = _literal_part(pattern)
+    plain = [folder + item for item in expanded(rest)]
     fixed = [as_place(item) for item in plain if not _is_glob(item)]
     there = dict(zip(fixed, in_order(is_file, fixed, at=fixed), strict=True))
     found: list[Place] = []
@@ -372,6 +374,18 @@ def matching_places(pattern: str) -> list[Place]:
             raise FileNotFoundError(item)
         found += matches
     return found
+
+
+def _literal_part(pattern: str) -> tuple[str, str]:
+    """Split a pattern behind the local folders that are there as they are written."""
+    if "://" in pattern or not _BRACES.search(pattern):
+        return "", pattern
+    parts = pattern.split("/")
+    for stop in range(len(parts) - 1, 0, -1):
+        folder = "/".join(parts[:stop])
+        if "{" in folder and local_path(folder).is_dir():
+            return f"{folder}/", "/".join(parts[stop:])
+    return "", pattern
 
 
 def expanded(pattern: str) -> Iterator[str]:

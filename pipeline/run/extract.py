@@ -1,6 +1,7 @@
 """Stage one: what of it runs when; it does only what is missing."""
 
 import logging
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.run.cluster import Cluster
 
 logger = logging.getLogger(__name__)
+WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def extract(
@@ -52,7 +54,9 @@ def extract(
         folder = start_run(config)
         splits = []
         for split, source in config.data.items():
-            index = current_index(folder, split, source, stop, append=append)
+            index = current_index(
+                folder, split, source, stop, append=append, needs_images=bool(config.encoders.image)
+            )
             splits.append((_open_store(config, folder, split, index, append=append), index))
         stores = [store for store, _ in splits]
         known = KnownEncoders(folder.path / "encoders.json")
@@ -83,9 +87,17 @@ def _cluster(
 
 
 def current_index(
-    folder: RunFolder, split: str, source: Source, stop: StopRequest, *, append: bool
+    folder: RunFolder,
+    split: str,
+    source: Source,
+    stop: StopRequest,
+    *,
+    append: bool,
+    needs_images: bool = False,
 ) -> Index:
     """Open the index of a split, bring it up to date, or build it from its source.
+
+    A source of which not one image is there is refused where images are needed.
 
     Raises:
         SourceError: The source changed since the index was built, otherwise than it may.
@@ -105,13 +117,38 @@ def current_index(
                 return update_index(index, reader, changes, append=append, on_progress=advance)
     reader = source.open(folder=made)
     with ProgressLine(f"index {split}", None, "samples") as line:
-        index = build_index(reader, path, on_progress=_until(stop, line))
+        advance = _until(stop, line)
+        index = build_index(reader, path, needs_images=needs_images, on_progress=advance)
+    _tell(index, split)
+    return index
+
+
+def _tell(index: Index, split: str) -> None:
+    """Say what was handled by rule, and above all what nobody wants."""
+    for place, about in index.unreadable.items():
+        logger.warning("index %s: %s is left out: %s", split, place.name, about["why"])
+    if index.unreadable:
+        files = len(index.unreadable) + len(index.shards)
+        logger.warning(
+            "index %s: %d of %d files cannot be read and are left out; when they are mended, "
+            "`sail extract` with --append adds their rows",
+            split,
+            len(index.unreadable),
+            files,
+        )
     for what, count in index.counts.items():
         if count:
             logger.info("index %s: %s: %d", split, what, count)
     if not index.fields and not index.has_labels:
         logger.warning("index %s: no captions; name those of the source in its `captions`", split)
-    return index
+    names = index.class_names or ()
+    if names and all(map(WORDNET_ID.fullmatch, names)):
+        logger.warning(
+            "index %s: the classes are called %s, as WordNet numbers them; prompts need words: set "
+            "class_names = 'imagenet-1k', or a file of names, in the source",
+            split,
+            names[0],
+        )
 
 
 def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:

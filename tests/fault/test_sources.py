@@ -1,5 +1,7 @@
 """What is left when shards are damaged, files change, or indexing stops half way."""
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import SourceError
-from features.index import ROWS_PER_GROUP, Index, SampleReader, build_index
+from features.index import Index, SampleReader, build_index, find_changes, update_index
 from features.sources.class_folders import ClassFolderSource
+from features.sources.folder import FolderSource
 from features.sources.parquet import ParquetSource
-from features.sources.tables import FolderSource
-from features.sources.webdataset import WebdatasetSource
+from features.sources.webdataset import NO_END, WebdatasetSource
 from tests import tiny
 
 
@@ -33,14 +35,15 @@ def test_a_tar_cut_off_says_where_and_how_many_samples_were_whole(tmp_path: Path
     assert list(tmp_path.iterdir()) == [tar]
 
 
-def test_a_tar_cut_off_between_two_members_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_a_tar_that_ends_between_two_members_is_read_and_counted(tmp_path: Path) -> None:
     source = shard(tmp_path)
     tar = tmp_path / "s.tar"
     tar.write_bytes(tar.read_bytes().rstrip(b"\0") + bytes(512 - len(tar.read_bytes()) % 512))
     content = tar.read_bytes()
     tar.write_bytes(content[: len(content) // 512 * 512])
-    with pytest.raises(SourceError, match="is cut off at byte"):
-        build_index(source.open(), tmp_path / "index.parquet")
+    index = build_index(source.open(), tmp_path / "index.parquet")
+    assert index.rows == 5
+    assert index.counts[NO_END] == 1
 
 
 def test_a_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
@@ -156,10 +159,10 @@ def test_a_parquet_file_damaged_within_its_images_is_named(
     ("name", "content", "reason"),
     [
         ("t.jsonl", b'{"image": "1.jpg"}\n{"image"', "Line 2 of .* is not a JSON object"),
-        ("t.jsonl", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
-        ("t.csv", b'image\n"' + b"x" * 200_000, "cannot be read: field larger"),
+        ("t.jsonl", b"\xff\xfa", "cannot be read: 'utf-8' codec"),
+        ("t.csv", b'image\n"' + b"x" * (1 << 24) + b"xx", "cannot be read: field larger"),
         ("t.parquet", b"PAR1", r"t\.parquet cannot be read"),
-        ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, \.csv, \.tsv, \.parquet"),
+        ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, .*, \.parquet was"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -170,11 +173,52 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, rea
         )
 
 
-def test_a_bad_shard_behind_good_ones_leaves_no_index(tmp_path: Path) -> None:
-    members = [(f"{row}.jpg", b"image") for row in range(ROWS_PER_GROUP + 1)]
-    tiny.write_tar(tmp_path / "s-0.tar", members)
-    (tmp_path / "s-1.tar").write_bytes(bytes(700))
-    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "s-*.tar"))
-    with pytest.raises(SourceError, match=r"s-1\.tar"):
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "zeros": lambda _: bytes(2 << 20),
+    "a page": lambda _: b"<html>no such file</html>" * 50,
+    "compressed": lambda content: gzip.compress(content),
+    "cut off": lambda content: content[:6000],
+    "damaged": lambda content: content.replace(b"00003.json", b"00003.jsoN"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_shard_is_left_out_as_a_whole_and_named(tmp_path: Path, damage: str) -> None:
+    samples = tiny.samples(5)
+    for name in ("a", "b", "c"):
+        tiny.write_tar(tmp_path / f"{name}.tar", samples)
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(DAMAGES[damage](whole))
+    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "*.tar"))
+    index = build_index(source.open(), tmp_path / "index.parquet")
+    assert [path.name for path in index.shards] == ["a.tar", "c.tar"]
+    assert [path.name for path in index.unreadable] == ["b.tar"]
+    assert index.rows == 10
+    assert not any("b/" in key for block in index.blocks(("key",), 100) for key in block["key"])
+    assert not find_changes(index, source.open(index.names))  # a finished run stays one
+
+    (tmp_path / "b.tar").write_bytes(whole)
+    reader = source.open(index.names)
+    changes = find_changes(index, reader)
+    assert [path.name for path in changes.files] == ["b.tar"]
+    grown = update_index(index, reader, changes, append=True)
+    assert (grown.rows, grown.unreadable) == (15, {})
+
+
+def test_shards_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(b"")
+    source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "*.tar"))
+    with pytest.raises(SourceError, match=r"b\.tar cannot be read as a tar: it is empty"):
         build_index(source.open(), tmp_path / "out" / "index.parquet")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_parquet_file_is_left_out_and_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [b"1"]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    source = ParquetSource(kind="parquet", path=str(tmp_path / "[ab].parquet"))
+    index = build_index(source.open(), tmp_path / "index.parquet")
+    assert ([path.name for path in index.unreadable], index.rows) == (["a.parquet"], 1)

@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 
 from features.errors import SourceError
 from features.images import decode
-from features.index import ROWS_PER_GROUP, Index, SampleReader, build_index
+from features.index import Index, SampleReader, build_index
 from features.sources import Source, parquet
+from features.sources.index_writer import ROWS_PER_GROUP
 from features.sources.webdataset import WebdatasetSource
 from tests import tiny
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from features.errors import SourceError
-from features.index import ROWS_PER_GROUP, Changes, Index, build_index, find_changes, update_index
+from features.index import Changes, Index, SampleReader, build_index, find_changes, update_index
 from features.sources import Sample, Source
+from features.sources.index_writer import ROWS_PER_GROUP
 from tests import tiny
 
 
@@ -59,13 +61,61 @@ def table_of(folder: Path, rows: list[dict[str, Any]]) -> Source:
 
 def test_a_shard_that_changed_or_is_gone_is_refused_by_name(tmp_path: Path) -> None:
     source = shards(tmp_path, "b", "d")
-    index = built(source, tmp_path)
-    os.utime(tmp_path / "d.tar", ns=(0, 0))
-    with pytest.raises(SourceError, match=r"d\.tar has changed since it was indexed"):
-        changes(index, source)
+    index, content = built(source, tmp_path), (tmp_path / "d.tar").read_bytes()
+    for other in (content[:-512], content.replace(b"JFIF", b"JFIX", 1)):
+        (tmp_path / "d.tar").write_bytes(other)
+        with pytest.raises(SourceError, match=r"d\.tar has changed since it was indexed"):
+            changes(index, source)
     (tmp_path / "b.tar").unlink()
     with pytest.raises(SourceError, match=r"b\.tar is gone"):
         changes(index, source)
+
+
+def test_the_same_shards_with_other_times_are_no_change(tmp_path: Path) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = built(source, tmp_path)
+    os.utime(tmp_path / "d.tar", ns=(0, 0))
+    assert not changes(index, source)
+
+
+def as_written_earlier(index: Index) -> Index:
+    """The index without what earlier builds did not remember of files."""
+    for about in index.shards.values():
+        del about["sha256_of_blocks"]
+    return index
+
+
+def test_shards_of_an_earlier_index_are_listed_again_where_their_times_changed(
+    tmp_path: Path,
+) -> None:
+    source = shards(tmp_path, "b", "d")
+    index = as_written_earlier(built(source, tmp_path))
+    assert not changes(index, source)
+    os.utime(tmp_path / "d.tar", ns=(0, 0))
+    again = updated(index, source)
+    assert keys(again) == keys(index)
+    assert not changes(again, source)
+    content = bytearray((tmp_path / "d.tar").read_bytes())
+    content[content.index(b'"short": "') + len('"short": "')] ^= 1  # the size stays
+    (tmp_path / "d.tar").write_bytes(content)
+    with pytest.raises(SourceError, match=r"Row 3 of .* has caption/short"):
+        updated(as_written_earlier(again), source)
+
+
+def test_a_source_that_lies_elsewhere_as_a_whole_is_the_same(tmp_path: Path) -> None:
+    source = shards(tmp_path / "old", "b", "d")
+    index = built(source, tmp_path)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    moved = parsed(kind="webdataset", path=str(tmp_path / "new/*.tar"))
+    again = updated(index, moved)
+    assert keys(again) == keys(index)
+    assert [path.parent.name for path in again.shards] == ["new", "new"]
+    assert SampleReader(again).read(0, 6) == SampleReader(index).read(0, 6)
+    tiny.write_tar(tmp_path / "other" / "b.tar", tiny.samples(3, first=7))
+    tiny.write_tar(tmp_path / "other" / "d.tar", tiny.samples(3, first=8))
+    other = parsed(kind="webdataset", path=str(tmp_path / "other/*.tar"))
+    with pytest.raises(SourceError, match="does not match it any more"):
+        updated(again, other)
 
 
 def test_a_shard_that_is_not_matched_any_more_is_refused_by_name(tmp_path: Path) -> None:

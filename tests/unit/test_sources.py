@@ -19,6 +19,7 @@ from features.errors import SourceError
 from features.index import SampleReader
 from features.scenes import shards as scenes
 from features.sources import Sample, Source
+from features.sources.folder import REPEATED_ROWS
 from features.sources.parquet import ParquetImages
 from features.sources.webdataset import REPEATED
 from features.status import Status
@@ -288,7 +289,7 @@ class TestWebdataset:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", r'{"caption": "é\ud800"}'))
         assert listed(**source)[0].captions == {"caption": "é?"}
 
-    @pytest.mark.parametrize("value", ["cat", 1.5, "NaN", "Infinity", -5, 2**31, [1]])
+    @pytest.mark.parametrize("value", ["2.5", 1.5, "NaN", "Infinity", -5, 2**31, [1], "9" * 400])
     def test_a_label_that_is_no_whole_number_is_unknown_and_counted(
         self, tmp_path: Path, value: object
     ) -> None:
@@ -368,14 +369,33 @@ class TestFolder:
         samples = listed(**self.table(tmp_path, rows, ".csv"))
         assert [sample.captions for sample in samples] == [{"0": "a", "1": "b"}, {"0": "c"}]
 
-    def test_an_image_that_comes_again_later_is_a_duplicate(self, tmp_path: Path) -> None:
+    def test_rows_of_one_image_are_one_sample_wherever_they_stand(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "1.jpg", "2.jpg")
+        rows = [
+            {"image": f"{i}.jpg", "caption": text} for i, text in [(1, "a"), (2, "c"), (1, "b")]
+        ]
+        samples = listed(**self.table(tmp_path, rows, ".jsonl"))
+        assert [(sample.key, sample.captions) for sample in samples] == [
+            ("table/1", {"0": "a", "1": "b"}),
+            ("table/2", {"0": "c"}),
+        ]
+
+    def test_a_row_that_stands_twice_is_one_sample_and_counted(self, tmp_path: Path) -> None:
         folder_of_images(tmp_path, "1.jpg", "2.jpg")
         rows = [{"image": name, "caption": "a"} for name in ("1.jpg", "2.jpg", "1.jpg")]
+        counts = Counter[str]()
+        samples = listed(counts, **self.table(tmp_path, rows, ".jsonl"))
+        assert [sample.captions for sample in samples] == [{"caption": "a"}] * 2
+        assert counts == {REPEATED_ROWS: 1}
+
+    def test_an_image_in_two_groups_is_no_sample_of_both(self, tmp_path: Path) -> None:
+        folder_of_images(tmp_path, "1.jpg")
+        rows = [{"image": "1.jpg", "caption": text, "group": text} for text in "ab"]
         samples = listed(**self.table(tmp_path, rows, ".jsonl"))
-        assert [(sample.key, sample.problem) for sample in samples][2] == (
-            "table/1#2",
-            Status.DUPLICATE_KEY,
-        )
+        assert [(sample.key, sample.problem) for sample in samples] == [
+            ("table/1", 0),
+            ("table/1#2", Status.DUPLICATE_KEY),
+        ]
 
     def test_names_that_differ_in_the_suffix_only_keep_it(self, tmp_path: Path) -> None:
         folder_of_images(tmp_path, "1.jpg", "1.png", "1.v2")
@@ -532,8 +552,8 @@ class TestParquet:
         assert 0 < most < path.stat().st_size / 4
 
     def test_a_column_of_something_else_is_refused(self, tmp_path: Path) -> None:
-        source = self.files(tmp_path, ["1.jpg"])
-        with pytest.raises(SourceError, match=r"'image' of .* holds string"):
+        source = self.files(tmp_path, [1])
+        with pytest.raises(SourceError, match=r"'image' of .* holds int64"):
             listed(**source)
         with pytest.raises(SourceError, match=r"no column 'picture'; it has \['image'\]"):
             listed(**source, image="picture")

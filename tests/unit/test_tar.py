@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from features.sources.webdataset import BLOCK, Member, TarFault, TarFile
+from features.sources.tar import BLOCK, Member, TarFault, TarFile
 
 
 def members(path: Path) -> list[Member]:
@@ -70,17 +70,37 @@ def test_a_size_above_eight_gigabytes_is_read_in_both_of_its_spellings(tmp_path:
         assert (member.size, member.offset) == (9 << 30, end - (9 << 30))
 
 
-def test_a_tar_without_its_end_mark_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zeros", [0, 100, BLOCK, 2 * BLOCK - 1])
+def test_a_tar_without_its_end_mark_is_read_and_told(tmp_path: Path, zeros: int) -> None:
     path = write(tmp_path / "a.tar", ["a.jpg"])
-    content = path.read_bytes()[: BLOCK + 1024]
-    for zeros in (0, 100, BLOCK, 2 * BLOCK - 1):
-        path.write_bytes(content + bytes(zeros))
-        with pytest.raises(TarFault) as caught:
-            members(path)
-        assert caught.value.cut_off
-        assert caught.value.byte == len(content) + zeros
-    path.write_bytes(content + bytes(2 * BLOCK))
-    assert len(members(path)) == 1
+    path.write_bytes(path.read_bytes()[: BLOCK + 1024] + bytes(zeros))
+    with TarFile(path) as tar:
+        assert [member.name for member in tar.members()] == ["a.jpg"]
+        assert tar.has_end == (zeros >= BLOCK)
+
+
+def test_a_tar_whose_last_block_is_not_filled_up_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", ["a.jpg"])
+    path.write_bytes(path.read_bytes()[: BLOCK + 700])
+    assert [member.size for member in members(path)] == [700]
+
+
+@pytest.mark.parametrize("kept", [1, 100, 699, 1024 + 1, 1024 + BLOCK - 1])
+def test_a_tar_cut_off_within_a_member_or_header_is_refused(tmp_path: Path, kept: int) -> None:
+    path = write(tmp_path / "a.tar", ["a.jpg", "b.jpg"])
+    path.write_bytes(path.read_bytes()[: BLOCK + kept])
+    with pytest.raises(TarFault) as caught:
+        members(path)
+    assert (caught.value.cut_off, caught.value.byte) == (True, BLOCK + kept)
+
+
+def test_a_download_of_which_only_the_room_is_there_is_cut_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", ["a.jpg"])
+    with path.open("r+b") as file:
+        file.truncate(4 << 20)
+    with pytest.raises(TarFault, match="only zeros follow") as caught:
+        members(path)
+    assert caught.value.cut_off
 
 
 def test_a_damaged_header_is_an_error_and_no_silent_end(tmp_path: Path) -> None:
@@ -111,9 +131,17 @@ def test_what_is_no_tar_is_called_what_it_is(tmp_path: Path, content: bytes, rea
         members(path)
 
 
+def test_archives_behind_each_other_are_read_one_after_the_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", ["a.jpg"])
+    path.write_bytes(path.read_bytes() + write(tmp_path / "b.tar", ["b.jpg"]).read_bytes())
+    assert [(each.name, each.archive) for each in members(path)] == [("a.jpg", 0), ("b.jpg", 1)]
+    content = path.read_bytes()
+    assert all(content[each.offset :][: each.size] for each in members(path))
+
+
 def test_data_behind_the_end_of_the_archive_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", ["a.jpg"])
-    path.write_bytes(path.read_bytes() * 2)
+    path.write_bytes(path.read_bytes() + b"signature" * 100)
     with TarFile(path) as tar:
         assert len(list(tar.members())) == 1
         assert tar.has_trailing_data
