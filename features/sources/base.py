@@ -283,7 +283,7 @@ class SourceReader(ABC, Generic[Settings]):
         """
 
     def _names(self, files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
-        return _distinct_stems(files, taken)
+        return distinct_stems(files, taken)
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the labels: those of the settings, or the data's own, if any.
@@ -546,7 +546,7 @@ def _check_field_name(name: str) -> None:
         )
 
 
-def _distinct_stems(files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
+def distinct_stems(files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
     """Name files by their stems, with as many folders as make all names distinct."""
     for depth in range(1, max((len(posix(file).parts) for file in files), default=0)):
         names = {file: _tail(file, depth) for file in files}

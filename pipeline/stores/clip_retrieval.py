@@ -5,7 +5,8 @@ rows, a million of them each. Of a store, the first image column and the first t
 further columns to `columns/<name>`, and everything else into the metadata.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.stores.parquet import LAYOUT_KEY, ParquetArrays, as_batch
 from pipeline.stores.writer import write_parts
 
 ROWS_PER_FILE = 1_000_000
+MISSING_SHOWN = 10
+logger = logging.getLogger(__name__)
 EXPECTED = of_form("A folder as `clip-retrieval inference` writes it")
 
 
@@ -49,13 +52,12 @@ class ClipRetrievalArrays(Arrays):
         stack.push(metadata)
         folders = [path / "img_emb", path / "text_emb", *sorted((path / "columns").glob("*"))]
         vectors = {
-            folder.name: [
-                NpyArray(file, *open_npy(file, stack)) for file in sorted(folder.glob("*.npy"))
-            ]
+            folder.name: [NpyArray(file, *open_npy(file, stack)) for file in found]
             for folder in folders
-            if folder.is_dir()
+            if (found := sorted(folder.glob("*.npy")))
         }
         _check(path, metadata, vectors)
+        _tell_what_is_missing(path, metadata, vectors)
         self.layout = metadata.layout
         self.files = [
             file for each in (path / "metadata", *folders) for file in sorted(each.glob("*.*"))
@@ -85,10 +87,20 @@ def _check(path: Path, metadata: ParquetArrays, vectors: dict[str, list[NpyArray
     if not vectors:
         raise EXPECTED.refusal(path, "there is neither img_emb nor text_emb")
     expected = metadata.file_rows
+    parts = [_part(file) for file in metadata.files]
     for name, arrays in vectors.items():
-        if len(arrays) != len(expected):
-            why = f"{name} has {len(arrays)} files, metadata {len(expected)}"
+        theirs = [_part(array.place) for array in arrays]
+        if theirs != parts:
+            apart = sorted({*theirs} ^ {*parts})
+            why = (
+                f"{name} has {len(arrays)} files, metadata {len(expected)}; the parts {apart[:5]} "
+                f"are in one of them only"
+            )
             raise EXPECTED.refusal(path, why)
+        for array in arrays:
+            if array.shape[1:] != arrays[0].shape[1:]:
+                why = f"it has shape {array.shape}, {arrays[0].place.name} {arrays[0].shape}"
+                raise EXPECTED.refusal(array.place, why)
         first = 0
         for array, file, rows in zip(arrays, metadata.files, expected, strict=True):
             if array.shape[0] != rows or len(array.shape) != 2:
@@ -96,6 +108,26 @@ def _check(path: Path, metadata: ParquetArrays, vectors: dict[str, list[NpyArray
                 why = f"it has shape {array.shape} and {file.name} {rows} rows, from row {row} on"
                 raise EXPECTED.refusal(array.place, why)
             first += rows
+
+
+def _part(file: Path) -> str:
+    """Return the number of a file among those of its folder, as it is written."""
+    return file.stem.rpartition("_")[2]
+
+
+def _tell_what_is_missing(path: Path, metadata: ParquetArrays, vectors: Collection[str]) -> None:
+    """Warn of numbers that no file has: the rows of a part that failed are not there."""
+    numbers = {int(part) for part in map(_part, metadata.files) if part.isdecimal()}
+    if missing := sorted(set(range(max(numbers, default=0))) - numbers):
+        logger.warning(
+            "%s: a gap in the numbers of its parts: %s missing (of %d); their rows are not there",
+            path,
+            ", ".join(map(str, missing[:MISSING_SHOWN])),
+            max(numbers) + 1,
+        )
+    for name in ("img_emb", "text_emb"):
+        if name not in vectors:
+            logger.warning("%s: there is nothing in %s; the rest is imported", path, name)
 
 
 class _ClipRetrievalPart(ExitStack):

@@ -189,9 +189,16 @@ def _stored(dataset: h5py.Dataset) -> Reader:
 
 
 def _values(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    values = dataset.asstr()[start:stop].astype(STRINGS) if is_text else dataset[start:stop]
-    return np.asarray(values)
+    if h5py.check_string_dtype(dataset.dtype) is None:
+        return np.asarray(dataset[start:stop])
+    try:
+        return np.asarray(dataset.asstr()[start:stop].astype(STRINGS))
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"The texts {dataset.name} of {dataset.file.filename} cannot be read: {error.object!r} "
+            f"is not UTF-8. HDF5 knows ASCII and UTF-8 alone. Write them again "
+            f"as UTF-8, or take others with --take."
+        ) from error
 
 
 def _create(file: h5py.File, layout: Layout) -> None:

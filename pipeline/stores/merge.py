@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from features.errors import SourceError, StoreError
+from features.sources.base import distinct_stems
 from features.storage.fingerprint import Fingerprint
 from features.storage.place import Place
 from features.storage.rows import NUMBERS
@@ -49,7 +50,8 @@ def merge_stores(
         paths: The stores, of the same encoders and caption fields.
         out: Where the new one goes; there must be none. Its chunks are as large as the first's.
         stop: Asked before every read.
-        prefix: Whether keys get the name of their store put before.
+        prefix: Whether keys get the name of their store put before, with as many of its folders as
+            make all names distinct.
 
     Raises:
         SourceError: A key comes twice.
@@ -82,6 +84,7 @@ class _Merged:
     def __init__(self, every: Sequence[StoreRows], *, prefix: bool) -> None:
         self._every, self._prefix = every, prefix
         stores = [rows.store for rows in every]
+        self._names = distinct_stems([store.path for store in stores], set())
         self._firsts = _sums([store.rows for store in stores])
         self._groups = _sums([_highest(store.groups()) + 1 for store in stores])
         first = every[0].layout
@@ -105,7 +108,8 @@ class _Merged:
 
     @property
     def stamp(self) -> str:
-        return " ".join([str(self._prefix), *(rows.stamp for rows in self._every)])
+        names = self._names.values() if self._prefix else ["False"]
+        return " ".join([*names, *(rows.stamp for rows in self._every)])
 
     def block(self, start: int, stop: int) -> Block:
         parts = []
@@ -123,7 +127,7 @@ class _Merged:
         if "group" in block:
             block["group"] = np.where(block["group"] < 0, -1, block["group"] + groups)
         if self._prefix:
-            keys = [f"{rows.store.path.stem}/{key}" for key in block["key"].tolist()]
+            keys = [f"{self._names[rows.store.path]}/{key}" for key in block["key"].tolist()]
             block["key"] = np.array(keys, dtype=STRINGS)
         return block
 
