@@ -165,6 +165,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Only these are opened. Others of Pillow's are not of photographs, or start a program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
+# Modes of numbers that need not fit 8 bits.
+WIDE_MODES = frozenset({"F", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 # What Pillow's decoders raise when bytes are not what they should be.
 DECODER_ERRORS = (
     OSError,  # with UnidentifiedImageError
@@ -252,12 +254,27 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Decode the pixels of an image that was opened.
 
     Raises:
-        ImageFault: They end too early or are damaged.
+        ImageFault: They end too early or are damaged, or are numbers beyond those of 8 bits.
     """
     try:
+        if image.mode in WIDE_MODES:
+            _check_range(image)
         return image.convert("RGB")
     except DECODER_ERRORS as error:
         raise ImageFault(Status.TRUNCATED_IMAGE, _reason(error)) from error
+
+
+def _check_range(image: Image.Image) -> None:
+    """Refuse numbers that Pillow would clip or round to nothing: all white, or all black."""
+    values = np.asarray(image)
+    least, most = float(values.min()), float(values.max())
+    is_fraction = image.mode == "F" and 0 < most <= 1
+    if is_fraction or not 0 <= least <= most <= 255:  # nor where one is not a number
+        raise ImageFault(
+            Status.NOT_AN_IMAGE,
+            f"its values go from {least:g} to {most:g} (mode {image.mode}), and 0 to 255 were "
+            f"expected: scale them to 8 bits",
+        )
 
 
 def cut_out(data: bytes, box: Sequence[int], *, max_pixels: int) -> bytes:

@@ -16,6 +16,7 @@ from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
 from pipeline.run.finished import KnownEncoders, is_finished
 from pipeline.run.folder import RunFolder, start_run
+from pipeline.run.usable import check_usable
 
 if TYPE_CHECKING:
     from pipeline.run.cluster import Cluster
@@ -42,7 +43,8 @@ def extract(
         workers: Or: so many processes of this machine do. Without either this process does.
 
     Raises:
-        SourceError: A source changed otherwise than by captions, or has more rows without `append`.
+        SourceError: A source changed otherwise than by captions, has more rows without `append`,
+            or an encoder cannot use one row of it.
         Stopped: A signal came; what is done is on disk and the next call goes on from there.
     """
     if config.run.features is not None:
@@ -73,6 +75,7 @@ def extract(
             from pipeline.run.filling import fill_encoder
 
             fill_encoder(config, known, splits, name, stop)
+    check_usable(stores)
     return [store.path for store in stores]
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from features.errors import SourceError
 from features.status import Status
 from features.storage.column import Column
 from features.store import FeatureStore
@@ -42,7 +44,9 @@ def ok_rows(column: Column) -> list[bool]:
 def test_weights_with_nan_quarantine_every_row(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=12)
     change_weights(tmp_path / "vit", "layernorm.weight", lambda weight: weight.fill_(torch.nan))
-    store = extracted(run_file)
+    with pytest.raises(SourceError, match=r"Not one row can be used of .*: not finite 12"):
+        extracted(run_file)
+    store = FeatureStore.open(tmp_path / "run" / "features" / "train.zarr")
     assert not any(ok_rows(store.column("image/vit")))
     assert describe_store(store.path)["columns"]["image/vit"]["status"] == {"not finite": 12}
 
@@ -67,4 +71,7 @@ def test_features_beyond_float16_are_quarantined_and_not_stored_as_infinity(tmp_
     run_file = tiny.world(tmp_path, rows=12)
     most = float(np.finfo(np.float16).max)
     change_weights(tmp_path / "vit", "layernorm.bias", lambda bias: bias.fill_(2 * most))
-    assert not any(ok_rows(extracted(run_file).column("image/vit")))
+    with pytest.raises(SourceError, match=r"Not one row can be used of .*: not finite 12"):
+        extracted(run_file)
+    store = FeatureStore.open(tmp_path / "run" / "features" / "train.zarr")
+    assert not any(ok_rows(store.column("image/vit")))

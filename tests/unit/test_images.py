@@ -3,6 +3,8 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_the_content_decides_and_not_a_name() -> None:
 def test_every_colour_space_becomes_what_pillow_makes_of_it(mode: str, form: str) -> None:
     image = tiny.picture(2, 40, 30)
     if mode == "I;16":
-        image = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+        image = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) // 5)
     elif mode == "LAB":
         image = Image.merge("LAB", image.split())
     else:
@@ -78,6 +80,34 @@ def test_every_colour_space_becomes_what_pillow_makes_of_it(mode: str, form: str
     data = tiny.encoded(image, form)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode(data, max_pixels=LIMIT)), expected)
+
+
+@pytest.mark.parametrize("read", [decode, decode_fast])
+@pytest.mark.parametrize(
+    ("dtype", "least", "most", "words"),
+    [
+        (np.float32, 0, 1, r"from 0 to 1 \(mode F\), and 0 to 255 were"),
+        (np.float32, -1, 1, "from -1 to 1"),
+        (np.float32, 0, np.nan, "from nan to nan"),
+        (np.uint16, 0, 4095, r"from 0 to 4095 \(mode I;16"),
+        (np.int32, -5, 200, "from -5 to 200"),
+        (np.float32, 0, 255, None),
+        (np.uint16, 0, 255, None),
+        (np.float32, 0, 0, None),
+    ],
+)
+def test_values_that_8_bits_cannot_hold_are_refused_with_their_range(
+    read: Callable[..., Any], dtype: Any, least: float, most: float, words: str | None
+) -> None:
+    pixels = np.full((8, 8), least, dtype=dtype)
+    pixels[0, 0], pixels[0, 1] = most, (least + most) / 2
+    data = tiny.encoded(Image.fromarray(pixels), "TIFF")
+    if words is None:
+        read(data, max_pixels=LIMIT)
+    else:
+        with pytest.raises(ImageFault, match=words) as caught:
+            read(data, max_pixels=LIMIT)
+        assert caught.value.status is Status.NOT_AN_IMAGE
 
 
 def test_orientation_is_left_as_the_processors_leave_it() -> None:
