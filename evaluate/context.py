@@ -20,7 +20,7 @@ from evaluate.results import Findings, Items, Result
 from evaluate.statistics import Interval, interval_of, value_of
 from features.config import TextEncoderConfig
 from features.encoders.image import ImageColumn, ImageEncoder
-from features.errors import EvaluationError
+from features.errors import EvaluationError, UnusableSplitError
 from features.storage.column import Column
 from features.store import FeatureStore
 
@@ -133,7 +133,7 @@ class Context:
         if labels is not None:
             rows = rows[labels[rows] >= 0]
         if labels is None or not len(rows):
-            raise EvaluationError(
+            raise UnusableSplitError(
                 f"{self.stores[split].path}/{column.name} has no row that is ok and has a label. "
                 f"At least one was expected. See why with `sail inspect "
                 f"{self.stores[split].path}`, or name other splits in [eval]."

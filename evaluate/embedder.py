@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from align.checkpoint import Checkpoint
 from align.heads import AlignmentModel
 from features.config import TextEncoderConfig
-from features.errors import EvaluationError
+from features.errors import EvaluationError, UnusableSplitError
 from features.storage.column import Column
 from features.storage.files import appearing
 from features.storage.fingerprint import Fingerprint
@@ -108,7 +108,7 @@ class Embedder:
             rows = column.ok_rows()
             blocks = [self.apply(embed, block) for block in column.blocks(rows)]
             if not blocks:
-                raise EvaluationError(
+                raise UnusableSplitError(
                     f"{key} has no row that is ok. At least one was expected. See why with `sail "
                     f"inspect {store.path}`, or name other splits in [eval]."
                 )

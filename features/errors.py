@@ -151,3 +151,7 @@ class TrainingError(SailError):
 
 class EvaluationError(SailError):
     """A measure cannot be computed from what the run holds."""
+
+
+class UnusableSplitError(EvaluationError):
+    """A split has no row that a measure could use; other splits are measured."""

@@ -11,7 +11,7 @@ from evaluate.config import EvalSettings, Names
 from evaluate.examples import draw
 from evaluate.measures.measure import Context, Measure
 from evaluate.results import Findings, Items, Result
-from features.errors import EvaluationError
+from features.errors import UnusableSplitError
 from features.store import FeatureStore
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": round(1 / 6, 8)}
@@ -216,7 +216,7 @@ def _score_field(context: Context, found: Findings, dataset: str, field: str) ->
             f"of these cannot be used."
         )
     if not len(pairs):
-        raise EvaluationError(
+        raise UnusableSplitError(
             f"No group of {store.path} has two rows that can be used. Two rows with the same "
             f"`group` were expected. Correct the source, or name other splits in "
             f"eval.compositional."
@@ -256,7 +256,7 @@ def _score_choice(context: Context, found: Findings, split: str, fields: tuple[s
             f"{len(fields)} captions cannot be used."
         )
     if not len(rows):
-        raise EvaluationError(
+        raise UnusableSplitError(
             f"No group of {store.path} has an image and {len(fields)} captions that can be used. "
             f"At least one was expected. Correct the source, or name other splits in "
             f"eval.compositional."

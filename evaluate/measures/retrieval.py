@@ -11,7 +11,7 @@ from evaluate.config import EvalSettings, Names
 from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
 from evaluate.measures.measure import TIES, Context, Headline, Measure, Tensor
 from evaluate.results import Findings, Items, Result
-from features.errors import EvaluationError
+from features.errors import UnusableSplitError
 
 RECALL_AT = (1, 5, 10)
 REPEATED = 0.02  # above this share of captions that repeat, the report says so
@@ -166,7 +166,7 @@ def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searche
     texts = [embedder.captions(store, name) for name in fields]
     rows = np.intersect1d(images.rows, np.concatenate([text.rows for text in texts]))
     if not len(rows):
-        raise EvaluationError(
+        raise UnusableSplitError(
             f"{store.path} has no row whose image and caption are both ok. At least one was "
             f"expected. See why with `sail inspect {store.path}`."
         )

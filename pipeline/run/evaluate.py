@@ -39,7 +39,7 @@ from evaluate.results import (
     write_results,
     write_stamp,
 )
-from features.errors import ConfigError, EvaluationError
+from features.errors import ConfigError, EvaluationError, UnusableSplitError
 from features.status import Status
 from features.storage.files import delete, write
 from features.storage.fingerprint import differences
@@ -282,6 +282,9 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     make_folder(folder.eval)
     context = _context(config, checkpoint_path, stores, inputs, stop)
     found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
+    if not any(part.results for part in found.values()) and any(work.values()):
+        notes = dict.fromkeys(note for part in found.values() for note in part.notes)
+        raise EvaluationError(f"Nothing could be measured. {' '.join(notes)} Correct [data].")
     page = render(make_report(config, context, found, folder.align / "metrics.jsonl"))
     delete(folder.eval / STAMP)  # from here on the files may not belong together
     items = {name: each for part in found.values() for name, each in part.items.items()}
@@ -358,11 +361,16 @@ def _plan(config: RunConfig, splits: Splits) -> dict[str, tuple[str, ...]]:
 
 
 def _taken(measure: Measure, splits: tuple[str, ...], context: Context) -> Findings:
-    """Return what a measure found on all its splits."""
+    """Return what a measure found on all its splits; one without a usable row is named."""
     every = Findings()
     for split in splits:
-        with timed(f"{measure.title} on {split}"):
-            found = measure.run(context, split)
+        try:
+            with timed(f"{measure.title} on {split}"):
+                found = measure.run(context, split)
+        except UnusableSplitError as error:
+            logger.warning("%s on %s is left out: %s", measure.title, split, error)
+            every.notes.append(f"{measure.title} on {split} is left out: {error}")
+            continue
         every.results += found.results
         every.items |= found.items
         every.exhibits += found.exhibits

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from features.errors import SailError, StoreError
+from features.errors import SailError, SourceError, StoreError
 from features.status import Status
 from features.storage.column import encoder_of
 from features.storage.reading import check_regular, reading
