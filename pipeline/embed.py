@@ -2,8 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import zarr
 from jaxtyping import Float32, Num
 
 from features.errors import EncoderError, SourceError
-from features.sources.base import IMAGE_SUFFIXES
+from features.sources.base import IMAGE_SUFFIXES, is_left_behind
 from features.storage.files import appearing, delete, replacing_folder
 from features.storage.reading import Expected, read_text
 from features.terminal import harmless
 from pipeline.interrupt import StopRequest
+from pipeline.progress import ProgressLine
 from pipeline.run.aligned import Aligned
 from pipeline.run.cpu import usable_processors
 from pipeline.stores.npy import write_header
@@ -36,6 +39,44 @@ class Written:
     items: int
     unusable: int
     """Images that could not be read: their embeddings are not-a-number (null in parquet)."""
+    seconds: dict[str, float]
+    """How long it took, by what was done: `load`, `decode` or `tokenise`, `encode`, `write`."""
+
+
+class _Work:
+    """Counts what is done, in a line of progress, and the seconds of each part of it."""
+
+    def __init__(self, out: Path, count: int, unit: str) -> None:
+        self._line = ProgressLine(f"embed {out.name}", count, unit)
+        self._parts: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    def __enter__(self) -> "_Work":
+        self._line.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._line.__exit__(*error)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add to the seconds of a part."""
+        begun = time.perf_counter()
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begun
+
+    def advance(self, count: int) -> None:
+        """Say that some items are done."""
+        self._line.advance(count)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each part; what is left of the time went into writing."""
+        rest = time.perf_counter() - self._begun - sum(self._parts.values())
+        every = self._parts | {"write": max(0.0, rest)}
+        logger.info(
+            "seconds: %s", ", ".join(f"{name} {seconds:.1f}" for name, seconds in every.items())
+        )
+        return {name: round(seconds, 3) for name, seconds in every.items()}
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -44,7 +85,15 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         SourceError: There are none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+    every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [
+        path
+        for path in every
+        if path.suffix[1:].lower() in IMAGE_SUFFIXES
+        and not any(map(is_left_behind, path.relative_to(folder).parts))
+    ]
+    if others := len(every) - len(files):
+        logger.info("%s: %d files that are no images, or hidden, are left out", folder, others)
     if not files:
         raise SourceError(
             f"There is no image under {folder}. Files that end in one of "
@@ -59,7 +108,7 @@ def name_of(path: Path) -> str:
 
 
 def sentences(file: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
+    """Return the lines of a text file that are not empty; the number of the others is logged.
 
     Raises:
         SourceError: It cannot be read, is not UTF-8, or has none.
@@ -72,6 +121,8 @@ def sentences(file: Path) -> list[str]:
         raise SourceError(
             f"{file} has no line that is not empty. One sentence a line was expected. Fill it."
         )
+    if empty := len(lines) - len(found) - (not lines[-1]):
+        logger.warning("%s: %d empty lines are left out; the rows count without them", file, empty)
     return found
 
 
@@ -89,6 +140,7 @@ def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopR
         Stopped: A signal came; nothing was written.
     """
     unusable = 0
+    work = _Work(out, len(files), "images")
 
     def prepare(path: Path) -> Num[np.ndarray, "3 height width"] | None:
         try:
@@ -103,17 +155,24 @@ def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopR
             for start in range(0, len(files), aligned.image_batch):
                 stop.check()
                 part = files[start : start + aligned.image_batch]
-                prepared = list(pool.map(prepare, part))
+                with work.timed("decode"):
+                    prepared = list(pool.map(prepare, part))
                 ok = np.array([image is not None for image in prepared])
                 embeddings = np.full((len(part), aligned.dim), np.nan, dtype=np.float32)
                 if ok.any():
                     usable = [image for image in prepared if image is not None]
-                    embeddings[ok] = aligned.encode_pixels(usable)
+                    with work.timed("encode"):
+                        embeddings[ok] = aligned.encode_pixels(usable)
                 unusable += int((~ok).sum())
                 yield [name_of(path) for path in part], embeddings
+                work.advance(len(part))
 
-    _writer(out)(out, blocks(), len(files), aligned.dim)
-    return Written(out, len(files), unusable)
+    write = _writer(out)
+    with work.timed("load"):
+        _ = aligned.image_encoder
+    with work:
+        write(out, blocks(), len(files), aligned.dim)
+    return Written(out, len(files), unusable, work.seconds())
 
 
 def embed_sentences(
@@ -123,15 +182,25 @@ def embed_sentences(
 
     Takes and raises what `embed_images` does.
     """
+    work = _Work(out, len(texts), "sentences")
 
     def blocks() -> Blocks:
         for start in range(0, len(texts), ITEMS_AT_ONCE):
             stop.check()
             part = list(texts[start : start + ITEMS_AT_ONCE])
-            yield part, aligned.encode_text(part)
+            with work.timed("tokenise"):
+                tokens = aligned.text_encoder.tokenise(part)
+            with work.timed("encode"):
+                embeddings = aligned.encode_tokens(tokens)
+            yield part, embeddings
+            work.advance(len(part))
 
-    _writer(out)(out, blocks(), len(texts), aligned.dim)
-    return Written(out, len(texts), 0)
+    write = _writer(out)
+    with work.timed("load"):
+        _ = aligned.text_encoder
+    with work:
+        write(out, blocks(), len(texts), aligned.dim)
+    return Written(out, len(texts), 0, work.seconds())
 
 
 def _writer(out: Path) -> Callable[[Path, Blocks, int, int], None]:

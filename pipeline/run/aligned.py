@@ -20,6 +20,7 @@ from evaluate.embedder import check_same_encoder
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import load_image_encoder, load_text_encoder
 from features.encoders.image import ImageColumn, ImageEncoder
+from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
 from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault
@@ -126,7 +127,11 @@ class Aligned:
         """
         if not len(texts):
             return np.empty((0, self.dim), dtype=np.float32)
-        features = torch.from_numpy(self.text_encoder.encode(list(texts)))
+        return self.encode_tokens(self.text_encoder.tokenise(list(texts)))
+
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> Float32[np.ndarray, "texts dim"]:
+        """Embed sentences that the text encoder's `tokenise` gave; normalised."""
+        features = torch.from_numpy(self.text_encoder.encode_tokens(tokens))
         return self._embedded(self.model.text_head, features)
 
     @staticmethod

@@ -146,8 +146,11 @@ def test_embeddings_of_files_keep_their_order_and_an_unreadable_one_its_place(
     for name, content in [("b.jpg", pictures[1]), ("a.jpg", b"no image"), ("c.txt", b"text")]:
         (folder / name).write_bytes(content)
     (folder / "more" / "d.png").write_bytes(pictures[2])
+    (folder / "more" / "._d.png").write_bytes(b"left behind")
     result = sail("embed", run, "--images", folder, "--out", out, "--json")
-    assert json.loads(result.stdout) == {"path": str(out), "items": 3, "unusable": 1}
+    said = json.loads(result.stdout)
+    assert said.pop("seconds").keys() == {"load", "decode", "encode", "write"}
+    assert said == {"path": str(out), "items": 3, "unusable": 1}
     names, vectors = _read(out)
     assert names == [str(folder / name) for name in ("a.jpg", "b.jpg", "more/d.png")]
     assert np.isnan(vectors[0]).all()
@@ -176,11 +179,16 @@ def _read(out: Path) -> tuple[list[str], np.ndarray]:
 
 def test_sentences_are_embedded_line_by_line(run: Path, aligned: Aligned, tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
-    file.write_text("a red circle\n\n  a blue star \n", encoding="utf-8")
+    file.write_text("a red\u2028circle\n\n  a blue star \n", encoding="utf-8")
     out = tmp_path / "lines.npy"
     assert sail("embed", run, "--texts", file, "--out", out).stdout == f"{out}\n"
-    expected = aligned.encode_text(["a red circle", "a blue star"])
+    expected = aligned.encode_text(["a red\u2028circle", "a blue star"])
     np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+    seconds = json.loads(sail("embed", run, "--texts", file, "--out", out, "--json").stdout)[
+        "seconds"
+    ]
+    assert seconds.keys() == {"load", "tokenise", "encode", "write"}
+    assert seconds["encode"] > 0
 
 
 def test_what_cannot_be_embedded_is_said(run: Path, aligned: Aligned, tmp_path: Path) -> None:

@@ -122,6 +122,34 @@ class TestRetrieval:
             {"0": "A dog ."},
         ]
 
+    def test_captions_of_images_that_a_part_of_coco_has_not_are_counted(
+        self, tmp_path: Path
+    ) -> None:
+        document = {
+            "images": [{"id": 4, "file_name": "4.jpg"}],
+            "annotations": [
+                {"image_id": number, "id": number, "caption": "a cat"} for number in (99, 4, 98)
+            ],
+        }
+        (tmp_path / "captions.json").write_text(json.dumps(document))
+        counts = Counter[str]()
+        (sample,) = listed(counts, path=tmp_path / "captions.json", format="coco")
+        assert sample.captions == {"0": "a cat"}
+        assert counts["captions of images that the file does not list (ignored)"] == 2
+
+    def test_the_odd_lines_of_flickr8k_are_read_and_only_a_line_feed_ends_one(
+        self, tmp_path: Path
+    ) -> None:
+        image(tmp_path / "2258277193_586949ec62.jpg")
+        lines = "2258277193_586949ec62.jpg.1#0\tSome\u2028people .\r\n1.JPEG#1\tA\x85dog .\n"
+        (tmp_path / "Flickr8k.token.txt").write_text(lines, newline="")
+        samples = listed(path=tmp_path / "Flickr8k.token.txt", format="flickr30k")
+        assert [(sample.key, sample.captions) for sample in samples] == [
+            ("Flickr8k.token/2258277193_586949ec62", {"0": "Some\u2028people ."}),
+            ("Flickr8k.token/1", {"0": "A\x85dog ."}),
+        ]
+        assert [sample.problem for sample in samples] == [0, Status.MISSING_IMAGE]
+
     def test_captions_per_image_is_a_setting(self, karpathy: Path) -> None:
         first, _ = listed(path=karpathy, format="karpathy", captions_per_image=6)
         assert len(first.captions) == 6
