@@ -144,6 +144,11 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
                come along where their licence allows it.
 
     \b
+    --to embedding-atlas
+                one parquet file of the images: embeddings, a map, neighbours; the card has the
+                command that opens it.
+
+    \b
     --to llava  the image encoder with its head as a vision tower for LLaVA (docs/export.md).
 
     \b

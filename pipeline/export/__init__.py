@@ -5,6 +5,7 @@ Markdown how the folder is used.
 """
 
 FORMS = {
+    "embedding-atlas": "embedding_atlas",
     "hf": "huggingface",
     "llava": "llava",
     "onnx": "onnx",

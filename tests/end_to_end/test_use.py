@@ -191,6 +191,31 @@ def test_sentences_are_embedded_line_by_line(run: Path, aligned: Aligned, tmp_pa
     assert seconds["encode"] > 0
 
 
+def test_the_images_of_a_run_become_one_file_for_embedding_atlas(
+    run: Path, aligned: Aligned, test_store: FeatureStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "atlas"
+    assert sail("export", run, "--to", "embedding-atlas", "--out", out).stdout == f"{out}\n"
+    table = pq.read_table(out / "images.parquet")
+    rows = table.to_pylist()
+    assert [row["split"] for row in rows] == ["train"] * 48 + ["test"] * 16
+    keys = [row["key"] for row in rows]
+    assert keys[48:] == test_store.keys().tolist()
+    assert [row["caption"] for row in rows[48:]] == test_store.captions("long").tolist()
+    vectors = np.array([row["embedding"] for row in rows])
+    embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
+    np.testing.assert_allclose(vectors[48:], embedder.images(test_store).vectors.numpy(), atol=1e-6)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -2)
+    for number, row in enumerate(rows):
+        ids, distances = row["neighbors"]["ids"], row["neighbors"]["distances"]
+        assert len(ids) == 15
+        np.testing.assert_allclose(distances, 1 - cosines[number][ids], atol=1e-5)
+        np.testing.assert_allclose(distances, np.sort(1 - cosines[number])[:15], atol=1e-5)
+    assert np.ptp([row["x"] for row in rows]) >= np.ptp([row["y"] for row in rows]) > 0
+    assert "embedding-atlas images.parquet --text caption" in (out / "README.md").read_text()
+
+
 def test_what_cannot_be_embedded_is_said(run: Path, aligned: Aligned, tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match=r"An image cannot be used: .* was expected"):
         aligned.encode_image([b"no image"])
