@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from features.errors import SourceError
 from features.index import Index, SampleReader, build_index, find_changes
-from features.sources import SOURCES, Counts, Source, SourceReader
+from features.sources import SOURCES, Counts, Source, SourceReader, SourceSettings
 from features.storage.place import Place
 from tests import tiny
 
@@ -27,6 +27,10 @@ class SourceTests(ABC):
     @abstractmethod
     def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
         """Write a source that holds these images in their order, and return its settings."""
+
+    def all_used(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002
+        """Change a source that `make` wrote so that every setting has something to say of it."""
+        return {}
 
     def held(self, images: Sequence[bytes]) -> list[bytes | None]:
         """Return what is read of the images of a source that holds these."""
@@ -112,6 +116,29 @@ class SourceTests(ABC):
             for name, value in settings.items()
         }
         assert parsed(relative, context={"folder": tmp_path}) == parsed(settings)
+
+    def test_every_setting_is_read_or_refused(
+        self, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A setting that nothing reads would be accepted without effect."""
+        source = parsed(settings | self.all_used(tmp_path / "source"))
+        read, get = set[str](), object.__getattribute__
+
+        def record(self: object, name: str) -> Any:
+            if self is source:
+                read.add(name)
+            return get(self, name)
+
+        monkeypatch.setattr(SourceSettings, "__getattribute__", record, raising=False)
+        reader = source.open(folder=tmp_path / "drawn")
+        reader.class_names()
+        for file in reader.files:
+            list(reader.samples(file, Counts()))
+        source.image_reader()
+        monkeypatch.undo()
+        by_index = {"kind", "rows"}  # which kind it is, and where listing ends
+        unread = type(source).model_fields.keys() - read - source.unused
+        assert unread <= by_index, unread
 
     def test_a_path_that_is_not_there_is_refused(
         self, tmp_path: Path, settings: dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from features.config import DataPlace
 from features.errors import SourceError
@@ -90,6 +90,18 @@ class AnnotationSource(SourceSettings):
     """Captions of an image beyond the first so many are left out, as is usual in retrieval."""
 
     unused = frozenset({"captions", "label", "group", "class_names"})
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_format(self) -> "AnnotationSource":
+        read = {"split": ("karpathy",), "captions_per_image": ("karpathy", "coco", "flickr30k")}
+        for name, formats in read.items():
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if self.format not in formats and not is_default:
+                raise ValueError(
+                    f"`{name}` has no effect on format {self.format!r}, but on "
+                    f"{', '.join(formats)}; take it out"
+                )
+        return self
 
     def _open(self, known: Known) -> "Annotations":
         if not is_file(self.path):

@@ -1,27 +1,33 @@
 """Inputs as people have them: each is read right, or refused in one line with what to do."""
 
+import ast
 import json
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from evaluate.measures import MEASURES
 from features.errors import SourceError
 from features.index import Index, SampleReader, build_index
 from features.sources import SOURCES
 from features.sources.base import IMAGE_SUFFIXES
 from features.sources.text import decoded, lines_of, listed_texts
 from features.status import Status
+from pipeline.run.config import RunConfig
 from tests import tiny
 from tests.source_suite import IMAGES, parsed
 
 IMAGE = IMAGES[0]
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("features", "align", "evaluate", "pipeline")
 
 
 def built(folder: Path, **settings: Any) -> Index:
@@ -512,6 +518,56 @@ def test_a_setting_that_nothing_would_read_is_refused(
         ValidationError, match=f"`{setting}` has no effect on a source of kind '{kind}'"
     ):
         parsed({"kind": kind, **given, setting: value})
+
+
+@pytest.mark.parametrize(
+    ("form", "setting"),
+    [("coco", {"split": "val"}), ("mmvp", {"captions_per_image": 1})],
+)
+def test_a_setting_of_other_annotations_is_refused(form: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"`{next(iter(setting))}` has no effect on format"):
+        parsed({"kind": "annotations", "path": "x", "format": form, **setting})
+
+
+def test_every_setting_is_read_somewhere_in_the_program() -> None:
+    """By its name, as an attribute or as the argument of what it is handed to as a whole."""
+    read = set[str]()
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.arg):
+                read.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.update(re.findall(r"^[a-z_]+$", node.value))
+    # The splits of a measure are read by its name: `getattr(settings, measure.name)`.
+    read.update(measure.name for measure in MEASURES)
+    unread = {
+        f"{model.__name__}.{name}"
+        for model in settings_of(RunConfig)
+        for name in model.model_fields
+        if name not in read
+    }
+    assert unread == set()
+
+
+def settings_of(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """Return the sections of a run file, from the whole down."""
+    found, left = set[type[BaseModel]](), [model]
+    while left:
+        section = left.pop()
+        if section not in found:
+            found.add(section)
+            annotations = [field.annotation for field in section.model_fields.values()]
+            left += [each for annotation in annotations for each in models_in(annotation)]
+    return found
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
 
 
 def test_lists_and_lines() -> None:

@@ -51,6 +51,13 @@ class TestEveryWebdataset(SourceTests):
             tiny.write_tar(folder / f"{name}.tar", members)
         return {"path": folder / "{a,b}.tar"}
 
+    def all_used(self, folder: Path) -> dict[str, Any]:
+        record = json.dumps({"caption": "a", "label": 1, "group": 1, "url": "u"}).encode()
+        members = [("1.jpg", IMAGE), ("1.json", record), ("1.txt", b"a")]
+        tiny.write_tar(folder / "a.tar", members)
+        (folder / "table.csv").write_text("url,long\nu,b\n")
+        return {"table": folder / "table.csv", "join": "url"}
+
 
 class TestEveryFolder(SourceTests):
     kind = "folder"
@@ -108,6 +115,11 @@ class TestEveryAnnotations(SourceTests):
         (folder / "results.token").write_text("".join(f"{name}#0\ta cat\n" for name in names))
         path, kind = folder / "results.token", "flickr30k"
         return {"path": path, "images": folder / "images", "format": kind}
+
+    def all_used(self, folder: Path) -> dict[str, Any]:
+        entry = {"filename": "0.jpg", "split": "val", "sentences": [{"raw": "a cat"}]}
+        (folder / "dataset.json").write_text(json.dumps({"images": [entry]}))
+        return {"path": folder / "dataset.json", "format": "karpathy", "split": "val"}
 
 
 class TestEveryScenes(SourceTests):
