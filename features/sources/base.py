@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, PositiveInt, model_validator
 from features.class_lists import check_order, read_class_list
 from features.config import SETTINGS, ClassNames
 from features.errors import FileEndsEarlyError, SourceError
-from features.sources.text import decoded, lines_of, number_or_name
+from features.sources.text import decoded, lines_of, listed_texts, number_or_name
 from features.status import Status
 from features.storage import files
 from features.storage.files import matching_places
@@ -41,6 +41,7 @@ LEFT_BEHIND = frozenset(
 )
 """Folders of archives, disks and network drives."""
 NO_PLACE = -1
+LISTS = "captions written as a list (each text a field)"
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
@@ -386,6 +387,9 @@ class CaptionPicker:
             if value is None:
                 continue
             self._found.add(name)
+            if isinstance(value, str) and (texts := listed_texts(value.strip())) is not None:
+                counts[LISTS] += 1
+                value = texts
             if isinstance(value, str):
                 captions[name] = as_text(value)
             elif isinstance(value, (list, tuple)):

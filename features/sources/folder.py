@@ -25,16 +25,14 @@ from features.sources.base import (
 )
 from features.sources.image_folder import FoundImage, ImageFolder, place_image
 from features.sources.tables import READERS, table_rows
-from features.sources.text import Encoding, decoded, listed_texts, number_or_name
+from features.sources.text import Encoding, decoded, number_or_name
 from features.storage.files import is_file
 from features.storage.parallel import in_order
 from features.storage.place import Place
 
 Row = dict[str, Any]
 IMAGE_COLUMNS = ("file_name", "filename", "filepath", "file_path", "image_path")
-TEXT_TABLES = (".csv", ".tsv", ".txt")
 SIDECARS = (".txt", ".caption")
-LISTS = "captions written as a list (each text a field)"
 REPEATED_ROWS = "further rows of an image with a caption that it has (not used)"
 OTHER_LABELS = "images whose rows have several labels (that of the first is used)"
 EMPTY_ROWS = "empty rows of a table (ignored)"
@@ -154,7 +152,6 @@ class CaptionTable(SourceReader[FolderSource]):
     def _rows(self, file: Place, counts: Counts) -> Iterator[tuple[tuple[str, object], Row]]:
         """Yield name and group of the image, and the row with columns named as in the settings."""
         columns: dict[str, str] | None = None
-        lists = file.suffix.lower() in TEXT_TABLES
         for number, row in enumerate(table_rows(file, self.source.encoding), 1):
             if columns is None:
                 columns = self._columns(row)
@@ -170,11 +167,6 @@ class CaptionTable(SourceReader[FolderSource]):
                     f"{list(row)[:20]}. Set `image` of the source to the column that names the "
                     f"images, or correct the row."
                 )
-            for field in self.picker.names if lists else ():
-                value = row.get(field)
-                if isinstance(value, str) and (texts := listed_texts(value.strip())) is not None:
-                    row[field] = texts
-                    counts[LISTS] += 1
             group = number_or_name(self._value(row, self.source.group), Counts(), of_any_size=True)
             yield (name, group), row
 

@@ -38,7 +38,7 @@ class ImageFolder:
     r"""Finds images by their names in a folder; what leads out of it, also by a link, is refused.
 
     Names as other systems write them are found too, where one file alone fits: with `\` between
-    folders, in other case, in the other form of Unicode, without the suffix.
+    folders, in other case, in the other form of Unicode, without the suffix, with blanks around.
 
     Args:
         folder: What the names are relative to.
@@ -61,6 +61,7 @@ class ImageFolder:
         """
         if isinstance(self._folder, RemotePath):
             return self._find_remote(self._folder, name)
+        name = name.removeprefix("file://")
         if "://" in name:
             raise self._outside(name)
         path, size = self._find(name)
@@ -163,7 +164,7 @@ def place_image(
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def _spellings(folder: Path) -> Mapping[str, Sequence[str]]:

@@ -19,6 +19,7 @@ from features.storage.place import Place
 
 ROWS_AT_ONCE = 4096
 SEPARATOR = re.compile(r"[,;\t]")
+TOLD_SEPARATOR = re.compile(r'"?sep=(.)"?')
 QUOTED = re.compile(r'"[^"]*("|$)')
 MAX_FIELD_BYTES = 1 << 24
 csv.field_size_limit(MAX_FIELD_BYTES)  # 128 KiB are too little for a long description
@@ -98,8 +99,13 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
     """Yield the rows of a .csv, strictly: a quotation mark left open would swallow those below."""
     with _open_text(file, encoding, newline="") as lines:
         header = lines.readline()
+        told = TOLD_SEPARATOR.fullmatch(header.strip("\r\n"))
+        if told:  # a line that Excel writes and reads
+            header = lines.readline()
         all_lines = itertools.chain([header], lines)
         separator, is_spaced = _separator(header)
+        if told:
+            separator = told[1]
         rows = csv.DictReader(
             all_lines, delimiter=separator, strict=True, skipinitialspace=is_spaced
         )
@@ -117,7 +123,7 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
                 line = rows.line_num + 1
         except csv.Error as error:
             raise SourceError(
-                f"Line {line} of {file} cannot be read: {error}. A name of its own for each column "
+                f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own for each column "
                 f"was expected, and quotation marks around text with a separator, quotation mark "
                 f'or line break in it, as "a ""cat""", of at most {MAX_FIELD_BYTES:,} bytes. '
                 f"Correct the line, or save the table anew."

@@ -65,6 +65,9 @@ UMLAUT_TABLE = "image,caption\n0.jpg,grün\n1.jpg,’n Haus\n"
         ("Image,Caption\n0.jpg,a\n1.jpg,b\n", A_B),
         ("file_name;CAPTION\n0.jpg;a\n1.jpg;b\n", A_B),
         ("image,caption\n0.jpg,a\n1.jpg,b\n,,\n,\n\n", A_B),
+        ("sep=;\r\nimage;caption\r\n0.jpg;a\r\n1.jpg;b\r\n", A_B),
+        ("sep=|\nimage|caption\n0.jpg|a\n1.jpg|b\n", A_B),
+        ("image,caption\n 0.jpg,a\n1.jpg ,b\n", A_B),
         ("image,caption,,\n0.jpg,a,,\n1.jpg,b,,\n,,,\n", A_B),
         ("image,caption\n0.jpg,a\n\n , \n1.jpg,b\n", A_B),
         (f"image,caption\n0.jpg,{'a' * 200_000}\n", [{"caption": "a" * 200_000}]),
@@ -79,6 +82,17 @@ UMLAUT_TABLE = "image,caption\n0.jpg,grün\n1.jpg,’n Haus\n"
 )
 def test_a_table_as_it_is(tmp_path: Path, text: str, captions: list[dict[str, str]]) -> None:
     assert captions_of(table(tmp_path, text)) == captions
+
+
+def test_a_list_written_as_text_is_one_in_every_kind_of_source(tmp_path: Path) -> None:
+    text = "['a', 'b']"
+    row = json.dumps({"image": "0.jpg", "captions": text})
+    assert captions_of(table(tmp_path, row, "t.jsonl")) == [{"0": "a", "1": "b"}]
+    members = ("1.jpg", IMAGE), ("1.json", json.dumps({"captions": text}))
+    assert captions_of(shard(tmp_path, *members)) == [{"0": "a", "1": "b"}]
+    pq.write_table(pa.table({"image": [IMAGE], "captions": [text]}), tmp_path / "p.parquet")
+    index = built(tmp_path, kind="parquet", path=tmp_path / "p.parquet")
+    assert captions_of(index) == [{"0": "a", "1": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +233,8 @@ def test_images_may_lie_elsewhere_and_be_named_by_absolute_paths(tmp_path: Path)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(SourceError, match="Set `images` of the source to the folder that holds"):
         table(tmp_path / "elsewhere", text)
+    url = f"image,caption\nfile://{photos / 'a.jpg'},a\n"
+    assert rows_of(table(tmp_path, url, images=photos), "size") == [(len(IMAGE),)]
     relative = table(tmp_path / "elsewhere", "image,caption\na.jpg,a\n", images=photos)
     assert rows_of(relative, "path") == [(str(photos / "a.jpg"),)]
 
