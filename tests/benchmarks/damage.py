@@ -302,10 +302,11 @@ def tried(name: str, folder: Path) -> dict[str, Counter[str]]:
         )
         lines = done.stdout.decode().splitlines()
         is_done = bool(lines) and lines[-1] == "end"
-        for line in [line for line in lines if line != "end"]:
-            number, kind, how = line.split("\t")
-            counts.setdefault(kind, Counter())[how] += 1
-            first = int(number) + 1
+        for line in lines:
+            if line.count("\t") == 2:  # Icechunk prints its warnings in between
+                number, kind, how = line.split("\t")
+                counts.setdefault(kind, Counter())[how] += 1
+                first = int(number) + 1
         if not is_done:  # the process died of it: that is no silence
             counts.setdefault("died", Counter())["error"] += 1
             first += 1
