@@ -113,14 +113,15 @@ class Checkpoint:
                 f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
                 f"Train one with `sail align`."
             )
-        metadata = read_json(path / CONFIG, dict[str, Any], EXPECTED)
+        metadata: dict[str, Any] = read_json(path / CONFIG, dict[str, Any], EXPECTED)
         found = (metadata.get("format"), metadata.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(
                 f"{path} has format {found[0]!r}, version {found[1]!r}. {FORMAT!r}, version "
                 f"{FORMAT_VERSION}, was expected. Check the path, or train again."
             )
-        known = checked(metadata, _Metadata, path / CONFIG, EXPECTED).sha256.get(CONFIG)
+        found_in_it: _Metadata = checked(metadata, _Metadata, path / CONFIG, EXPECTED)
+        known = found_in_it.sha256.get(CONFIG)
         if known is not None and known != _described_sha256(metadata):
             why = "what it says does not have the sha256 that stands in it"
             raise EXPECTED.refusal(path / CONFIG, why)

@@ -28,7 +28,7 @@ def read_templates(setting: Sequence[str] | str) -> tuple[str, ...]:
         "Correct eval.templates.",
         EvaluationError,
     )
-    document = read_json(Path(setting), dict[str, Any], expected)
+    document: dict[str, Any] = read_json(Path(setting), dict[str, Any], expected)
     place = f"The templates {setting!r}"
     return tuple(checked(document.get("templates"), list[str], place, expected))
 

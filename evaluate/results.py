@@ -99,7 +99,8 @@ def read_evaluation(path: Path) -> Evaluation:
         EvaluationError: It is missing, damaged, or not the one that the evaluation wrote.
     """
     _check_written(path)
-    return read_json(path, Evaluation, EXPECTED)
+    evaluation: Evaluation = read_json(path, Evaluation, EXPECTED)
+    return evaluation
 
 
 def read_results(path: Path) -> list[Result]:
@@ -125,9 +126,10 @@ def write_stamp(folder: Path, inputs: str, names: Iterable[str]) -> None:
 def read_stamp(folder: Path) -> dict[str, str]:
     """Return what `write_stamp` wrote; nothing where that is missing or damaged."""
     try:
-        return read_json(folder / STAMP, dict[str, str], EXPECTED)
+        hashes: dict[str, str] = read_json(folder / STAMP, dict[str, str], EXPECTED)
     except EvaluationError:
         return {}
+    return hashes
 
 
 def sha256_of(path: Path) -> str | None:
@@ -246,4 +248,7 @@ def read_items(path: Path) -> dict[str, Items]:
             why = f"{name!r} is {values.dtype} of shape {values.shape}"
             raise EXPECTED.refusal(path, why)
     names = [name.removesuffix(".hits") for name in arrays if name.endswith(".hits")]
-    return {name: Items(*(arrays.get(f"{name}.{part}") for part in PARTS)) for name in names}
+    return {
+        name: Items(arrays[f"{name}.hits"], *(arrays.get(f"{name}.{part}") for part in PARTS[1:]))
+        for name in names
+    }

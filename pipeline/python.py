@@ -82,10 +82,10 @@ def _read_exported(folder: Path) -> Exported | None:
     path = folder / CONFIG
     if not path.exists():
         return None
-    document = read_json(path, dict[str, Any], EXPECTED)
+    document: dict[str, Any] = read_json(path, dict[str, Any], EXPECTED)
     if EXPORTED not in document:
         return None
-    exported = checked(document[EXPORTED], Exported, f"{EXPORTED} of {path}", EXPECTED)
+    exported: Exported = checked(document[EXPORTED], Exported, f"{EXPORTED} of {path}", EXPECTED)
     return exported.model_copy(update={"encoders": _found(exported.encoders, folder)})
 
 

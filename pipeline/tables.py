@@ -14,7 +14,7 @@ WIDTH_OF_A_PIPE = 160
 class _Harmless(Console):
     """Shows strings, as captions and keys, so that they steer nothing."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(harmless(text, lines=True), **options)
 
 

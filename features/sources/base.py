@@ -94,7 +94,7 @@ class ImageReader:
         if isinstance(place, RemotePath):
             return _remote_images(place, places)
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be opened ({error.strerror}). Restore it, or index again."

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 import uuid
@@ -245,8 +246,27 @@ def read(place: Place) -> bytes:
         FileNotFoundError: There is none.
     """
     if isinstance(place, Path):
-        return place.read_bytes()
+        with opened(place) as file:
+            return file.read()
     return tried(place, "A file", lambda server: bytes(server.whole(place)))
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """Open a local file for reading, and nothing else: a FIFO would keep its reader for ever.
+
+    Raises:
+        OSError: It is missing, or no file.
+    """
+    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115 - it has an opener
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file, but a FIFO or a device", str(path))
+    return file
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file as `open` does, but wait for no other end of a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def open_file(place: Place) -> io.BufferedReader:
@@ -256,7 +276,7 @@ def open_file(place: Place) -> io.BufferedReader:
         FileNotFoundError: There is none.
     """
     if isinstance(place, Path):
-        return place.open("rb")
+        return opened(place)
     return io.BufferedReader(_RangedFile(place), BUFFER_BYTES)
 
 

@@ -5,6 +5,7 @@ raise anything on damaged bytes; it is taken here, and told as an error that nam
 wrong with it, and what to do.
 """
 
+import errno
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -28,7 +29,6 @@ from features.errors import FileError, SailError, refused
 from features.storage import files
 from features.storage.place import Place
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 MAX_TEXT_BYTES = 1 << 20
 """Of a caption, in UTF-8, whatever kind of file it comes from."""
@@ -80,8 +80,7 @@ def reading(place: object, expected: Expected) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("%s", place, exc_info=error)
-        is_system = isinstance(error, OSError) and error.errno and error.filename
-        if is_system and not isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and error.filename and error.errno != errno.ENOENT:
             raise expected.error(refused(error, "this command")) from error
         raise expected.refusal(place, reason_of(error)) from error
 
@@ -168,7 +167,7 @@ def read_toml(path: Path, expected: Expected) -> dict[str, Any]:
         return tomllib.loads(text)
 
 
-def read_json(place: Place, schema: type[T] | Any, expected: Expected) -> T:
+def read_json(place: Place, schema: Any, expected: Expected) -> Any:
     """Return what a JSON file says, checked against a type.
 
     Args:
@@ -185,15 +184,14 @@ def read_json(place: Place, schema: type[T] | Any, expected: Expected) -> T:
     return checked(document, schema, place, expected)
 
 
-def checked(document: object, schema: type[T] | Any, place: object, expected: Expected) -> T:
+def checked(document: object, schema: Any, place: object, expected: Expected) -> Any:
     """Return a document as a type.
 
     Raises:
         SailError: Naming the first part of it that does not fit.
     """
     try:
-        found: T = _adapter(schema).validate_python(document)
-        return found
+        return _adapter(schema).validate_python(document)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(map(str, fault["loc"])) or "it"

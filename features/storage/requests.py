@@ -163,7 +163,7 @@ def open_ranges(place: Place) -> Ranges:
 
 class _LocalRanges:
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait
         self.size = os.fstat(self._file).st_size
         self.pread = partial(os.pread, self._file)
 

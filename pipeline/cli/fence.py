@@ -20,7 +20,6 @@ from features.storage.place import without_secrets
 from features.terminal import harmless
 
 logger = logging.getLogger(__name__)
-EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 MAX_MESSAGE = 4000
 NO_MEMORY = (
     "This machine has not enough memory for that. Free memory, or lower the batch sizes; what was "
@@ -46,6 +45,10 @@ OF_THE_MACHINE: Sequence[tuple[type[Exception], str, str]] = (
 """Errors that are no fault of the program: their kind, a part of their text, and what is said."""
 
 
+class _Fault(click.ClickException):
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
+
+
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT: what is open is closed on the way out."""
 
@@ -63,7 +66,7 @@ def fence() -> Iterator[None]:
     except (click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except click.ClickException as error:
-        error.message = one_message(error.message)
+        vars(error)["message"] = one_message(error.message)
         raise
     except KeyboardInterrupt:
         raise _stopped(signal.SIGINT) from None
@@ -124,14 +127,12 @@ def _fault(error: Exception) -> click.ClickException:
     except OSError:
         click.echo(harmless(without_secrets(report), lines=True), err=True)
     kind, text = type(error).__name__, " ".join(str(error).split())[:200]
-    fault = click.ClickException(
+    return _Fault(
         one_message(
             f"This is a fault of ours, not of your data or settings: {kind}: {text}. A command "
             f"that ends well was expected. {place} What was done is kept."
         )
     )
-    fault.exit_code = EXIT_FAULT
-    return fault
 
 
 def _arguments() -> list[str]:

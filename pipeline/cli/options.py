@@ -187,7 +187,9 @@ class Stage:
         from features.storage.reading import Expected, read_json
 
         remedy = "Delete it, and run the command again."
-        found = read_json(document, dict[str, Any], Expected("A JSON object", remedy))
+        found: dict[str, Any] = read_json(
+            document, dict[str, Any], Expected("A JSON object", remedy)
+        )
         if self.as_json:
             say_json(found, indent=1)
         else:

@@ -32,14 +32,18 @@ class _Impatient(H11Protocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_headers()
-        waiting = [each for each in self.connections if isinstance(each, _Impatient)]
-        waiting = [each for each in waiting if each is not self and each._deadline is not None]
+        waiting = {
+            each._deadline.when(): each
+            for each in self.connections
+            if isinstance(each, _Impatient) and each is not self and each._deadline is not None
+        }
         if len(self.connections) >= MOST_AT_ONCE - 1 and waiting:
-            oldest = min(waiting, key=lambda each: each._deadline.when())  # type: ignore[union-attr]
+            oldest = waiting[min(waiting)]
             self.connections.discard(oldest)
             oldest.transport.abort()
 

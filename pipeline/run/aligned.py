@@ -24,6 +24,7 @@ from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
 from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault
+from features.storage.files import read
 from pipeline.run.config import EncodersConfig, RunConfig
 from pipeline.run.cpu import usable_processors
 
@@ -246,7 +247,7 @@ class Aligned:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read(Path(path))
     except OSError as error:
         raise EncoderError(
             f"{path} cannot be read: {error.strerror}. An image file was expected. Correct the "

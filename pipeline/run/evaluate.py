@@ -153,7 +153,8 @@ def read_reference(path: Path | None) -> list[dict[str, Any]]:
         "Correct report.reference, or leave it out.",
         ConfigError,
     )
-    return read_json(path, list[dict[str, Any]], expected)
+    rows: list[dict[str, Any]] = read_json(path, list[dict[str, Any]], expected)
+    return rows
 
 
 def metadata_version() -> str:

@@ -44,7 +44,7 @@ class Unfinished:
         """Steps that need not be done again."""
         self._state, self._made_of = folder / "state.json", made_of
         try:
-            state = read_json(self._state, dict[str, Any], EXPECTED)
+            state: dict[str, Any] = read_json(self._state, dict[str, Any], EXPECTED)
         except FileError:  # none yet, or damaged: it is made from the beginning
             state = {}
         done = state.get("done")

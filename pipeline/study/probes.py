@@ -162,7 +162,9 @@ class Kept:
     @classmethod
     def read(cls, path: Path) -> "Kept":
         """Read the file; nothing is known where there is none."""
-        known = read_json(path, dict[str, dict[str, Any]], EXPECTED) if path.exists() else {}
+        known: dict[str, Any] = {}
+        if path.exists():
+            known = read_json(path, dict[str, dict[str, Any]], EXPECTED)
         return cls(path, known)
 
     def get(self, inputs: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -382,7 +384,7 @@ def _probe(config: RunConfig, rows: StudyRows, stop: StopRequest) -> Probe:
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     model, checkpoint = load_head(best, prepare_device(config.run))
     note, kept = config.run.dir / "probe.json", config.run.dir / "items.npz"
-    known = read_json(note, dict[str, Any], EXPECTED) if note.exists() else {}
+    known: dict[str, Any] = read_json(note, dict[str, Any], EXPECTED) if note.exists() else {}
     of = {"checkpoint_sha256": checkpoint.sha256, "rows_sha256": rows.sha256}
     if known.get("checkpoint_sha256") == checkpoint.sha256:
         seconds = known["seconds"]  # this call found the training done

@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from features.errors import ConfigError
 from features.store import FeatureStore
 from pipeline.explore.app import STATIC, Access, create_app, router
 from pipeline.explore.search import MAX_UPLOAD_BYTES
+from pipeline.explore.server import MOST_AT_ONCE
 from pipeline.explore.session import Session
 from pipeline.run.config import load_config
 from tests import tiny
@@ -52,6 +56,30 @@ def address(run: Path) -> Iterator[str]:
     """The page as a server of its own: what a client would tidy up in a path arrives as it is."""
     with served(run) as address:
         yield address
+
+
+def test_connections_that_send_nothing_keep_nobody_out(address: str) -> None:
+    place = urllib.parse.urlsplit(address)
+    with ExitStack() as idle:
+        for number in range(3 * MOST_AT_ONCE):
+            opened = socket.create_connection((str(place.hostname), int(place.port or 0)))
+            idle.enter_context(opened)
+            if number % 2:
+                opened.sendall(b"GET / HTTP/1.1\r\n")  # and never the rest of it
+        for _ in range(3):
+            with urllib.request.urlopen(f"{address}api/run", timeout=10) as answer:
+                assert answer.status == 200
+
+
+def test_headers_that_do_not_come_end_a_connection(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.explore.server.SECONDS_FOR_HEADERS", 0.2)
+    place = urllib.parse.urlsplit(address)
+    with socket.create_connection((str(place.hostname), int(place.port or 0)), 10) as opened:
+        opened.sendall(b"GET / HTTP/1.1\r\nHost: 127")
+        with suppress(ConnectionResetError):
+            assert opened.recv(1) == b""
 
 
 @pytest.fixture(scope="module")
