@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from features.terminal import harmless
 from pipeline.cli.options import (
     complete_folder,
     json_option,
@@ -302,20 +303,20 @@ def repair(store: Any, run: str | None, as_json: bool) -> None:
     left = [str(fault) for fault in done.left]
     if as_json:
         about = {"store": str(store), "encoded": done.encoded, "written": done.written}
-        click.echo(json.dumps({**about, "left": left}, ensure_ascii=False))
+        say_json({**about, "left": left})
     else:
         for file in done.written:
-            click.echo(f"{file}: written again")
+            say(f"{file}: written again")
         for column, chunks in done.encoded.items():
-            click.echo(f"{column}: encoded again chunks {', '.join(map(str, chunks))}")
+            say(f"{column}: encoded again chunks {', '.join(map(str, chunks))}")
     if left:
         for fault in left:
-            click.echo(fault, err=True)
+            click.echo(harmless(fault), err=True)
         raise click.ClickException(
             f"{store} is not whole ({len(left)} faults are left, named above with what to do)."
         )
     if not as_json:
-        click.echo(f"{store} is whole.")
+        say(f"{store} is whole.")
 
 
 def _write(out: Any, as_json: bool, work: Callable[[Any], object]) -> None:
