@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote
 
@@ -21,11 +22,14 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
+from zarr.abc.store import OffsetByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import FsspecStore
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from features.errors import PlaceNotFoundError, StorageError
 from features.storage.place import Place, RemotePath, without_secrets
+from features.storage.web import NoRangesError, WebError, address_of, asked
 
 ATTEMPTS = 5
 """At what obstore does not retry: bodies that are too short, or those of errors."""
@@ -83,7 +87,9 @@ class BrokenBody(Exception):  # noqa: N818 - never seen: it is tried again, then
 
 def backend(place: RemotePath) -> Backend:
     """Return what answers for a URL."""
-    return _Hub() if place.scheme == "hf" else _Objects()
+    if place.scheme == "hf":
+        return _Hub()
+    return _Web() if place.has_escapes else _Objects()
 
 
 def failure(place: RemotePath, error: Exception, what: str) -> StorageError:
@@ -96,13 +102,13 @@ def failure(place: RemotePath, error: Exception, what: str) -> StorageError:
     """
     if isinstance(error, FileNotFoundError):
         return PlaceNotFoundError(place)
-    if isinstance(error, NotSupportedError):
+    if isinstance(error, NotSupportedError | NoRangesError):
         return StorageError(
             f"{place} cannot be read by parts: its server sends whole files only. One that honours "
             f"Range requests was expected. Copy the files to local disk or S3, or let another "
             f"server serve them."
         )
-    reason = _reason(str(error))
+    reason = str(error) if isinstance(error, WebError) else _reason(str(error))
     return StorageError(
         f"{place} cannot be used: {reason}. {what} was expected. Check the address, the network "
         f"and the credentials in the environment, then run the command again; what is done is kept."
@@ -213,6 +219,44 @@ class _Objects:
         return store
 
 
+class _Web(_Objects):
+    """A web server. What it lists or takes is told as of the others: nothing."""
+
+    errors = (WebError, BrokenBody, OSError)
+
+    def entry(self, place: RemotePath) -> Entry:
+        if len(_key(place).encode()) > MAX_KEY_BYTES:
+            raise FileNotFoundError(str(place))
+        headers = _asked("HEAD", place).headers
+        version = headers.get("etag") or headers.get("last-modified") or ""
+        if "content-length" not in headers:
+            raise WebError("its server does not say how long it is")
+        return Entry(place, int(headers["content-length"]), version)
+
+    def whole(self, place: RemotePath) -> memoryview:
+        return memoryview(_asked("GET", place).data)
+
+    def range(self, place: RemotePath, start: int, stop: int) -> memoryview:
+        answer = _asked("GET", place, range=f"bytes={start}-{stop - 1}")
+        if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return memoryview(b"")
+        if answer.status != HTTPStatus.PARTIAL_CONTENT:
+            raise NoRangesError
+        return memoryview(answer.data)[: stop - start]
+
+    def zarr(self, folder: RemotePath) -> Any:
+        store = _WebZarrStore(_store(folder, _key(folder)), read_only=True)
+        store.folder = folder
+        return store
+
+
+def _asked(method: str, place: RemotePath, **headers: str) -> Any:
+    wait = RETRY["backoff"]["init_backoff"].total_seconds()
+    url = address_of(place.scheme, place.path)
+    headers |= {"user-agent": CLIENT["user_agent"], "accept-encoding": "identity"}
+    return asked(method, url, headers, retries=RETRY["max_retries"], backoff=wait)
+
+
 class _ZarrStore(ZarrObjectStore[ObjectStore]):
     """What zarr reads through; failures name the place, as everywhere."""
 
@@ -238,6 +282,32 @@ class _ZarrStore(ZarrObjectStore[ObjectStore]):
         except FileNotFoundError:
             return None
         return prototype.buffer.from_bytes(content)
+
+
+class _WebZarrStore(_ZarrStore):
+    """The same of a web server, by a client that asks before it follows a redirect."""
+
+    async def exists(self, key: str) -> bool:
+        return await self.get(key, default_buffer_prototype()) is not None
+
+    async def _get(self, key: str, prototype: Any, byte_range: Any) -> Any:
+        web = _Web()
+        try:
+            content = await asyncio.to_thread(web.whole, self.folder / key)
+        except FileNotFoundError:
+            return None
+        except WebError as error:
+            raise failure(self.folder / key, error, "A part of a Zarr store") from error
+        return prototype.buffer.from_bytes(bytes(_part(content, byte_range)))
+
+
+def _part(content: memoryview, wanted: Any) -> memoryview:
+    """Return what zarr asks for of a file, which it does of shards only."""
+    if isinstance(wanted, SuffixByteRequest):
+        return content[-wanted.suffix :]
+    if isinstance(wanted, OffsetByteRequest):
+        return content[wanted.offset :]
+    return content if wanted is None else content[wanted.start : wanted.end]
 
 
 def _whole(content: Any, size: int) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from features.errors import ConfigError, SailError
 from pipeline.explore.app import Access, create_app, is_loopback
@@ -37,10 +37,11 @@ class _Impatient(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_headers()
+        others = [each for each in self.connections if isinstance(each, _Impatient)]
         waiting = {
             each._deadline.when(): each
-            for each in self.connections
-            if isinstance(each, _Impatient) and each is not self and each._deadline is not None
+            for each in others
+            if each is not self and each._deadline is not None
         }
         if len(self.connections) >= MOST_AT_ONCE - 1 and waiting:
             oldest = waiting[min(waiting)]
@@ -49,7 +50,8 @@ class _Impatient(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
             self._stop_waiting()
         elif self._deadline is None:
             self._wait_for_headers()

@@ -1,8 +1,9 @@
 """Servers that drop connections, answer 503, cut bodies short, have no ranges, or lose files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipeline.run.extract import extract
 from pipeline.stores.verify import verify_store
 from tests import tiny
 from tests.feature_stores import make_store
-from tests.servers import Bucket, Fault, Proxy, WebServer, reach_s3
+from tests.servers import Bucket, Fault, Proxy, Server, WebServer, reach_s3
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,81 @@ def test_shards_on_a_web_server_are_read_by_ranges_in_few_requests(tmp_path: Pat
         assert len(proxy.requests) <= 8  # of each: is it there, how long, its content, its version
         assert images(index) == images(local)
         assert len(proxy.requests) <= 10
+
+
+class Redirecting(Server):
+    """Leads every request to another server."""
+
+    def __init__(self, target: str) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(302)
+                self.send_header("Location", f"{target}{self.path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(Handler)
+
+
+READERS: dict[str, Callable[[Any], object]] = {
+    "whole": files.read,
+    "version": files.version,
+    "range": lambda place: read_ranges(place, [(0, 10)]),
+    "zarr": lambda place: zarr.open_group(files.zarr_store(place), mode="r"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_redirect_into_the_network_of_this_machine_is_not_followed(
+    kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_bytes(bytes(20))
+    with (
+        WebServer(tmp_path) as internal,
+        Proxy(internal.port) as watched,
+        Redirecting(f"http://127.0.0.1:{watched.port}") as server,
+    ):
+        with pytest.raises(StorageError, match=r"leads to 127\.0\.0\.1, an internal address"):
+            READERS[kind](as_place(f"http://127.0.0.1:{server.port}/secret"))
+        assert watched.requests == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("http://127.0.0.1:1", "http://[::1]:1", "http://169.254.169.254", "http://10.0.0.1"),
+        *("http://[::ffff:10.0.0.1]", "http://0.0.0.0", "http://localhost:1", "http://2130706433"),
+        *("file:///etc/passwd", "ftp://127.0.0.1"),
+    ],
+)
+def test_no_internal_address_is_led_to(target: str) -> None:
+    with Redirecting(target) as server, pytest.raises(StorageError, match="it leads to"):
+        files.read(as_place(f"http://127.0.0.1:{server.port}/secret"))
+
+
+def test_a_redirect_within_a_server_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"content")
+
+    class Moved(WebServer):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            answer = self._server.RequestHandlerClass.answer  # type: ignore[attr-defined]
+
+            def moved(handler: Any) -> None:
+                if handler.path == "/here":
+                    handler.send(301, [("Location", "/there")], b"")
+                else:
+                    answer(handler)
+
+            self._server.RequestHandlerClass.answer = moved  # type: ignore[attr-defined]
+
+    with Moved(tmp_path) as server:
+        assert files.read(as_place(f"http://127.0.0.1:{server.port}/here")) == b"content"
 
 
 def test_a_web_server_without_ranges_is_refused(tmp_path: Path) -> None:
