@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.commands import sail
+from tests.commands import sail, the_error_of
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,26 @@ def test_results_or_a_report_that_was_deleted_is_made_again(run_file: Path) -> N
         sail("eval", run_file)
         assert written(run_file) == before
         assert (run_file.parent / "run/eval/report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["results.json", "report.html", "items.npz", "inputs.sha256"])
+def test_results_that_are_damaged_are_measured_again(name: str, run_file: Path) -> None:
+    before, folder = written(run_file), run_file.parent / "run" / "eval"
+    for content in (b"[" * 5000, b"{}", (folder / name).read_bytes().replace(b"0.", b"1.", 1)):
+        (folder / name).write_bytes(content)
+        sail("eval", run_file)
+        assert written(run_file) == before
+
+
+@pytest.mark.slow
+def test_results_that_are_not_those_that_were_written_are_not_compared(run_file: Path) -> None:
+    run = run_file.parent / "run"
+    results = run / "eval" / "results.json"
+    written(run_file)
+    content = results.read_text()
+    results.write_text(content.replace('"value": 0.', '"value": 1.', 1))
+    error = the_error_of(sail("compare", run, run, expect=1))
+    assert "results.json cannot be read: its sha256 is" in error
+    results.write_text(content)
+    sail("compare", run, run, "--json")

@@ -1,16 +1,22 @@
 """Stores in other forms: what comes back is byte-identical, what does not fit is refused."""
 
 import hashlib
+import os
 import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.lib import format as npy
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
@@ -362,3 +368,91 @@ def test_the_same_files_have_the_same_fingerprint_and_others_another(tmp_path: P
     assert found[0] == found[1] != found[2]
     content = hashlib.sha256((tmp_path / "in0" / "image.npy").read_bytes()).hexdigest()
     assert found[0] == hashlib.sha256(f"{content}  image.npy\n".encode()).hexdigest()
+
+
+def sparse_hdf5(folder: Path) -> Path:
+    with h5py.File(folder / "f.h5", "w") as file:
+        file.create_dataset("v", (10**12, 512), np.float16, chunks=(64, 512))
+        file.create_dataset("small", (10**12, 2), np.float16, chunks=(1 << 20, 2))
+    return folder / "f.h5"
+
+
+def long_npy(folder: Path) -> Path:
+    with (folder / "v.npy").open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (10**11, 512)}
+        npy.write_array_header_1_0(file, header)
+    return folder / "v.npy"
+
+
+def long_npz(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "f.npz", "w") as archive:
+        archive.writestr("v.npy", long_npy(folder).read_bytes())
+    return folder / "f.npz"
+
+
+def strides_of_0(folder: Path) -> Path:
+    place = folder / "image_embedding" / "m" / "d"
+    place.mkdir(parents=True)
+    torch.save(torch.zeros(1, 1).expand(10**9, 512), place / "0.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [(sparse_hdf5, "v"), (long_npy, "v.npy"), (long_npz, "v"), (strides_of_0, None)],
+)
+def test_arrays_that_declare_more_than_there_is_are_refused_before_anything_is_made(
+    make: Callable[[Path], Path], taken: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    path, before = make(tmp_path / "in"), set(tmp_path.iterdir())
+    wanted = Wanted(taken={"image/a": taken} if taken else {})
+    with pytest.raises(SourceError, match=r"cannot be read: .*shape"):
+        import_store(path, tmp_path / "s.zarr", wanted, GO_ON)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("form", [".h5", ".npy", ".npz", ".parquet", ".safetensors", ".pt"])
+@pytest.mark.parametrize("kind", ["fifo", "noise", "empty"])
+def test_what_is_no_file_of_a_form_is_refused_in_one_line(
+    form: str, kind: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / f"0{form}"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(bytes(range(256)) * 20 if kind == "noise" else b"")
+    given = folder if form == ".pt" else path
+    name = next(name for name, each in FORMATS.items() if form in each.suffixes)
+    arguments = ("import-store", given, "--from", name, "--out", tmp_path / "s.zarr")
+    message = the_error_of(sail(*arguments, "--take", "image/a=a", expect=1))
+    assert "cannot be read" in message
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_tensors_that_numpy_has_no_type_for_are_taken(tmp_path: Path) -> None:
+    values = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(0))
+    for name in ("bfloat16", "float8_e4m3fn"):
+        typed = values.to(getattr(torch, name))
+        path = tmp_path / f"{name}.safetensors"
+        save_torch_file({"v": typed, "scale": torch.tensor(1.0)}, path)
+        wanted = Wanted(taken={"image/a": "v"})
+        store = FeatureStore.open(import_store(path, tmp_path / f"{name}.zarr", wanted, GO_ON))
+        expected = typed.float().half().numpy()
+        np.testing.assert_array_equal(store.column("image/a").read(0, ROWS), expected)
+        with pytest.raises(SourceError, match=r"'scale' has shape \(\)"):
+            import_store(path, tmp_path / "x.zarr", Wanted(taken={"image/a": "scale"}), GO_ON)
+
+
+def test_texts_of_other_programs_are_cut_at_the_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["short", "é" * (1 << 20), "x"]
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.table({"v": [[1.0, 2.0]] * 3, "words": texts}), path)
+    wanted = Wanted(taken={"image/a": "v", "caption/c": "words"})
+    store = FeatureStore.open(import_store(path, tmp_path / "s.zarr", wanted, GO_ON))
+    assert list(map(len, map(str, store.captions("c")))) == [5, 1 << 19, 1]
+    assert f"1 texts over 1 MiB in words of {path} are cut there" in caplog.messages

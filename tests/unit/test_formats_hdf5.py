@@ -175,3 +175,14 @@ def test_what_cannot_be_done_is_said_in_one_line(store: FeatureStore, tmp_path: 
     ]:
         assert message in the_error_of(sail(*arguments, expect=1))
     assert "either --dtype or --to" in sail("convert", store.path, expect=2).stderr
+
+
+def test_a_caption_with_a_nul_is_refused_by_its_row(tmp_path: Path) -> None:
+    words = {name: [f"{name} {row}" for row in range(40)] for name in ("bare", "long")}
+    words["long"][21] = "before\0after"
+    store = make_store(tmp_path / "s.zarr", rows=40, captions=words)
+    out = tmp_path / "s.h5"
+    error = the_error_of(sail("convert", store.path, "--to", "hdf5", "--out", out, expect=1))
+    assert "caption/long of row 21 has a NUL character" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.zarr"]
+    sail("convert", store.path, "--to", "parquet", "--out", tmp_path / "s-parquet")
