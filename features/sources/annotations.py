@@ -133,7 +133,8 @@ class Annotations(SourceReader[AnnotationSource]):
         for record, found in in_order(find, self._records(file, counts), at=folder):
             key, problem = keys.of(record.key)
             sample = Sample(key, problem=problem, group=record.group, box=record.box)
-            sample.captions = {str(i): as_text(text) for i, text in enumerate(record.captions)}
+            texts = (as_text(text, counts) for text in record.captions)
+            sample.captions = {str(i): text for i, text in enumerate(texts)}
             place_image(sample, found, images, self, counts)
             yield sample
 

@@ -5,6 +5,7 @@ settings, which open a reader that lists samples, and a reader of images, if the
 """
 
 import difflib
+import logging
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -25,8 +26,10 @@ from features.status import Status
 from features.storage import files
 from features.storage.files import matching_places
 from features.storage.place import Place, RemotePath, as_place, posix
+from features.storage.reading import cut_text
 from features.storage.requests import read_ranges
 
+logger = logging.getLogger(__name__)
 Counts = Counter[str]
 AUTOMATIC = ("caption", "captions", "short", "long", "txt")
 NETPBM_SUFFIXES = frozenset({"ppm", "pgm", "pbm", "pnm", "pfm"})
@@ -42,6 +45,7 @@ LEFT_BEHIND = frozenset(
 """Folders of archives, disks and network drives."""
 NO_PLACE = -1
 LISTS = "captions written as a list (each text a field)"
+CUT = "texts over 1 MiB (cut there)"
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
@@ -391,7 +395,7 @@ class CaptionPicker:
                 counts[LISTS] += 1
                 value = texts
             if isinstance(value, str):
-                captions[name] = as_text(value)
+                captions[name] = as_text(value, counts)
             elif isinstance(value, (list, tuple)):
                 if list_name is not None:
                     raise self._two_lists(list_name, name)
@@ -525,18 +529,27 @@ def read_class_names(path: str | Place | None) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def as_text(value: str) -> str:
-    """Return a string that can be stored: JSON may hold halves of characters, UTF-8 may not."""
-    if value.isascii():
-        return value
-    return value.encode("utf-8", errors="replace").decode("utf-8")
+def as_text(value: str, counts: Counts | None = None) -> str:
+    """Return a string that can be stored: JSON may hold halves of characters, UTF-8 may not.
+
+    What is over 1 MiB is cut there, and counted.
+    """
+    text = cut_text(value)
+    if text is not value:
+        if counts is None:
+            logger.warning("a text over 1 MiB is cut there")
+        else:
+            counts[CUT] += 1
+    if text.isascii():
+        return text
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _texts(values: Sequence[Any], counts: Counts) -> dict[str, str]:
     """Return the texts of a list by their number."""
     if others := sum(not isinstance(value, str | None) for value in values):
         counts[NO_TEXT] += others
-    return {str(i): as_text(text) for i, text in enumerate(values) if isinstance(text, str)}
+    return {str(i): as_text(text, counts) for i, text in enumerate(values) if isinstance(text, str)}
 
 
 def _check_field_name(name: str) -> None:

@@ -34,11 +34,15 @@ from features.status import Status
 from features.storage.files import BUFFER_BYTES, open_file
 from features.storage.parallel import in_order
 from features.storage.place import Place, RemotePath, as_place
+from features.storage.reading import check_regular
 
 ROWS_AT_ONCE = 4096
 IMAGES_AT_ONCE = 64
 ARROW_MAGIC = b"ARROW1"
 ARROW_FILES_KEPT = 64
+BATCH_BYTES = 1 << 26
+LONG_TEXT_BYTES = 1 << 14
+"""Longer ones are not repeated often enough to be worth a dictionary."""
 BATCHES_KEPT = 16
 """So that 32 workers of 32 rows each find theirs, whichever of them comes first."""
 
@@ -305,11 +309,35 @@ class ImageTable(Protocol):
         """Yield some columns, so many rows at once."""
 
 
+class _Bounded(pq.ParquetFile):  # type: ignore[misc]
+    """Reads fewer rows at once where they are long: a caption of 200 MB packs into kilobytes."""
+
+    def iter_batches(
+        self, batch_size: int, row_groups: Sequence[int] | None = None, columns: Any = None
+    ) -> Iterator[pa.RecordBatch]:
+        groups = range(self.num_row_groups) if row_groups is None else row_groups
+        longest = max((self._row_bytes(group, columns) for group in groups), default=1)
+        rows = max(1, min(batch_size, BATCH_BYTES // longest))
+        batches: Iterator[pa.RecordBatch] = super().iter_batches(rows, list(groups), columns)
+        return batches
+
+    def _row_bytes(self, group: int, columns: Sequence[str] | None) -> int:
+        """Return about how long a row of a group is; any could be as long as the dictionary."""
+        about, longest = self.metadata.row_group(group), 1
+        for number in range(about.num_columns):
+            column = about.column(number)
+            if columns is None or {column.path_in_schema.partition(".")[0]} & set(columns):
+                mean = column.total_uncompressed_size // max(1, about.num_rows)
+                is_odd = column.has_dictionary_page and mean > LONG_TEXT_BYTES
+                longest += column.total_uncompressed_size if is_odd else mean
+        return longest
+
+
 def open_parquet(place: Place) -> pq.ParquetFile:
     """Open a parquet file; of one under a URL, footer and column chunks are read by ranges."""
     if isinstance(place, RemotePath):
-        return pq.ParquetFile(open_file(place), pre_buffer=True)
-    return pq.ParquetFile(place)
+        return _Bounded(open_file(place), pre_buffer=True)
+    return _Bounded(check_regular(place))
 
 
 def is_arrow(place: Place | str) -> bool:

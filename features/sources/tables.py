@@ -16,6 +16,7 @@ from features.sources.parquet import check_names_differ, open_parquet
 from features.sources.text import encoding_of
 from features.storage.files import open_file
 from features.storage.place import Place
+from features.storage.reading import limited_lines
 
 ROWS_AT_ONCE = 4096
 SEPARATOR = re.compile(r"[,;\t]")
@@ -62,7 +63,7 @@ def _open_text(file: Place, encoding: str | None, newline: str | None = None) ->
 
 def _jsonl_rows(file: Place, encoding: str | None) -> Rows:
     with _open_text(file, encoding) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(limited_lines(lines, file), 1):
             if not line.strip():
                 continue
             try:
@@ -102,7 +103,7 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
         told = TOLD_SEPARATOR.fullmatch(header.strip("\r\n"))
         if told:  # a line that Excel writes and reads
             header = lines.readline()
-        all_lines = itertools.chain([header], lines)
+        all_lines = itertools.chain([header], limited_lines(lines, file))
         separator, is_spaced = _separator(header)
         if told:
             separator = told[1]
@@ -123,8 +124,8 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
                 line = rows.line_num + 1
         except csv.Error as error:
             raise SourceError(
-                f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own for each column "
-                f"was expected, and quotation marks around text with a separator, quotation mark "
+                f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own for "
+                f"each column was expected, and quotation marks around text with a separator, quotation mark "
                 f'or line break in it, as "a ""cat""", of at most {MAX_FIELD_BYTES:,} bytes. '
                 f"Correct the line, or save the table anew."
             ) from error

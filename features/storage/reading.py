@@ -6,6 +6,7 @@ wrong with it, and what to do.
 """
 
 import errno
+import io
 import logging
 import math
 import os
@@ -32,6 +33,8 @@ from features.storage.place import Place
 logger = logging.getLogger(__name__)
 MAX_TEXT_BYTES = 1 << 20
 """Of a caption, in UTF-8, whatever kind of file it comes from."""
+MAX_LINE = 1 << 24
+"""Letters of a line of a table."""
 MAX_DOCUMENT_BYTES = 1 << 28
 """Of a file that is read into memory as a whole: JSON, TOML, text."""
 MAX_ARCHIVE_BYTES = 1 << 32
@@ -114,6 +117,23 @@ def cut_text(text: str) -> str:
     if len(content) <= MAX_TEXT_BYTES and len(text) <= MAX_TEXT_BYTES:
         return text
     return content[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def limited_lines(lines: io.TextIOWrapper, place: object) -> Iterator[str]:
+    """Yield the lines of a text that is open, none of which may take all memory.
+
+    Raises:
+        FileError: One is longer than `MAX_LINE`.
+    """
+    number = 1
+    while line := lines.readline(MAX_LINE):
+        if len(line) == MAX_LINE and not line.endswith("\n"):
+            raise FileError(
+                f"Line {number} of {place} has more than {MAX_LINE >> 20} million letters. Shorter "
+                f"ones were expected, with captions of 1 MiB at most. Correct the line."
+            )
+        yield line
+        number += 1
 
 
 def check_regular(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import struct
@@ -10,9 +11,13 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from features.errors import EncoderError
+from features.errors import EncoderError, SailError
+from features.index import build_index
+from features.sources.tables import FolderSource
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
@@ -204,3 +209,61 @@ def test_keys_in_any_script_stay_as_they_are_and_apart(tmp_path: Path) -> None:
     assert list(statuses(store, "image/vit")) == names
     assert set(statuses(store, "image/vit").values()) == {Status.OK}
     assert store.rows == 2 + len(names)
+
+
+LONG = "a red circle " * 500_000  # 6.5 MB
+CUT = "texts over 1 MiB (cut there)"
+
+
+def table_of_long_captions(folder: Path, form: str) -> Path:
+    """Three pictures, of which the second has a long caption."""
+    for seed in range(3):
+        (folder / f"{seed}.jpg").write_bytes(tiny.encoded(tiny.picture(seed)))
+    rows = [{"image": f"{i}.jpg", "caption": LONG if i == 1 else "a star"} for i in range(3)]
+    path = folder / f"table.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_caption_is_cut_at_1_mib_in_every_kind_of_table(form: str, tmp_path: Path) -> None:
+    source = FolderSource(kind="folder", path=str(table_of_long_captions(tmp_path, form)))
+    index = build_index(source.open(), tmp_path / "index.parquet")
+    captions = index.rows_between(0, 3, ("caption/caption",)).column(0).to_pylist()
+    assert captions == ["a star", LONG[: 1 << 20], "a star"]
+    assert index.counts[CUT] == 1
+
+
+def test_a_line_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"image": "a.jpg"}\n{"image": "b.jpg", "caption": "')
+        file.truncate(8 * GIGABYTE)
+    source = FolderSource(kind="folder", path=str(path))
+    with pytest.raises(SailError, match=r"Line 2 of .*table\.jsonl has more than 16 million"):
+        build_index(source.open(), tmp_path / "index.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_small_parquet_file_of_large_captions_takes_little_memory(
+    rows: int, tmp_path: Path
+) -> None:
+    run_file = tiny.world(tmp_path, rows=4)
+    for row in range(rows):
+        (tmp_path / f"a{row}.jpg").write_bytes(JPEG)
+    numbers = pa.array([0] * rows, pa.int32())
+    captions = pa.DictionaryArray.from_arrays(numbers, ["star " * (60_000_000 // 5)])
+    table = pa.table({"image": [f"a{i}.jpg" for i in range(rows)], "caption": captions})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 1 << 20
+    tars = 'kind = "webdataset"\npath = "shards/train-*.tar"'
+    settings = run_file.read_text().replace(tars, 'kind = "folder"\npath = "t.parquet"')
+    run_file.write_text(settings)
+    command = ["-m", "pipeline.cli", "extract", str(run_file)]
+    peak, errors = peak_bytes_of(command, cwd=ROOT)
+    assert peak < 2 * GIGABYTE, errors
+    assert CUT in errors
