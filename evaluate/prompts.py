@@ -27,10 +27,10 @@ def read_templates(setting: Sequence[str] | str) -> tuple[str, ...]:
         f'One of {", ".join(CLASS_LISTS)}, or a JSON file {{"templates": ["a photo of a {{}}."]}}',
         "Correct eval.templates.",
         EvaluationError,
+        called="The templates",
     )
     document: dict[str, Any] = read_json(Path(setting), dict[str, Any], expected)
-    place = f"The templates {setting!r}"
-    return tuple(checked(document.get("templates"), list[str], place, expected))
+    return tuple(checked(document.get("templates"), list[str], setting, expected))
 
 
 def make_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -65,10 +65,15 @@ class Expected:
     """A sentence: "Delete it and run `sail eval` again."."""
     error: type[SailError] = FileError
     """What is raised."""
+    called: str = ""
+    """What stands before the name, as in "The templates", where that may be no path."""
 
     def refusal(self, place: object, why: str) -> SailError:
         """Return the error of a file that cannot be used."""
-        return self.error(f"{place} cannot be read: {why}. {self.what} was expected. {self.remedy}")
+        subject = f"{self.called} {str(place)!r}" if self.called else place
+        return self.error(
+            f"{subject} cannot be read: {why}. {self.what} was expected. {self.remedy}"
+        )
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def training_facts(context: Context, metrics: Path) -> TrainingFacts:
     """Return the settings, sizes and curves of the training."""
     checkpoint = context.embedder.checkpoint
     lines = read_metrics(metrics)
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if {"loss", "epoch"} <= line.keys()]
     scored = [line for line in lines if all(f"heldout/{name}" in line for name in RECALLS)]
     x = [float(line["step"]) for line in scored]
     return TrainingFacts(
@@ -130,7 +130,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines, damaged = read_json_lines(path)
-    whole = [line for line in lines if {"step", "epoch"} <= line.keys() and _is_numbers(line)]
+    whole = [line for line in lines if "step" in line and _is_numbers(line)]
     if damaged := damaged + len(lines) - len(whole):
         logger.warning("%s has %d lines that are damaged: its curves lack them", path, damaged)
     return whole

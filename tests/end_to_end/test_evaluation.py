@@ -290,6 +290,7 @@ def test_a_head_of_another_encoder_is_refused_by_the_field(run: Run) -> None:
     file = run.folder / "align" / "best" / "config.json"
     document = json.loads(file.read_text())
     document["run"]["image"]["fingerprint"]["pooling"] = "mean"
+    document["sha256"] = {}
     file.write_text(json.dumps(document))
     with pytest.raises(EvaluationError, match="pooling = 'cls', but the head was trained"):
         run.results()

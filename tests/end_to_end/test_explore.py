@@ -345,6 +345,8 @@ def test_a_better_head_is_taken_up_while_the_page_is_served(run: Path, tmp_path:
     weights = folder / "align" / "checkpoints" / "step-2" / "model.safetensors"
     changed = {name: -tensor for name, tensor in load_file(weights).items()}
     save_file(changed, weights)
+    config = weights.with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sha256": {}}))
     best.symlink_to("checkpoints/step-1")
     page = TestClient(
         create_app(Session(folder, device="cpu"), Access("127.0.0.1")), base_url="http://127.0.0.1"
