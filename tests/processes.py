@@ -20,6 +20,8 @@ SECONDS = 300  # most of it is for the imports, on a machine with much else to d
 IMPORTED = [
     *("torch.distributed", "align.trainer", "pipeline.run.filling", "pipeline.run.folder"),
     *("pipeline.run.align", "pipeline.stores.convert", "pipeline.stores.subset"),
+    *("pipeline.cli", "pipeline.stores.hdf5", "pipeline.stores.clip_retrieval"),
+    *("pipeline.run.evaluate", "pipeline.export.exports", "pipeline.embed", "pipeline.search"),
 ]
 
 

@@ -50,6 +50,8 @@ class Unfinished:
         done = state.get("done")
         if state.get("made_of") == made_of and isinstance(done, int) and self.made.exists():
             self.done = done
+            for path in self.made.rglob("*.partial"):  # of zarr, which was writing a chunk
+                path.unlink()
         elif self.made.is_dir():
             shutil.rmtree(self.made)
         else:

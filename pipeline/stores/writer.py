@@ -160,7 +160,7 @@ def write_store(
         blocks = chunks_of(rows, layout.rows_per_chunk, stop, left, at_once)
         for chunk, block in zip(left, blocks, strict=True):
             writer.write(chunk, block)
-            work.advance(*writer.row_files(chunk))
+            work.advance(*writer.files(chunk))
             line.advance(1)
         writer.finish(origin)
         publish(work.made, out)
@@ -234,10 +234,14 @@ class _Writer:
             features, status = (block[f"{column.name}/{each}"] for each in ("features", "status"))
             column.write_stored(chunk, features, status, block.get(f"{column.name}/scale"))
 
-    def row_files(self, chunk: int) -> list[Path]:
-        """Return what zarr wrote of a chunk: no file where every value is the empty one."""
-        files = [self._folder / name / "c" / str(chunk) for name in self._layout.names]
-        return [file for file in files if file.is_file()]
+    def files(self, chunk: int) -> list[Path]:
+        """Return what is not on the disk for sure: what zarr wrote, and the names of the status.
+
+        Where every value is the empty one, zarr writes no file.
+        """
+        places = [self._folder / name / "c" / str(chunk) for name in self._layout.names]
+        places += [Path(str(column.status_file(chunk))) for column in self._columns]
+        return [place for place in places if place.is_file()]
 
     def finish(self, origin: object) -> None:
         if repeated := self._keys.repeated():
