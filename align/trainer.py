@@ -10,6 +10,7 @@ every batch, and the result is that of one process but for the order in which nu
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -135,9 +136,14 @@ class MetricsLog:
         _cut_back(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
         synchronise(run_dir)
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._excepthook, threading.excepthook = threading.excepthook, self._tell_of_thread
+        try:
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=step + 1 if step else None
+            )
+        except BaseException:
+            threading.excepthook = self._excepthook
+            raise
 
     def write(self, training: "Training", values: dict[str, float]) -> None:
         """Add a line with what was measured after the last update, if anything was."""
@@ -157,8 +163,16 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write what is left."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _tell_of_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Leave out a thread of TensorBoard: the next number handed over raises its error again."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._excepthook(error)
 
 
 def _cut_back(path: Path, step: int) -> None:

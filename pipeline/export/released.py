@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from align.checkpoint import CheckpointFolder, Snapshot, load_head
+from align.checkpoint import Checkpoint, CheckpointFolder, Snapshot, load_head
 from align.columns import Columns, describe
 from align.config import HeadConfig
 from align.heads import AlignmentModel, build_model
@@ -21,7 +21,7 @@ from features.errors import CheckpointError
 from features.storage.column import Column
 from features.storage.files import write
 from features.storage.reading import Expected, read_torch
-from pipeline.card import export_model
+from pipeline.card import CARD, export_model
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import open_store, run_folder, start_run
 
@@ -185,17 +185,19 @@ def import_head(file: Path, config: RunConfig) -> Path:
     columns = Columns.open(store, settings, image, text)
     for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
         _check_length(file, column, network)
-    if (folder.align / "last").is_symlink():
-        raise CheckpointError(
-            f"{folder.align} has a head already. A run without one was expected. Give this run "
-            f"another `run.dir`, or delete {folder.align}."
-        )
-    start_run(config)
     described = describe([columns], [1.0], settings, config.run.seed)
     described["imported"] = {"file": file.name, "sha256": _sha256(file)}
     checkpoints = CheckpointFolder(folder.align)
-    checkpoints.resume(described)
-    checkpoints.save(_snapshot(model, described), {}, None)
+    if checkpoints.last.is_symlink():  # what failed in the middle is gone on with
+        there = Checkpoint.open(checkpoints.last).run.get("imported")
+        if (folder.model / CARD).is_file() or there != described["imported"]:
+            raise CheckpointError(
+                f"{folder.align} has a head already. A run without one was expected. Give this run "
+                f"another `run.dir`, or delete {folder.align}."
+            )
+    start_run(config)
+    if checkpoints.resume(described) is None:
+        checkpoints.save(_snapshot(model, described), {}, None)
     export_model(checkpoints.best, folder.model)
     logger.info("%s: a %s head, scale %.4g", file, head.kind, model.log_scale.exp().item())
     return checkpoints.best
