@@ -19,8 +19,8 @@ from tests.system_calls import REMOVING, Call, needs_system_calls
 
 pytestmark = needs_system_calls
 ERRORS = (errno.ENOSPC, errno.EIO)
-MOST = int(os.environ.get("FAILING_CALLS", "150"))
-"""Of the calls of a command that fail one after the other, evenly spaced where there are more."""
+MOST = int(os.environ.get("FAILING_CALLS", "40"))
+"""Of the calls of a command that fail in turn, evenly spaced where there are more; 1000 is all."""
 
 
 @dataclass
