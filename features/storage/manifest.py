@@ -24,6 +24,7 @@ from features.errors import StoreCorruptError
 from features.storage.chunks import whole_file
 from features.storage.files import appearing, is_file, write
 from features.storage.place import Place
+from features.storage.synchronise import make_folder
 
 FILE = "manifest/zarr.json"
 METADATA = "zarr.json"
@@ -198,7 +199,7 @@ def write_manifest(
     content = json.dumps(document, sort_keys=True).encode()
     place = _below(store, path, FILE)
     if isinstance(place, Path) and isinstance(store, Path):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         with appearing(
             place, beside=store / "manifest"
         ) as partial:  # leftovers are looked for there
