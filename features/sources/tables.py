@@ -125,9 +125,9 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
         except csv.Error as error:
             raise SourceError(
                 f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own for "
-                f"each column was expected, and quotation marks around text with a separator, quotation mark "
-                f'or line break in it, as "a ""cat""", of at most {MAX_FIELD_BYTES:,} bytes. '
-                f"Correct the line, or save the table anew."
+                f"each column was expected, and quotation marks around text with a separator, "
+                f'quotation mark or line break in it, as "a ""cat""", of at most '
+                f"{MAX_FIELD_BYTES:,} bytes. Correct the line, or save the table anew."
             ) from error
 
 
