@@ -14,10 +14,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -49,7 +50,9 @@ HINTS = {
 }
 MAY_DIFFER = {*RECORDED_ONLY, "checkpoint_every"}  # from a run to the one that goes on from it
 REMEDY = "Delete the folder of this training and run `sail align` again."
+ATTEMPTS = 10
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
+Result = TypeVar("Result")
 EXPECTED = Expected("A whole checkpoint", REMEDY, CheckpointError)
 NOT_DESCRIBED = ("sha256", "exported")
 
@@ -108,24 +111,18 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or it is damaged or of another format.
         """
-        if not (path / CONFIG).exists():
-            raise CheckpointError(
-                f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
-                f"Train one with `sail align`."
-            )
-        metadata: dict[str, Any] = read_json(path / CONFIG, dict[str, Any], EXPECTED)
-        found = (metadata.get("format"), metadata.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            raise CheckpointError(
-                f"{path} has format {found[0]!r}, version {found[1]!r}. {FORMAT!r}, version "
-                f"{FORMAT_VERSION}, was expected. Check the path, or train again."
-            )
-        found_in_it: _Metadata = checked(metadata, _Metadata, path / CONFIG, EXPECTED)
-        known = found_in_it.sha256.get(CONFIG)
-        if known is not None and known != _described_sha256(metadata):
-            why = "what it says does not have the sha256 that stands in it"
-            raise EXPECTED.refusal(path / CONFIG, why)
-        return cls(path.resolve(), metadata)
+        folder = Path(os.path.realpath(path))  # which takes links that lead in a circle too
+        try:
+            return cls(folder, _described(path, folder))
+        except CheckpointError:
+            if Path(os.path.realpath(path)) == folder:
+                raise
+        return cls.open(path)  # training has put another one there
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its weights still are: training removes those that better ones replace."""
+        return (self.path / MODEL).is_file()
 
     @property
     def step(self) -> int:
@@ -188,7 +185,7 @@ class Checkpoint:
         Raises:
             CheckpointError: It is missing, damaged, or not the one that was written.
         """
-        self._checked_sha256(name)
+        _ = self.sha256 if name == MODEL else self._checked_sha256(name)
         return read_tensors(self.path / name)
 
     def _checked_sha256(self, name: str) -> str:
@@ -202,6 +199,27 @@ class Checkpoint:
         return found
 
 
+def _described(path: Path, folder: Path) -> dict[str, Any]:
+    """Return what config.json of a folder says, which was opened under a path."""
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"There is no checkpoint at {path}. A folder with {CONFIG} was expected. "
+            f"Train one with `sail align`."
+        )
+    metadata: dict[str, Any] = read_json(folder / CONFIG, dict[str, Any], EXPECTED)
+    found = (metadata.get("format"), metadata.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} has format {found[0]!r}, version {found[1]!r}. {FORMAT!r}, version "
+            f"{FORMAT_VERSION}, was expected. Check the path, or train again."
+        )
+    known = checked(metadata, _Metadata, folder / CONFIG, EXPECTED).sha256.get(CONFIG)
+    if known is not None and known != _described_sha256(metadata):
+        why = "what it says does not have the sha256 that stands in it"
+        raise EXPECTED.refusal(folder / CONFIG, why)
+    return metadata
+
+
 def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[AlignmentModel, Checkpoint]:
     """Load a trained head, ready to embed (no dropout, no gradients).
 
@@ -212,10 +230,36 @@ def load_head(path: Path, device: torch.device | str = "cpu") -> tuple[Alignment
     Raises:
         CheckpointError: There is no whole checkpoint at `path`, or its weights are of another head.
     """
-    checkpoint = Checkpoint.open(path)
-    model = build_described(checkpoint.run, checkpoint.head)
-    load_weights(model, checkpoint)
-    return model.requires_grad_(False).eval().to(device), checkpoint
+
+    def load(checkpoint: Checkpoint) -> tuple[AlignmentModel, Checkpoint]:
+        model = build_described(checkpoint.run, checkpoint.head)
+        load_weights(model, checkpoint)  # from here on its sha256 is known, and files may go
+        return model.requires_grad_(False).eval().to(device), checkpoint
+
+    return read_checkpoint(path, load)
+
+
+def read_checkpoint(path: Path, read: Callable[[Checkpoint], Result]) -> Result:
+    """Read files of a checkpoint; again where training puts another one there meanwhile.
+
+    Args:
+        path: Its folder, or a link to it such as `runs/demo/align/best`.
+        read: Is given the checkpoint.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it is replaced all the time.
+    """
+    for _ in range(ATTEMPTS):
+        checkpoint = Checkpoint.open(path)
+        try:
+            return read(checkpoint)
+        except (CheckpointError, OSError):
+            if Path(os.path.realpath(path)) == checkpoint.path:
+                raise
+    raise CheckpointError(
+        f"{path} was replaced {ATTEMPTS} times while it was read. One that training leaves there "
+        f"for a while was expected. Wait for the training, or raise align.checkpoint_every."
+    )
 
 
 def build_described(run: dict[str, Any], head: HeadConfig) -> AlignmentModel:

@@ -137,6 +137,15 @@ class StoreCorruptError(StoreError):
         )
 
 
+class LockedError(SailError):
+    """Another process is at what only one may do at a time."""
+
+    def __init__(self, what: str, holder: str, remedy: str) -> None:
+        super().__init__(
+            f"{what} by another process ({holder}). One at a time was expected. {remedy}"
+        )
+
+
 class ClusterError(SailError):
     """Workers are lost again and again, or the scheduler of a cluster cannot be reached."""
 

@@ -308,6 +308,7 @@ def update_index(
     changes: Changes,
     *,
     append: bool,
+    into: Path | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Index:
     """Bring an index up to date. It is replaced as a whole: a kill leaves the old or the new one.
@@ -319,6 +320,7 @@ def update_index(
         reader: The source as it is now, opened with the files that the index knows.
         changes: What `find_changes` found between these two.
         append: Whether there may be more rows: those of further shards, or at the end of a table.
+        into: Where the new index is written; it takes the place of the old one if not given.
         on_progress: Called now and then with the number of samples since the last call.
 
     Raises:
@@ -336,10 +338,10 @@ def update_index(
     try:
         write_index(reader, candidate, on_progress, before=index.as_earlier(), is_copied=is_same)
         _check_rows(index, Index.open(candidate), append=append, moved=moved)
-        candidate.replace(index.path)
+        candidate.replace(into or index.path)
     finally:
         candidate.unlink(missing_ok=True)
-    return Index.open(index.path)
+    return Index.open(into or index.path)
 
 
 def _changed_settings(index: Index, reader: Reader) -> frozenset[str]:

@@ -453,19 +453,22 @@ def rows_by_key(
 logger = logging.getLogger(__name__)
 
 
-def extend_store(store: FeatureStore, index: GrownRows, *, append: bool) -> FeatureStore:
+def extend_store(
+    store: FeatureStore, index: GrownRows, *, append: bool, is_checked: bool = False
+) -> FeatureStore:
     """Return the store with all rows and caption fields of an index, whose first rows it has.
 
     Args:
         store: Its features stay as they are; further rows and fields are pending.
         index: The index of the same split.
         append: Whether rows may be added that were not appended to the index.
+        is_checked: Whether `check_first_rows` was called before.
 
     Raises:
-        SourceError: The store does not have the first rows of the index, or rows are to be added
-            without having been asked for.
+        SourceError: As `check_first_rows`.
     """
-    _check_first_rows(store, index, append=append)
+    if not is_checked:
+        check_first_rows(store, index, append=append)
     remove_leftovers(store.path)
     added = [name for name in index.row_arrays if name not in store.row_arrays]
     if not added and index.rows == store.rows and index.source == store.source:
@@ -491,7 +494,13 @@ def _finished(store: FeatureStore) -> FeatureStore:
     return FeatureStore.open(store.path)
 
 
-def _check_first_rows(store: FeatureStore, index: GrownRows, *, append: bool) -> None:
+def check_first_rows(store: FeatureStore, index: GrownRows, *, append: bool) -> None:
+    """Check that `extend_store` may extend a store by the rows of an index.
+
+    Raises:
+        SourceError: The store does not have the first rows of the index, or rows are to be added
+            without having been asked for.
+    """
     has_them = store.rows <= index.rows
     if not has_them or store.keys_sha256 != keys_digest(index, store.rows):
         raise SourceError(

@@ -17,7 +17,13 @@ from jaxtyping import Float32, Num
 
 from features.errors import EncoderError, SourceError
 from features.sources.base import IMAGE_SUFFIXES, is_left_behind
-from features.storage.files import appearing, delete, replacing_folder
+from features.storage.files import (
+    appearing,
+    delete,
+    remove_leftovers,
+    replacing_folder,
+    without_empty_folders,
+)
 from features.storage.reading import Expected, read_text
 from features.terminal import harmless
 from pipeline.interrupt import StopRequest
@@ -28,6 +34,8 @@ from pipeline.stores.npy import write_header
 
 logger = logging.getLogger(__name__)
 ITEMS_AT_ONCE = 1024
+PARTS = ("name", "embedding")
+"""Arrays of a `.zarr`."""
 Blocks = Iterator[tuple[list[str], Float32[np.ndarray, "items dim"]]]
 
 
@@ -167,11 +175,10 @@ def embed_images(aligned: Aligned, files: Sequence[Path], out: Path, stop: StopR
                 yield [name_of(path) for path in part], embeddings
                 work.advance(len(part))
 
-    write = _writer(out)
     with work.timed("load"):
         _ = aligned.image_encoder
     with work:
-        write(out, blocks(), len(files), aligned.dim)
+        _write(out, blocks(), len(files), aligned.dim)
     return Written(out, len(files), unusable, work.seconds())
 
 
@@ -195,22 +202,42 @@ def embed_sentences(
             yield part, embeddings
             work.advance(len(part))
 
-    write = _writer(out)
     with work.timed("load"):
         _ = aligned.text_encoder
     with work:
-        write(out, blocks(), len(texts), aligned.dim)
+        _write(out, blocks(), len(texts), aligned.dim)
     return Written(out, len(texts), 0, work.seconds())
 
 
-def _writer(out: Path) -> Callable[[Path, Blocks, int, int], None]:
-    writers = {".npy": _write_npy, ".parquet": _write_parquet, ".zarr": _write_zarr}
-    if out.suffix not in writers:
+def _check_out(out: Path) -> None:
+    """Refuse a place that embeddings cannot be written to.
+
+    Raises:
+        SourceError: It ends in no form of them, or there is something else than embeddings.
+    """
+    if out.suffix not in WRITERS:
         raise SourceError(
-            f"{out} ends in {out.suffix!r}. One of {', '.join(writers)} was expected. Give --out "
+            f"{out} ends in {out.suffix!r}. One of {', '.join(WRITERS)} was expected. Give --out "
             f"such a name."
         )
-    return writers[out.suffix]
+    if out.suffix == ".zarr":
+        is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        is_taken = not is_free and not all((out / name / "zarr.json").is_file() for name in PARTS)
+    else:
+        is_taken = out.is_dir()
+    if is_taken:
+        raise SourceError(
+            f"There is something at {out} that is no file of embeddings. A new place, or earlier "
+            f"embeddings, were expected. Choose another --out."
+        )
+
+
+def _write(out: Path, blocks: Blocks, count: int, dim: int) -> None:
+    _check_out(out)
+    with without_empty_folders(out):
+        if out.parent.is_dir():
+            remove_leftovers(out.parent)
+        WRITERS[out.suffix](out, blocks, count, dim)
 
 
 def _write_npy(out: Path, blocks: Blocks, count: int, dim: int) -> None:
@@ -251,3 +278,10 @@ def _write_zarr(out: Path, blocks: Blocks, count: int, dim: int) -> None:
             every[part] = np.array(names, dtype=np.dtypes.StringDType())
             vectors[part] = embeddings
             start = part.stop
+
+
+WRITERS: dict[str, Callable[[Path, Blocks, int, int], None]] = {
+    ".npy": _write_npy,
+    ".parquet": _write_parquet,
+    ".zarr": _write_zarr,
+}

@@ -12,6 +12,7 @@ from features.storage.reading import Expected, checked, read_json
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import EncodersConfig, RunConfig, RunSettings, load_config
 from pipeline.run.device import prepare_device
+from pipeline.run.folder import SETTINGS_FILE
 
 EXPORTED = "exported"
 """Where config.json of an exported folder says how the encoders are used."""
@@ -25,7 +26,7 @@ IMAGE, TEXT = "image_encoder", "text_encoder"
 def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
     """Open a run of `sail align`, or a folder of `sail export --to hf`.
 
-    Of a run it is the best head, with the encoders of its run file.
+    Of a run it is the best head, with the encoders that its features were made by.
 
     Args:
         run: Folder of the run, such as `runs/demo`, or the exported folder.
@@ -49,19 +50,43 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
 def open_run(run: str | Path, device: str = "auto") -> RunConfig:
     """Return the settings of a run, wherever its folder is now.
 
-    Takes what `load_aligned` does, but no exported folder.
+    They are those that its head was trained with, but that splits and encoders are those of the
+    extraction. An evaluation with other settings changes none of them. Takes what `load_aligned`
+    does, but no exported folder.
 
     Raises:
         ConfigError: There is no `config.toml` of this program in the folder.
     """
     folder = Path(run)
-    if not (folder / "config.toml").is_file():
+    if not (folder / SETTINGS_FILE).is_file():
         raise ConfigError(
             f"{folder} has no config.toml. The folder of a run, such as runs/demo, was expected. "
             f"Correct the path, or train the run by `sail align`."
         )
     here = [f"run.dir={json.dumps(str(folder))}", f"run.device={device}"]
-    return load_config(str(folder / "config.toml"), here)
+    trained = folder / "align" / SETTINGS_FILE
+    config = load_config(str(trained if trained.is_file() else folder / SETTINGS_FILE), here)
+    return _by_those_who_encoded(config, here)
+
+
+def _by_those_who_encoded(config: RunConfig, here: list[str]) -> RunConfig:
+    """Return settings with the splits and the encoders of the extraction that made the features.
+
+    Where that is not known, as of stores from elsewhere, they stay.
+    """
+    path = (config.run.features or config.run.dir) / "features" / SETTINGS_FILE
+    if not path.is_file():
+        return config
+    extracted = load_config(str(path), here)
+    encoders = config.encoders.model_copy(
+        update={
+            "image": config.encoders.image | extracted.encoders.image,
+            "text": config.encoders.text | extracted.encoders.text,
+        }
+    )
+    extract = extracted.extract.model_copy(update={"store": config.extract.store})
+    data = config.data | extracted.data
+    return config.model_copy(update={"data": data, "encoders": encoders, "extract": extract})
 
 
 class Exported(BaseModel):

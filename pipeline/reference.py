@@ -21,7 +21,8 @@ INTRODUCTION = """\
 One TOML file describes a run. `sail extract`, `sail align` and `sail eval` take its path, or the
 name of one that ships with the program: `demo`, `sail-small`, `sail`, `sail-paper` (in
 `pipeline/recipes`). `--set section.key=value` overrides a setting. The resolved file, every default
-written out, is kept as `config.toml` in the run folder.
+written out, is kept as `config.toml` in the run folder, and what each stage ran with as
+`config.toml` in `features/`, `align/` and `eval/` there.
 
 Paths of sources and encoders are relative to the run file; `run.dir` is relative to where the
 command is called.

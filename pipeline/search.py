@@ -14,7 +14,7 @@ from evaluate.embedder import Embedder
 from evaluate.nearest import blocks_of, nearest_neighbours
 from features.errors import EvaluationError
 from features.storage.column import Column
-from features.storage.files import appearing
+from features.storage.files import appearing, remove_leftovers
 from features.storage.reading import read_kept, seal
 from features.store import FeatureStore
 from features.terminal import harmless
@@ -100,6 +100,7 @@ def open_embeddings(
         return kept
     logger.info("embedding %d rows of %s, once", len(rows), column.name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     with appearing(path) as partial:
         with partial.open("wb") as file:
             write_header(file, "<f2", shape)

@@ -93,7 +93,7 @@ def store_digests(run: Path) -> dict[str, str]:
     return {
         path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((run / "features").rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != run / "features" / "config.toml"
     }
 
 

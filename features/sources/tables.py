@@ -124,8 +124,8 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
                 line = rows.line_num + 1
         except csv.Error as error:
             raise SourceError(
-                f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own for "
-                f"each column was expected, and quotation marks around text with a separator, "
+                f"Line {line + bool(told)} of {file} cannot be read: {error}. A name of its own "
+                f"for each column was expected, and quotation marks around text with a separator, "
                 f'quotation mark or line break in it, as "a ""cat""", of at most '
                 f"{MAX_FIELD_BYTES:,} bytes. Correct the line, or save the table anew."
             ) from error

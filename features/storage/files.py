@@ -34,7 +34,7 @@ SECONDS_UNTIL_OLD = 24 * 3600
 
 def partial_path(path: Path) -> Path:
     """Return a hidden name beside `path` that only this call will ever use."""
-    writer = f"{_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    writer = f"{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name}.{writer}.partial")
 
 
@@ -122,6 +122,18 @@ def _renamed(new: Path, path: Path) -> bool:
     return True
 
 
+@contextmanager
+def without_empty_folders(path: Path) -> Iterator[None]:
+    """Remove the folders above a path that were made meanwhile and have nothing in them."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
 def remove_leftovers(folder: Place) -> None:
     """Remove what writers that are gone have left in a folder; under a URL they leave nothing.
 
@@ -139,11 +151,16 @@ def remove_leftovers(folder: Place) -> None:
 
 
 def _is_gone(path: Path, place: str, pid: int) -> bool:
-    if place != _place():
+    if place != machine():
         try:
             return time.time() - path.stat().st_mtime > SECONDS_UNTIL_OLD
         except FileNotFoundError:  # renamed in this moment
             return False
+    return process_is_gone(pid)
+
+
+def process_is_gone(pid: int) -> bool:
+    """Return whether there is no such process on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -154,7 +171,7 @@ def _is_gone(path: Path, place: str, pid: int) -> bool:
 
 
 @functools.cache
-def _place() -> str:
+def machine() -> str:
     """Name the processes whose numbers can be compared: one boot, one machine, one container."""
     parts = [socket.gethostname()]
     if (boot := Path("/proc/sys/kernel/random/boot_id")).is_file():

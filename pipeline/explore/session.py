@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64
 from PIL import Image
 
-from align.checkpoint import Checkpoint
+from align.checkpoint import Checkpoint, read_checkpoint
 from evaluate.embedder import Embedder
 from evaluate.nearest import RowSearch, open_search
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
@@ -148,6 +148,14 @@ class Session:
         except CheckpointError:
             return None
 
+    def checkpoint_sha256(self) -> str | None:
+        """Return the hash of the best head there is now, None before training has written one."""
+        path = self.folder.align / self.config.eval.checkpoint
+        try:
+            return read_checkpoint(path, lambda checkpoint: checkpoint.sha256)
+        except CheckpointError:
+            return None
+
     def aligned(self) -> Aligned:
         """Return the run with its best head, loaded anew if there is a better one.
 
@@ -158,6 +166,7 @@ class Session:
             found, aligned = self.checkpoint(), self._aligned
             if aligned is None or found is None or aligned.checkpoint.path != found.path:
                 aligned = self._aligned = load_aligned(self._run, self._device)
+                self.config = aligned.config  # what it was trained with, if that was since
                 self._columns.clear()
             return aligned
 

@@ -40,9 +40,8 @@ def results(session: Session) -> dict[str, Any]:
     """
     found, items = _read(session), read_items(session.folder.eval / "items.npz")
     measured = read_evaluation(session.results).checkpoint_sha256
-    head = session.checkpoint()
     return {
-        "is_current": head is not None and head.sha256 == measured,
+        "is_current": session.checkpoint_sha256() == measured,
         "measures": [
             {"name": measure.name, "title": measure.title, "words": f"{measure.in_short}."}
             for measure in MEASURES

@@ -1,16 +1,19 @@
 """Writes a run in the form that is asked for, where nothing else may be lost."""
 
+import itertools
 import logging
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from safetensors import SafetensorError
 
+from align.checkpoint import ATTEMPTS
 from features.errors import CheckpointError, ConfigError
-from features.storage.files import replacing_folder
+from features.storage.files import remove_leftovers, replacing_folder, without_empty_folders
 from pipeline.card import CARD
 from pipeline.export import FORMS
-from pipeline.export.parts import parts_of
+from pipeline.export.parts import Parts, parts_of
 
 logger = logging.getLogger(__name__)
 MARK = "---\ntags: [sail, "
@@ -33,7 +36,22 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
     """
     _check_free(out)
     module = import_module(f"pipeline.export.{FORMS[form]}")
-    parts = parts_of(run, with_encoders=with_encoders)
+    for attempt in itertools.count(1):
+        parts = parts_of(run, with_encoders=with_encoders)
+        try:
+            with without_empty_folders(out):
+                remove_leftovers(out.parent)
+                _write(parts, module, out)
+        except OSError:
+            if parts.aligned.checkpoint.is_there or attempt == ATTEMPTS:
+                raise
+            continue  # training has put a better head there
+        break
+    logger.info("exported the head of step %d to %s", parts.aligned.checkpoint.step, out)
+    return out
+
+
+def _write(parts: Parts, module: ModuleType, out: Path) -> None:
     try:
         with replacing_folder(out) as folder:
             use: str = module.write(parts, folder)
@@ -43,8 +61,6 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
             f"{out} cannot be written: {error}. Room on the disk was expected, where it can be "
             f"written. Make room, and export again; what was there before is still there."
         ) from error
-    logger.info("exported the head of step %d to %s", parts.aligned.checkpoint.step, out)
-    return out
 
 
 def _check_free(out: Path) -> None:

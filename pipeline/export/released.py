@@ -23,7 +23,7 @@ from features.storage.files import write
 from features.storage.reading import Expected, read_torch
 from pipeline.card import CARD, export_model
 from pipeline.run.config import RunConfig
-from pipeline.run.folder import open_store, run_folder, start_run
+from pipeline.run.folder import open_store, run_folder, stage_lock, start_run
 
 logger = logging.getLogger(__name__)
 Kind = Literal["star", "mlp", "linear"]
@@ -176,6 +176,7 @@ def import_head(file: Path, config: RunConfig) -> Path:
     Raises:
         CheckpointError: The file is no such head, its lengths are not those of the recipe's
             columns, or the run has a head already.
+        LockedError: Another process trains in this run folder.
     """
     model, head = load_released(file)
     folder = run_folder(config)
@@ -187,18 +188,19 @@ def import_head(file: Path, config: RunConfig) -> Path:
         _check_length(file, column, network)
     described = describe([columns], [1.0], settings, config.run.seed)
     described["imported"] = {"file": file.name, "sha256": _sha256(file)}
-    checkpoints = CheckpointFolder(folder.align)
-    if checkpoints.last.is_symlink():  # what failed in the middle is gone on with
-        there = Checkpoint.open(checkpoints.last).run.get("imported")
-        if (folder.model / CARD).is_file() or there != described["imported"]:
-            raise CheckpointError(
-                f"{folder.align} has a head already. A run without one was expected. Give this run "
-                f"another `run.dir`, or delete {folder.align}."
-            )
-    start_run(config)
-    if checkpoints.resume(described) is None:
-        checkpoints.save(_snapshot(model, described), {}, None)
-    export_model(checkpoints.best, folder.model)
+    with stage_lock(config, "align"):
+        checkpoints = CheckpointFolder(folder.align)
+        if checkpoints.last.is_symlink():  # what failed in the middle is gone on with
+            there = Checkpoint.open(checkpoints.last).run.get("imported")
+            if (folder.model / CARD).is_file() or there != described["imported"]:
+                raise CheckpointError(
+                    f"{folder.align} has a head already. A run without one was expected. Give this "
+                    f"run another `run.dir`, or delete {folder.align}."
+                )
+        start_run(config, "align")
+        if checkpoints.resume(described) is None:
+            checkpoints.save(_snapshot(model, described), {}, None)
+        export_model(checkpoints.best, folder.model)
     logger.info("%s: a %s head, scale %.4g", file, head.kind, model.log_scale.exp().item())
     return checkpoints.best
 

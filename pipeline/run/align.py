@@ -12,12 +12,20 @@ import torch.distributed as dist
 
 from align.processes import Ring
 from align.trainer import train
+from features.storage.files import remove_leftovers
 from pipeline.card import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import RunFolder, check_complete, open_store, run_folder, start_run
+from pipeline.run.folder import (
+    RunFolder,
+    check_complete,
+    open_store,
+    run_folder,
+    stage_lock,
+    start_run,
+)
 
 
 @contextmanager
@@ -54,20 +62,22 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
 
     Raises:
         ConfigError: Several splits are mixed, but one store is named for all of them.
+        LockedError: Another process trains in this run folder.
         TrainingError: A store has not all the rows done that the recipe trains on.
         Stopped: A signal came, here or to another process; the last checkpoint is on disk.
     """
     with joined_processes(config.run) as (ring, device):
         folder = run_folder(config)
-        best = _train(config, folder, ring, device, stop)
+        with stage_lock(config, "align") if ring.leads else nullcontext():
+            best = _train(config, folder, ring, device, stop)
+            if best is not None and ring.leads:
+                remove_leftovers(folder.path)
+                export_model(best, folder.model)
     if best is None:
         if not stop():
             stop.signal_number = signal.SIGTERM  # it came to another process
         raise Stopped
-    if not ring.leads:
-        return None
-    export_model(best, folder.model)
-    return best
+    return best if ring.leads else None
 
 
 def _train(
@@ -80,12 +90,16 @@ def _train(
         check_complete(each, config, image, text)
     with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:
 
+        def should_stop() -> bool:
+            # After the first step, since settings that were refused replace no others; and before
+            # the first checkpoint, which is read by them.
+            if line is not None and line.total is None:
+                start_run(config, "align")
+            return stop()
+
         def on_step(step: int, total: int, note: str) -> None:
-            if line is None:
-                return
-            if line.total is None:  # the first step: settings that were refused replace no others
-                start_run(config)
-            line.set(step, total, note)
+            if line is not None:
+                line.set(step, total, note)
 
         best = train(
             stores,
@@ -96,9 +110,9 @@ def _train(
             run_dir=folder.align,
             device=device,
             seed=config.run.seed,
-            should_stop=stop,
+            should_stop=should_stop,
             on_step=on_step,
         )
     if best is not None and ring.leads:
-        start_run(config)
+        start_run(config, "align")
     return best

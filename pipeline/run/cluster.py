@@ -98,6 +98,8 @@ class _InFlight:
     on_rows: Callable[[int], None]
     tasks: dict[Future[units.UnitResult], _Unit] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
+    fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the encoders that were loaded."""
     lines: int = 0
     """Warnings that were logged."""
     done: int = 0
@@ -148,6 +150,29 @@ class Cluster:
             with suppress(OSError):  # the scheduler is gone, which is reported already
                 self._on_workers(units.forget_encoder)
 
+    def fingerprints(self, name: str, stop: StopRequest) -> dict[str, dict[str, Any]]:
+        """Let a worker load an encoder, and return the fingerprints of its columns.
+
+        Args:
+            name: `image/<encoder>` or `text/<encoder>`.
+            stop: Whether a signal came.
+
+        Raises:
+            Stopped: A signal came.
+            SailError: It cannot be loaded.
+            ClusterError: It took down several workers, or the scheduler is gone.
+        """
+        describe = _Unit(
+            name=f"describe {name}-{self._job['id']}",
+            words=f"Loading the encoder {name}",
+            rows=0,
+            function=units.describe_encoder,
+            arguments=(name,),
+        )
+        done = self._run(iter([describe]), stop, lambda _: None)
+        stop.check()
+        return done.fingerprints
+
     def fill_encoder(self, stores: list[FeatureStore], name: str, stop: StopRequest) -> None:
         """Fill the columns of an encoder in every store.
 
@@ -179,7 +204,7 @@ class Cluster:
                 if pending := pending_in_any(columns):
                     with progress_line(store, columns, pending) as line:
                         tasks = self._units(store, columns, pending)
-                        phases = self._run(tasks, stop, line.advance)
+                        phases = self._run(tasks, stop, line.advance).phases
                         if not stop():
                             are_done = functools.partial(_are_done, columns, pending)
                             _wait_for(are_done, f"{store.path}: {', '.join(names)}", stop)
@@ -203,7 +228,7 @@ class Cluster:
 
     def _run(
         self, tasks: Iterator[_Unit], stop: StopRequest, on_rows: Callable[[int], None]
-    ) -> Phases:
+    ) -> _InFlight:
         """Have tasks done, a bounded number at a time, until all are or a signal comes."""
         in_flight = _InFlight(on_rows)
         self._client.subscribe_topic(self._job["id"], in_flight.hear)
@@ -222,7 +247,7 @@ class Cluster:
                 self._end(in_flight)
         except (OSError, CancelledError) as error:  # the client's; those of workers come as words
             raise self._scheduler_gone() from error
-        return in_flight.phases
+        return in_flight
 
     def _submit(self, task: _Unit, in_flight: _InFlight) -> None:
         # A key of its own each time: Dask remembers how often one has failed.
@@ -252,6 +277,7 @@ class Cluster:
             self._take_death(task, error, in_flight)
             return
         in_flight.phases.add(Phases(**report["phases"]))
+        in_flight.fingerprints |= report["fingerprints"]
         in_flight.done += task.rows
         for line in report["lines"][: MAX_LOGGED_FAULTS - in_flight.lines]:
             logger.warning("%s", line)

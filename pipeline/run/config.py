@@ -212,9 +212,15 @@ def _checked(document: dict[str, Any], what: str, folder: Path | None = None) ->
         ) from None  # the cause would repeat what a URL in it may hide
 
 
-def dump_config(config: RunConfig) -> str:
-    """Return the resolved run file as TOML, every default written out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+def dump_config(config: RunConfig, *, with_dir: bool = True) -> str:
+    """Return the resolved run file as TOML, every default written out.
+
+    Args:
+        config: The settings.
+        with_dir: Whether with `run.dir`, which a file in the run folder itself can do without.
+    """
+    exclude = None if with_dir else {"run": {"dir"}}
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
 
 
 def shipped_recipes() -> list[str]:

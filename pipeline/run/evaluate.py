@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,7 @@ from evaluate.results import (
     write_results,
     write_stamp,
 )
-from features.errors import ConfigError, EvaluationError, UnusableSplitError
+from features.errors import ConfigError, EvaluationError, SailError, UnusableSplitError
 from features.status import Status
 from features.storage.files import delete, write
 from features.storage.fingerprint import differences
@@ -52,7 +53,7 @@ from pipeline.progress import ProgressLine, timed
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import open_store, run_folder, start_run
+from pipeline.run.folder import keep_settings, open_store, run_folder, stage_lock
 from pipeline.tables import rendered
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
@@ -262,8 +263,26 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     Raises:
         CheckpointError: There is no trained head.
         EvaluationError: A measure that is asked for cannot be taken.
+        LockedError: Another process evaluates this run.
         Stopped: A signal came; what an earlier evaluation wrote is as it was.
     """
+    with stage_lock(config, "eval"), _no_prompts_if_refused(config.run.dir / "eval"):
+        return _evaluate(config, stop)
+
+
+@contextmanager
+def _no_prompts_if_refused(folder: Path) -> Iterator[None]:
+    """Remove the prompts that an evaluation encoded before it was refused."""
+    before = set(folder.glob("prompts-*.npy"))
+    try:
+        yield
+    except SailError:
+        for path in set(folder.glob("prompts-*.npy")) - before:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _evaluate(config: RunConfig, stop: StopRequest) -> Path:
     folder = run_folder(config)
     checkpoint_path = folder.align / config.eval.checkpoint
     checkpoint = Checkpoint.open(checkpoint_path)
@@ -275,13 +294,14 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
     }
     work = _plan(config, Splits(stores, config.trained_splits))
     results, report = folder.eval / "results.json", folder.eval / "report.html"
-    start_run(config)
     digest = _digest(config, work, checkpoint, stores, inputs)
     if _is_up_to_date(folder.eval, digest):
         logger.info("%s is up to date", results)
         return results
     make_folder(folder.eval)
     context = _context(config, checkpoint_path, stores, inputs, stop)
+    if context.embedder.checkpoint.path != checkpoint.path:  # training has put another one there
+        digest = _digest(config, work, context.embedder.checkpoint, stores, inputs)
     found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
     if not any(part.results for part in found.values()) and any(work.values()):
         notes = dict.fromkeys(note for part in found.values() for note in part.notes)
@@ -297,6 +317,7 @@ def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
         results=[result for part in found.values() for result in part.results],
     )
     write(report, page.encode())
+    keep_settings(config, "eval")
     write_stamp(folder.eval, digest, WRITTEN)
     return results
 

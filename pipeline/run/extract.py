@@ -1,28 +1,32 @@
-"""Stage one: what of it runs when; it does only what is missing."""
+"""Stage one: what of it runs when; it does only what is missing.
+
+All that may be refused is refused before anything is written. One command at a time makes the rows
+ready; then any number of them, and of workers, fill the columns, while nobody may add rows.
+"""
 
 import logging
-import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
-from features.errors import ConfigError
-from features.index import Index, build_index, find_changes, update_index
-from features.sources import Source
+from features.errors import ConfigError, StoreMismatchError
+from features.storage.column import encoder_of
+from features.storage.lock import locked
 from features.storage.place import Place
-from features.store import FeatureStore, extend_store
+from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
-from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
 from pipeline.run.finished import KnownEncoders, is_finished
-from pipeline.run.folder import RunFolder, start_run
+from pipeline.run.folder import RunFolder, filling, run_folder, start_run
+from pipeline.run.rows import plan_rows
 from pipeline.run.usable import check_usable
 
 if TYPE_CHECKING:
     from pipeline.run.cluster import Cluster
+    from pipeline.run.filling import LoadedEncoders
 
 logger = logging.getLogger(__name__)
-WORDNET_ID = re.compile(r"n\d{8}")
+Fingerprints = dict[str, dict[str, Any]]
 
 
 def extract(
@@ -45,6 +49,9 @@ def extract(
     Raises:
         SourceError: A source changed otherwise than by captions, has more rows without `append`,
             or an encoder cannot use one row of it.
+        EncoderError: An encoder cannot be loaded.
+        StoreMismatchError: A column was made by something else than the recipe says.
+        LockedError: Rows are to be added while another command fills the columns.
         Stopped: A signal came; what is done is on disk and the next call goes on from there.
     """
     if config.run.features is not None:
@@ -52,21 +59,32 @@ def extract(
             f"run.features = {config.run.features} says that the features of another run are used. "
             f"Call `sail align`, or leave run.features out."
         )
-    with _cluster(config, scheduler, workers) as cluster:
-        folder = start_run(config)
-        splits = []
-        for split, source in config.data.items():
-            index = current_index(
-                folder, split, source, stop, append=append, needs_images=bool(config.encoders.image)
-            )
-            splits.append((_open_store(config, folder, split, index, append=append), index))
-        stores = [store for store, _ in splits]
+    folder = run_folder(config)
+    names = [f"image/{name}" for name in config.encoders.image]
+    names += [f"text/{name}" for name in config.encoders.text]
+    with _cluster(config, scheduler, workers) as cluster, ExitStack() as until_done:
         known = KnownEncoders(folder.path / "encoders.json")
-        names = [f"image/{name}" for name in config.encoders.image]
-        names += [f"text/{name}" for name in config.encoders.text]
-        for name in names:
-            if is_finished(config, known, stores, name):
-                continue
+        encoders = _Encoders(config, known, cluster, stop)
+        with (
+            _preparing(folder, stop),
+            plan_rows(
+                config,
+                folder,
+                stop,
+                append=append,
+                check_stores=lambda stores: encoders.check(names, stores),
+            ) as plans,
+        ):
+            changes_rows = any(plan.changes_rows for plan in plans)
+            with filling(folder.path, shared=False) if changes_rows else nullcontext():
+                start_run(config, "features")
+                splits = [(plan.write(config), plan.index) for plan in plans]
+                encoders.remember()
+            stores = [store for store, _ in splits]
+            left = [name for name in names if not is_finished(config, known, stores, name)]
+            if left:
+                until_done.enter_context(filling(folder.path))
+        for name in left:
             stop.check()
             if cluster is not None:
                 cluster.fill_encoder(stores, name, stop)
@@ -74,9 +92,95 @@ def extract(
             # torch: a finished run does without
             from pipeline.run.filling import fill_encoder
 
-            fill_encoder(config, known, splits, name, stop)
+            fill_encoder(config, encoders.loaded, splits, name, stop)
     check_usable(stores)
     return [store.path for store in stores]
+
+
+class _Encoders:
+    """What the encoders of a recipe are, by what is known of them or by loading them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        known: KnownEncoders,
+        cluster: "Cluster | None",
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._known, self._cluster, self._stop = config, known, cluster, stop
+        self._loaded: LoadedEncoders | None = None
+        self._found: dict[str, Fingerprints] = {}
+
+    @property
+    def loaded(self) -> "LoadedEncoders":
+        """Loads them in this process."""
+        if self._loaded is None:
+            from pipeline.run.filling import LoadedEncoders  # torch: a finished run does without
+
+            self._loaded = LoadedEncoders(self._config)
+        return self._loaded
+
+    def check(self, names: Sequence[str], stores: Sequence[FeatureStore]) -> None:
+        """Check that every encoder can be loaded, and that the columns there are are its own.
+
+        The first comes last, since the one that was loaded last is there when columns are filled.
+
+        Args:
+            names: `image/<encoder>` or `text/<encoder>`.
+            stores: Those there are.
+
+        Raises:
+            EncoderError: It cannot be loaded.
+            StoreMismatchError: A column was made by something else; the field is named.
+        """
+        for name in reversed(names):
+            for group, fingerprint in self._fingerprints(name).items():
+                for store in stores:
+                    _check_columns(store, group, fingerprint)
+
+    def remember(self) -> None:
+        """Write down what the encoders are that this process loaded."""
+        if self._cluster is None:
+            from pipeline.run.filling import folder_of
+
+            for name, fingerprints in self._found.items():
+                folder = folder_of(self._config, name)
+                self._known.remember(name, self._config, folder, fingerprints)
+
+    def _fingerprints(self, name: str) -> Fingerprints:
+        found = self._known.fingerprints(name, self._config)
+        if found is None:
+            self._stop.check()
+            if self._cluster is not None:
+                found = self._cluster.fingerprints(name, self._stop)
+            else:
+                found = self.loaded.get(name).fingerprints
+            self._found[name] = found
+        return found
+
+
+def _check_columns(store: FeatureStore, group: str, expected: dict[str, Any]) -> None:
+    """Check that the columns of an encoder, if a store has any, are of the one that is expected."""
+    for name in store.columns():
+        if encoder_of(name) == group:
+            fingerprint = store.column(name).fingerprint
+            for field, found, wanted in fingerprint.differences(expected):
+                place = f"{store.path}/{group}"
+                raise StoreMismatchError(place, field, found=found, expected=wanted)
+
+
+def _preparing(folder: RunFolder, stop: StopRequest) -> AbstractContextManager[None]:
+    """Wait until no other command makes the rows ready, and keep others from it."""
+    told: list[str] = []
+
+    def wait(words: str) -> None:
+        if not told:
+            logger.info("%s", words)
+            told.append(words)
+        stop.check()
+
+    what = f"{folder.path} is being made ready"
+    return locked(folder.path / ".extract.lock", what, wait=wait)
 
 
 def _cluster(
@@ -87,87 +191,3 @@ def _cluster(
     from pipeline.run.cluster import open_cluster
 
     return open_cluster(config, scheduler=scheduler, workers=workers)
-
-
-def current_index(
-    folder: RunFolder,
-    split: str,
-    source: Source,
-    stop: StopRequest,
-    *,
-    append: bool,
-    needs_images: bool = False,
-) -> Index:
-    """Open the index of a split, bring it up to date, or build it from its source.
-
-    A source of which not one image is there is refused where images are needed.
-
-    Raises:
-        SourceError: The source changed since the index was built, otherwise than it may.
-        Stopped: A signal came; the index is as it was before.
-    """
-    path, made = folder.index(split), folder.path / "shards" / split
-    if path.is_file():
-        index = Index.open(path)
-        reader = source.open(index.names, folder=made)
-        is_same = index.source == reader.source.recorded()
-        if is_same or FeatureStore.is_at(folder.store(split)):
-            changes = find_changes(index, reader)
-            if not changes:
-                return index
-            with ProgressLine(f"index {split}", None, "samples") as line:
-                advance = _until(stop, line)
-                return update_index(index, reader, changes, append=append, on_progress=advance)
-    reader = source.open(folder=made)
-    with ProgressLine(f"index {split}", None, "samples") as line:
-        advance = _until(stop, line)
-        index = build_index(reader, path, needs_images=needs_images, on_progress=advance)
-    _tell(index, split)
-    return index
-
-
-def _tell(index: Index, split: str) -> None:
-    """Say what was handled by rule, and above all what nobody wants."""
-    for place, about in index.unreadable.items():
-        logger.warning("index %s: %s is left out: %s", split, place.name, about["why"])
-    if index.unreadable:
-        files = len(index.unreadable) + len(index.shards)
-        logger.warning(
-            "index %s: %d of %d files cannot be read and are left out; when they are mended, "
-            "`sail extract` with --append adds their rows",
-            split,
-            len(index.unreadable),
-            files,
-        )
-    for what, count in index.counts.items():
-        if count:
-            logger.info("index %s: %s: %d", split, what, count)
-    if not index.fields and not index.has_labels:
-        logger.warning("index %s: no captions; name those of the source in its `captions`", split)
-    names = index.class_names or ()
-    if names and all(map(WORDNET_ID.fullmatch, names)):
-        logger.warning(
-            "index %s: the classes are called %s, as WordNet numbers them; prompts need words: set "
-            "class_names = 'imagenet-1k', or a file of names, in the source",
-            split,
-            names[0],
-        )
-
-
-def _until(stop: StopRequest, line: ProgressLine) -> Callable[[int], None]:
-    """Return what moves the line on, until a signal asks to stop."""
-
-    def advance(count: int) -> None:
-        line.advance(count)
-        stop.check()
-
-    return advance
-
-
-def _open_store(
-    config: RunConfig, folder: RunFolder, split: str, index: Index, *, append: bool
-) -> FeatureStore:
-    path = folder.store(split)
-    if not FeatureStore.is_at(path):
-        return FeatureStore.create(path, index, rows_per_chunk=config.extract.rows_per_chunk)
-    return extend_store(FeatureStore.open(path), index, append=append)

@@ -1,5 +1,6 @@
 """Loads an encoder and fills its columns: the part of stage one that needs torch."""
 
+import gc
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,21 +19,43 @@ from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
-from pipeline.run.finished import KnownEncoders, check_quarantined, columns_of
+from pipeline.run.finished import check_quarantined, columns_of
 
 logger = logging.getLogger(__name__)
 Splits = Sequence[tuple[FeatureStore, Index]]
 Encoder = ImageEncoder | TextEncoder
 
 
+class LoadedEncoders:
+    """Loads the encoders of a recipe, and keeps the last one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._name: str | None = None
+        self._encoder: Encoder | None = None
+
+    def get(self, name: str) -> Encoder:
+        """Return `image/<encoder>` or `text/<encoder>`; the one before it is let go first.
+
+        Raises:
+            EncoderError: It cannot be loaded.
+        """
+        if self._encoder is None or self._name != name:
+            self._encoder = None
+            gc.collect()
+            self._encoder = load_encoder(self._config, name, prepare_device(self._config.run))
+            self._name = name
+        return self._encoder
+
+
 def fill_encoder(
-    config: RunConfig, known: KnownEncoders, splits: Splits, name: str, stop: StopRequest
+    config: RunConfig, encoders: LoadedEncoders, splits: Splits, name: str, stop: StopRequest
 ) -> None:
     """Load an encoder, and fill its columns in every split.
 
     Args:
         config: Settings of the run.
-        known: Is told what the encoder is.
+        encoders: Loads it.
         splits: Store and index of every split.
         name: `image/<encoder>` or `text/<encoder>`.
         stop: Whether a signal came.
@@ -41,8 +64,7 @@ def fill_encoder(
         Stopped: A signal came; what is done is on disk.
         SourceError: More rows are quarantined than the recipe allows.
     """
-    encoder = load_encoder(config, name, prepare_device(config.run))
-    known.remember(name, config, folder_of(config, name), encoder.fingerprints)
+    encoder = encoders.get(name)
     add_columns((store for store, _ in splits), encoder)
     for store, index in splits:
         for names in columns_of(config, store, name):

@@ -1,15 +1,21 @@
 """Which stores are trained on and measured: the run's own, or those that settings name instead."""
 
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from align.columns import JoinedStore
 from features.errors import ConfigError, TrainingError
-from features.storage.files import is_file, write
+from features.storage.files import is_file, remove_leftovers, write
+from features.storage.lock import locked
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.run.config import RunConfig, dump_config
+
+SETTINGS_FILE = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,56 @@ def run_folder(config: RunConfig) -> RunFolder:
     return RunFolder(config.run.dir, config.run.features, config.extract.store)
 
 
-def start_run(config: RunConfig) -> RunFolder:
-    """Make the run folder, and write the resolved settings there.
+def start_run(config: RunConfig, stage: Literal["features", "align"]) -> None:
+    """Write the resolved settings into the run folder, and beside what a stage makes there.
 
     Commands that may refuse the settings call this once they have not.
     """
-    folder = run_folder(config)
-    path, content = folder.path / "config.toml", dump_config(config).encode()
-    if not (path.is_file() and path.read_bytes() == content):  # a finished run may be read-only
-        write(path, content)
-    return folder
+    path = config.run.dir / SETTINGS_FILE
+    if not os.access(config.run.dir, os.W_OK) and _is(path, dump_config(config)):
+        return  # a finished run of an earlier version, which is kept safe
+    keep_settings(config, stage)
+    _write_if_new(path, dump_config(config))
+
+
+def keep_settings(config: RunConfig, stage: Literal["features", "align", "eval"]) -> None:
+    """Write the resolved settings beside what a stage makes in the run folder."""
+    path = config.run.dir / stage / SETTINGS_FILE
+    _write_if_new(path, dump_config(config, with_dir=False))
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    if not _is(path, text):  # a finished run may be read-only
+        write(path, text.encode())
+
+
+def _is(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+@contextmanager
+def stage_lock(config: RunConfig, stage: str) -> Iterator[None]:
+    """Keep other processes from writing what a stage makes in the run folder.
+
+    What a process left there that was killed goes, and so do empty folders of one that is refused.
+
+    Args:
+        config: Of the run.
+        stage: Name of the folder in it.
+
+    Raises:
+        LockedError: Another process writes it.
+    """
+    folder = config.run.dir / stage
+    with locked(config.run.dir / f".{stage}.lock", f"{folder} is being written"):
+        remove_leftovers(folder)
+        try:
+            yield
+        except BaseException:
+            for path in [*sorted(folder.rglob("*/"), reverse=True), folder]:
+                with suppress(OSError):  # there is something in it
+                    path.rmdir()
+            raise
 
 
 def open_store(config: RunConfig, folder: RunFolder, split: str) -> FeatureStore:
@@ -116,3 +162,14 @@ def _named(config: RunConfig, setting: Literal["store", "text_store"], split: st
             f"align.mix out."
         )
     return path if is_trained else None
+
+
+def filling(run: Path, *, shared: bool = True) -> AbstractContextManager[None]:
+    """Hold what fills the columns of a run: any number of commands and workers share it.
+
+    Args:
+        run: Its folder.
+        shared: Not where rows are added, which nobody may be filling meanwhile.
+    """
+    what = f"{run / 'features'} is being {'extended' if shared else 'filled'}"
+    return locked(run / ".features.lock", what, shared=shared)

@@ -28,7 +28,7 @@ from pipeline.run.cpu import keep_freed_memory, usable_processors
 from pipeline.run.device import prepare_device
 from pipeline.run.filling import Encoder, add_columns, folder_of, load_encoder
 from pipeline.run.finished import KnownEncoders
-from pipeline.run.folder import run_folder
+from pipeline.run.folder import filling, run_folder
 
 SECONDS_BETWEEN_REPORTS = 1.0
 
@@ -61,6 +61,8 @@ class UnitResult(TypedDict):
 
     phases: dict[str, Any]
     """Seconds and counts, as in `features.extract.Phases`."""
+    fingerprints: dict[str, dict[str, Any]]
+    """Of the columns of an encoder, where they were asked for."""
     lines: list[str]
     """The first warnings, which name quarantined rows."""
     error: str | None
@@ -74,6 +76,8 @@ class _Process:
         self.turn = threading.Lock()
         """Held by the unit at work: an encoder serves one thread."""
         self.stopped: set[str] = set()
+        self.checked: tuple[str, str] | None = None
+        """The encoder whose columns are in the stores and were checked against it."""
         self._key: tuple[str, str] | None = None
         self._encoder: Encoder | None = None
 
@@ -86,13 +90,32 @@ class _Process:
 
     def forget(self) -> None:
         """Let go of the encoder and its memory."""
-        self._encoder = self._key = None
+        self._encoder = self._key = self.checked = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 _process = _Process()
+
+
+def describe_encoder(job: ClusterJob, unit: str, name: str) -> UnitResult:
+    """Load an encoder, and tell its fingerprints; nothing is written.
+
+    Args:
+        job: What all units share.
+        unit: The name under which this is reported.
+        name: `image/<encoder>` or `text/<encoder>`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def work(config: RunConfig) -> Phases:
+        found.update(_loaded(job, config, name).fingerprints)
+        return Phases()
+
+    result = _reported(job, unit, work)
+    result["fingerprints"] = found
+    return result
 
 
 def prepare_columns(job: ClusterJob, unit: str, name: str) -> UnitResult:
@@ -105,7 +128,7 @@ def prepare_columns(job: ClusterJob, unit: str, name: str) -> UnitResult:
     """
 
     def work(config: RunConfig) -> Phases:
-        encoder = _loaded(job, config, name)
+        encoder = _checked(job, config, name)
         known = KnownEncoders(run_folder(config).path / "encoders.json")
         known.remember(name, config, folder_of(config, name), encoder.fingerprints)
         return Phases()
@@ -128,20 +151,21 @@ def fill_chunks(
     """
 
     def work(config: RunConfig) -> Phases:
-        encoder = _loaded(job, config, encoder_of(names[0]))
+        encoder = _checked(job, config, encoder_of(names[0]))
         folder = run_folder(config)
-        store = FeatureStore.open(folder.store(split))
-        columns = [store.column(name) for name in names]
-        pending = pending_in_any(columns, chunks)
-        progress = _Progress(job, unit)
-        progress.add(sum(map(columns[0].chunk_rows, set(chunks) - set(pending))))
-        options = ExtractOptions(
-            workers=config.extract.workers or job["processors"] or usable_processors(),
-            should_stop=lambda: job["id"] in _process.stopped,
-            on_rows=progress.add,
-        )
-        index = Index.open(folder.index(split))
-        return extract(store, columns, index, encoder, options, pending)
+        with filling(folder.path):
+            store = FeatureStore.open(folder.store(split))
+            columns = [store.column(name) for name in names]
+            pending = pending_in_any(columns, chunks)
+            progress = _Progress(job, unit)
+            progress.add(sum(map(columns[0].chunk_rows, set(chunks) - set(pending))))
+            options = ExtractOptions(
+                workers=config.extract.workers or job["processors"] or usable_processors(),
+                should_stop=lambda: job["id"] in _process.stopped,
+                on_rows=progress.add,
+            )
+            index = Index.open(folder.index(split))
+            return extract(store, columns, index, encoder, options, pending)
 
     return _reported(job, unit, work)
 
@@ -205,7 +229,7 @@ def _reported(job: ClusterJob, unit: str, work: Callable[[RunConfig], Phases]) -
             phases, error = Phases(), str(fault)
         except OSError as fault:
             phases, error = Phases(), refused(fault, "every worker")
-    return {"phases": asdict(phases), "lines": lines, "error": error}
+    return {"phases": asdict(phases), "fingerprints": {}, "lines": lines, "error": error}
 
 
 def _check_version(job: ClusterJob) -> None:
@@ -239,7 +263,7 @@ def _warnings_kept() -> Iterator[list[str]]:
 
 
 def _loaded(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
-    """Return an encoder whose columns are in the stores and were checked against it."""
+    """Return an encoder, the one of this process if that is it."""
 
     def load() -> Encoder:
         keep_freed_memory()
@@ -247,12 +271,19 @@ def _loaded(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
         settings = device_settings(config.run, job, get_worker().name, gpus)
         if settings.threads is None and job["processors"] is not None:
             settings = settings.model_copy(update={"threads": job["processors"]})
-        encoder = load_encoder(config, name, prepare_device(settings))
-        folder = run_folder(config)
-        add_columns((FeatureStore.open(folder.store(split)) for split in config.data), encoder)
-        return encoder
+        return load_encoder(config, name, prepare_device(settings))
 
     return _process.encoder((job["id"], name), load)
+
+
+def _checked(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
+    """Return an encoder whose columns are in the stores and were checked against it."""
+    encoder, key = _loaded(job, config, name), (job["id"], name)
+    if _process.checked != key:
+        folder = run_folder(config)
+        add_columns((FeatureStore.open(folder.store(split)) for split in config.data), encoder)
+        _process.checked = key
+    return encoder
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001 - the name and form that Dask calls

@@ -6,10 +6,8 @@ and of what. A call for the same place, of the same rows in the same form, goes 
 call of anything else begins anew.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any
 
 from features.errors import FileError, SailError, StorageError, StoreCorruptError, StoreError
 from features.storage.files import write_json
+from features.storage.lock import locked
 from features.storage.place import Place
 from features.storage.reading import Expected, read_json
 from features.storage.synchronise import make_folder, synchronise, synchronise_all
@@ -109,11 +108,11 @@ def unfinished(out: Place, *made_of: object) -> Iterator[Unfinished]:
         made_of: All that tells it from anything else that could be made there.
 
     Raises:
-        StoreError: Another process is at it.
+        LockedError: Another process is at it.
     """
     folder = (out if isinstance(out, Path) else Path(out.name)).with_name(f".{out.name}.unfinished")
-    make_folder(folder)
-    with _locked(folder, out):
+    remedy = "Wait for it, or give another --out."
+    with locked(folder / "lock", f"{out} is being made", remedy=remedy):
         work = Unfinished(folder, hashlib.sha256(repr(made_of).encode()).hexdigest())
         if work.done:
             logger.info("%s is continued", out)
@@ -127,22 +126,3 @@ def unfinished(out: Place, *made_of: object) -> Iterator[Unfinished]:
                 logger.info("What is done of %s is in %s", out, folder)
             raise
         shutil.rmtree(folder, ignore_errors=True)  # all is done, and nobody needs it
-
-
-@contextmanager
-def _locked(folder: Path, out: Place) -> Iterator[None]:
-    """Keep other processes out; where a disk over the network has no locks, trust the user."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_taken = os.fstat(file.fileno()).st_nlink == 0  # its owner has just cleared it away
-        except BlockingIOError:
-            is_taken = True
-        except OSError:
-            is_taken = False
-        if is_taken:
-            raise StoreError(
-                f"{out} is being made by another process. One at a time was expected. Wait for it, "
-                f"or give another --out."
-            )
-        yield

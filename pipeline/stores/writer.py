@@ -141,7 +141,8 @@ def write_store(
             given, because to read it for each chunk that is made would be to read it often.
 
     Raises:
-        StoreError: There is something at `out`, or another process is at it.
+        StoreError: There is something at `out`.
+        LockedError: Another process is at it.
         SourceError: Two rows have one key, or the keys are not those that the layout tells.
         Stopped: A signal came.
     """

@@ -23,6 +23,7 @@ from features.errors import ConfigError
 from features.storage.files import appearing, write, write_json
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig
+from pipeline.run.folder import stage_lock
 from pipeline.study.probes import (
     Kept,
     Probe,
@@ -31,6 +32,8 @@ from pipeline.study.probes import (
     measure_pairs,
     probe_folder,
     probe_pairs,
+    scored_rows,
+    usable_rows,
 )
 from pipeline.tables import numbers, rendered, words
 
@@ -121,6 +124,11 @@ def pick_run(config: RunConfig, on: str | None, stop: StopRequest) -> Path:
     Raises:
         Stopped: A signal came; the same call goes on from here.
     """
+    with stage_lock(config, "study"):
+        return _pick(config, on, stop)
+
+
+def _pick(config: RunConfig, on: str | None, stop: StopRequest) -> Path:
     rows, probes = probe_pairs(config, on, stop)
     document = {
         "schema": 1,
@@ -201,6 +209,13 @@ def study_run(
         Stopped: A signal came; the same call goes on from here.
     """
     outside = {} if scores is None else read_scores(scores, config)
+    scored_rows(config, on)
+    usable_rows(config, config.align.split)
+    with stage_lock(config, "study"):
+        return _study(config, stop, on, outside)
+
+
+def _study(config: RunConfig, stop: StopRequest, on: str | None, outside: Scores) -> Path:
     folder = probe_folder(config)
     kept = Kept.read(folder / "measures.json")
     splits = _labelled_splits(config)

@@ -32,6 +32,7 @@ from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.evaluate import evaluate_run
+from pipeline.run.folder import stage_lock
 from pipeline.tables import numbers, rendered, words
 
 CHOSEN = "heldout/recall@10"
@@ -157,9 +158,15 @@ def sweep_run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
         ConfigError: A setting cannot be varied, or there is nothing to compare by. All combinations
             are checked before the first is trained.
         TrainingError: None of them could be trained.
+        LockedError: Another process runs such a sweep.
         Stopped: A signal came; the same call goes on from here.
     """
     _check(sweep)
+    with stage_lock(config, sweep.name):
+        return _run(sweep, config, stop)
+
+
+def _run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
     path = config.run.dir / sweep.name / f"{sweep.name}.json"
     planned = list(_planned(sweep, config))
     if any(varied.align.holdout == 0 for _, varied in planned):
@@ -170,7 +177,8 @@ def sweep_run(sweep: Sweep, config: RunConfig, stop: StopRequest) -> Path:
     for number, (trial, varied) in enumerate(planned, 1):
         logger.info("%s %d of %d: %s", sweep.name, number, len(planned), Path(trial.dir).name)
         done.append(_train(trial, varied, stop, evaluates=sweep.evaluates))
-        write_json(path, _document(sweep, done))
+        if not all(trial.failed for trial in done):
+            write_json(path, _document(sweep, done))
     if all(trial.failed for trial in done):
         raise TrainingError(f"None of {len(done)} trainings came to an end. {done[-1].failed}")
     sweep_plot(_document(sweep, done), path.with_suffix(".png"))

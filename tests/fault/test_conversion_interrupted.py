@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from features.errors import SourceError, StorageError, StoreCorruptError, StoreError
+from features.errors import LockedError, SourceError, StorageError, StoreCorruptError
 from features.storage.place import as_place
 from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
@@ -304,7 +304,8 @@ def test_a_second_process_is_told_to_wait(folder: Path) -> None:
         assert held.done == 0
         held.made.touch()
         held.advance()
-        with pytest.raises(StoreError, match="out is being made by another process"):
+        words = rf"out is being made by another process \(process {os.getpid()} on "
+        with pytest.raises(LockedError, match=words):
             to_larger_chunks(folder, StopRequest())
     to_larger_chunks(folder, StopRequest())
     assert digests_of(folder / "out") == expected
