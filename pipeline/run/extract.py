@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from features.errors import ConfigError, StoreMismatchError
-from features.storage.column import encoder_of
+from features.errors import ConfigError
 from features.storage.lock import locked
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig
-from pipeline.run.finished import KnownEncoders, is_finished
+from pipeline.run.finished import KnownEncoders, check_columns, is_finished
 from pipeline.run.folder import RunFolder, filling, run_folder, start_run
 from pipeline.run.rows import plan_rows
 from pipeline.run.usable import check_usable
@@ -134,9 +133,9 @@ class _Encoders:
             StoreMismatchError: A column was made by something else; the field is named.
         """
         for name in reversed(names):
-            for group, fingerprint in self._fingerprints(name).items():
-                for store in stores:
-                    _check_columns(store, group, fingerprint)
+            fingerprints = self._fingerprints(name)
+            for store in stores:
+                check_columns(store, fingerprints)
 
     def remember(self) -> None:
         """Write down what the encoders are that this process loaded."""
@@ -157,16 +156,6 @@ class _Encoders:
                 found = self.loaded.get(name).fingerprints
             self._found[name] = found
         return found
-
-
-def _check_columns(store: FeatureStore, group: str, expected: dict[str, Any]) -> None:
-    """Check that the columns of an encoder, if a store has any, are of the one that is expected."""
-    for name in store.columns():
-        if encoder_of(name) == group:
-            fingerprint = store.column(name).fingerprint
-            for field, found, wanted in fingerprint.differences(expected):
-                place = f"{store.path}/{group}"
-                raise StoreMismatchError(place, field, found=found, expected=wanted)
 
 
 def _preparing(folder: RunFolder, stop: StopRequest) -> AbstractContextManager[None]:

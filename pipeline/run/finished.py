@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import FileError, SourceError, StoreCorruptError
+from features.errors import FileError, SourceError, StoreCorruptError, StoreMismatchError
 from features.status import Status
+from features.storage.column import encoder_of
 from features.storage.files import write_json
 from features.storage.reading import Expected, read_json
 from features.store import FeatureStore
@@ -109,6 +110,24 @@ def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[s
     if kind == "image":
         return [[name, *(f"image/{column}" for column in config.encoders.image[encoder].also)]]
     return [[f"{name}/{field}"] for field in store.fields]
+
+
+def check_columns(store: FeatureStore, fingerprints: dict[str, dict[str, Any]]) -> None:
+    """Check that the columns of an encoder, as far as a store has them, are of the one expected.
+
+    Args:
+        store: Is not changed.
+        fingerprints: By the name of the encoder in the store, as `image/<encoder>`.
+
+    Raises:
+        StoreMismatchError: A column was made by something else; the field is named.
+    """
+    for name in store.columns():
+        if (expected := fingerprints.get(encoder_of(name))) is None:
+            continue
+        for field, found, wanted in store.column(name).fingerprint.differences(expected):
+            place = f"{store.path}/{encoder_of(name)}"
+            raise StoreMismatchError(place, field, found=found, expected=wanted)
 
 
 def check_quarantined(store: FeatureStore, name: str, max_bad_fraction: float) -> None:

@@ -119,6 +119,20 @@ def plan_rows(
         yield sorted(plans, key=lambda plan: order.index(plan.split))
 
 
+def current_index(folder: RunFolder, split: str, source: Source, stop: StopRequest) -> Index:
+    """Open the index of a split, or make it anew where there is none; the rows stay the same.
+
+    Raises:
+        SourceError: The source changed since the index was built, otherwise than it may.
+        Stopped: A signal came; the index is as it was before.
+    """
+    with _candidates(folder.index(split).parent) as plans:
+        plan = _plan(folder, split, _open(folder, split, source), stop, append=False)
+        plans.append(plan)
+        plan.write_index()
+        return plan.index
+
+
 @contextmanager
 def _candidates(parent: Path) -> Iterator[list[PlannedRows]]:
     """Yield a list; in the end the indexes in it go that are not in place in their folder."""

@@ -17,9 +17,9 @@ from features.storage.rows import check_file
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig, load_config
-from pipeline.run.extract import current_index
-from pipeline.run.finished import KnownEncoders
-from pipeline.run.folder import RunFolder
+from pipeline.run.finished import check_columns
+from pipeline.run.folder import SETTINGS_FILE, RunFolder, filling
+from pipeline.run.rows import current_index
 from pipeline.stores.verify import Fault, find_faults
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def repair_store(path: Place, stop: StopRequest, *, run: str | None = None) -> R
 
     Raises:
         StoreError: The store is of no run, or under a URL without `run`.
+        LockedError: Another command fills the columns of the run.
         SourceError: The sources of the run changed.
         Stopped: A signal came; what was repaired is on disk.
     """
@@ -60,7 +61,20 @@ def repair_store(path: Place, stop: StopRequest, *, run: str | None = None) -> R
     if not faults:
         return repair
     config, folder, split = _run_of(path, run)
-    index = current_index(folder, split, config.data[split], stop, append=False)
+    with filling(folder.path, shared=False):
+        index = current_index(folder, split, config.data[split], stop)
+        _repair(repair, faults, path, index, config, stop)
+    return repair
+
+
+def _repair(
+    repair: Repair,
+    faults: list[Fault],
+    path: Place,
+    index: Index,
+    config: RunConfig,
+    stop: StopRequest,
+) -> None:
     for _ in range(ROUNDS):
         written = _write_rows(path, index, config, faults) if isinstance(path, Path) else []
         repair.written += written
@@ -68,11 +82,10 @@ def repair_store(path: Place, stop: StopRequest, *, run: str | None = None) -> R
             break
         faults = find_faults(path)
     if chunks := _chunks(faults):
-        before = _encode(path, index, config, folder, chunks, stop)
+        before = _encode(path, index, config, chunks, stop)
         repair.encoded = {name: sorted(numbers) for name, numbers in chunks.items()}
         faults = [*find_faults(path), *_others_than_before(FeatureStore.open(path), before)]
     repair.left = faults
-    return repair
 
 
 def _run_of(path: Place, run: str | None) -> tuple[RunConfig, RunFolder, str]:
@@ -80,8 +93,10 @@ def _run_of(path: Place, run: str | None) -> tuple[RunConfig, RunFolder, str]:
     if run is None and not isinstance(path, Path):
         raise StoreError(f"{path} is under a URL. Name the run that made it: --run RUN.")
     settings = Path(run) if run is not None else Path(str(path)).absolute().parents[1]
-    if settings.is_dir():
-        settings /= "config.toml"
+    folder = settings if settings.is_dir() else None
+    if folder is not None:
+        extracted = folder / "features" / SETTINGS_FILE
+        settings = extracted if extracted.is_file() else folder / SETTINGS_FILE
     if run is None and not settings.is_file():
         raise StoreError(
             f"{path} does not lie in the folder of a run: there is no {settings}. Name the run "
@@ -93,7 +108,8 @@ def _run_of(path: Place, run: str | None) -> tuple[RunConfig, RunFolder, str]:
             f"{settings} has no split {path.stem!r}; it has {list(config.data)}. Name the run that "
             f"made the store: --run RUN."
         )
-    folder = settings.parent if settings.name == "config.toml" else config.run.dir
+    if folder is None:
+        folder = settings.parent if settings.name == SETTINGS_FILE else config.run.dir
     return config, RunFolder(folder, None, config.extract.store), path.stem
 
 
@@ -109,14 +125,17 @@ def _encode(
     path: Place,
     index: Index,
     config: RunConfig,
-    folder: RunFolder,
     chunks: dict[str, set[int]],
     stop: StopRequest,
 ) -> dict[tuple[str, int], int]:
     """Encode chunks again; return the checksum that each had, where that is known."""
-    from pipeline.run.filling import fill_encoder  # torch loads here: a whole store does without
+    # torch loads here: a whole store does without
+    from pipeline.run.filling import LoadedEncoders, fill_encoder
 
-    store = FeatureStore.open(path)
+    store, encoders = FeatureStore.open(path), LoadedEncoders(config)
+    names = list(dict.fromkeys(_encoder_with(config, name) for name in chunks))
+    for encoder in reversed(names):  # before anything is removed; the last one stays loaded
+        check_columns(store, encoders.get(encoder).fingerprints)
     before = {}
     for name, numbers in chunks.items():
         column = store.column(name)
@@ -128,9 +147,8 @@ def _encode(
                 files.append(column.identities.file)
             for file in files:
                 _remove(file(chunk))
-    known = KnownEncoders(folder.path / "encoders.json")
-    for encoder in dict.fromkeys(_encoder_with(config, name) for name in chunks):
-        fill_encoder(config, known, [(store, index)], encoder, stop)
+    for encoder in names:
+        fill_encoder(config, encoders, [(store, index)], encoder, stop)
     return before
 
 

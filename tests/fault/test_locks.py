@@ -19,17 +19,21 @@ from pipeline.run.extract import extract
 from pipeline.run.folder import filling, stage_lock
 from tests import tiny
 from tests.commands import sail, the_error_of
-from tests.processes import forks
 from tests.trained import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 WHO = rf"by another process \(process {os.getpid()} on \S+, since \d{{4}}-\d\d-\d\d [\d:]+ UTC\)"
 
 
-def hold_until_killed(path: str, ready: str) -> None:
-    with locked(Path(path), "it is held"):
-        Path(ready).touch()
-        signal.pause()
+HOLD = """
+import signal, sys
+from pathlib import Path
+from features.storage.lock import locked
+
+with locked(Path(sys.argv[1]), "it is held"):
+    print("held", flush=True)
+    signal.pause()
+"""
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path: Path) -> None:
@@ -47,18 +51,17 @@ def test_a_lock_is_held_by_one_and_free_after_it(tmp_path: Path) -> None:
 
 
 def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    path, ready = tmp_path / "lock", tmp_path / "ready"
-    process = forks().Process(target=hold_until_killed, args=(str(path), str(ready)))
-    process.start()
-    while not ready.exists():
-        assert process.is_alive()
-    with (
-        pytest.raises(LockedError, match=rf"\(process {process.pid} on "),
-        locked(path, "it is held"),
-    ):
-        pytest.fail("the other process held it")
-    process.kill()
-    process.join()
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(LockedError, match=rf"\(process {process.pid} on "),
+            locked(path, "it is held"),
+        ):
+            pytest.fail("the other process held it")
+        process.kill()
     assert path.is_file()  # which holds nobody up
     with locked(path, "it is held"):
         assert json.loads(path.read_text())["pid"] == os.getpid()

@@ -18,6 +18,7 @@ from features.storage.files import machine
 from pipeline.explore.app import Access, create_app
 from pipeline.explore.session import Session
 from pipeline.export.exports import export_run
+from pipeline.export.parts import Parts, parts_of
 from pipeline.python import load_aligned
 from pipeline.search import search_images
 from tests.commands import sail
@@ -80,19 +81,17 @@ def test_a_checkpoint_that_is_replaced_all_the_time_is_given_up(run: Path, tmp_p
 def test_an_export_begins_again_where_its_head_was_replaced(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.export import exports
-
     copy, out = tmp_path / "run", tmp_path / "exported"
     shutil.copytree(run, copy, symlinks=True)
-    parts_of, left = exports.parts_of, [replace_best]
+    left = [replace_best]
 
-    def parts_that_go(*arguments: object, **options: object) -> object:
-        parts = parts_of(*arguments, **options)  # type: ignore[arg-type]
+    def parts_that_go(run: Path, *, with_encoders: bool) -> Parts:
+        parts = parts_of(run, with_encoders=with_encoders)
         if left:
             left.pop()(copy)
         return parts
 
-    monkeypatch.setattr(exports, "parts_of", parts_that_go)
+    monkeypatch.setattr("pipeline.export.exports.parts_of", parts_that_go)
     export_run(copy, "hf", out)
     best = copy / "align" / "best" / "model.safetensors"
     assert (out / "model.safetensors").read_bytes() == best.read_bytes()
