@@ -28,7 +28,7 @@ from torch import Tensor
 
 from align.config import HeadConfig, LossConfig, OptimizerConfig
 from align.heads import HEADS, AlignmentModel, build_model
-from features.errors import CheckpointError
+from features.errors import CheckpointError, remedy_of
 from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
 from features.storage.reading import (
@@ -381,8 +381,9 @@ class CheckpointFolder:
             kept = f"The last one, {self.last.resolve()}, is whole. " if self.last.exists() else ""
             raise CheckpointError(
                 f"The checkpoint of step {snapshot.step} cannot be written in {self._steps}: "
-                f"{error}. Room for {size / 1e6:,.1f} MB was expected, where it can be written. "
-                f"{kept}Make room and run `sail align` again: it goes on from there."
+                f"{error}. A place that can be written, with room for {size / 1e6:,.1f} MB, was "
+                f"expected. {kept}{remedy_of(error)}, and run `sail align` again: it goes on from "
+                f"there."
             ) from error
         target = self._folder(snapshot.step)
         shutil.rmtree(target, ignore_errors=True)  # nothing points to it: see `resume`

@@ -7,6 +7,7 @@ the command or setting that puts it right.
 """
 
 import errno
+import re
 
 
 class SailError(Exception):
@@ -17,11 +18,18 @@ def refused(error: OSError, who: str) -> str:
     """Say in words that the operating system refused something; `who` must be able to do it."""
     place = f" {error.filename}:" if error.filename else ""
     reason = " ".join(str(error.strerror or error).split())  # that of HDF5 has many lines
-    remedy = REMEDIES.get(error.errno or 0, "Check `run.dir` and the paths of the recipe")
     return (
         f"The operating system refused:{place} {reason}. A place that {who} can "
-        f"read and write was expected. {remedy}; what was done is kept."
+        f"read and write was expected. {remedy_of(error)}; what was done is kept."
     )
+
+
+def remedy_of(error: Exception) -> str:
+    """Say what to do about an error of the operating system, also where a library words it."""
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors
+        number = int(told[1])
+    return REMEDIES.get(number or 0, "Check `run.dir` and the paths of the recipe")
 
 
 _MAKE_ROOM = "Make room on the disk, or choose another with `run.dir`"

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from features.errors import ConfigError
+from features.storage.files import remove_leftovers
 from features.storage.lock import locked
 from features.storage.place import Place
 from features.store import FeatureStore
@@ -74,6 +75,7 @@ def extract(
                 check_stores=lambda stores: encoders.check(names, stores),
             ) as plans,
         ):
+            remove_leftovers(folder.path)
             changes_rows = any(plan.changes_rows for plan in plans)
             with filling(folder.path, shared=False) if changes_rows else nullcontext():
                 start_run(config, "features")

@@ -55,6 +55,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_what_to_do(
     told = str(raised.value)
     assert "The checkpoint of step 4 cannot be written" in told
     assert "No space left on device" in told
+    assert "Make room on the disk" in told
     assert "step-00000003, is whole" in told
     assert Checkpoint.open(run_dir / "last").step == 3
     load_head(run_dir / "last")

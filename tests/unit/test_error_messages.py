@@ -5,11 +5,15 @@ raises it match its words.
 """
 
 import ast
+import errno
+import os
 import re
 from pathlib import Path
 
+import pytest
+
 from features import errors
-from features.errors import SailError
+from features.errors import SailError, refused, remedy_of
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -84,3 +88,20 @@ def test_every_message_says_what_is_wrong_and_what_to_do() -> None:
     assert len(found) > 200
     poor = [f"{place}: {fault}: {text}" for place, text in found for fault in faults(text)]
     assert not poor, "\n".join(poor)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "Make room on the disk"),
+        (errno.EACCES, "Give this user the right"),
+        (errno.EROFS, "disk that can be written"),
+        (errno.ENOENT, "Correct the path"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_what_to_do_depends_on_what_the_operating_system_says(number: int, words: str) -> None:
+    error = OSError(number, os.strerror(number), "runs/x")
+    assert words in refused(error, "this command")
+    of_safetensors = Exception(f"I/O error: {os.strerror(number)} (os error {number})")
+    assert words in remedy_of(of_safetensors)
