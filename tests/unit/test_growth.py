@@ -248,3 +248,17 @@ def test_a_chunk_that_a_command_of_before_wrote_without_the_appended_rows_is_fou
     file.unlink()
     extracted(run_file)
     assert verify_store(store.path) == []
+
+
+def test_an_index_that_was_made_before_a_signal_came_is_kept(tmp_path: Path) -> None:
+    run_file = tiny.world(tmp_path, rows=12)
+
+    class StopAtTheSecondSplit(StopRequest):
+        def __call__(self) -> bool:
+            return any((tmp_path / "run" / "index").glob(".train.parquet.*"))
+
+    config = load_config(str(run_file), ["encoders.image={}", "encoders.text={}"])
+    with pytest.raises(Stopped):
+        extract(config, StopAtTheSecondSplit())
+    there = [path.name for path in (tmp_path / "run" / "index").iterdir()]
+    assert there == ["train.parquet"]
