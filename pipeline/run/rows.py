@@ -14,12 +14,12 @@ from pathlib import Path
 from features.index import (
     Changes,
     Index,
-    Reader,
     build_index,
     find_changes,
     update_index,
 )
 from features.sources import Source
+from features.sources.index_writer import Reader
 from features.sources.scenes import ScenesSource
 from features.storage.files import move, partial_path, without_empty_folders
 from features.storage.place import Place
@@ -127,7 +127,8 @@ def current_index(folder: RunFolder, split: str, source: Source, stop: StopReque
         Stopped: A signal came; the index is as it was before.
     """
     with _candidates(folder.index(split).parent) as plans:
-        plan = _plan(folder, split, _open(folder, split, source), stop, append=False)
+        opened = _open(folder, split, source)
+        plan = _plan(folder, split, opened, stop, append=False, needs_images=False)
         plans.append(plan)
         plan.write_index()
         return plan.index

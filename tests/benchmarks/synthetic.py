@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from features.index import build_index
-from features.sources.tables import FolderSource
+from features.sources.folder import FolderSource
 from features.status import Status
 from features.storage.column import Column
 from features.store import FeatureStore

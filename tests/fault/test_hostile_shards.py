@@ -17,7 +17,7 @@ import pytest
 
 from features.errors import EncoderError, SailError
 from features.index import build_index
-from features.sources.tables import FolderSource
+from features.sources.folder import FolderSource
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest

@@ -25,7 +25,8 @@ def left_after_cuts(work: Work, folder: Path, count: int) -> list[Path]:
     chance = random.Random(0)
     moments = [chance.randrange(1, len(work.calls)) for _ in range(count)]
     work.restart()
-    disk, seen, left = Disk(work.folder), 0, []
+    disk, seen = Disk(work.folder), 0
+    left: list[Path] = []
 
     def follow(call: Call) -> None:
         nonlocal seen

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ RUN = {
 
 def write(path: Path, step: int = 10, best_step: int = 10) -> AlignmentModel:
     model = build_model(dict(HEAD), image_dim=3, text_dim=5)
-    metadata = {"step": step, "epoch": 1.0, "best_step": best_step, "finished": False}
-    metadata |= {"heldout": {}, "run": RUN}
+    metadata: dict[str, Any] = {"step": step, "epoch": 1.0, "best_step": best_step}
+    metadata |= {"finished": False, "heldout": {}, "run": RUN}
     snapshot = Snapshot(step, dict(model.state_dict()), metadata)
     folder = CheckpointFolder(path)
     folder.resume(RUN)
