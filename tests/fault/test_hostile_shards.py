@@ -230,7 +230,7 @@ def table_of_long_captions(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_a_caption_is_cut_at_1_mib_in_every_kind_of_table(form: str, tmp_path: Path) -> None:
-    source = FolderSource(kind="folder", path=str(table_of_long_captions(tmp_path, form)))
+    source = FolderSource(kind="folder", path=table_of_long_captions(tmp_path, form))
     index = build_index(source.open(), tmp_path / "index.parquet")
     captions = index.rows_between(0, 3, ("caption/caption",)).column(0).to_pylist()
     assert captions == ["a star", LONG[: 1 << 20], "a star"]
@@ -242,7 +242,7 @@ def test_a_line_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(b'{"image": "a.jpg"}\n{"image": "b.jpg", "caption": "')
         file.truncate(8 * GIGABYTE)
-    source = FolderSource(kind="folder", path=str(path))
+    source = FolderSource(kind="folder", path=path)
     with pytest.raises(SailError, match=r"Line 2 of .*table\.jsonl has more than 16 million"):
         build_index(source.open(), tmp_path / "index.parquet")
 

@@ -1,5 +1,6 @@
 """Locale, time zone and clock change nothing of what is extracted."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from tests import tiny
-from tests.feature_stores import store_digests
+from tests.feature_stores import make_store, store_digests
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_THE_FUTURE = 4_000_000_000  # the year 2096
@@ -90,3 +91,32 @@ def test_a_shard_with_another_time_is_judged_by_its_content(seconds: int, tmp_pa
     os.utime(shard, (seconds, seconds))
     with pytest.raises(SourceError, match=r"train-1\.tar has changed since it was indexed"):
         extract_into(run_file, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("odd", "encoding"),
+    [
+        ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, "utf-8"),
+        ({"PYTHONIOENCODING": "latin-1"}, "latin-1"),
+        ({"PYTHONIOENCODING": "ascii"}, "utf-8"),
+    ],
+)
+def test_what_is_printed_in_a_locale_without_utf_8_is_the_same_document(
+    odd: dict[str, str], encoding: str, tmp_path: Path
+) -> None:
+    words = {name: [f"läufe – 鳥 {row}" for row in range(8)] for name in ("bare", "long")}
+    store = make_store(tmp_path / "s.zarr", rows=8, captions=words)
+    said = []
+    for environment in ({}, odd):
+        for arguments in (["--json", "--row", "3"], ["--row", "3"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "pipeline.cli", "inspect", str(store.path), *arguments],
+                cwd=ROOT,
+                env={"PATH": os.environ["PATH"]} | environment,
+                capture_output=True,
+                check=True,
+            )
+            said.append(done.stdout.decode(encoding if environment else "utf-8"))
+    assert json.loads(said[0]) == json.loads(said[2])
+    assert "caption/long" in said[3]
