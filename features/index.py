@@ -102,8 +102,7 @@ class Index:
         """Files (or folders) in the order of their rows: `name`, and `size_and_time` as indexed."""
         self.grown_from: tuple[int, ...] = tuple(about["grown_from"])
         """Rows there were before each time that rows were appended."""
-        self.group_names: tuple[str, ...] = tuple(about.get("group_names", ()))
-        """Names of the groups by their numbers, where the data name them."""
+        self._about = about
         unreadable = about.get("unreadable", {})
         self.unreadable: dict[Place, dict[str, Any]] = {
             as_place(path): found for path, found in unreadable.items()
@@ -121,6 +120,16 @@ class Index:
         """
         with reading(path, EXPECTED):
             return cls(check_regular(path))
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the groups by their numbers, where the data name them."""
+        return tuple(self._about.get("group_names", ()))
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """What the records have, where none of it is a caption."""
+        return tuple(self._about.get("seen", ()))
 
     @property
     def names(self) -> dict[Place, str]:

@@ -365,6 +365,11 @@ class CaptionPicker:
         """Note what records have, also where it is not handed over."""
         self._seen |= dict.fromkeys(names)
 
+    @property
+    def seen(self) -> list[str]:
+        """Names that the first records have."""
+        return list(self._seen)[:MAX_NAMES_LISTED]
+
     def see_captions(self, names: Iterable[str]) -> None:
         """Note that captions were found under these names, though not in a record."""
         for name in names:
@@ -417,7 +422,7 @@ class CaptionPicker:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SourceError(
                 f"No sample of {self._place} has captions under {missing[0]!r}.{hint} One of "
-                f"{list(self._seen)[:MAX_NAMES_LISTED]} was expected. Correct `captions` of the "
+                f"{self.seen} was expected. Correct `captions` of the "
                 f"source."
             )
 

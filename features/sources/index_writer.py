@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from features.errors import SourceError, UnreadableError
 from features.sources.base import Counts, Sample, SourceReader
-from features.sources.survey import Earlier, Survey, facts_of_first, fits, survey
+from features.sources.survey import Earlier, Survey, facts_of_first, survey
 from features.status import Status
 from features.storage.files import appearing, remove_leftovers
 from features.storage.parallel import in_order
@@ -192,6 +192,7 @@ class _IndexWriter:
                 for place, why in facts.unreadable.items()
             },
             "beside": beside,
+            "seen": [] if facts.fields or not reader.has_captions else reader.picker.seen,
         }
         return about | {name: value for name, value in later.items() if value}
 
@@ -229,11 +230,14 @@ def _columns_of(
     counts: Counts,
     tally: _Tally,
 ) -> dict[str, list[Any]]:
-    fields = set(facts.fields)
-    for sample in samples:
-        if not fits(sample, facts, fields):
-            raise _SurveyNeeded
-        facts.number(sample, counts)
+    known = set(facts.fields)
+    if not all(known.issuperset(sample.captions) for sample in samples):
+        raise _SurveyNeeded
+    if facts.labels is not None or facts.groups is not None:
+        for sample in samples:
+            facts.number(sample, counts)
+    elif any(sample.label_name or sample.group_name for sample in samples):
+        raise _SurveyNeeded
     table = {name: list(map(attrgetter(name), samples)) for name in columns}
     for name in facts.fields:
         captions = [sample.captions.get(name, "") for sample in samples]

@@ -200,12 +200,3 @@ def facts_of_first(samples: Sequence[Sample], reader: SourceReader[Any]) -> Surv
     fields = set().union(*(sample.captions for sample in samples))
     check_fields(fields, reader)
     return Survey(sorted_fields(fields))
-
-
-def fits(sample: Sample, facts: Survey, fields: set[str]) -> bool:
-    """Return whether a sample has nothing that the facts do not tell of."""
-    return (
-        fields.issuperset(sample.captions)
-        and (facts.labels is not None or not sample.label_name)
-        and (facts.groups is not None or not sample.group_name)
-    )

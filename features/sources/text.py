@@ -129,7 +129,6 @@ def _number_in(text: str) -> int | str | None:
 def _number_of(value: Any) -> int | None:
     if value is None:
         return -1
-    is_fraction = isinstance(value, float | Decimal)
-    if is_fraction and math.isfinite(value) and value % 1 == 0:
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value % 1 == 0:
         return int(value)
     return int(value) if isinstance(value, int) else None

@@ -224,7 +224,10 @@ def _tell(index: Index, split: str) -> None:
         if count:
             logger.info("index %s: %s: %d", split, what, count)
     if not index.fields and not index.has_labels:
-        logger.warning("index %s: no captions; name those of the source in its `captions`", split)
+        there = f", of {', '.join(index.seen)}" if index.seen else ""
+        logger.warning(
+            "index %s: no captions; name those of the source in its `captions`%s", split, there
+        )
     names = index.class_names or ()
     if names and all(map(WORDNET_ID.fullmatch, names)):
         logger.warning(

@@ -84,6 +84,12 @@ def test_a_table_as_it_is(tmp_path: Path, text: str, captions: list[dict[str, st
     assert captions_of(table(tmp_path, text)) == captions
 
 
+def test_where_no_column_is_a_caption_the_index_says_which_there_are(tmp_path: Path) -> None:
+    index = table(tmp_path, "image,title,text\n0.jpg,a,b\n")
+    assert (index.fields, index.seen) == ((), ("image", "title", "text"))
+    assert table(tmp_path, "image,caption\n0.jpg,a\n").seen == ()
+
+
 def test_a_list_written_as_text_is_one_in_every_kind_of_source(tmp_path: Path) -> None:
     text = "['a', 'b']"
     row = json.dumps({"image": "0.jpg", "captions": text})
