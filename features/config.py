@@ -82,6 +82,14 @@ ModelName = Annotated[str, AfterValidator(_model)]
 """The name of a model on the hub, or its folder, relative to the run file."""
 
 
+TextPooling = Annotated[
+    str,
+    Field(
+        pattern=r"^(auto|pooler|projection|(mean|cls|last|max|weightedmean|mean_sqrt_len)"
+        r"(\+(mean|cls|last|max|weightedmean|mean_sqrt_len))*)$"
+    ),
+]
+"""Poolings of tokens, joined by `+`."""
 PatchAttention = Literal["plain", "maskclip", "qq", "kk", "vv", "sclip", "clearclip"]
 """What the last block of an image encoder attends to when patches are wanted."""
 
@@ -91,8 +99,10 @@ class ImageColumnConfig(BaseModel):
 
     model_config = SETTINGS
 
-    pooling: Literal["cls", "mean", "cls+mean", "mean+max", "pooler"] = "cls"
-    """How tokens become one vector. `pooler` is what the model itself returns."""
+    pooling: Literal["auto", "cls", "mean", "cls+mean", "mean+max", "pooler", "projection"] = "auto"
+    """How tokens become one vector. `pooler` is what the model itself returns, `projection` what a
+    model of two towers has in common with texts. `auto` is the class token where the type has one,
+    the projection of a whole CLIP, else the pooler or the mean; `sail encoders` says which."""
     layer: int = -1
     """Which layer the tokens are of. -1 is the model's `last_hidden_state`; any other is an entry
     of its `hidden_states` as transformers gives them: 0 is what goes into the first layer, -2 what
@@ -101,10 +111,10 @@ class ImageColumnConfig(BaseModel):
 
     @model_validator(mode="after")
     def _pooler_has_no_layer(self) -> "ImageColumnConfig":
-        if self.pooling == "pooler" and self.layer != -1:
+        if self.pooling in ("pooler", "projection") and self.layer != -1:
             raise ValueError(
-                f"pooling 'pooler' is what the model makes of its last layer; layer = {self.layer} "
-                f"was given. Take layer out, or use another pooling"
+                f"pooling {self.pooling!r} is what the model makes of its last layer; layer = "
+                f"{self.layer} was given. Take layer out, or use another pooling"
             )
         return self
 
@@ -142,13 +152,33 @@ class TextEncoderConfig(BaseModel):
     """Which model."""
     revision: str | None = None
     """Commit or tag of the hub repository; the default branch if not given."""
-    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
-    """How tokens become one vector. `last` puts the end token there if the tokenizer does not;
-    NV-Embed takes the `mean` after its latent attention."""
-    instruction: str = ""
-    """Put before every caption. NV-Embed reads it, but does not pool its tokens."""
-    max_length: PositiveInt = 256
-    """Tokens kept of a caption, special tokens included."""
+    pooling: TextPooling = "auto"
+    """How tokens become one vector: `mean`, `cls` (the first), `last`, `max`, `weightedmean` (by
+    place), `mean_sqrt_len`, several joined by `+`, `pooler` (what the model itself returns) or
+    `projection` (into the space of a model of two towers). `auto` is what the model's own files
+    say (1_Pooling/config.json), and for types that see a whole text the `mean`; where neither says
+    it, as for a plain language model, it must be set. NV-Embed takes the `mean` after its latent
+    attention."""
+    layer: int = -1
+    """Which layer the tokens are of, as for images."""
+    instruction: str | None = None
+    """Put before every caption. If not given, the default prompt of the model's files; "" for none.
+    NV-Embed reads it, but does not pool its tokens; others by `include_prompt` of their files."""
+    prompt: str | None = None
+    """Name of a prompt of the model's files (config_sentence_transformers.json), instead."""
+    max_length: PositiveInt | Literal["auto"] = "auto"
+    """Tokens kept of a caption, special tokens included. `auto` is what the model's files say, at
+    most 4,096 where they only say how much it can read. Never more than it has positions for."""
+    end_token: Literal["auto"] | bool = "auto"
+    """Whether an end token follows every caption. `auto`: where the tokenizer puts one, or its
+    tokenizer_config.json asks for it (`add_eos_token`)."""
+    attention: Literal["auto", "causal", "bidirectional"] = "auto"
+    """Whether a token sees those behind it. `auto` is what config.json says, what is known of the
+    model's own code, or what its type does."""
+    normalise: bool = False
+    """Scale vectors to length 1, also where the model's files do it. The head does not need it."""
+    dim: PositiveInt | None = None
+    """Keep so many of the first values, for models that were trained so (Matryoshka)."""
     tokens_per_batch: PositiveInt | None = None
     """Token budget of a forward pass; there is no padding. Halved when the device runs out of
     memory. 16,384 on a GPU and 2,048 on a CPU if not given."""

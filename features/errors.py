@@ -111,6 +111,10 @@ class EncoderError(SailError):
     """A frozen encoder cannot be loaded, or does not give what the recipe asks for."""
 
 
+class EncoderMissingError(EncoderError):
+    """The files of an encoder are neither here nor to be had from the hub."""
+
+
 class StoreError(SailError):
     """A feature store cannot be used as asked."""
 

@@ -6,6 +6,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from features.encoders.plan import shown
 from features.terminal import harmless
 
 WIDTH_OF_A_PIPE = 160
@@ -284,6 +285,20 @@ def drift_table(document: dict[str, Any]) -> str:
             ]
         table.add_row(*(drift[what] for what in ("modality", "over", "usual", "other")), *found)
     return f"{rendered(table)}\ntolerance: 1 − cosine of {protocol['tolerance']:g} at most"
+
+
+def plans_table(plans: list[dict[str, Any]]) -> str:
+    """Return what `sail encoders` prints."""
+    parts = []
+    for plan in plans:
+        table = titled(f"{plan['model']} as an encoder of {plan['kind']}s", *words("", "", "from"))
+        for name, decision in plan["plan"].items():
+            table.add_row(name, shown(decision["value"]), decision["from"])
+        parts += [rendered(table), *(f"warning: {each}" for each in plan["warnings"])]
+        parts += [f"note: {each}" for each in plan["notes"]]
+        if plan["files"]:
+            parts.append(f"decided by {', '.join(plan['files'])} and the weights")
+    return "\n".join(parts)
 
 
 def doctor_table(examination: dict[str, Any]) -> str:

@@ -369,7 +369,7 @@ def _segmented(task: _Segmented) -> Iterator[tuple[Masked, Int64[np.ndarray, "he
         masked = task.pictures.read(name)
         height, width = masked.labels.shape
         fitted = fit_size(height, width, short=task.settings.short, longest=task.settings.longest)
-        resample = task.patches.encoder.preprocessing.resample
+        resample = task.patches.preprocessing.resample
         resized = masked.picture.resize(fitted[::-1], resample, reducing_gap=None)
         return masked, torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
 
@@ -459,7 +459,7 @@ def _add_results(task: _Segmented, found: Findings, areas: Areas) -> None:
 
 def _protocol(task: _Segmented) -> dict[str, object]:
     """Return what could change the numbers of a data set."""
-    settings, preprocessing = task.settings, task.patches.encoder.preprocessing
+    settings, preprocessing = task.settings, task.patches.preprocessing
     names = "\n".join(task.pictures.names)
     return {
         "templates": list(read_templates(settings.templates)),

@@ -9,6 +9,7 @@ from torch import nn
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import baselines, pretrained
 from features.encoders.checkpoint import EncoderFiles
+from features.encoders.plan import EncoderPlan
 from features.encoders.text import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,19 @@ class EncoderBackend(Protocol):
     ) -> EncoderFiles | None:
         """Return the files of a model, fetched where they are not here; None if it has none."""
 
+    def is_here(self, model: str, revision: str | None) -> bool:
+        """Return whether a model can be loaded without the network."""
+
+    def missing(self, model: str) -> tuple[bool, str, str]:
+        """Of a model that is not here: whether it can be fetched, what to say, and what to do."""
+
+    def resolve(self, config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
+        """Decide how an encoder is used, without reading its weights."""
+
     def load_image(
-        self, config: ImageEncoderConfig, *, pooler: bool
-    ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-        """Return a model, the settings of its image processor, and what identifies it."""
+        self, config: ImageEncoderConfig, poolings: frozenset[str]
+    ) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """Return a model, what prepares its pictures, and what identifies it."""
 
     def load_text(self, name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
         """Load a text encoder, ready to encode."""
@@ -63,6 +73,23 @@ def models(kind: str) -> str:
     return ", ".join(words for each in backends if (words := getattr(each, kind)))
 
 
+def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
+    """Decide how an encoder is used: the recipe first, then its own files, then its type.
+
+    Raises:
+        EncoderError: It cannot be found, is damaged, or nothing says how it is used.
+    """
+    return backend_of(config.model).resolve(config)
+
+
+def tell(name: str, plan: EncoderPlan) -> None:
+    """Warn where the recipe contradicts the model's own files, and say what was changed."""
+    if plan.contradictions:
+        logger.warning("%s: %s; the recipe is followed", name, "; ".join(plan.contradictions))
+    for note in plan.notes:
+        logger.info("%s: %s", name, note)
+
+
 def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
     """Load a frozen text encoder, ready to encode.
 
@@ -70,6 +97,8 @@ def load_text_encoder(name: str, config: TextEncoderConfig, device: torch.device
         EncoderError: It cannot be found or loaded, has no such pooling, or reads fewer tokens.
     """
     encoder = backend_of(config.model).load_text(name, config, device)
+    if encoder.plan is not None:
+        tell(f"text/{name}", encoder.plan)
     licence = str(encoder.fingerprint["licence"] or "")
     if "nc" in licence.lower().split("-"):
         logger.warning(

@@ -11,11 +11,14 @@ from transformers import ViTConfig, ViTModel
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.checkpoint import EncoderFiles
+from features.encoders.plan import Decision, EncoderPlan, PlanBuilder
 from features.encoders.text import TextEncoder
 from features.errors import EncoderError
+from features.images import Preprocessing
 
 IMAGES = "`baseline:pixels` (the image at 32 × 32) or `baseline:random-vit` (untrained weights)"
 TEXTS = None
+PIXELS = "baseline:pixels"
 PREPROCESSING = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -65,7 +68,7 @@ def _random_vit() -> tuple[nn.Module, dict[str, Any]]:
 
 
 BASELINES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "baseline:pixels": _pixels,
+    PIXELS: _pixels,
     "baseline:random-vit": _random_vit,
 }
 
@@ -75,12 +78,40 @@ def find(model: str, revision: str | None, *, weights: bool = True) -> EncoderFi
     return None
 
 
+def is_here(model: str, revision: str | None) -> bool:  # noqa: ARG001
+    """Return whether there is such a baseline."""
+    return model in BASELINES
+
+
+def missing(model: str) -> tuple[bool, str, str]:
+    """Say that there is no such baseline."""
+    return False, f"there is no {model}", f"correct `model`: {', '.join(BASELINES)}"
+
+
+def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
+    """Decide how a baseline is used.
+
+    Raises:
+        EncoderError: There is none of that name, or it reads captions.
+    """
+    if not isinstance(config, ImageEncoderConfig):
+        raise _no_text(config)
+    _, preprocessing, _ = load_image(config, frozenset())
+    own = "pooler" if config.model == PIXELS else "cls"
+    made = PlanBuilder()
+    made.decide("pooling", config.pooling, Decision(own, "its code"))
+    for name, column in config.also.items():
+        made.decide(f"pooling of {name}", column.pooling, Decision(own, "its code"))
+    height, width = preprocessing.output_size
+    made.decisions["size"] = Decision(f"{height} × {width}", "its code")
+    return EncoderPlan("image", config.model, made.decisions)
+
+
 def load_image(
     config: ImageEncoderConfig,
-    *,
-    pooler: bool,  # noqa: ARG001 - both have what is asked of them
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return a baseline, the settings of its image processor, and what identifies it.
+    poolings: frozenset[str],  # noqa: ARG001 - both have what is asked of them
+) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """Return a baseline, what prepares its pictures, and what identifies it.
 
     Raises:
         EncoderError: There is none of that name.
@@ -90,12 +121,17 @@ def load_image(
             f"There is no baseline {config.model!r}. One of {', '.join(BASELINES)} was expected. "
             f"Correct `model`."
         )
-    return *BASELINES[config.model](), {"model": config.model}
+    model, processor = BASELINES[config.model]()
+    return model, Preprocessing.from_config(processor), {"model": config.model}
 
 
 def load_text(name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:  # noqa: ARG001
     """Refuse: no baseline reads captions."""
-    raise EncoderError(
-        f"{config.model!r} is a baseline of images, but [encoders.text.{name}] names it. A text "
-        f"encoder was expected. Choose another model."
+    raise _no_text(config)
+
+
+def _no_text(config: TextEncoderConfig) -> EncoderError:
+    return EncoderError(
+        f"{config.model!r} is a baseline of images, but a text encoder names it. A model of texts "
+        f"was expected. Choose another."
     )

@@ -1,5 +1,6 @@
 """Finds the files of a frozen encoder, and says what exactly they are."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_log
 
-from features.errors import EncoderError
+from features.errors import EncoderError, EncoderMissingError
 
 BUNDLED_SCENES = Path(__file__).parents[1] / "scenes" / "encoder"
 DESCRIPTION = ["*.json", "*.txt", "*.model", "README.md"]
 WEIGHTS = "*.safetensors"
+MODULES = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,19 @@ class EncoderFiles:
     """Commit of the hub repository."""
     folder: Path
 
+    @property
+    def trunk(self) -> Path:
+        """Folder of the model itself: that of sentence-transformers may keep it in a part."""
+        return trunk_folder(self.folder)
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights: id, revision, sha256, licence, supervision."""
         return {
             "model": self.model,
             "revision": self.revision,
-            "weights_sha256": weights_sha256(self.folder),
+            "weights_sha256": weights_sha256(self.trunk),
             "licence": _licence(self.folder),
-            "supervision": read_settings(self.folder).get("supervision"),
+            "supervision": read_settings(self.trunk).get("supervision"),
         }
 
 
@@ -68,29 +74,69 @@ def find_encoder(model: str, revision: str | None, *, weights: bool = True) -> E
     else:
         folder = _from_hub(model, revision, [*DESCRIPTION, *([WEIGHTS] if weights else [])])
         files = EncoderFiles(model, folder.name, folder)
-    if weights and not any(files.folder.glob(WEIGHTS)):
+    if weights and not any(files.trunk.glob(WEIGHTS)):
         raise EncoderError(
-            f"{files.folder} has no .safetensors file. Weights in that format were expected, since "
+            f"{files.trunk} has no .safetensors file. Weights in that format were expected, since "
             f"pickled ones can run code. Convert them, or choose a revision that has safetensors."
         )
     return files
 
 
+def trunk_folder(folder: Path) -> Path:
+    """Return where the model itself lies: in `path` of the first of sentence-transformers' modules.
+
+    Raises:
+        EncoderError: modules.json is no list of modules.
+    """
+    modules = read_modules(folder)
+    place = folder / str(modules[0].get("path") or "") if modules else folder
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise EncoderError(
+            f"{folder / MODULES} names the folder {modules[0]['path']!r}. One within {folder} was "
+            f"expected. Correct it, or choose another model."
+        )
+    return place
+
+
+def read_modules(folder: Path) -> list[dict[str, Any]]:
+    """Return the modules of a folder of sentence-transformers, none where it is no such folder.
+
+    Raises:
+        EncoderError: modules.json is no list of modules.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return []
+    try:
+        modules = [dict(each) for each in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError) as error:
+        raise EncoderError(
+            f"{path} cannot be read: {first_line(error)} A list of modules was expected. Fetch it "
+            f"again from where the weights came from."
+        ) from error
+    return modules
+
+
 def read_config(folder: Path) -> Any:
-    """Return the transformers configuration of a folder.
+    """Return the transformers configuration of a folder, without wishes for a kernel.
 
     Raises:
         EncoderError: It is missing, or of a model that this transformers does not have.
     """
+    settings = read_settings(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        own = settings.get("auto_map")
+        code = "It needs code of its own (auto_map in config.json), which is never run. "
         raise EncoderError(
-            f"{folder} cannot be read as a transformers model: {_first_line(error)} A folder with "
-            f"the config.json of a model that transformers {metadata.version('transformers')} has "
-            f"was expected; code from a hub is never run. Choose another model, or update "
-            f"transformers."
+            f"{folder} (type {settings.get('model_type')}) cannot be read as a transformers model: "
+            f"{first_line(error)} {code if own else ''}A folder with the config.json of a model "
+            f"that transformers {metadata.version('transformers')} has was expected. Choose "
+            f"another model, or bring its vectors with `sail import-store`."
         ) from error
+    config._attn_implementation = None  # what the file wishes may not be installed
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(
-            f"{path} cannot be read: {_first_line(error)} A whole JSON file was expected. Fetch it "
+            f"{path} cannot be read: {first_line(error)} A whole JSON file was expected. Fetch it "
             f"again from where the weights came from."
         ) from error
 
@@ -119,8 +165,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def weights_sha256(folder: Path) -> str:
     """Return the sha256 over the safetensors files of a folder, in the order of their names."""
+    paths = sorted(folder.glob(WEIGHTS))
+    status = [path.stat() for path in paths]
+    return _sha256(
+        tuple(
+            (p, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in zip(paths, status, strict=True)
+        )
+    )
+
+
+@functools.lru_cache(maxsize=64)  # an encoder is loaded for a trial, and again for its work
+def _sha256(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHTS)):
+    for path, *_ in files:
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
@@ -132,58 +189,23 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: metadata.version(package) for package in packages}
 
 
-def load_weights(
-    model_class: Any,
-    folder: Path,
-    *,
-    optional: str,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> Any:
-    """Load a model in evaluation mode, and refuse weights that do not fit it.
-
-    Args:
-        model_class: A transformers model class, or AutoModel.
-        folder: Where its files are.
-        optional: Regular expression of weights that may be missing because they are not used.
-        dtype: What the weights are turned into.
-        **options: Passed to `from_pretrained`.
-
-    Raises:
-        EncoderError: Weights are missing; transformers would fill them with random numbers.
-    """
-    transformers_log.set_verbosity_error()  # what is missing is told by our own error, below
-    transformers_log.disable_progress_bar()
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **options,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise EncoderError(
-            f"The encoder in {folder} cannot be loaded: {_first_line(error)} A checkpoint of a "
-            f"model that transformers has was expected. Choose another model or revision."
-        ) from error
-    missing = sorted(key for key in info["missing_keys"] if not re.search(optional, key))
-    if missing:
-        raise EncoderError(
-            f"The checkpoint in {folder} lacks {len(missing)} weights of {type(model).__name__}, "
-            f"such as {missing[0]!r}. All were expected: the rest would be random numbers. Choose "
-            f"a checkpoint of this model, or another pooling."
-        )
-    return model.eval().requires_grad_(False)
-
-
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the compute type of a precision setting on a device."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
+
+
+def local_folder(model: str, revision: str | None) -> Path | None:
+    """Return where the files of a checkpoint are on this machine; the hub is not asked."""
+    try:
+        if not is_on_hub(model):
+            return find_encoder(model, revision, weights=False).folder
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except (EncoderError, HFValidationError):  # not here, or not the form of a hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _minilm_folder() -> Path:
@@ -200,9 +222,9 @@ def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EncoderError(
+        raise EncoderMissingError(
             f"The encoder {model!r} is neither a folder here nor to be had from the hub: "
-            f"{_first_line(error)} A folder in Hugging Face layout or a public hub id was "
+            f"{first_line(error)} A folder in Hugging Face layout or a public hub id was "
             f"expected. Check the name and the network, or download it and give its path."
         ) from error
 
@@ -215,6 +237,7 @@ def _licence(folder: Path) -> str | None:
     return match[1] if match else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, ended by a full stop."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return line if line.endswith(".") else line + "."

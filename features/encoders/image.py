@@ -10,9 +10,13 @@ from jaxtyping import Float32, Num
 from torch import Tensor, nn
 
 from features.config import ExtractConfig, ImageColumnConfig, ImageEncoderConfig
-from features.encoders.backends import backend_of
+from features.encoders.backends import backend_of, tell
 from features.encoders.checkpoint import compute_dtype, versions
+from features.encoders.plan import EncoderPlan
 from features.encoders.pooling import pool_image
+from features.encoders.processors import OwnProcessor
+from features.encoders.structure import check_prefix
+from features.encoders.weights import fenced
 from features.errors import EncoderError
 from features.images import Preprocessing, check_can_be_fast, decode, prepare_fast
 
@@ -143,7 +147,7 @@ class ImageEncoder:
     model: nn.Module
     forward: Forward
     """From pixels on the device to one tensor of features for each pooling."""
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | OwnProcessor
     mode: str
     upright: bool
     """Whether pictures are turned as their EXIF orientation says."""
@@ -155,6 +159,8 @@ class ImageEncoder:
     device: torch.device
     columns: tuple[ImageColumn, ...]
     """The encoder's own column, then those of `also`."""
+    plan: EncoderPlan | None = None
+    """How it is used, and which of its files says so."""
     has_fixed_batch: bool = False
     """Whether a batch of another size would mean to compile anew."""
 
@@ -170,7 +176,7 @@ class ImageEncoder:
             ImageFault: It cannot be used; see `features.images.decode`.
         """
         limit, upright = self.max_pixels, self.upright
-        if self.mode == "fast":
+        if self.mode == "fast" and isinstance(self.preprocessing, Preprocessing):
             return prepare_fast(data, self.preprocessing, max_pixels=limit, upright=upright)
         return self.preprocessing.apply(decode(data, max_pixels=limit, upright=upright))
 
@@ -222,13 +228,18 @@ def load_image_encoder(
     Raises:
         EncoderError: It cannot be found, loaded or compiled, or has no such pooling or layer.
     """
-    own = ImageColumnConfig(pooling=config.pooling, layer=config.layer)
-    settings = {name: own, **config.also}
-    pooler = any(each.pooling == "pooler" for each in settings.values())
-    model, processor, identity = backend_of(config.model).load_image(config, pooler=pooler)
-    preprocessing = Preprocessing.from_config(processor)
+    backend = backend_of(config.model)
+    plan = backend.resolve(config)
+    tell(f"image/{name}", plan)
+    own = ImageColumnConfig(pooling=plan["pooling"], layer=config.layer)
+    settings = {name: own} | {
+        column: each.model_copy(update={"pooling": plan[f"pooling of {column}"]})
+        for column, each in config.also.items()
+    }
+    poolings = frozenset(each.pooling for each in settings.values())
+    model, preprocessing, identity = backend.load_image(config, poolings)
     if config.mode == "fast":
-        check_can_be_fast(preprocessing)
+        check_fast(preprocessing)
     dtype = compute_dtype(config.precision, device)
     model = model.to(device)
 
@@ -239,9 +250,20 @@ def load_image_encoder(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return [features.float() for features in pool_image(model, pixels, wanted)]
 
-    blank = torch.zeros(1, 3, *preprocessing.output_size, device=device, dtype=torch.uint8)
-    with torch.inference_mode():
+    size = preprocessing.output_size
+    pixel_type = torch.float32 if isinstance(preprocessing, OwnProcessor) else torch.uint8
+    blank = torch.zeros(1, 3, *size, device=device, dtype=pixel_type)
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    with (
+        torch.inference_mode(),
+        fenced(
+            f"{config.model} (type {kind}) cannot encode an image of {size[0]} × {size[1]} pixels",
+            "An image encoder whose image processor fits it was expected. Choose another, or set "
+            "the size in its preprocessor_config.json.",
+        ),
+    ):
         fix_position_tables(model, lambda: forward(blank, [own]))
+        check_prefix(model, size, device)
         dims = [features.shape[1] for features in forward(blank, list(settings.values()))]
     packages = ["torch", "transformers", "pillow"]
     identity |= {
@@ -262,6 +284,7 @@ def load_image_encoder(
         dtype=dtype,
         batch_size=config.batch_size,
         device=device,
+        plan=plan,
         columns=tuple(
             _column(column, each, dim, identity)
             for (column, each), dim in zip(settings.items(), dims, strict=True)
@@ -271,6 +294,20 @@ def load_image_encoder(
         encoder = replace(encoder, forward=CompiledForward(forward), has_fixed_batch=True)
         check_compiles(name, lambda: encoder.encode(blank))
     return encoder
+
+
+def check_fast(preprocessing: Preprocessing | OwnProcessor) -> None:
+    """Refuse a preprocessing that `mode = "fast"` cannot do.
+
+    Raises:
+        EncoderError: Naming it.
+    """
+    if isinstance(preprocessing, OwnProcessor):
+        raise EncoderError(
+            f"mode = 'fast' is not there for {preprocessing.processor}, which transformers "
+            f"applies. Set mode = 'exact'."
+        )
+    check_can_be_fast(preprocessing)
 
 
 def _column(

@@ -44,10 +44,16 @@ class TokenBatch:
         """Put sequences behind each other; those sorted by length give the fewest runs."""
         lengths = np.array([len(sequence) for sequence in sequences])
         starts = np.concatenate([[0], lengths.cumsum()])
+        ids = np.concatenate(sequences).astype(np.int64)
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + first_position
+        if first_position:  # where padding has a position, text that spells it does not count
+            counted = ids != first_position - 1
+            before = np.concatenate([[0], counted.cumsum()])
+            place = before[1:] - np.repeat(before[starts[:-1]], lengths)
+            positions = place * counted + first_position - 1
         bounds = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
         return cls(
-            ids=_to_device(np.concatenate(sequences).astype(np.int64), device),
+            ids=_to_device(ids, device),
             positions=_to_device(positions.astype(np.int64), device),
             starts=_to_device(starts.astype(np.int32), device),
             runs=tuple((stop - start, int(lengths[start])) for start, stop in pairwise(bounds)),
@@ -98,21 +104,44 @@ def split_runs(
 
 
 def pool_tokens(
-    states: Float[Tensor, "tokens dim"], runs: Sequence[tuple[int, int]], pooling: str
-) -> Float32[Tensor, "sequences dim"]:
+    states: Float[Tensor, "tokens dim"],
+    runs: Sequence[tuple[int, int]],
+    pooling: str,
+    *,
+    skip: int = 0,
+) -> Float32[Tensor, "sequences feature_dim"]:
     """Make one vector of the tokens of each sequence.
 
     Args:
         states: What the model made of each token.
         runs: Lengths of the sequences, as in `TokenBatch`.
-        pooling: `mean`, `cls` (the first token) or `last`.
+        pooling: Names of `TOKEN_POOLINGS`, joined by `+`; their vectors are joined in that order.
+        skip: Tokens at the head of each sequence that are left out, as those of a prompt.
     """
-    choose: dict[str, Callable[[Tensor], Tensor]] = {
-        "mean": lambda run: run.float().mean(1),
-        "cls": lambda run: run[:, 0].float(),
-        "last": lambda run: run[:, -1].float(),
-    }
-    return torch.cat([choose[pooling](run) for run in split_runs(states, runs)])
+    chosen = [TOKEN_POOLINGS[name] for name in pooling.split("+")]
+    return torch.cat(
+        [
+            torch.cat([pool(run.float(), min(skip, run.shape[1] - 1)) for pool in chosen], dim=-1)
+            for run in split_runs(states, runs)
+        ]
+    )
+
+
+def _weighted_mean(run: Tensor, skip: int) -> Tensor:
+    """Return the mean of tokens weighted by their places from 1 on (SGPT, arXiv:2202.08904)."""
+    weights = torch.arange(1, run.shape[1] + 1, device=run.device, dtype=run.dtype)[skip:, None]
+    return (run[:, skip:] * weights).sum(1) / weights.sum()
+
+
+TOKEN_POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean": lambda run, skip: run[:, skip:].mean(1),
+    "cls": lambda run, skip: run[:, skip],
+    "last": lambda run, _: run[:, -1],
+    "max": lambda run, skip: run[:, skip:].amax(1),
+    "weightedmean": _weighted_mean,
+    "mean_sqrt_len": lambda run, skip: run[:, skip:].sum(1) / (run.shape[1] - skip) ** 0.5,
+}
+"""From (count, length, dim) and the tokens to skip to (count, dim)."""
 
 
 def packed_attention(

@@ -15,6 +15,7 @@ from features.config import PatchAttention
 from features.encoders.image import ImageColumn, ImageEncoder, free_position_tables
 from features.encoders.pooling import LAST_LAYER, layer_tokens, patch_side, run_model
 from features.errors import EncoderError
+from features.images import DEFAULTS, Preprocessing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 OUTPUTS = ("o_proj", "out_proj")
@@ -158,11 +159,27 @@ class PatchEncoder:
     patch: int
     """Side of a patch in pixels."""
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures are prepared.
+
+        Raises:
+            EncoderError: Its processor takes whole pictures, which cannot be cut into windows.
+        """
+        found = self.encoder.preprocessing
+        if isinstance(found, Preprocessing):
+            return found
+        raise EncoderError(
+            f"Pictures cannot be cut into windows for {found.processor}, which prepares whole "
+            f"ones. One of {', '.join(DEFAULTS)} was expected. Choose another encoder for "
+            f"segmentation."
+        )
+
     @torch.inference_mode()
     def normalise(self, pixels: Num[Tensor, "3 height width"]) -> Float32[Tensor, "3 height width"]:
         """Put a picture of bytes on the device, standardised as the encoder's checkpoint asks."""
         device = self.encoder.device
-        return self.encoder.preprocessing.normaliser(device)(pixels[None].to(device))[0]
+        return self.preprocessing.normaliser(device)(pixels[None].to(device))[0]
 
     @torch.inference_mode()
     def encode(
@@ -220,6 +237,7 @@ def patch_encoder(
     is_map = output.last_hidden_state.ndim == 4
     patch = noise.shape[-1] // grid.shape[2] if is_map else patch_side(encoder.model)
     made = PatchEncoder(encoder, column, attention, form or FORMS[pooling], patch)
+    _ = made.preprocessing
     made.encode(noise.to(encoder.device))  # so that an attention it has not is told at once
     return made
 

@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from features.config import ImageColumnConfig
+from features.encoders.structure import Structure, as_tokens, count_prefix, structure_of
 from features.errors import EncoderError
 
 LAST_LAYER = -1
+OUTPUTS = {"pooler": "pooler_output", "projection": "image_embeds"}
 
 
 def pool_image(
@@ -78,6 +80,8 @@ def patch_side(model: nn.Module) -> int:
         EncoderError: The configuration of the model does not say it.
     """
     patch = getattr(model.config, "patch_size", None)
+    if isinstance(patch, list | tuple) and len(set(patch)) == 1:
+        patch = patch[0]
     if not isinstance(patch, int):
         raise EncoderError(
             f"The patches of {type(model).__name__} cannot be told from its other tokens: its "
@@ -88,18 +92,19 @@ def patch_side(model: nn.Module) -> int:
 
 def _pooled(model: nn.Module, output: Any, pixels: Tensor, wanted: ImageColumnConfig) -> Tensor:
     pooling = wanted.pooling
-    if pooling == "pooler":
-        return _pooler_output(model, output)
+    if pooling in OUTPUTS:
+        return _own_output(model, output, pooling)
     tokens = layer_tokens(model, output, wanted.layer)
-    if tokens.ndim == 4:  # a convolutional map: (batch, dim, height, width)
-        tokens, prefix = tokens.flatten(2).transpose(1, 2), 0
+    if tokens.ndim == 4:
+        tokens, found = as_tokens(model, tokens), Structure(0, 0)
     else:
-        prefix = _prefix_tokens(model, tokens, pixels)
-    patches = tokens[:, prefix:]
-    if "cls" in pooling and prefix == 0:
+        found = count_prefix(model, tokens, _patches(model, pixels))
+    patches = tokens[:, found.prefix or 0 :]
+    if "cls" in pooling and found.classes != 1:
+        has = f"{found.classes} class tokens" if found.classes else "no class token"
         raise EncoderError(
-            f"{type(model).__name__} has no class token, so pooling {pooling!r} is not there. "
-            f"Use `mean`, `mean+max` or `pooler`."
+            f"{type(model).__name__} has {has}, so pooling {pooling!r} is not there. Use `mean`, "
+            f"`mean+max`{' or `pooler`' if _has_pooler(output) else ''}."
         )
     parts = {
         "cls": lambda: [tokens[:, 0]],
@@ -110,21 +115,25 @@ def _pooled(model: nn.Module, output: Any, pixels: Tensor, wanted: ImageColumnCo
     return torch.cat(parts, dim=-1)
 
 
-def _pooler_output(model: nn.Module, output: Any) -> Tensor:
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is None:
+def _has_pooler(output: Any) -> bool:
+    return getattr(output, "pooler_output", None) is not None
+
+
+def _own_output(model: nn.Module, output: Any, pooling: str) -> Tensor:
+    found = getattr(output, OUTPUTS[pooling], None)
+    if found is None:
         raise EncoderError(
-            f"{type(model).__name__} has no pooler, so pooling 'pooler' is not there. Use `cls`, "
-            f"`mean` or `cls+mean`."
+            f"{type(model).__name__} has no {pooling}, so pooling {pooling!r} is not there. Use "
+            f"`mean`, or `cls` where it has a class token."
         )
-    result: Tensor = pooled.flatten(1)
+    result: Tensor = found.flatten(1)
     return result
 
 
-def _prefix_tokens(model: nn.Module, tokens: Tensor, pixels: Tensor) -> int:
-    """Return how many tokens stand before the patches: none, a class token, registers.
-
-    That is the number of tokens less the number of patches.
-    """
-    patch = patch_side(model)
-    return int(tokens.shape[1] - (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch))
+def _patches(model: nn.Module, pixels: Tensor) -> int | None:
+    """Return how many patches the config divides an image into; None where it does not say."""
+    known = structure_of(model.config)
+    if known is not None and known.prefix is None:
+        return None
+    side = patch_side(model)
+    return (pixels.shape[-2] // side) * (pixels.shape[-1] // side)

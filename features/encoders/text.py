@@ -3,123 +3,21 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch.nn import functional as F
 
-from features.encoders.checkpoint import read_json
 from features.encoders.packing import TokenBatch, Tokens, batch_stop, pool_tokens
+from features.encoders.plan import EncoderPlan
+from features.encoders.tokenizer import CaptionTokenizer
 from features.errors import EncoderError
 
-CHARACTERS_PER_TOKEN = 16  # more than tokens mostly have
-
-
-@dataclass(frozen=True)
-class CaptionTokenizer:
-    """A tokenizer, and what a text encoder wants around each caption."""
-
-    tokenizer: Any
-    max_length: int
-    """Tokens kept, special tokens included."""
-    instruction: str = ""
-    """Put before every caption."""
-    suffix: str = ""
-    """Put behind every caption before it is cut at `max_length`, so that a long one loses it."""
-    end: int | None = None
-    """Token put behind what is left after cutting, so that no caption loses it."""
-
-    def __call__(self, captions: Sequence[str]) -> list[Tokens]:
-        """Return the token numbers of each caption.
-
-        Of a long caption only as much is read as `max_length` tokens may take, so that one of a
-        megabyte does not cost a hundred.
-        """
-        texts = [self.instruction + caption + self.suffix for caption in captions]
-        ids = self._read_beginnings(texts, self.max_length * CHARACTERS_PER_TOKEN)
-        return ids if self.end is None else [[*tokens, self.end] for tokens in ids]
-
-    def _read_beginnings(self, texts: Sequence[str], characters: int) -> list[Tokens]:
-        beginnings = [_beginning(text, characters) for text in texts]
-        kept = self.max_length - (self.end is not None)
-        encoded = self.tokenizer(
-            beginnings,
-            truncation=True,
-            max_length=kept,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        ids: list[Tokens] = encoded["input_ids"]
-        for i, tokens in enumerate(ids):
-            if len(tokens) < kept and len(beginnings[i]) < len(texts[i]):
-                (ids[i],) = self._read_beginnings(texts[i : i + 1], 8 * characters)
-        return ids
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a checkpoint: what its tokenizer.json says, where it has one.
-
-    AutoTokenizer builds a Llama tokenizer anew and drops the normaliser in that file, which gives
-    other numbers for texts with leading or double spaces (transformers 5.23).
-
-    Raises:
-        EncoderError: It has no tokenizer, as an encoder of images, or a damaged one.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return _other_tokenizer(folder)
-    read_json(path)  # of a damaged one the library would tell by a plain Exception
-    settings = folder / "tokenizer_config.json"
-    named = read_json(settings) if settings.is_file() else {}
-    special = {
-        name: _content(named[name])
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token")
-        if named.get(name)
-    }
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-
-
-def end_token(tokenizer: Any) -> int | None:
-    """Return the end token that a last-token pooling needs and the tokenizer does not add itself.
-
-    Embedders that pool their last token were trained with an end token there. Some tokenizers add
-    it (Qwen3-Embedding), others leave it to the caller (e5-mistral as first published).
-    """
-    last = tokenizer("a")["input_ids"][-1]
-    if last in tokenizer.all_special_ids:
-        return None
-    end: int | None = tokenizer.eos_token_id
-    return end
-
-
-def _other_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise EncoderError(
-            f"{folder} has no tokenizer.json, and no other tokenizer can be made of it ({reason}). "
-            f"A text encoder with its tokenizer was expected. Fetch the file from where the "
-            f"weights came from, or choose another model."
-        ) from error
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return str(token["content"]) if isinstance(token, dict) else token
-
-
-def _beginning(text: str, characters: int) -> str:
-    """Return the first words of a text; all of it where no space says how to cut it."""
-    end = text.rfind(" ", 1, characters) if len(text) > characters else -1
-    return text if end < 0 else text[:end].rstrip(" ")
-
-
 logger = logging.getLogger(__name__)
+OUTPUTS = {"pooler": "pooler_output", "projection": "text_embeds"}
 
 
 @dataclass
@@ -138,6 +36,8 @@ class TextEncoder:
     device: torch.device
     dim: int
     fingerprint: dict[str, Any]
+    plan: EncoderPlan | None = None
+    """How it is used, and which of its files says so."""
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -152,7 +52,7 @@ class TextEncoder:
     def encode_tokens(
         self, ids: Sequence[Tokens], on_texts: Callable[[int], None] = lambda _: None
     ) -> Float32[np.ndarray, "texts feature_dim"]:
-        """Return one vector per token sequence, whatever their order.
+        """Return one vector per token sequence, whatever their order; NaN for one without tokens.
 
         The longest come first, so that a batch too large for the device fails at once; then the
         budget halves, and the batch is tried again.
@@ -164,7 +64,12 @@ class TextEncoder:
         Raises:
             EncoderError: A single sequence is too much for the device.
         """
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: -len(ids[i]))
+        if empty := len(ids) - len(order):
+            logger.warning(
+                "%d captions have no tokens by the tokenizer of %r: not finite", empty, self.name
+            )
+            on_texts(empty)
         lengths = [len(ids[i]) for i in order]
         encoded: list[Tensor] = []  # stays on the device, which so never waits for a copy
         start = 0
@@ -179,7 +84,7 @@ class TextEncoder:
                 continue
             on_texts(stop - start)
             start = stop
-        features = np.empty((len(ids), self.dim), dtype=np.float32)
+        features = np.full((len(ids), self.dim), np.nan, dtype=np.float32)
         if encoded:
             features[order] = torch.cat(encoded).cpu().numpy()
         return features
@@ -207,43 +112,85 @@ class TextEncoder:
         )
 
 
+@dataclass(frozen=True)
+class PooledUse:
+    """What is made of the tokens of a text model."""
+
+    pooling: str
+    """As in `TextEncoderConfig`, but `auto`."""
+    skip: int = 0
+    """Tokens at the head of a sequence that are not pooled."""
+    layer: int = -1
+    """Which of the model's `hidden_states` is pooled; -1 is its `last_hidden_state`."""
+    dim: int | None = None
+    """How much of the vector is kept; all if not given."""
+    normalise: bool = False
+    """Whether what is kept is scaled to length 1."""
+
+
 class PooledModel(nn.Module):
     """A model of transformers and what makes one vector of its tokens.
 
     Args:
         model: Takes token numbers, gives `last_hidden_state`.
-        pooling: As in `TextEncoderConfig`.
+        use: What is made of its tokens.
         is_packed: Whether its attention is `PACKED_ATTENTION`; if not, the sequences of a batch
             must have one length, and so need no mask.
+        behind: What follows the pooling, such as Dense layers.
     """
 
-    def __init__(self, model: nn.Module, pooling: str, *, is_packed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, use: PooledUse, *, is_packed: bool, behind: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.pooling = pooling
+        self.use = use
         self.is_packed = is_packed
+        self.behind = behind
 
     def forward(self, batch: TokenBatch) -> Float32[Tensor, "sequences feature_dim"]:
         """Return one vector per sequence.
 
         Raises:
-            EncoderError: The model has no pooler and it was asked for.
+            EncoderError: The model has no pooler or layer and it was asked for.
         """
+        options: dict[str, Any] = {}
+        if self.use.layer != -1:
+            options["output_hidden_states"] = True
         if self.is_packed:
             output = self.model(
-                input_ids=batch.ids[None], position_ids=batch.positions[None], token_batch=batch
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                token_batch=batch,
+                **options,
             )
         else:
-            output = self.model(input_ids=batch.ids.view(-1, batch.longest))
-        if self.pooling == "pooler":
-            return self._pooler_output(output)
-        return pool_tokens(output.last_hidden_state.flatten(0, 1), batch.runs, self.pooling)
+            output = self.model(input_ids=batch.ids.view(-1, batch.longest), **options)
+        vectors = self._pooled(output, batch)
+        if self.behind is not None:
+            vectors = self.behind(vectors)
+        vectors = vectors if self.use.dim is None else vectors[:, : self.use.dim]
+        return F.normalize(vectors, dim=-1) if self.use.normalise else vectors
 
-    def _pooler_output(self, output: Any) -> Tensor:
-        pooled: Tensor | None = getattr(output, "pooler_output", None)
-        if pooled is None:
+    def _pooled(self, output: Any, batch: TokenBatch) -> Tensor:
+        if self.use.pooling in OUTPUTS:
+            return self._own_output(output)
+        states = output.last_hidden_state
+        if self.use.layer != -1:
+            layers = output.hidden_states or ()
+            if not -len(layers) <= self.use.layer < len(layers):
+                raise EncoderError(
+                    f"{type(self.model).__name__} has no layer {self.use.layer}. {-len(layers)} to "
+                    f"{len(layers) - 1} was expected. Correct `layer`."
+                )
+            states = layers[self.use.layer]
+        return pool_tokens(states.flatten(0, 1), batch.runs, self.use.pooling, skip=self.use.skip)
+
+    def _own_output(self, output: Any) -> Tensor:
+        found: Tensor | None = getattr(output, OUTPUTS[self.use.pooling], None)
+        if found is None:
             raise EncoderError(
-                f"{type(self.model).__name__} has no pooler, so pooling 'pooler' is not there. Use "
-                f"`mean`, `cls` or `last`."
+                f"{type(self.model).__name__} has no {self.use.pooling}, so pooling "
+                f"{self.use.pooling!r} is not there. Use `mean`, `cls` or `last`."
             )
-        return pooled.float()
+        return found.float()

@@ -6,6 +6,8 @@ from typing import Any
 
 RECORDED_ONLY = frozenset({"versions", "licence"})
 """Facts that do not decide the features: no reason to compute them again."""
+FILES = "files"
+"""The sha256 of each file beside the weights that decides the features, by its name."""
 BEFORE_THEY_WERE_RECORDED: dict[str, Any] = {"mode": "exact", "upright": False, "layer": -1}
 """What holds of features that were made before these facts were recorded."""
 
@@ -46,4 +48,7 @@ class Fingerprint(dict[str, Any]):
             json.loads(json.dumps(BEFORE_THEY_WERE_RECORDED | dict(each)))
             for each in (self, expected)
         )
-        return differences(ours, theirs, without=RECORDED_ONLY)
+        # Of what was made before files were recorded it is not known which they were.
+        is_known = FILES in self and FILES in expected
+        without = RECORDED_ONLY if is_known else RECORDED_ONLY | {FILES}
+        return differences(ours, theirs, without=without)

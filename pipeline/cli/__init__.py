@@ -7,7 +7,7 @@ import itertools
 
 import click
 
-from pipeline.cli.checks import doctor, inspect, plan, verify
+from pipeline.cli.checks import doctor, encoders, inspect, plan, verify
 from pipeline.cli.fence import fence
 from pipeline.cli.options import start_log
 from pipeline.cli.stages import align, evaluate, extract
@@ -18,7 +18,7 @@ from pipeline.cli.use import embed, explore, export, export_head, import_head, s
 SECTIONS = {
     "The three stages": (extract, align, evaluate),
     "Look": (explore, search, inspect, verify, compare),
-    "Before a long run": (doctor, plan, pick, study),
+    "Before a long run": (doctor, encoders, plan, pick, study),
     "Try settings": (sweep, scaling),
     "Hand over": (embed, export, export_head, import_head),
     "Stores": (repair, convert, import_store, merge, subset, rechunk, reorder),

@@ -93,6 +93,37 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 
 
 @click.command()
+@click.argument("model", metavar="NAME")
+@click.option("--revision", help="Commit or tag of the hub repository.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the encoder, as in a recipe; may be repeated.",
+)
+@json_option
+def encoders(model: str, revision: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """Say how an encoder will be used, and what says so.
+
+    NAME is what `model` of an encoder can be: a hub id, a folder, `bundled:minilm`, ... Each value
+    stands beside the file that says it. Weights are not read. Of a model of two towers both are
+    shown.
+
+    \b
+    Examples:
+      sail encoders bundled:minilm
+      sail encoders BAAI/bge-small-en-v1.5 --json
+      sail encoders ./my-llm --set pooling=last --set end_token=true
+    """
+    from pipeline.planning.encoders import plans_of
+    from pipeline.tables import plans_table
+
+    plans = [plan.as_dict() for plan in plans_of(model, revision, settings)]
+    click.echo(json.dumps(plans, indent=2, ensure_ascii=False) if as_json else plans_table(plans))
+
+
+@click.command()
 @store_argument
 @click.option("--row", type=int, help="Show this row instead of the whole.")
 @click.option(

@@ -16,7 +16,8 @@ from typing import Any
 
 from align import heads
 from align.checkpoint import CONFIG, MODEL
-from features.encoders.pretrained import IMAGE_TOWERS, read_image_processor
+from features.encoders.processors import read_image_processor
+from features.encoders.towers import IMAGE_TOWERS
 from features.images import BILINEAR, Preprocessing
 from features.storage.files import write_json
 from pipeline.card import TEMPLATES
@@ -108,11 +109,23 @@ def _use(parts: Parts) -> str:
 
 def _why_no_snippet(parts: Parts) -> str | None:
     """Return why transformers alone cannot run an encoder; None if it can."""
-    if parts.text.model_settings.get("model_type") == "nvembed":
-        return "transformers has no NV-Embed without code from the hub"
-    if parts.image.model_settings.get("model_type") == "vit_mae":
-        return "a ViT-MAE drops patches at random unless it is told not to"
-    return None
+    text, image = parts.text, parts.image
+    reasons = {
+        "transformers has no NV-Embed without code from the hub": text.model_settings.get(
+            "model_type"
+        )
+        == "nvembed",
+        "a ViT-MAE drops patches at random unless it is told not to": image.model_settings.get(
+            "model_type"
+        )
+        == "vit_mae",
+        f"the text encoder has more than a pooling ({', '.join(text.unusual)})": text.unusual,
+        f"the text encoder pools by {text.settings.pooling}": text.settings.pooling
+        not in TEXT_POOLINGS,
+        "its image encoder is one tower of two, with its projection": image.settings.pooling
+        == "projection",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _image(parts: Parts) -> dict[str, Any]:
@@ -120,7 +133,7 @@ def _image(parts: Parts) -> dict[str, Any]:
     preprocessing = Preprocessing.from_config(read_image_processor(part.files.folder))
     pooling, layer = part.settings.pooling, part.settings.layer
     tower = IMAGE_TOWERS.get(config["model_type"])
-    config = config["vision_config"] if tower else config
+    config = config.get("vision_config", config)
     tokens = "output.last_hidden_state" if layer == -1 else f"output.hidden_states[{layer}]"
     patches = "tokens"
     if (side := config.get("patch_size")) is None:
@@ -129,7 +142,7 @@ def _image(parts: Parts) -> dict[str, Any]:
         height, width = preprocessing.output_size
         patches += f"[:, -{(height // side) * (width // side)}:]"
     return {
-        "image_class": tower.__name__ if tower else "AutoModel",
+        "image_class": tower.plain.__name__ if tower else "AutoModel",
         "image_source": _source(part, IMAGE),
         "upright": part.settings.upright,
         "needs_numpy": preprocessing.in_float,  # whose own processor would need torchvision
@@ -162,7 +175,7 @@ def _text(parts: Parts) -> dict[str, Any]:
         else f'.from_pretrained("{TEXT}")',
         "text_source": _source(part, TEXT),
         "instruction": f"{instruction!r} + " if instruction else "",
-        "kept": part.settings.max_length - (end is not None),
+        "kept": part.fingerprint["max_length"] - (end is not None),
         "end": end,
         "text_pooling": TEXT_POOLINGS[part.settings.pooling],
     }

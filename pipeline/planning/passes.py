@@ -16,13 +16,14 @@ import zarr
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from features.encoders.backends import backend_of
 from features.errors import SailError
 from features.images import ImageFault
 from features.index import Index, SampleReader, build_index
 from features.status import Status
 from features.storage.column import Column, create_column
 from pipeline.planning.estimate import Phase, hours
-from pipeline.planning.sizes import image_size, local_folder, text_size
+from pipeline.planning.sizes import image_size, text_size
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
@@ -36,6 +37,7 @@ COMPUTED = frozenset({"decode", "tokenise", "encode"})
 logger = logging.getLogger(__name__)
 ASSUMED_TOKENS = {"short": 16, "long": 120}
 ASSUMED_TOKENS_OF_OTHERS = 40
+ASSUMED_MOST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -298,9 +300,7 @@ class Measuring:
 
 def _is_here(settings: ImageEncoderConfig | TextEncoderConfig) -> bool:
     """Return whether an encoder can be loaded without the hub."""
-    folder = local_folder(settings.model, settings.revision)
-    is_baseline = settings.model.startswith("baseline:")
-    return is_baseline or (folder is not None and any(folder.glob("*.safetensors")))
+    return backend_of(settings.model).is_here(settings.model, settings.revision)
 
 
 def _tokens(
@@ -309,10 +309,11 @@ def _tokens(
     """Return the mean tokens of a caption, and where that is from."""
     if rates is not None:
         return rates.tokens, f"mean of {rates.captions} captions"
+    most = settings.max_length if isinstance(settings.max_length, int) else ASSUMED_MOST_TOKENS
     if words := [len(text.split()) for text in texts if text.strip()]:
-        return min(4 / 3 * sum(words) / len(words) + 2, settings.max_length), "words of captions"
+        return min(4 / 3 * sum(words) / len(words) + 2, most), "words of captions"
     assumed = ASSUMED_TOKENS.get(name, ASSUMED_TOKENS_OF_OTHERS)
-    return min(assumed, settings.max_length), "assumed"
+    return min(assumed, most), "assumed"
 
 
 def existing_folder(path: Path) -> Path:

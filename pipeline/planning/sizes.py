@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.config import ImageColumnConfig, ImageEncoderConfig, TextEncoderConfig
+from features.encoders import resolve
 from features.encoders.baselines import BASELINES
-from features.encoders.checkpoint import find_encoder, is_on_hub, read_config, read_settings
+from features.encoders.checkpoint import local_folder, read_config, read_settings
+from features.encoders.image_plan import decide_poolings, image_config
 from features.encoders.nvembed import NVEmbed
 from features.encoders.packing import TokenBatch
+from features.encoders.plan import Decision, PlanBuilder
 from features.encoders.pooling import pool_image
-from features.encoders.pretrained import IMAGE_TOWERS, read_image_processor
+from features.encoders.processors import make_preprocessing, read_image_processor
+from features.encoders.towers import IMAGE_TOWERS
 from features.errors import EncoderError
 from features.images import Preprocessing
 
 META = torch.device("meta")
+NOTHING = Decision(None, "")
 UNFIT = (EncoderError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 """What a model raises that cannot be built without weights or run without numbers."""
 
@@ -88,8 +91,9 @@ def image_size(name: str, settings: ImageEncoderConfig) -> EncoderSize:
     try:
         model, picture, found_in = _image_model(settings)
         pixels = torch.empty(1, 3, *picture, device=META)
+        wanted = _pooled_columns(settings, model)
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            features = pool_image(model, pixels, list(columns.values()))
+            features = pool_image(model, pixels, wanted)
     except UNFIT:
         return EncoderSize(dict.fromkeys(columns))
     lengths = (int(each.shape[1]) for each in features)
@@ -97,13 +101,32 @@ def image_size(name: str, settings: ImageEncoderConfig) -> EncoderSize:
     return EncoderSize(dict(zip(columns, lengths, strict=True)), lambda _: flops, found_in)
 
 
+def _pooled_columns(settings: ImageEncoderConfig, model: nn.Module) -> list[ImageColumnConfig]:
+    """Return the columns of an encoder with the pooling that each will have."""
+    decided: dict[str, Any] = {}
+    if settings.model in KNOWN and local_folder(settings.model, settings.revision) is None:
+        made = PlanBuilder()
+        decide_poolings(made, settings, model.config)
+        decided = made.decisions
+    else:
+        decided = dict(resolve(settings).decisions)
+    own = {"pooling": settings} | {f"pooling of {each}": c for each, c in settings.also.items()}
+    return [
+        ImageColumnConfig(pooling=decided[place].value, layer=column.layer)
+        for place, column in own.items()
+    ]
+
+
 def text_size(settings: TextEncoderConfig) -> EncoderSize:
     """Return the sizes of a text encoder, without loading it or asking the hub."""
     try:
         model, folder = build_model(settings.model, settings.revision)
         _caption_flops(model, 1)
+        plan = resolve(settings) if folder else None
     except UNFIT:
         return EncoderSize({"": None})
+    if plan is not None and (plan.decisions.get("behind", NOTHING).value or "+" in plan["pooling"]):
+        return EncoderSize({"": None})  # its Dense layers say how long it is
     config: Any = model.trunk.config if isinstance(model, NVEmbed) else model.config
     found_in = "its config.json" if folder else "known configuration"
     return EncoderSize(
@@ -136,7 +159,8 @@ def build_model(model: str, revision: str | None) -> tuple[nn.Module, Path | Non
             return embedder.eval(), folder
         config = read_config(folder) if folder else AutoConfig.for_model(**settings)
         tower = IMAGE_TOWERS.get(config.model_type)
-        built = tower(config.vision_config) if tower else AutoModel.from_config(config)
+        own = image_config(model, config) if tower else config
+        built = tower.plain(own) if tower else AutoModel.from_config(config)
         return built.eval(), folder
 
 
@@ -148,8 +172,8 @@ def _image_model(settings: ImageEncoderConfig) -> tuple[nn.Module, tuple[int, in
     model, folder = build_model(settings.model, settings.revision)
     if folder is None:
         return model, KNOWN_PICTURE, "known configuration"
-    processor = read_image_processor(folder)
-    return model, Preprocessing.from_config(processor).output_size, "its config.json"
+    preprocessing = make_preprocessing(folder, read_image_processor(folder))
+    return model, preprocessing.output_size, "its config.json"
 
 
 @functools.cache
@@ -158,14 +182,3 @@ def _caption_flops(model: nn.Module, tokens: int) -> float:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(batch) if isinstance(model, NVEmbed) else model(input_ids=batch.ids[None])
     return float(counter.get_total_flops())
-
-
-def local_folder(model: str, revision: str | None) -> Path | None:
-    """Return where the files of a checkpoint are on this machine; the hub is not asked."""
-    try:
-        if not is_on_hub(model):
-            return find_encoder(model, revision, weights=False).folder
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except (EncoderError, HFValidationError):  # not here, or not the form of a hub id
-        return None
-    return Path(found).parent if isinstance(found, str) else None

@@ -12,8 +12,8 @@ from jaxtyping import Float32, Int64
 from align.checkpoint import load_head
 from evaluate.embedder import Embedder
 from evaluate.measures.retrieval import RetrievalSettings
+from features.encoders.image import check_fast
 from features.errors import EncoderError, EvaluationError
-from features.images import check_can_be_fast
 from features.index import Index, SampleReader
 from features.storage.files import write_json
 from features.store import FeatureStore
@@ -299,7 +299,7 @@ def _image_mode(aligned: Aligned, images: Sequence[bytes]) -> _Way:
     encoder = aligned.image_encoder
     mode = "exact" if encoder.mode == "fast" else "fast"
     try:
-        check_can_be_fast(encoder.preprocessing)
+        check_fast(encoder.preprocessing)
     except EncoderError:
         why = f"not measured: {encoder.preprocessing.processor} cannot be fast"
         return _Way("image", "image mode", encoder.mode, why)

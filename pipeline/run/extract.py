@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from features.errors import ConfigError
+from features.errors import ConfigError, EncoderMissingError
 from features.storage.files import remove_leftovers
 from features.storage.lock import locked
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig
-from pipeline.run.finished import KnownEncoders, check_columns, is_finished
+from pipeline.run.finished import KnownEncoders, check_columns, is_finished, is_whole
 from pipeline.run.folder import RunFolder, filling, run_folder, start_run
-from pipeline.run.rows import plan_rows
+from pipeline.run.rows import PlannedRows, plan_rows
 from pipeline.run.usable import check_usable
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def extract(
                 check_stores=lambda stores: encoders.check(names, stores),
             ) as plans,
         ):
+            encoders.check_rows(plans)
             remove_leftovers(folder.path)
             changes_rows = any(plan.changes_rows for plan in plans)
             with filling(folder.path, shared=False) if changes_rows else nullcontext():
@@ -82,7 +83,12 @@ def extract(
                 splits = [(plan.write(config), plan.index) for plan in plans]
                 encoders.remember()
             stores = [store for store, _ in splits]
-            left = [name for name in names if not is_finished(config, known, stores, name)]
+            left = [
+                name
+                for name in names
+                if not (name in encoders.gone and is_whole(config, name))
+                and not is_finished(config, known, stores, name)
+            ]
             if left:
                 until_done.enter_context(filling(folder.path))
         for name in left:
@@ -111,6 +117,8 @@ class _Encoders:
         self._config, self._known, self._cluster, self._stop = config, known, cluster, stop
         self._loaded: LoadedEncoders | None = None
         self._found: dict[str, Fingerprints] = {}
+        self.gone: dict[str, EncoderMissingError] = {}
+        """Encoders whose files are not there, while all their columns are whole."""
 
     @property
     def loaded(self) -> "LoadedEncoders":
@@ -135,9 +143,28 @@ class _Encoders:
             StoreMismatchError: A column was made by something else; the field is named.
         """
         for name in reversed(names):
-            fingerprints = self._fingerprints(name)
+            try:
+                fingerprints = self._fingerprints(name)
+            except EncoderMissingError as error:
+                if not is_whole(self._config, name):
+                    raise
+                self.gone[name] = error
+                continue
             for store in stores:
                 check_columns(store, fingerprints)
+
+    def check_rows(self, plans: Sequence[PlannedRows]) -> None:
+        """Refuse further rows for an encoder whose files are gone; say which are not compared.
+
+        Raises:
+            EncoderMissingError: There are further rows.
+        """
+        grow = any(plan.store is None or plan.index.rows > plan.store.rows for plan in plans)
+        for name, error in self.gone.items():
+            if grow:
+                raise error
+            words = "%s is not compared with its columns, which are whole: %s"
+            logger.warning(words, name, error)
 
     def remember(self) -> None:
         """Write down what the encoders are that this process loaded."""
@@ -155,7 +182,13 @@ class _Encoders:
             if self._cluster is not None:
                 found = self._cluster.fingerprints(name, self._stop)
             else:
-                found = self.loaded.get(name).fingerprints
+                from features.encoders.trial import try_encoder  # torch
+
+                encoder = self.loaded.get(name)
+                if encoder.plan is not None:
+                    logger.info("%s: %s", name, encoder.plan.summary())
+                try_encoder(encoder)
+                found = encoder.fingerprints
             self._found[name] = found
         return found
 

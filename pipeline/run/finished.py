@@ -20,6 +20,7 @@ from features.storage.files import write_json
 from features.storage.reading import Expected, read_json
 from features.store import FeatureStore
 from pipeline.run.config import RunConfig
+from pipeline.run.folder import run_folder
 
 logger = logging.getLogger(__name__)
 EXPECTED = Expected("What is known of the encoders", "They are loaded, and it is written again.")
@@ -63,6 +64,27 @@ class KnownEncoders:
             "fingerprints": fingerprints,
         }
         write_json(self._path, self._entries)
+
+
+def is_whole(config: RunConfig, name: str) -> bool:
+    """Return whether every split has a store in which all columns of an encoder are done."""
+    stores = _stores(config)
+    columns = [
+        (store, column)
+        for store in stores
+        for names in columns_of(config, store, name)
+        for column in names
+    ]
+    return len(stores) == len(config.data) and all(
+        column in store.columns() and not store.column(column).pending()
+        for store, column in columns
+    )
+
+
+def _stores(config: RunConfig) -> list[FeatureStore]:
+    folder = run_folder(config)
+    paths = [folder.store(split) for split in config.data]
+    return [FeatureStore.open(path) for path in paths if FeatureStore.is_at(path)]
 
 
 def is_finished(

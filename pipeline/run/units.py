@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch
 from distributed import get_worker
 
+from features.encoders.trial import try_encoder
 from features.errors import SailError, refused
 from features.extract import MAX_LOGGED_FAULTS, ExtractOptions, Phases, extract
 from features.index import Index
@@ -100,7 +101,9 @@ _process = _Process()
 
 
 def describe_encoder(job: ClusterJob, unit: str, name: str) -> UnitResult:
-    """Load an encoder, and tell its fingerprints; nothing is written.
+    """Load an encoder, run one image or text through it, and tell its fingerprints.
+
+    Nothing is written.
 
     Args:
         job: What all units share.
@@ -110,7 +113,9 @@ def describe_encoder(job: ClusterJob, unit: str, name: str) -> UnitResult:
     found: dict[str, dict[str, Any]] = {}
 
     def work(config: RunConfig) -> Phases:
-        found.update(_loaded(job, config, name).fingerprints)
+        encoder = _loaded(job, config, name)
+        try_encoder(encoder)
+        found.update(encoder.fingerprints)
         return Phases()
 
     result = _reported(job, unit, work)
@@ -266,12 +271,7 @@ def _loaded(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
     """Return an encoder, the one of this process if that is it."""
 
     def load() -> Encoder:
-        keep_freed_memory()
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        settings = device_settings(config.run, job, get_worker().name, gpus)
-        if settings.threads is None and job["processors"] is not None:
-            settings = settings.model_copy(update={"threads": job["processors"]})
-        return load_encoder(config, name, prepare_device(settings))
+        return load_encoder(config, name, prepare_device(_settings(job, config)))
 
     return _process.encoder((job["id"], name), load)
 
@@ -284,6 +284,16 @@ def _checked(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
         add_columns((FeatureStore.open(folder.store(split)) for split in config.data), encoder)
         _process.checked = key
     return encoder
+
+
+def _settings(job: ClusterJob, config: RunConfig) -> RunSettings:
+    """Return the settings of this worker: its device, and its threads."""
+    keep_freed_memory()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    settings = device_settings(config.run, job, get_worker().name, gpus)
+    if settings.threads is None and job["processors"] is not None:
+        settings = settings.model_copy(update={"threads": job["processors"]})
+    return settings
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001 - the name and form that Dask calls

@@ -13,7 +13,8 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from features.encoders.nvembed import NVEmbed
 from features.encoders.packing import Tokens
-from features.encoders.text import CaptionTokenizer, TextEncoder
+from features.encoders.text import TextEncoder
+from features.encoders.tokenizer import CaptionTokenizer
 
 REAL: dict[str, Any] = {
     "text_config": {

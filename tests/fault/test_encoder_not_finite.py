@@ -1,6 +1,6 @@
 """An encoder that gives NaN or infinity: its rows are quarantined with a status of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from features.errors import SourceError
+from features.encoders import TextEncoder
+from features.errors import EncoderError
 from features.status import Status
 from features.storage.column import Column
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
-from pipeline.stores.inspect import describe_store
 from pipeline.stores.verify import verify_store
 from tests import tiny
 
@@ -41,24 +41,30 @@ def ok_rows(column: Column) -> list[bool]:
     return [code == Status.OK for code in status.tolist()]
 
 
-def test_weights_with_nan_quarantine_every_row(tmp_path: Path) -> None:
+def test_weights_with_nan_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=12)
-    change_weights(tmp_path / "vit", "layernorm.weight", lambda weight: weight.fill_(torch.nan))
-    with pytest.raises(SourceError, match=r"Not one row can be used of .*: not finite 12"):
+    change_weights(
+        tmp_path / "bert", "encoder.layer.0.output.dense.bias", lambda bias: bias.fill_(torch.nan)
+    )
+    with pytest.raises(
+        EncoderError, match=r"'encoder\.layer\.0\.output\.dense\.bias' .* not finite"
+    ):
         extracted(run_file)
-    store = FeatureStore.open(tmp_path / "run" / "features" / "train.zarr")
-    assert not any(ok_rows(store.column("image/vit")))
-    assert describe_store(store.path)["columns"]["image/vit"]["status"] == {"not finite": 12}
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_word_of_infinite_weight_quarantines_the_captions_that_have_it(tmp_path: Path) -> None:
+def test_a_word_whose_vector_overflows_quarantines_the_captions_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_file = tiny.world(tmp_path, rows=12)
-    star = 4 + tiny.WORDS.index("star")
+    star, forward = 4 + tiny.WORDS.index("star"), TextEncoder._forward
 
-    def make_infinite(weight: torch.Tensor) -> None:
-        weight[star] = torch.inf
+    def overflow(self: TextEncoder, sequences: Sequence[list[int]]) -> torch.Tensor:
+        vectors = forward(self, sequences)
+        vectors[[star in tokens for tokens in sequences]] = torch.inf
+        return vectors
 
-    change_weights(tmp_path / "bert", "embeddings.word_embeddings.weight", make_infinite)
+    monkeypatch.setattr(TextEncoder, "_forward", overflow)
     store = extracted(run_file)
     captions = store.captions("long").tolist()
     without_star = ["star" not in caption.split() for caption in captions]
@@ -67,11 +73,9 @@ def test_a_word_of_infinite_weight_quarantines_the_captions_that_have_it(tmp_pat
     assert not all(without_star)
 
 
-def test_features_beyond_float16_are_quarantined_and_not_stored_as_infinity(tmp_path: Path) -> None:
+def test_features_beyond_float16_are_refused_with_their_size(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=12)
     most = float(np.finfo(np.float16).max)
     change_weights(tmp_path / "vit", "layernorm.bias", lambda bias: bias.fill_(2 * most))
-    with pytest.raises(SourceError, match=r"Not one row can be used of .*: not finite 12"):
+    with pytest.raises(EncoderError, match=r"'vit' reach 13\d,\d{3} .* float16, up to 65504"):
         extracted(run_file)
-    store = FeatureStore.open(tmp_path / "run" / "features" / "train.zarr")
-    assert not any(ok_rows(store.column("image/vit")))

@@ -17,7 +17,7 @@ from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.nvembed import NVEmbed, load_nvembed
 from features.encoders.packing import TokenBatch
-from features.encoders.text import CaptionTokenizer, read_tokenizer
+from features.encoders.tokenizer import CaptionTokenizer, read_tokenizer
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "nvembed_tiny"
 pytestmark = pytest.mark.skipif(

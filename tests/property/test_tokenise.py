@@ -3,14 +3,12 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from features.config import TextEncoderConfig
-from features.encoders import TextEncoder, load_text_encoder
+from features.encoders.tokenizer import CaptionTokenizer, read_tokenizer
 from tests import tiny
 
 WORDS = st.sampled_from(
@@ -25,16 +23,14 @@ TEXTS = st.builds(
 
 
 @pytest.fixture(scope="module", params=["words", "bytes"])
-def encoder(
+def tokenise(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> TextEncoder:
-    """An encoder that keeps 6 tokens, with a word or a byte-pair vocabulary."""
+) -> CaptionTokenizer:
+    """Keeps 6 tokens of a caption, of a word or a byte-pair vocabulary."""
     folder = tiny.text_encoder(tmp_path_factory.mktemp("bert"))
     if request.param == "bytes":
         byte_pair_tokenizer().save_pretrained(folder)
-    return load_text_encoder(
-        "bert", TextEncoderConfig(model=str(folder), max_length=6), torch.device("cpu")
-    )
+    return CaptionTokenizer(read_tokenizer(folder), 6)
 
 
 def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,22 +46,22 @@ def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 def test_long_captions_have_the_tokens_of_their_whole_text(
-    encoder: TextEncoder, texts: list[str]
+    tokenise: CaptionTokenizer, texts: list[str]
 ) -> None:
-    whole = encoder.tokenise.tokenizer(texts, truncation=True, max_length=6)["input_ids"]
-    assert encoder.tokenise(texts) == whole
+    whole = tokenise.tokenizer(texts, truncation=True, max_length=6)["input_ids"]
+    assert tokenise(texts) == whole
     with pytest.MonkeyPatch.context() as patch:  # so that the cut is often near the last token
-        patch.setattr("features.encoders.text.CHARACTERS_PER_TOKEN", 2)
-        assert encoder.tokenise(texts) == whole
+        patch.setattr("features.encoders.tokenizer.CHARACTERS_PER_TOKEN", 2)
+        assert tokenise(texts) == whole
 
 
-def test_a_long_caption_is_not_read_to_its_end(encoder: TextEncoder) -> None:
+def test_a_long_caption_is_not_read_to_its_end(tokenise: CaptionTokenizer) -> None:
     read: list[int] = []
 
     def tokenizer(texts: list[str], **options: object) -> dict[str, list[list[int]]]:
         read.extend(map(len, texts))
-        found: dict[str, list[list[int]]] = encoder.tokenise.tokenizer(texts, **options)
+        found: dict[str, list[list[int]]] = tokenise.tokenizer(texts, **options)
         return found
 
-    replace(encoder.tokenise, tokenizer=tokenizer)(["a red circle " * 80_000])
+    replace(tokenise, tokenizer=tokenizer)(["a red circle " * 80_000])
     assert sum(read) < 200

@@ -52,7 +52,7 @@ def test_a_recipe_is_looked_at_too(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path)
     checks = examined(str(run_file))
     assert checks["data.train"]["found"] == "2 files"
-    assert "is here" in checks["image/vit"]["found"]
+    assert "encodes: trunk vit (config.json); pooling cls" in checks["image/vit"]["found"]
     for shard in (tmp_path / "shards").glob("test-*.tar"):
         shard.unlink()
     assert "No file matches" in examined(str(run_file), code=1)["data.test"]["found"]

@@ -185,9 +185,7 @@ def test_a_shard_that_changed_after_indexing_is_refused_by_name(tmp_path: Path) 
         extracted(run_file)
 
 
-def test_features_stay_where_shards_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_stay_where_shards_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_file = tiny.world(tmp_path)
     extracted(run_file)
     (tmp_path / "shards").rename(tmp_path / "moved")
@@ -231,6 +229,8 @@ def test_features_that_are_not_finite_are_quarantined(
 ) -> None:
     def overflow(_model: object, pixels: torch.Tensor, _wanted: object) -> list[torch.Tensor]:
         features = pixels.flatten(1)[:, :16] * 1.0
+        if len(features) == 1:  # the trial, which ends the command where it is not finite
+            return [features]
         features[0] = 1e6  # more than float16 holds
         features[1:2] = torch.nan
         return [features]

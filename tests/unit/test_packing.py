@@ -16,7 +16,6 @@ from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.encoders.packing import TokenBatch, batch_stop
 from features.encoders.pretrained import PACKED_TYPES
-from features.errors import EncoderError
 from tests import text_models
 
 POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -27,7 +26,7 @@ POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def loaded(folder: Path, **settings: Any) -> TextEncoder:
-    settings = {"max_length": 100, "tokens_per_batch": 64} | settings
+    settings = {"max_length": 100, "tokens_per_batch": 64, "pooling": "mean"} | settings
     config = TextEncoderConfig(model=str(folder), **settings)
     return load_text_encoder("tiny", config, torch.device("cpu"))
 
@@ -85,13 +84,16 @@ def test_the_models_own_pooler_sees_each_caption(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("model_type", "room"), [("bert", 200), ("roberta", 198), ("mpnet", 198)])
-def test_more_tokens_than_a_model_has_positions_for_are_refused(
-    tmp_path: Path, model_type: str, room: int
+def test_captions_are_cut_to_what_a_model_has_positions_for(
+    tmp_path: Path, model_type: str, room: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = text_models.transformers_model(tmp_path, model_type)
-    with pytest.raises(EncoderError, match=f"max_length is {room + 1}, .* for {room} tokens"):
-        loaded(folder, max_length=room + 1)
-    assert loaded(folder, max_length=room, tokens_per_batch=1000).encode(["a " * 300]).shape
+    caplog.set_level("INFO")
+    encoder = loaded(folder, max_length=room + 1, tokens_per_batch=1000)
+    assert encoder.fingerprint["max_length"] == room
+    assert f"max_length is lowered from {room + 1} (the recipe) to {room}" in caplog.text
+    assert len(encoder.tokenise(["a " * 300])[0]) == room
+    assert np.isfinite(encoder.encode(["a " * 300])).all()
 
 
 def test_captions_longer_than_a_sliding_window_are_not_packed(tmp_path: Path) -> None:
@@ -171,6 +173,7 @@ def test_a_gpu_gives_nearly_what_a_cpu_gives(
     ids = text_models.sequences(30)
     exact = loaded(folder).encode_tokens(ids)
     settings = {"model": str(folder), "max_length": 100, "precision": precision}
+    settings |= {"pooling": "mean"}
     config = TextEncoderConfig.model_validate(settings)
     found = load_text_encoder("tiny", config, torch.device("cuda")).encode_tokens(ids)
     lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(found, axis=1)

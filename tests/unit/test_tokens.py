@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, processors
 
 from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
-from features.encoders.text import CaptionTokenizer, end_token, read_tokenizer
+from features.encoders.tokenizer import CaptionTokenizer, adds_end, read_tokenizer
 from features.errors import EncoderError
 from tests import text_models, tiny
 
@@ -18,8 +19,12 @@ BOS, EOS, SPACE = 1, 2, 3
 A = text_models.LETTERS.index("a")
 
 
-def last_token_encoder(folder: Path, max_length: int) -> TextEncoder:
-    config = TextEncoderConfig(model=str(folder), pooling="last", max_length=max_length)
+def last_token_encoder(
+    folder: Path, max_length: int, end_token: bool | Literal["auto"] = "auto"
+) -> TextEncoder:
+    config = TextEncoderConfig(
+        model=str(folder), pooling="last", max_length=max_length, end_token=end_token
+    )
     return load_text_encoder("tiny", config, torch.device("cpu"))
 
 
@@ -49,12 +54,28 @@ def test_a_last_token_embedder_reads_the_end_token_even_of_a_caption_that_is_cut
     tmp_path: Path,
 ) -> None:
     folder = text_models.transformers_model(tmp_path, "qwen3")
-    encoder = last_token_encoder(folder, max_length=6)
+    encoder = last_token_encoder(folder, max_length=6, end_token=True)
     ids = encoder.tokenise(["a", "aaaaaaaaaaaa"])
     assert ids == [[BOS, SPACE, A, EOS], [BOS, SPACE, A, A, A, EOS]]
     expected = torch.stack([text_models.plain_states(folder, tokens)[-1] for tokens in ids])
     np.testing.assert_allclose(encoder.encode_tokens(ids), expected, atol=2e-6)
     assert encoder.fingerprint["end_token"] == EOS
+
+
+def test_an_end_token_is_put_where_the_recipe_or_the_files_ask_for_it_and_nowhere_else(
+    tmp_path: Path,
+) -> None:
+    folder = text_models.transformers_model(tmp_path, "qwen3")
+    encoder = last_token_encoder(folder, max_length=6)
+    assert encoder.tokenise(["a"]) == [[BOS, SPACE, A]]
+    assert "end_token" not in encoder.fingerprint
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_eos_token": True}))
+    encoder = last_token_encoder(folder, max_length=6)
+    assert encoder.tokenise(["a"]) == [[BOS, SPACE, A, EOS]]
+    assert encoder.plan is not None
+    assert encoder.plan.decisions["end_token"].source == "add_eos_token in tokenizer_config.json"
+    assert last_token_encoder(folder, 6, end_token=False).tokenise(["a"]) == [[BOS, SPACE, A]]
 
 
 def test_no_second_end_token_is_put_where_the_tokenizer_has_one(tmp_path: Path) -> None:
@@ -65,7 +86,7 @@ def test_no_second_end_token_is_put_where_the_tokenizer_has_one(tmp_path: Path) 
         single="$A </s>", special_tokens=[("</s>", EOS)]
     )
     tokenizer.save(str(path))
-    assert end_token(read_tokenizer(folder)) is None
+    assert adds_end(read_tokenizer(folder))
     encoder = last_token_encoder(folder, max_length=4)
     assert encoder.tokenise(["a", "aaaaaaaa"]) == [[SPACE, A, EOS], [SPACE, A, A, EOS]]
     assert "end_token" not in encoder.fingerprint
@@ -93,5 +114,5 @@ def test_of_a_long_caption_with_text_around_it_no_token_is_lost(
     tokenise = CaptionTokenizer(tokenizer, 24, instruction="Query: ", suffix="</s>")
     expected = [tokenizer(f"Query: {caption}</s>")["input_ids"][:24] for caption in captions]
     for characters in (1, 2, 16):
-        monkeypatch.setattr("features.encoders.text.CHARACTERS_PER_TOKEN", characters)
+        monkeypatch.setattr("features.encoders.tokenizer.CHARACTERS_PER_TOKEN", characters)
         assert tokenise(captions) == expected

@@ -1,0 +1,64 @@
+"""What `sail encoders` shows: how a model would be used for images, for texts, or for both."""
+
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders.backends import backend_of
+from features.encoders.plan import EncoderPlan
+from features.encoders.processors import processor_file
+from features.errors import ConfigError, EncoderError, EncoderMissingError
+
+KINDS: dict[str, type[ImageEncoderConfig] | type[TextEncoderConfig]] = {
+    "image": ImageEncoderConfig,
+    "text": TextEncoderConfig,
+}
+
+
+def plans_of(model: str, revision: str | None, settings: Sequence[str] = ()) -> list[EncoderPlan]:
+    """Return the plans of a model, one for each kind of input that it takes.
+
+    Args:
+        model: As in a recipe.
+        revision: Of the hub repository.
+        settings: `key=value` of the encoder's section, the value as in TOML or a bare word.
+
+    Raises:
+        ConfigError: No kind of encoder has such a setting.
+        EncoderError: It is no encoder of either kind, or nothing says how it is used.
+    """
+    given = dict(map(_setting, settings)) | {"model": model, "revision": revision}
+    backend = backend_of(model)
+    plans, faults = [], dict[str, EncoderError | ConfigError]()
+    for kind, config_class in KINDS.items():
+        try:
+            plans.append(backend.resolve(config_class.model_validate(given)))
+        except EncoderMissingError:
+            raise
+        except EncoderError as fault:
+            faults[kind] = fault
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            faults[kind] = ConfigError(
+                f"{where} of an {kind} encoder: {first['msg']}. Correct --set; docs/recipes.md "
+                f"lists all settings."
+            )
+    if plans:
+        return plans
+    files = backend.find(model, revision, weights=False)
+    is_of_images = files is None or processor_file(files.folder).is_file()
+    raise faults["image" if is_of_images else "text"]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {text!r} has no value. Write it as in `--set pooling=last`.")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
