@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,11 +15,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 
 from features.errors import EncoderError, EncoderMissingError
+from features.storage import reading
 
 BUNDLED_SCENES = Path(__file__).parents[1] / "scenes" / "encoder"
 DESCRIPTION = ["*.json", "*.txt", "*.model", "README.md"]
 WEIGHTS = "*.safetensors"
 MODULES = "modules.json"
+EXPECTED = reading.Expected(
+    "A whole JSON file", "Fetch it again from where the weights came from.", EncoderError
+)
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,8 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / MODULES
     if not path.is_file():
         return []
-    try:
-        modules = [dict(each) for each in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError) as error:
-        raise EncoderError(
-            f"{path} cannot be read: {first_line(error)} A list of modules was expected. Fetch it "
-            f"again from where the weights came from."
-        ) from error
-    return modules
+    found: list[dict[str, Any]] = reading.read_json(path, list[dict[str, Any]], EXPECTED)
+    return found
 
 
 def read_config(folder: Path) -> Any:
@@ -145,13 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         EncoderError: It is missing, or no JSON object.
     """
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise EncoderError(
-            f"{path} cannot be read: {first_line(error)} A whole JSON file was expected. Fetch it "
-            f"again from where the weights came from."
-        ) from error
+    found: dict[str, Any] = reading.read_json(path, dict[str, Any], EXPECTED)
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _default(model: str, whole: Any, layer: int) -> Decision:
         return Decision(own_pooling(IMAGE_TOWERS[kind], whole), source)
     if has_class and kind not in POOLER_TYPES:
         return Decision("cls", source)
-    return Decision(_given_pooling(model, own), f"{source}: it has no class token of its own")
+    return Decision(_given_pooling(model, own), f"{source}: what it gives")
 
 
 def _given_pooling(model: str, config: Any) -> str:
@@ -116,7 +116,9 @@ def _given_pooling(model: str, config: Any) -> str:
             output = built(torch.empty(1, 3, height, width))
         if getattr(output, "pooler_output", None) is not None:
             return "pooler"
-        if output.last_hidden_state.ndim == 4 or structure_of(config) is not None:
+        if (known := structure_of(config)) is not None and known.classes == 1:
+            return "cls"
+        if output.last_hidden_state.ndim == 4 or known is not None:
             return "mean"
     except Exception:  # noqa: BLE001 - whatever the code of a type raises: not to be told
         pass

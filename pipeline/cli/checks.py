@@ -120,7 +120,10 @@ def encoders(model: str, revision: str | None, settings: tuple[str, ...], as_jso
     from pipeline.tables import plans_table
 
     plans = [plan.as_dict() for plan in plans_of(model, revision, settings)]
-    click.echo(json.dumps(plans, indent=2, ensure_ascii=False) if as_json else plans_table(plans))
+    if as_json:
+        say_json(plans, indent=2)
+    else:
+        say(plans_table(plans))
 
 
 @click.command()
