@@ -33,6 +33,8 @@ from features.terminal import harmless
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_LOGGED_FAULTS = 20
+MOST_FEW = 4096
+"""Different captions of a column that are encoded once for all of it."""
 
 
 @dataclass
@@ -95,7 +97,9 @@ def extract_captions(
     options: ExtractOptions,
     chunks: Sequence[int] | None = None,
 ) -> Phases:
-    """Encode one caption field for the pending chunks of a column; equal captions once a chunk.
+    """Encode one caption field for the pending chunks of a column.
+
+    Equal captions are encoded once for the column where there are few, else once for a chunk.
 
     Args:
         store: Where the captions are.
@@ -106,19 +110,15 @@ def extract_captions(
         chunks: Look at these chunks alone; at all if not given.
     """
     phases = Phases()
-    caption_field = column.name.rsplit("/", 1)[1]
     chunks = column.pending(chunks)
+    few = _encode_few(store, column, encoder, phases) if len(chunks) else None
 
     def load(chunk: int) -> tuple[UInt8[np.ndarray, "batch"], np.ndarray, list[Tokens]]:
         started = time.perf_counter()
-        start = chunk * column.rows_per_chunk
-        stop = start + column.chunk_rows(chunk)
-        captions = store.captions(caption_field, start, stop)
-        status = _caption_status(captions, index, start, stop)
-        distinct, inverse = np.unique(captions[status == Status.OK], return_inverse=True)
-        tokens = encoder.tokenise(distinct.tolist()) if len(distinct) else []
+        captions, status = _captions_of(store, column, index, chunk)
+        loaded = _numbered(captions[status == Status.OK], encoder, few)
         phases.decode += time.perf_counter() - started
-        return status, inverse, tokens
+        return status, *loaded
 
     with ThreadPoolExecutor(1) as pool, Writer(phases) as writer:
         loaded = prefetch(pool, load, chunks, ahead=2, phases=phases)
@@ -128,19 +128,77 @@ def extract_captions(
             status, inverse, tokens = next(loaded)
             features, _ = empty_chunk(column, chunk)
             started = time.perf_counter()
+            encoded = None if few is None else few.features
             if tokens:
-                encoded = encoder.encode_tokens(
-                    tokens, on_texts=_scaled(options.on_rows, len(status), len(tokens))
-                )
-                features[status == Status.OK] = encoded.astype(np.float16)[inverse]
+                on_texts = _scaled(options.on_rows, len(status), len(tokens))
+                encoded = encoder.encode_tokens(tokens, on_texts=on_texts).astype(np.float16)
             else:
                 options.on_rows(len(status))
+            if encoded is not None:
+                features[status == Status.OK] = encoded[inverse]
             phases.encode += time.perf_counter() - started
             phases.rows += len(status)
             phases.faults += int((status != Status.OK).sum())
             first = chunk * column.rows_per_chunk
             writer.put(column, chunk, features, without_infinities(features, status, first, phases))
     return phases
+
+
+def _captions_of(
+    store: FeatureStore, column: Column, index: Index, chunk: int
+) -> tuple[np.ndarray, UInt8[np.ndarray, "batch"]]:
+    """Return the captions of a chunk, and which of them can be used."""
+    start = chunk * column.rows_per_chunk
+    stop = start + column.chunk_rows(chunk)
+    captions = store.captions(column.name.rsplit("/", 1)[1], start, stop)
+    return captions, _caption_status(captions, index, start, stop)
+
+
+def _numbered(
+    captions: np.ndarray, encoder: TextEncoder, few: "_FewCaptions | None"
+) -> tuple[np.ndarray, list[Tokens]]:
+    """Return which text each caption is, and the tokens of those that are not encoded yet."""
+    if few is not None:
+        return few.places(captions), []
+    distinct, inverse = np.unique(captions, return_inverse=True)
+    return inverse, encoder.tokenise(distinct.tolist()) if len(distinct) else []
+
+
+@dataclass(frozen=True)
+class _FewCaptions:
+    """The different captions of a column, and their features."""
+
+    numbers: dict[str, int]
+    features: Float16[np.ndarray, "texts dim"]
+
+    def places(self, captions: np.ndarray) -> np.ndarray:
+        """Return which of them each caption is."""
+        return np.array([self.numbers[caption] for caption in captions.tolist()], dtype=np.int64)
+
+
+def _encode_few(
+    store: FeatureStore, column: Column, encoder: TextEncoder, phases: Phases
+) -> _FewCaptions | None:
+    """Encode the different captions of a column; None where there are many, or one chunk.
+
+    They are those of the whole column, whatever part of it is pending: so every pass, of whoever,
+    encodes the same texts together, and a chunk has the same bytes each time.
+    """
+    if column.num_chunks < 2:
+        return None
+    started, found = time.perf_counter(), set[str]()
+    field = column.name.rsplit("/", 1)[1]
+    for start in range(0, column.rows, column.rows_per_chunk):
+        captions = store.captions(field, start, start + column.rows_per_chunk)
+        found.update(caption for caption in captions.tolist() if caption.strip())
+        if len(found) > MOST_FEW or 2 * len(found) > column.rows:
+            return None
+    words = "%s: %d different captions in %d rows: each is encoded once"
+    logger.info(words, column.name, len(found), column.rows)
+    texts = sorted(found)
+    encoded = encoder.encode(texts).astype(np.float16)
+    phases.encode += time.perf_counter() - started
+    return _FewCaptions({text: number for number, text in enumerate(texts)}, encoded)
 
 
 def prefetch(

@@ -1,6 +1,7 @@
 """Stage one from tars to stores, with small real encoders."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from features.config import TextEncoderConfig
-from features.encoders import load_text_encoder
+from features.encoders import TextEncoder, load_text_encoder
 from features.errors import SourceError, StoreMismatchError
 from features.extract import Phases, log_faults
 from features.status import Status
@@ -243,3 +244,28 @@ def test_features_that_are_not_finite_are_quarantined(
     assert not column.read(0, 2).any()
     assert column.read(2, 4).any(axis=1).all()
     assert verify_store(store.path) == []
+
+
+def test_equal_captions_of_all_chunks_are_encoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = TextEncoder.encode_tokens
+
+    def counted(self, ids, *others, **options):  # type: ignore[no-untyped-def]
+        seen.append(len(ids))
+        return encode(self, ids, *others, **options)
+
+    run_file = tiny.world(tmp_path)
+    extracted(run_file)  # so that the encoder is known, and not tried again
+    column = FeatureStore.open(tmp_path / "run/features/train.zarr").column("text/bert/short")
+    right = column.read(0, column.rows)
+    shutil.rmtree(tmp_path / "run" / "features")
+    monkeypatch.setattr(TextEncoder, "encode_tokens", counted)
+    store = extracted(run_file)
+    assert seen.count(5) == 2  # `short` has five different captions in each of both splits
+    assert sum(seen) == 5 + 40 + 5 + 16
+    np.testing.assert_array_equal(store.column("text/bert/short").read(0, 40), right)
+    status = store.column("text/bert/short").status_file(3)
+    status.unlink()
+    np.testing.assert_array_equal(extracted(run_file).column("text/bert/short").read(0, 40), right)
