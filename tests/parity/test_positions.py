@@ -20,6 +20,7 @@ from transformers import (
 from features.config import ImageColumnConfig, ImageEncoderConfig
 from features.encoders import load_image_encoder
 from features.encoders.image import METHOD, fix_position_tables
+from features.images import Preprocessing
 
 SMALL = {
     "hidden_size": 16,
@@ -70,6 +71,7 @@ def test_a_loaded_encoder_interpolates_its_table_no_more(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     encoder = load_image_encoder("dino", ImageEncoderConfig(model=str(tmp_path)), CPU)
     images = (pixels(3) * 255).to(torch.uint8)
+    assert isinstance(encoder.preprocessing, Preprocessing)
     with torch.inference_mode():
         output = model(encoder.preprocessing.normalise(images))
 
@@ -112,6 +114,7 @@ def test_the_pooling_of_a_model_with_registers_leaves_them_out(tmp_path: Path) -
     encoder = load_image_encoder("dino", config, CPU)
     images = (pixels(2) * 255).to(torch.uint8)
     last, inner = encoder.encode(images, encoder.columns)
+    assert isinstance(encoder.preprocessing, Preprocessing)
     with torch.inference_mode():
         output = model(encoder.preprocessing.normalise(images), output_hidden_states=True)
     torch.testing.assert_close(last, output.last_hidden_state[:, 4:].mean(1))

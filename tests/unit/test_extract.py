@@ -22,7 +22,7 @@ from pipeline.run.extract import extract
 from pipeline.stores.inspect import describe_row, describe_store
 from pipeline.stores.verify import verify_store
 from tests import text_models, tiny
-from tests.feature_stores import StopBeforeChunks, store_digests
+from tests.feature_stores import StopBeforeChunks, on_disk, store_digests
 
 
 def extracted(run_file: Path, *overrides: str) -> FeatureStore:
@@ -266,6 +266,5 @@ def test_equal_captions_of_all_chunks_are_encoded_once(
     assert seen.count(5) == 2  # `short` has five different captions in each of both splits
     assert sum(seen) == 5 + 40 + 5 + 16
     np.testing.assert_array_equal(store.column("text/bert/short").read(0, 40), right)
-    status = store.column("text/bert/short").status_file(3)
-    status.unlink()
+    on_disk(store.column("text/bert/short").status_file(3)).unlink()
     np.testing.assert_array_equal(extracted(run_file).column("text/bert/short").read(0, 40), right)

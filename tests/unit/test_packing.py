@@ -26,8 +26,8 @@ POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def loaded(folder: Path, **settings: Any) -> TextEncoder:
-    settings = {"max_length": 100, "tokens_per_batch": 64, "pooling": "mean"} | settings
-    config = TextEncoderConfig(model=str(folder), **settings)
+    about: dict[str, Any] = {"max_length": 100, "tokens_per_batch": 64, "pooling": "mean"}
+    config = TextEncoderConfig(model=str(folder), **about | settings)
     return load_text_encoder("tiny", config, torch.device("cpu"))
 
 
