@@ -171,7 +171,7 @@ class _Encoders:
         if self._cluster is None:
             from pipeline.run.filling import folder_of
 
-            for name, fingerprints in self._found.items():
+            for name, fingerprints in reversed(self._found.items()):  # in the order of the recipe
                 folder = folder_of(self._config, name)
                 self._known.remember(name, self._config, folder, fingerprints)
 

@@ -23,6 +23,7 @@ from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, load_config
 from pipeline.run.evaluate import evaluate_run, results_table
 from pipeline.run.extract import extract
+from pipeline.run.folder import start_run
 from pipeline.study.comparison import compare_runs
 from tests import tiny
 
@@ -152,7 +153,9 @@ def test_the_report_shows_pictures_and_the_table_leaves_single_classes_to_it(
 def test_the_browser_lists_the_numbers_without_rows_since_no_store_has_them(
     world: Path, tmp_path: Path
 ) -> None:
-    evaluate_run(configured(world, tmp_path), StopRequest())
+    config = configured(world, tmp_path)
+    start_run(config, "align")
+    evaluate_run(config, StopRequest())
     shown = explored(Session(tmp_path, device="cpu"))["results"]
     found = {each["metric"]: each["has_rows"] for each in shown if each["task"] == "segmentation"}
     assert found == {"miou": False, "pixel_accuracy": False, "iou": False}

@@ -27,7 +27,7 @@ def with_room_for(images: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
 
     def limited(
-        self: ImageEncoder, pixels: torch.Tensor, columns: object, **options: object
+        self: ImageEncoder, pixels: torch.Tensor, columns: object = None, **options: object
     ) -> object:
         batches.append(len(pixels))
         if len(pixels) > images:
@@ -50,8 +50,8 @@ def test_the_batch_is_halved_until_it_fits_and_every_row_is_there(
     np.testing.assert_allclose(
         found.read(0, 40).astype(np.float32), expected.read(0, 40).astype(np.float32), atol=1e-3
     )
-    assert batches[:6] == [8, 4, 2, 2, 2, 2]
-    assert set(batches[2:22]) == {2}  # it does not try the larger batch again
+    assert batches[:7] == [1, 8, 4, 2, 2, 2, 2]  # it is tried with one image before a row is read
+    assert set(batches[3:23]) == {2}  # it does not try the larger batch again
     messages = [record.message for record in caplog.records if "out of memory" in record.message]
     assert messages[:2] == [
         "image encoder vit: out of memory on cpu with 8 images at once; goes on with 4",
@@ -64,5 +64,5 @@ def test_a_device_without_room_for_one_image_ends_the_run_with_what_to_do(
 ) -> None:
     run_file = tiny.world(tmp_path)
     with_room_for(0, monkeypatch)
-    with pytest.raises(EncoderError, match=r"'vit' runs out of memory on cpu with a single image"):
+    with pytest.raises(EncoderError, match=r"'vit' cannot encode an image: .*out of memory"):
         extracted(run_file, tmp_path / "none")

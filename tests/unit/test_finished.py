@@ -12,6 +12,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from tests import tiny
+from tests.feature_stores import as_version_1
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND_RUN = """
@@ -70,6 +71,7 @@ def test_what_is_known_of_an_encoder_is_compared_with_the_store(
     forbid_loading(monkeypatch)
     attributes = run_file.parent / "run" / "features" / "train.zarr" / "image/vit" / "zarr.json"
     attributes.write_text(attributes.read_text().replace('"cls"', '"mean"'))
+    as_version_1(attributes.parents[2])
     with pytest.raises(StoreMismatchError, match=r"pooling = 'mean', .* expects 'cls'"):
         run(run_file)
 
