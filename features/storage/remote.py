@@ -172,7 +172,7 @@ CLIENT: Any = {
 
 
 class _Objects:
-    """S3, Google Cloud Storage and HTTP, by obstore."""
+    """S3 and Google Cloud Storage, by obstore; web servers have a client of their own."""
 
     errors: tuple[type[Exception], ...] = (BaseError, BrokenBody, OSError)
 

@@ -6,6 +6,7 @@ run_dir/study/probes/          see `probes`
 """
 
 import csv
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from evaluate.measures.knn import KnnSettings
 from evaluate.statistics import LEAST_POINTS, correlate, percentile_interval
 from features.errors import ConfigError
 from features.storage.files import appearing, write, write_json
+from features.storage.reading import Expected, read_text, reading
 from pipeline.interrupt import StopRequest
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import stage_lock
@@ -250,21 +252,24 @@ def read_scores(path: Path, config: RunConfig) -> Scores:
     """
     known = [*config.encoders.image_columns, *config.encoders.text]
     scores: Scores = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, line in enumerate(csv.DictReader(file), 2):
-            name = line.pop("encoder", None)
-            if name not in known:
-                raise ConfigError(
-                    f"{path}, line {number}, has encoder = {name!r}. Give the name of one of the "
-                    f"recipe's: {known}."
-                )
-            try:
-                scores[name] = {key: float(value) for key, value in line.items() if value}
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"{path}, line {number}, is not all numbers: {error}. Put a number or nothing "
-                    f"in every column but `encoder`."
-                ) from error
+    expected = Expected("A table of scores, as .csv in UTF-8", "Correct --scores.", ConfigError)
+    text = read_text(path, expected)
+    with reading(path, expected):
+        lines = list(csv.DictReader(io.StringIO(text, newline="")))
+    for number, line in enumerate(lines, 2):
+        name = line.pop("encoder", None)
+        if name not in known:
+            raise ConfigError(
+                f"{path}, line {number}, has encoder = {name!r}. Give the name of one of the "
+                f"recipe's: {known}."
+            )
+        try:
+            scores[name] = {key: float(value) for key, value in line.items() if value}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}, line {number}, is not all numbers: {error}. Put a number or nothing "
+                f"in every column but `encoder`."
+            ) from error
     return scores
 
 
