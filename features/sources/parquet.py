@@ -326,7 +326,8 @@ class _Bounded(pq.ParquetFile):  # type: ignore[misc]
         about, longest = self.metadata.row_group(group), 1
         for number in range(about.num_columns):
             column = about.column(number)
-            if columns is None or {column.path_in_schema.partition(".")[0]} & set(columns):
+            path = f"{column.path_in_schema}."  # of a list or struct more than the column's name
+            if columns is None or any(path.startswith(f"{name}.") for name in columns):
                 mean = column.total_uncompressed_size // max(1, about.num_rows)
                 is_odd = column.has_dictionary_page and mean > LONG_TEXT_BYTES
                 longest += column.total_uncompressed_size if is_odd else mean
