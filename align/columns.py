@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -248,7 +248,7 @@ def select_rows(
     usable = (status == Status.OK) & text_ok.any(axis=1)
     skipped = _skipped(status, usable)
     for reason, count in skipped.items():
-        logger.info("%d rows of %s are not used: %s", count, columns.store.path, reason)
+        _say_once(count, str(columns.store.path), reason)
     held = np.zeros_like(usable)
     heldout = np.empty(0, dtype=np.int64)
     hashes = np.empty(0, dtype=np.uint64)
@@ -273,6 +273,13 @@ def select_rows(
             f"expected. Lower align.holdout, or see why with `sail inspect {columns.store.path}`."
         )
     return Selection(train, heldout, text_ok, skipped)
+
+
+@cache
+def _say_once(count: int, path: str, reason: str) -> None:
+    """Say it once for a store: a study trains tens of heads on it."""
+    rows = "1 row" if count == 1 else f"{count} rows"
+    logger.info("%s of %s cannot be used: %s", rows, path, reason)
 
 
 def below_fraction(hashes: Shaped[np.ndarray, "rows"], fraction: float) -> Bool[np.ndarray, "rows"]:

@@ -111,8 +111,9 @@ def _check(path: Path, metadata: ParquetArrays, vectors: dict[str, list[NpyArray
 
 
 def _part(file: Path) -> str:
-    """Return the number of a file among those of its folder, as it is written."""
-    return file.stem.rpartition("_")[2]
+    """Return the number of a file among those of its folder, without the zeros before it."""
+    number = file.stem.rpartition("_")[2]
+    return str(int(number)) if number.isdecimal() else number
 
 
 def _tell_what_is_missing(path: Path, metadata: ParquetArrays, vectors: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from align.columns import Columns
+from align.columns import Columns, select_rows
 from align.config import AlignConfig
 from align.heads import AlignmentModel
 from align.heldout import HeldOut, HeldOutRows
@@ -65,3 +65,16 @@ def test_scores_do_not_depend_on_the_type_of_the_matrix_products(tmp_path: Path)
         scores = heldout.score(model)
     assert scores["recall@1"] > 0.99
     assert scores == heldout.score(model)
+
+
+def test_rows_that_are_not_used_are_told_once_for_a_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    store = make_store(tmp_path / "s.zarr", rows=20, bad_images=(0,))
+    for _ in range(3):  # as the probes of a study do
+        columns = Columns.open(store, AlignConfig(), IMAGE, TEXT)
+        select_rows(columns, holdout=0.0, holdout_rows=1)
+    said = [message for message in caplog.messages if "cannot be used" in message]
+    assert len(said) == 1
+    assert said[0].startswith(f"1 row of {store.path} cannot be used: image: ")
