@@ -22,7 +22,6 @@ from torch import Tensor
 from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
-from features.errors import EncoderError
 from features.images import ImageFault
 from features.index import Index, SampleReader
 from features.status import Status
@@ -361,10 +360,7 @@ class Feeder:
     def _halve(self, images: int) -> None:
         name, device = self._encoder.name, self._encoder.device
         if images == 1:
-            raise EncoderError(
-                f"The image encoder {name!r} runs out of memory on {device} with a single image. "
-                f"Room for one was expected. Free the device, or use another (`run.device`)."
-            )
+            raise self._encoder.without_room()
         self.batch_size = images // 2
         if device.type == "cuda":
             torch.cuda.empty_cache()  # in pieces of the old size it is of no use

@@ -191,6 +191,13 @@ class ImageEncoder:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     @torch.inference_mode()
+    def without_room(self) -> EncoderError:
+        """Return the error of a device that has not the memory for a single image."""
+        return EncoderError(
+            f"The image encoder {self.name!r} runs out of memory on {self.device} with a single "
+            f"image. Room for one was expected. Free the device, or use another (`run.device`)."
+        )
+
     def encode(
         self,
         pixels: Num[Tensor, "batch 3 height width"],

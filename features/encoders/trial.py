@@ -48,6 +48,9 @@ def _try_image(encoder: ImageEncoder) -> None:
     with fenced(f"The image encoder {encoder.name!r} cannot encode an image", WAY_OUT):
         pixels = encoder.room_for(1)
         pixels.numpy()[0] = encoder.prepare(file.getvalue())
-        features = encoder.encode(pixels)
+        try:
+            features = encoder.encode(pixels)
+        except torch.OutOfMemoryError as error:
+            raise encoder.without_room() from error
     for column, each in zip(encoder.columns, features, strict=True):
         check_storable(f"the image column {column.name!r}", each)

@@ -168,8 +168,8 @@ class _Encoders:
 
     def remember(self) -> None:
         """Write down what the encoders are that this process loaded."""
-        if self._cluster is None:
-            from pipeline.run.filling import folder_of
+        if self._cluster is None and self._found:
+            from pipeline.run.filling import folder_of  # torch: a finished run does without
 
             for name, fingerprints in reversed(self._found.items()):  # in the order of the recipe
                 folder = folder_of(self._config, name)

@@ -66,7 +66,7 @@ def test_the_matrix_is_as_large_as_the_documentation_says() -> None:
 def test_an_attention_that_the_class_does_not_do_is_refused(tmp_path: Path, name: str) -> None:
     model = TEXT_MODELS[name]
     model.write(tmp_path)
-    with pytest.raises(EncoderError, match="attention is to be causal .* computes bidirectional"):
+    with pytest.raises(EncoderError, match=r"attention is to be causal .* computes bidirectional"):
         loaded(tmp_path, pooling="mean", attention="causal")
 
 

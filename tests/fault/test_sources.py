@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features.errors import SourceError
+from features.errors import SailError, SourceError
 from features.index import Index, SampleReader, build_index, find_changes, update_index
 from features.sources.class_folders import ClassFolderSource
 from features.sources.folder import FolderSource
@@ -160,14 +160,14 @@ def test_a_parquet_file_damaged_within_its_images_is_named(
     [
         ("t.jsonl", b'{"image": "1.jpg"}\n{"image"', "Line 2 of .* is not a JSON object"),
         ("t.jsonl", b"\xff\xfa", "cannot be read: 'utf-8' codec"),
-        ("t.csv", b'image\n"' + b"x" * (1 << 24) + b"xx", "Line 2 of .* more than 16 million"),
+        ("t.csv", b'image\n"' + b"x" * (1 << 24) + b"xx", "Line 1 of .* more than 16 million"),
         ("t.parquet", b"PAR1", r"t\.parquet cannot be read"),
         ("t.xlsx", b"PK", r"ends in '\.xlsx'\. One of \.jsonl, .*, \.parquet was"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SourceError, match=reason):
+    with pytest.raises(SailError, match=reason):
         build_index(
             FolderSource(kind="folder", path=tmp_path / name).open(), tmp_path / "index.parquet"
         )
