@@ -20,6 +20,7 @@ MAX_CLASSES = 10_000
 """Of so many names none is a class: they are texts that stand where labels are looked for."""
 NAMES_SHOWN = 5
 NAMED_LABELS = "labels given by name (each name a class)"
+NAMED_GROUPS = "groups given by name (each name a compositional example)"
 TOO_MANY_NAMES = f"labels of more than {MAX_CLASSES} different names (taken as unknown)"
 
 
@@ -60,6 +61,7 @@ class Survey:
             counts[NAMED_LABELS if self.labels else TOO_MANY_NAMES] += 1
         if self.groups is not None and (sample.group_name or sample.group >= 0):
             sample.group = self.groups[sample.group_name or str(sample.group)]
+            counts[NAMED_GROUPS] += 1
 
 
 def survey(
