@@ -19,7 +19,7 @@ from tests.system_calls import REMOVING, Call, needs_system_calls
 
 pytestmark = needs_system_calls
 ERRORS = (errno.ENOSPC, errno.EIO)
-MOST = int(os.environ.get("FAILING_CALLS", "40"))
+MOST = int(os.environ.get("FAILING_CALLS", "6"))
 """Of the calls of a command that fail in turn, evenly spaced where there are more; 1000 is all."""
 
 
@@ -100,5 +100,5 @@ def test_every_call_of_a_command_fails_once_and_for_good(name: str, tmp_path: Pa
 
 def test_some_calls_of_a_conversion_to_hdf5_fail(tmp_path: Path) -> None:
     work = Work(COMMANDS["to hdf5"], tmp_path / "w", forks())
-    numbers = range(10, len(work.calls), 25)
+    numbers = range(10, len(work.calls), 60)
     check(work, (Failing(each, ERRORS[each % 2], for_good=each % 3 == 0) for each in numbers))

@@ -125,6 +125,7 @@ def test_a_second_command_of_a_stage_is_told_at_once_who_is_at_it(tmp_path: Path
             assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_rows_are_added_while_nobody_fills_the_columns(tmp_path: Path) -> None:
     recipe = tiny.world(tmp_path, rows=12)
     sail("extract", recipe)
