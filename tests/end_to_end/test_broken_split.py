@@ -9,6 +9,7 @@ from tests import tiny
 from tests.commands import sail, the_error_of
 
 
+@pytest.mark.slow
 def test_a_split_of_broken_pictures_is_named_and_the_others_are_measured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
