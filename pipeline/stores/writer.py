@@ -1,6 +1,7 @@
 """A feature store as rows, and the one writer that makes a store of any rows."""
 
 import hashlib
+import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +22,9 @@ from features.storage.column import (
     describe_column,
     encoder_of,
 )
+from features.storage.files import write
 from features.storage.groups import publish
-from features.storage.manifest import write_manifest
+from features.storage.manifest import METADATA, read_metadata, write_manifest
 from features.storage.place import Place
 from features.storage.remote import check_writable
 from features.storage.rows import NUMBERS, RowArray, write_block, write_store_manifest
@@ -260,7 +262,9 @@ class _Writer:
                 f"{self._layout.keys_sha256}. The keys that were written were expected. Write it "
                 f"again."
             )
-        self._group.attrs["keys_sha256"] = self._keys.sha256
+        root = read_metadata(self._folder / METADATA, "group")
+        root["attributes"]["keys_sha256"] = self._keys.sha256
+        write(self._folder / METADATA, json.dumps(root, indent=2).encode())
         chunks = -(-self._layout.rows // self._layout.rows_per_chunk)
         write_store_manifest(self._folder, self._layout.names, chunks)
         for column in self._columns:

@@ -64,9 +64,10 @@ def faults_of(work: Work, failing: Failing) -> Iterator[str]:
     if ended.code == 0 and (different := work.different()):
         yield f"exit code 0, but different: {different}"
     again = work.run_here()
-    if (different := work.different()) or (
-        again.code and "There is something at" not in again.stderr
-    ):
+    is_done = any(
+        words in again.stderr for words in ("There is something at", "has a head already")
+    )
+    if (different := work.different()) or (again.code and not is_done):
         yield f"afterwards exit code {again.code}, different: {different}: {again.stderr}"
 
 

@@ -103,7 +103,7 @@ def _run_until(
         patch.setattr(owner, name, call)
 
     with monkeypatch.context() as patch:
-        for name in ("_sync", "save_file"):
+        for name in ("synchronise", "synchronise_all", "save_file"):
             counted(align.checkpoint, name)
         for name in ("rename", "replace", "symlink_to", "unlink", "mkdir"):
             counted(Path, name)
