@@ -168,7 +168,10 @@ class Disk:
         if self._at(call.paths[0]) is not None:
             self._change((*self._parent(call.paths[0]), None))
 
-    _rmdir = _unlink
+    def _rmdir(self, call: Call) -> None:
+        node = self._at(call.paths[0])
+        if node is not None and not node.names:  # the system refuses one with something in it
+            self._unlink(call)
 
     def _rename(self, call: Call) -> None:
         node, other = map(self._at, call.paths)
