@@ -127,6 +127,10 @@ def load_weights(
         model, info = load(key_mapping={f"^{re.escape(prefix)}": ""})
         missing = _missing(info, optional)
     _check_fit(folder, model, info, missing)
+    weights = model.state_dict()
+    for key in info["missing_keys"]:  # not used, and random: copies of the model would differ
+        if key in weights:
+            weights[key].zero_()
     check_finite(folder, model)
     return model.eval().requires_grad_(False)
 
