@@ -84,7 +84,7 @@ def reading(place: object, expected: Expected) -> Iterator[None]:
     """
     try:
         yield
-    except SailError:
+    except (SailError, NameError):  # a NameError is a fault of ours, whatever the file holds
         raise
     except Exception as error:
         logger.debug("%s", place, exc_info=error)

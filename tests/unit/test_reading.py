@@ -29,6 +29,7 @@ from features.storage.reading import (
     read_text,
     read_toml,
     read_torch,
+    reading,
     seal,
 )
 
@@ -209,3 +210,8 @@ def test_a_reader_takes_any_json_it_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": {"b": [1, "x"]}}')
     assert read_json(path, dict[str, Any], EXPECTED) == {"a": {"b": [1, "x"]}}
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    with pytest.raises(NameError), reading(tmp_path, EXPECTED):
+        raise NameError("name 'rows' is not defined")
