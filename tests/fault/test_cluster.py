@@ -1,6 +1,7 @@
 """Workers that are killed, and units that fail, cost neither rows nor an endless loop."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def test_what_kills_three_workers_in_a_row_is_named_and_ends_the_run(tmp_path: P
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert "The unit of chunks 1 to 1 of " in line
-    assert "train image/vit ended 3 workers, one after the other" in line
+    # Dask may count a death before it hears that the unit had begun: then it is tried again.
+    assert re.search(r"train image/vit ended [3-9] workers, one after the other", line), line
     assert "Traceback" not in done.stderr
     store = tmp_path / "run" / "features" / "train.zarr"
     assert [fault for fault in verify_store(store) if "is not done" not in fault] == []
