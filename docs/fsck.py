@@ -204,7 +204,7 @@ class Store:
         size, dim = about["chunk_grid"]["configuration"]["chunk_shape"]
         is_scaled = about["data_type"] == "int8"
         files = {
-            "identity": (f"{name}/identity/c/{chunk}/0", 16),
+            "identity": (f"{name}/identity/c/{chunk}/0", 20),
             "status": (f"{name}/status/c/{chunk}", size),
             "features": (f"{name}/features/c/{chunk}/0", size * dim * (1 if is_scaled else 2)),
         }
@@ -218,7 +218,7 @@ class Store:
         record = found.pop("identity")
         if record is None:
             return
-        words = np.frombuffer(record[0], "<u4").tolist()  # features, scale, status, place
+        words = np.frombuffer(record[0], "<u4").tolist()  # features, scale, status, place, images
         if words[3] not in places:
             self.fault(files["identity"][0], "it is of another chunk, other keys or encoder")
             return

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import google_crc32c
 import numpy as np
 import torch
 from jaxtyping import Float16, Num, UInt8
@@ -22,6 +23,7 @@ from torch import Tensor
 from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
+from features.errors import SourceError
 from features.images import ImageFault
 from features.index import Index, SampleReader
 from features.status import Status
@@ -83,7 +85,9 @@ def extract(
 ) -> Phases:
     """Fill those of some chunks that are pending in any of the columns that one pass fills."""
     if isinstance(encoder, ImageEncoder):
-        return extract_images(columns, index, encoder, options, chunks)
+        others = [name for name in store.columns() if name.startswith("image/")]
+        seen = [store.column(name) for name in others]
+        return extract_images(columns, index, encoder, options, chunks, seen=seen)
     (column,) = columns
     return extract_captions(store, column, index, encoder, options, chunks)
 
@@ -252,15 +256,19 @@ class Writer:
         chunk: int,
         features: Float16[np.ndarray, "batch dim"],
         status: UInt8[np.ndarray, "batch"],
+        images: int = 0,
     ) -> None:
         """Hand over a chunk; its arrays must not be changed afterwards."""
         while len(self._waiting) >= 2:
             self._phases.write += self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._write, column, chunk, features, status))
+        arguments = (column, chunk, features, status, images)
+        self._waiting.append(self._pool.submit(self._write, *arguments))
 
-    def _write(self, column: Column, chunk: int, features: np.ndarray, status: np.ndarray) -> float:
+    def _write(
+        self, column: Column, chunk: int, features: np.ndarray, status: np.ndarray, images: int
+    ) -> float:
         started = time.perf_counter()
-        column.write(chunk, features, status)
+        column.write(chunk, features, status, images)
         return time.perf_counter() - started
 
 
@@ -407,6 +415,8 @@ def extract_images(
     encoder: ImageEncoder,
     options: ExtractOptions,
     chunks: Sequence[int] | None = None,
+    *,
+    seen: Sequence[Column] = (),
 ) -> Phases:
     """Encode the images of every chunk that is pending in any of an encoder's columns.
 
@@ -420,6 +430,10 @@ def extract_images(
         encoder: Has a column of the same name for each.
         options: What every column of one extraction shares.
         chunks: Look at these chunks alone; at all if not given.
+        seen: Columns of the store that were made of the same images.
+
+    Raises:
+        SourceError: Images of a chunk are other bytes than when a column of `seen` was made.
     """
     phases = Phases()
     reader = SampleReader(index, max_pixels=encoder.max_pixels)
@@ -445,6 +459,8 @@ def extract_images(
                 wanted = [made_by[column.name] for column in batch.chunk.columns]
                 on_device.append((batch, feeder.start(batch.decoded(), wanted)))
                 phases.encode += time.perf_counter() - started
+                if batch.stop == batch.chunk.stop:
+                    _check_images(batch.chunk, index, seen)
                 while len(on_device) > feeder.ahead:
                     _finish(*on_device.popleft(), writer, options, phases)
         while on_device:
@@ -462,6 +478,13 @@ class _Chunk:
         self.features = [empty_chunk(column, number)[0] for column in columns]
         self.status = empty_chunk(columns[0], number)[1]
         self.stop = self.start + len(self.status)
+        self.crcs = np.zeros(len(self.status), dtype="<u4")
+        """The crc32c of the encoded image of each row, 0 where there is none."""
+
+    @property
+    def images(self) -> int:
+        """The checksum of all its images; 0 if it has none."""
+        return google_crc32c.value(self.crcs.tobytes()) if self.crcs.any() else 0
 
 
 @dataclass(frozen=True)
@@ -511,6 +534,8 @@ def _load(
     faults = []
     pixels, first = batch.pixels.numpy(), rows.start - batch.start
     for i, data in enumerate(samples):
+        if data is not None and not reader.index.has_boxes:  # a part of an image is encoded anew
+            batch.chunk.crcs[rows[i] - batch.chunk.start] = google_crc32c.value(data)
         try:
             if problems[i] or data is None:
                 raise ImageFault(Status(problems[i] or Status.MISSING_IMAGE), paths[i])
@@ -522,6 +547,22 @@ def _load(
             faults.append(f"row {rows[i]} ({keys[i]}): {what}")
     decoded = time.perf_counter() - read
     return Phases(read=read - begun, decode=decoded, faults=len(faults)), faults
+
+
+def _check_images(chunk: _Chunk, index: Index, seen: Sequence[Column]) -> None:
+    for column in seen:
+        if (identities := column.identities) is None or column.pending([chunk.number]):
+            continue
+        if (then := identities.of(chunk.number).images) and chunk.images not in (0, then):
+            paths = index.rows_between(chunk.start, chunk.stop, ("path",)).column("path")
+            files = list(dict.fromkeys(paths.to_pylist()))
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            raise SourceError(
+                f"The images of rows {chunk.start} to {chunk.stop - 1} ({files[0]}{more}) are "
+                f"other bytes (crc32c {chunk.images:08x}) than those that {column.name} was made "
+                f"of ({then:08x}), though the files' size and time are as indexed. Put the files "
+                f"back as they were, or extract into a new run."
+            )
 
 
 def _finish(
@@ -540,4 +581,4 @@ def _finish(
     if batch.stop == chunk.stop:
         for column, features in zip(chunk.columns, chunk.features, strict=True):
             status = without_infinities(features, chunk.status.copy(), chunk.start, phases)
-            writer.put(column, chunk.number, features, status)
+            writer.put(column, chunk.number, features, status, chunk.images)

@@ -173,10 +173,17 @@ class Column:
         chunk: int,
         features: Float16[np.ndarray, "batch dim"],
         status: UInt8[np.ndarray, "batch"],
+        images: int = 0,
     ) -> None:
         """Write a chunk and then its status; killed at any moment, the chunk is whole or pending.
 
         Where the column has int8 features, they are rounded.
+
+        Args:
+            chunk: Its number.
+            features: Of its rows.
+            status: Of its rows.
+            images: The checksum of what the rows were made of, where it is known.
 
         Raises:
             ValueError: The rows are not those of the chunk.
@@ -189,9 +196,9 @@ class Column:
             )
         if self.is_scaled:
             values, scale = quantise(features)
-            self.write_stored(chunk, values, status, scale)
+            self.write_stored(chunk, values, status, scale, images)
         else:
-            self.write_stored(chunk, features, status, None)
+            self.write_stored(chunk, features, status, None, images)
 
     def write_stored(
         self,
@@ -199,6 +206,7 @@ class Column:
         values: Shaped[np.ndarray, "batch dim"],
         status: UInt8[np.ndarray, "batch"],
         scale: Float32[np.ndarray, "batch"] | None,
+        images: int = 0,
     ) -> None:
         """Write the rows of a chunk as they are in a store: of its dtype, with their factors."""
         parts = {"features": values, "status": status}
@@ -211,7 +219,7 @@ class Column:
         files = {"features": self.features_file(chunk), "status": self.status_file(chunk)}
         if scale is not None:
             files = {"scale": self.scale_file(chunk), **files}
-        crcs = {"scale": 0}
+        crcs = {"scale": 0, "images": images}
         written: list[Place] = []
         for name, file in files.items():
             beside, after = self.path / name / str(chunk), written if name == "status" else ()

@@ -1,7 +1,8 @@
 """Which chunk a file is: a record for each chunk of a column, written between features and status.
 
 A checksum tells that a file is whole, not that it is the one of this place. A record holds the
-checksums of the chunk's files, and of what places it: column, number, keys and encoder.
+checksums of the chunk's files, of what places it (column, number, keys and encoder), and of the
+images that it was made of.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from features.errors import StoreCorruptError
 from features.storage.chunks import NOT_THIS, read_chunk, write_chunk
 from features.storage.place import Place
 
-WORDS = 4
+WORDS = 5
 """Numbers of a record."""
 Keys = Callable[[int], Sequence[int]]
 """Returns the crc32 that the file of the keys of a chunk may have: two while the store grows."""
@@ -28,6 +29,8 @@ class Identity(NamedTuple):
     """0 where the features are float16."""
     status: int
     place: int
+    images: int
+    """Of the encoded images of its rows, in order; 0 where that is not known, and of captions."""
 
 
 class Identities:
@@ -49,7 +52,7 @@ class Identities:
         self._known: dict[int, Identity] = {}
 
     def file(self, chunk: int) -> Place:
-        """Path of the record of a chunk: 4 uint32 and 4 bytes of crc32c."""
+        """Path of the record of a chunk: 5 uint32 and 4 bytes of crc32c."""
         return self._column / "identity" / "c" / str(chunk) / "0"
 
     def of(self, chunk: int) -> Identity:
@@ -85,9 +88,9 @@ class Identities:
             if getattr(self.of(chunk), part) != crc32c:
                 raise StoreCorruptError(file, NOT_THIS)
 
-    def write(self, chunk: int, *, features: int, scale: int, status: int) -> None:
+    def write(self, chunk: int, *, features: int, scale: int, status: int, images: int = 0) -> None:
         """Write the record of a chunk."""
-        record = Identity(features, scale, status, self._places(chunk)[-1])
+        record = Identity(features, scale, status, self._places(chunk)[-1], images)
         beside = self._column / "identity" / str(chunk)
         write_chunk(self.file(chunk), np.array(record, dtype="<u4"), beside=beside)
         self._known[chunk] = record

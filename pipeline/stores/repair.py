@@ -11,6 +11,7 @@ from features.errors import SailError, StoreCorruptError, StoreError
 from features.index import Index
 from features.storage.column import Column, encoder_of
 from features.storage.files import delete, folder_beside, move
+from features.storage.identity import Identity
 from features.storage.manifest import FILE, METADATA, Manifest, read_metadata
 from features.storage.place import Place
 from features.storage.rows import check_file
@@ -127,8 +128,8 @@ def _encode(
     config: RunConfig,
     chunks: dict[str, set[int]],
     stop: StopRequest,
-) -> dict[tuple[str, int], int]:
-    """Encode chunks again; return the checksum that each had, where that is known."""
+) -> dict[tuple[str, int], Identity]:
+    """Encode chunks again; return the record that each had, where that is known."""
     # torch loads here: a whole store does without
     from pipeline.run.filling import LoadedEncoders, fill_encoder
 
@@ -140,8 +141,8 @@ def _encode(
     for name, numbers in chunks.items():
         column = store.column(name)
         for chunk in numbers:
-            if (crc := _recorded(column, chunk)) is not None:
-                before[name, chunk] = crc
+            if (record := _recorded(column, chunk)) is not None:
+                before[name, chunk] = record
             files = [column.status_file, column.features_file, column.scale_file]
             if column.identities is not None:
                 files.append(column.identities.file)
@@ -168,25 +169,30 @@ def _encoder_with(config: RunConfig, column: str) -> str:
     )
 
 
-def _recorded(column: Column, chunk: int) -> int | None:
+def _recorded(column: Column, chunk: int) -> Identity | None:
     if column.identities is None:
         return None
     try:
-        return column.identities.of(chunk).features
+        return column.identities.of(chunk)
     except StoreCorruptError:
         return None
 
 
-def _others_than_before(store: FeatureStore, before: dict[tuple[str, int], int]) -> Iterator[Fault]:
-    for (name, chunk), crc in before.items():
+def _others_than_before(
+    store: FeatureStore, before: dict[tuple[str, int], Identity]
+) -> Iterator[Fault]:
+    for (name, chunk), then in before.items():
         column = store.column(name)
-        if (found := _recorded(column, chunk)) not in (None, crc):
-            yield Fault(
-                str(column.features_file(chunk)),
-                f"it was encoded again to other values (crc32c {found:08x}, was {crc:08x}): the "
-                f"device, or the version of a library, is another than that of the other chunks",
-                "Extract the column again if that matters.",
-            )
+        now = _recorded(column, chunk)
+        if now is None or now.features == then.features:
+            continue
+        reason = "the device, or the version of a library, is another than that of the other chunks"
+        if 0 not in (now.images, then.images) and now.images != then.images:
+            reason = "its images are other bytes than they were, at the same size and time"
+        what = f"it was encoded again to other values (crc32c {now.features:08x}, was "
+        what += f"{then.features:08x}): {reason}"
+        place = str(column.features_file(chunk))
+        yield Fault(place, what, "Extract the column again if that matters.")
 
 
 def _remove(place: Place) -> None:

@@ -5,6 +5,7 @@ The two share no code: the second is written from docs/store.md.
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pipeline.run.extract import extract
 from pipeline.stores.convert import convert_store
 from pipeline.stores.verify import find_faults, seal_store
 from tests import tiny
-from tests.commands import sail
+from tests.commands import sail, the_error_of
 from tests.feature_stores import as_version_1, make_store
 
 ROOT = Path(__file__).parents[2]
@@ -310,3 +311,34 @@ def test_repair_does_not_take_images_of_a_source_that_changed(run: Path, tmp_pat
     tiny.write_tar(tmp_path / "shards" / "train-0.tar", tiny.samples(9, first=300))
     assert "changed" in sail("repair", run, expect=1).stderr
     assert content_of(run) == before
+
+
+def rot(shard: Path) -> None:
+    """Change a byte of an image, as a disk does: size and time stay."""
+    times = shard.stat()
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"\xff\xda") + 20] ^= 1  # within the scan of the first JPEG
+    shard.write_bytes(content)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_images_that_rot_between_two_encoders_are_refused(run: Path, tmp_path: Path) -> None:
+    before = content_of(run)
+    rot(tmp_path / "shards" / "train-0.tar")
+    recipe = tmp_path / "tiny.toml"
+    sail("extract", recipe)  # whose columns are whole: no image is read
+    second = f"encoders.image.second={{model = '{tmp_path / 'vit'}', pooling = 'mean'}}"
+    error = the_error_of(sail("extract", recipe, "--set", second, expect=1))
+    assert "The images of rows 0 to 7 (" in error
+    assert "train-0.tar) are other bytes" in error
+    assert "than those that image/vit was made of" in error
+    after = content_of(run)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after if name.startswith("image/second/status/c")]
+
+
+def test_repair_says_that_images_rotted(run: Path, tmp_path: Path) -> None:
+    (run / "image/vit/features/c/0/0").unlink()
+    rot(tmp_path / "shards" / "train-0.tar")
+    said = sail("repair", run, expect=1).stderr
+    assert "its images are other bytes than they were, at the same size and time" in said
