@@ -77,6 +77,10 @@ def find_encoder(model: str, revision: str | None, *, weights: bool = True) -> E
     else:
         folder = _from_hub(model, revision, [*DESCRIPTION, *([WEIGHTS] if weights else [])])
         files = EncoderFiles(model, folder.name, folder)
+    for path in sorted({*files.folder.glob("*"), *files.trunk.glob("*")}):
+        if path.exists() and not path.is_dir():  # a library would wait for a FIFO for ever
+            with reading.reading(path, EXPECTED):
+                reading.check_regular(path)
     if weights and not any(files.trunk.glob(WEIGHTS)):
         raise EncoderError(
             f"{files.trunk} has no .safetensors file. Weights in that format were expected, since "

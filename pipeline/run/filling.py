@@ -26,26 +26,33 @@ Splits = Sequence[tuple[FeatureStore, Index]]
 Encoder = ImageEncoder | TextEncoder
 
 
+KEPT_BYTES = 1 << 29
+"""Of the weights of encoders that stay loaded between their trial and their work."""
+
+
 class LoadedEncoders:
-    """Loads the encoders of a recipe, and keeps the last one."""
+    """Loads the encoders of a recipe, and keeps small ones; of large ones the last."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._name: str | None = None
-        self._encoder: Encoder | None = None
+        self._kept: dict[str, Encoder] = {}
 
     def get(self, name: str) -> Encoder:
-        """Return `image/<encoder>` or `text/<encoder>`; the one before it is let go first.
+        """Return `image/<encoder>` or `text/<encoder>`; large ones before it are let go first.
 
         Raises:
             EncoderError: It cannot be loaded.
         """
-        if self._encoder is None or self._name != name:
-            self._encoder = None
-            gc.collect()
-            self._encoder = load_encoder(self._config, name, prepare_device(self._config.run))
-            self._name = name
-        return self._encoder
+        if name not in self._kept:
+            if sum(map(_weights_bytes, self._kept.values())) > KEPT_BYTES:
+                self._kept.clear()
+                gc.collect()
+            self._kept[name] = load_encoder(self._config, name, prepare_device(self._config.run))
+        return self._kept[name]
+
+
+def _weights_bytes(encoder: Encoder) -> int:
+    return sum(weight.nbytes for weight in encoder.model.parameters())
 
 
 def fill_encoder(

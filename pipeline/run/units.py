@@ -91,6 +91,8 @@ class _Process:
 
     def forget(self) -> None:
         """Let go of the encoder and its memory."""
+        if self._encoder is None:
+            return
         self._encoder = self._key = self.checked = None
         gc.collect()
         if torch.cuda.is_available():
