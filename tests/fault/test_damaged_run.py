@@ -97,7 +97,7 @@ DAMAGES: dict[str, Damage] = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command, and the files of a run whose content it prints or writes if all is well."""
+    """A command, and the files, from that of a run, whose content it prints or writes if all is well."""
 
     words: tuple[str, ...]
     made: tuple[str, ...] = ()
@@ -111,16 +111,26 @@ COMMANDS = {
     "search": Command(("search", RUN, WORDS, "--json")),
     "captions": Command(("search", RUN, WORDS, "--among", "captions", "--json")),
     "compare": Command(("compare", OTHER, RUN, "--json")),
-    "embed": Command(("embed", RUN, "--texts", "{folder}/lines.txt", "--out", "{folder}/o.npy")),
-    "embed exported": Command(
-        ("embed", f"{RUN}/export/hf", "--texts", "{folder}/lines.txt", "--out", "{folder}/o.npy")
+    "embed": Command(
+        ("embed", RUN, "--texts", "{folder}/lines.txt", "--out", "{folder}/o.npy"), ("../o.npy",)
     ),
-    "export": Command(("export", RUN, "--to", "hf", "--out", "{folder}/exported")),
-    "export-head": Command(("export-head", RUN, "{folder}/head.pt")),
+    "embed exported": Command(
+        ("embed", f"{RUN}/export/hf", "--texts", "{folder}/lines.txt", "--out", "{folder}/o.npy"),
+        ("../o.npy",),
+    ),
+    "embed pictures": Command(
+        ("embed", f"{RUN}/export/hf", "--images", "{folder}/pictures", "--out", "{folder}/o.npy"),
+        ("../o.npy",),
+    ),
+    "export": Command(
+        ("export", RUN, "--to", "hf", "--out", "{folder}/exported"),
+        ("../exported/model.safetensors", "../exported/config.json", "../exported/README.md"),
+    ),
+    "export-head": Command(("export-head", RUN, "{folder}/head.pt"), ("../head.pt",)),
     "inspect": Command(("inspect", f"{RUN}/features/test.zarr", "--row", "3")),
 }
-LEFT_OUT = (".zarr", "tensorboard", "_encoder/")
-"""Stores and encoders have tests of their own; what TensorBoard has is never read."""
+LEFT_OUT = (".zarr", "tensorboard")
+"""Stores have a test of their own; what TensorBoard has is never read."""
 READ_BY = {
     "config.toml": ("search", "export", "embed", "align", "eval"),
     "encoders.json": ("extract",),
@@ -129,7 +139,7 @@ READ_BY = {
     "eval": ("eval", "compare", "export"),
     "search": ("search", "captions"),
     "model": ("align", "eval"),
-    "export": ("embed exported", "export"),
+    "export": ("embed exported", "embed pictures", "export"),
 }
 
 
@@ -140,6 +150,9 @@ def finished(folder: Path) -> Path:
         recipe.read_text().replace('kind = "glu"', 'kind = "mlp"').replace(", depth = 2", "")
     )  # of the kind that export-head writes
     (folder / "lines.txt").write_text(f"{WORDS}\na blue star\n")
+    (folder / "pictures").mkdir()
+    for seed in range(3):
+        (folder / "pictures" / f"{seed}.jpg").write_bytes(tiny.encoded(tiny.picture(seed)))
     config = load_config(str(recipe))
     extract(config, StopRequest())
     align_run(config, StopRequest())
