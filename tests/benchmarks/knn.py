@@ -17,14 +17,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import faiss
 import numpy as np
 
 from evaluate.nearest import nearest_neighbours
+from features.storage import column
+from features.storage.chunks import read_chunk
 from features.store import FeatureStore
 from tests.benchmarks.figure import Figure, figure_of
-from tests.benchmarks.synthetic import linked_store
+from tests.benchmarks.synthetic import linked_store, synthetic_store
 from tests.peak_memory import peak_bytes_of
 
 DIM, K, ROWS_PER_BLOCK = 768, 20, 65_536
@@ -38,14 +41,14 @@ def blocks(reference: np.ndarray) -> Iterator[np.ndarray]:
 
 def measure(queries: int = 10_000, rows: int = 1_000_000, rounds: int = 1) -> list[Figure]:
     """Return the ratio of the times, and the peak of memory of a search."""
-    return [_ratio(queries, rows, rounds), _peak(queries, rows)]
+    return [_ratio(queries, rows, rounds), _peak(queries, rows), _checked()]
 
 
 def search(store: Path, queries: int) -> None:
     """Search as many queries among the rows of a store."""
-    column = FeatureStore.open(store).column("image/synthetic")
+    images = FeatureStore.open(store).column("image/synthetic")
     asked = np.random.default_rng(0).standard_normal((queries, DIM), dtype=np.float32)
-    nearest_neighbours(asked, column.blocks(column.ok_rows()), K)
+    nearest_neighbours(asked, images.blocks(images.ok_rows()), K)
 
 
 def _peak(queries: int, rows: int) -> Figure:
@@ -65,6 +68,39 @@ def _peak(queries: int, rows: int) -> Figure:
         direction="max",
         module="knn",
     )
+
+
+def _checked(queries: int = 1_000, rows: int = 300_000, rounds: int = 5) -> Figure:
+    """Search with few queries, where reading is the most of the work: checked, and not."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = synthetic_store(Path(folder), rows=rows, image_dim=DIM, text_dim=1)
+        search(Path(str(store.path)), queries)
+        for _ in range(rounds):
+            started = time.perf_counter()
+            search(Path(str(store.path)), queries)
+            checked = time.perf_counter() - started
+            with (
+                mock.patch.object(column, "read_chunk", unchecked),
+                mock.patch.object(column.Column, "_check", return_value=None),
+            ):
+                started = time.perf_counter()
+                search(Path(str(store.path)), queries)
+                ratios.append(checked / (time.perf_counter() - started))
+    return figure_of(
+        f"k-NN from a store, checked / unchecked, {queries} queries of {rows} × {DIM}",
+        ratios,
+        unit="ratio of time",
+        goal=1.1,
+        direction="max",
+        module="knn",
+    )
+
+
+def unchecked(place: Path, buffer: np.ndarray, *, verify: bool) -> int:
+    """Read a chunk as `read_chunk` does, without its checksum."""
+    del verify
+    return read_chunk(place, buffer, verify=False)
 
 
 def _ratio(queries: int, rows: int, rounds: int) -> Figure:

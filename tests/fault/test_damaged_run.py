@@ -97,7 +97,7 @@ DAMAGES: dict[str, Damage] = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command, and the files, from that of a run, whose content it prints or writes if all is well."""
+    """A command, and the files (as seen from the run) with what it writes if all is well."""
 
     words: tuple[str, ...]
     made: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from pipeline.interrupt import StopRequest
 from pipeline.run.config import load_config
 from pipeline.run.extract import extract
 from pipeline.stores.convert import convert_store
+from pipeline.stores.repair import repair_store
 from pipeline.stores.verify import find_faults, seal_store
 from tests import tiny
 from tests.commands import sail, the_error_of
@@ -284,6 +285,32 @@ def test_repair_gives_back_the_same_bytes(run: Path) -> None:
     assert "text/bert/long: encoded again chunks 1\n" in done
     assert "text/bert/short: encoded again chunks 1, 2\n" in done
     assert content_of(run) == before
+
+
+@pytest.mark.slow
+def test_repair_gives_back_the_same_bytes_after_each_damage_of_a_chunk_of_features(
+    run: Path, world: World, tmp_path: Path
+) -> None:
+    older = shutil.copytree(run, tmp_path / "older.zarr")
+    tiny.write_tar(tmp_path / "shards" / "train-2.tar", tiny.samples(4, first=500))
+    sail("extract", "--append", tmp_path / "tiny.toml")
+    before, here, trials = content_of(run), World(run, world.foreign, older), 0
+    for name in here.files():
+        if "/features/c/" not in name:
+            continue
+        for word, content in damages(here, name, flips=3):
+            if word == EXTRA:
+                continue  # what is no file of the store is named, and left
+            if content is None:
+                (run / name).unlink()
+            else:
+                (run / name).write_bytes(content)
+            repaired = repair_store(run, StopRequest())
+            assert list(repaired.encoded.values()) == [[int(name.split("/")[-2])]], (name, word)
+            assert (repaired.written, repaired.left) == ([], []), (name, word)
+            assert content_of(run) == before, (name, word)
+            trials += 1
+    assert trials >= 100
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "manifest/zarr.json"])
