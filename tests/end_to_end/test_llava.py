@@ -144,6 +144,7 @@ def test_the_card_gives_a_turned_photograph_the_embedding_that_the_run_gives_it(
     assert (np.abs(found[6] - found[1]).max() > 1e-2) == upright
 
 
+@pytest.mark.slow
 def test_a_small_language_model_learns_from_the_tower_with_its_head_and_without(
     demo_tower: Path,
 ) -> None:

@@ -99,6 +99,7 @@ def test_every_call_of_a_command_fails_once_and_for_good(name: str, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 def test_some_calls_of_a_conversion_to_hdf5_fail(tmp_path: Path) -> None:
     work = Work(COMMANDS["to hdf5"], tmp_path / "w", forks())
     numbers = range(10, len(work.calls), 60)

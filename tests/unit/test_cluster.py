@@ -80,6 +80,7 @@ def test_a_column_of_23_million_rows_is_three_hundred_units_the_last_ones_small(
     assert [len(units[0]), len(units[-1])] == [32, 1]
 
 
+@pytest.mark.slow
 def test_few_units_are_under_way_and_their_messages_are_names_and_numbers(
     tmp_path: Path, local: LocalCluster
 ) -> None:

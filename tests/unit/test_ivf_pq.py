@@ -36,6 +36,7 @@ def blocks(reference: np.ndarray) -> Iterator[np.ndarray]:
         yield reference[start : start + 1111]
 
 
+@pytest.mark.slow
 def test_most_neighbours_are_found_with_exact_cosines_and_the_recall_says_how_many(
     data: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
