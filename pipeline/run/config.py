@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import google_crc32c
 import tomli_w
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -23,7 +24,7 @@ from features.config import (
 from features.errors import ConfigError
 from features.sources import Source
 from features.storage.place import FolderSetting, without_secrets
-from features.storage.reading import Expected, cut, read_toml, reason_of, shown
+from features.storage.reading import Expected, cut, read_text, read_toml, reason_of, shown
 
 OF_A_RECIPE = Expected(
     "A run file in TOML", "Correct the line; docs/recipes.md has examples.", ConfigError
@@ -171,6 +172,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             range. The message lists every fault in the file, not only the first.
     """
     path = _find_recipe(recipe)
+    _check_kept(path)
     document = read_toml(path, OF_A_RECIPE)
     for override in overrides:
         _apply(document, override)
@@ -212,15 +214,33 @@ def _checked(document: dict[str, Any], what: str, folder: Path | None = None) ->
         ) from None  # the cause would repeat what a URL in it may hide
 
 
-def dump_config(config: RunConfig, *, with_dir: bool = True) -> str:
-    """Return the resolved run file as TOML, every default written out.
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved run file as TOML, every default written out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
-    Args:
-        config: The settings.
-        with_dir: Whether with `run.dir`, which a file in the run folder itself can do without.
+
+KEPT = "# What this stage ran with; change the run file instead. crc32c of what follows: "
+
+
+def dump_kept(config: RunConfig) -> str:
+    """Return the resolved run file of a stage as TOML, with a checksum that `load_config` checks.
+
+    It is without `run.dir`, so that the run folder may move.
     """
-    exclude = None if with_dir else {"run": {"dir"}}
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
+    exclude = {"run": {"dir"}}
+    text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
+    return f"{KEPT}{google_crc32c.value(text.encode()):08x}\n{text}"
+
+
+def _check_kept(path: Path) -> None:
+    first, _, text = read_text(path, OF_A_RECIPE).partition("\n")
+    crc = google_crc32c.value(text.encode())
+    if first.startswith(KEPT) and first != f"{KEPT}{crc:08x}":
+        raise ConfigError(
+            f"{path} is not as the stage left it: its crc32c is {crc:08x}. The settings that the "
+            f"stage ran with were expected. Put the file back, run the stage again from the run "
+            f"file, or delete the first line if these settings are meant."
+        )
 
 
 def shipped_recipes() -> list[str]:

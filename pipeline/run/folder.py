@@ -13,7 +13,7 @@ from features.storage.files import is_file, remove_leftovers, write
 from features.storage.lock import locked
 from features.storage.place import Place
 from features.store import FeatureStore
-from pipeline.run.config import RunConfig, dump_config
+from pipeline.run.config import RunConfig, dump_config, dump_kept
 
 SETTINGS_FILE = "config.toml"
 
@@ -73,7 +73,7 @@ def start_run(config: RunConfig, stage: Literal["features", "align"]) -> None:
 def keep_settings(config: RunConfig, stage: Literal["features", "align", "eval"]) -> None:
     """Write the resolved settings beside what a stage makes in the run folder."""
     path = config.run.dir / stage / SETTINGS_FILE
-    _write_if_new(path, dump_config(config, with_dir=False))
+    _write_if_new(path, dump_kept(config))
 
 
 def _write_if_new(path: Path, text: str) -> None:

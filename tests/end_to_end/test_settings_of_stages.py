@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pipeline.python import load_aligned, open_run
+from pipeline.run.config import load_config
 from tests import tiny
-from tests.commands import sail
+from tests.commands import sail, the_error_of
 from tests.trained import trained
 
 
@@ -77,6 +78,25 @@ def test_a_split_that_is_extracted_later_can_be_searched(run: Path, recipe: list
     sail("extract", *recipe, f"--set={source}")
     assert "more" in open_run(run).data
     assert len(json.loads(sail("search", run, "a star", "--split", "more", "--json").stdout)) == 10
+
+
+@pytest.mark.parametrize("stage", ["features", "align"])
+def test_kept_settings_that_were_damaged_are_refused(
+    run: Path, recipe: list[object], stage: str
+) -> None:
+    command, kept = {"features": "extract"}.get(stage, stage), run / stage / "config.toml"
+    sail(command, *recipe)
+    whole = kept.read_text()
+    for damaged in (whole.replace("upright = false", "upright = true", 1), whole[:-200]):
+        assert damaged != whole
+        kept.write_text(damaged)
+        error = the_error_of(sail("search", run, "a star", expect=1))
+        assert f"{kept} is not as the stage left it: its crc32c is " in error
+    sail(command, *recipe)  # which knows what is right
+    assert kept.read_text() == whole
+    kept.write_text(whole.partition("\n")[2].replace("upright = false", "upright = true", 1))
+    assert load_config(str(kept)).encoders.image["vit"].upright  # it was meant
+    kept.write_text(whole)
 
 
 def test_a_run_of_an_earlier_version_is_used_as_before(run: Path, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_one_damaged_file_of_a_run_gives_the_right_result_or_one_line(
             faults.append(f"{what}: exit {code}: {err[-1500:]}")
         elif (
             not code
-            and file != "config.toml"  # whose settings anyone may change
+            and file != "config.toml"  # which is the user's to change: stages keep their own
             and told(COMMANDS[name], trial, out) != right[name]
         ):
             faults.append(f"{what}: silently wrong: {err[-600:]}")
