@@ -5,6 +5,7 @@ What is right is what the command says and makes without the damage.
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -129,8 +130,30 @@ COMMANDS = {
     "export-head": Command(("export-head", RUN, "{folder}/head.pt"), ("../head.pt",)),
     "inspect": Command(("inspect", f"{RUN}/features/test.zarr", "--row", "3")),
 }
-LEFT_OUT = (".zarr", "tensorboard")
-"""Stores have a test of their own; what TensorBoard has is never read."""
+STORE = f"{RUN}/features/train.zarr"
+ON_STORES = {
+    "align anew": Command(
+        ("align", RECIPE, "--set=run.dir='{folder}/new'", "--set=run.features='{folder}/run'"),
+        ("../new/align/best/model.safetensors",),
+    ),
+    "inspect": Command(("inspect", STORE, "--row", "3")),
+    "int8": Command(("convert", STORE, "--dtype", "int8", "--out", "{folder}/o"), ("../o",)),
+    "hdf5": Command(("convert", STORE, "--to", "hdf5", "--out", "{folder}/o"), ("../o",)),
+    "parquet": Command(("convert", STORE, "--to", "parquet", "--out", "{folder}/o"), ("../o",)),
+    "rechunk": Command(
+        ("rechunk", STORE, "--rows-per-chunk", "5", "--out", "{folder}/o"), ("../o",)
+    ),
+    "subset": Command(
+        ("subset", STORE, "--query", "image/vit=ok", "--out", "{folder}/o"), ("../o",)
+    ),
+    "merge": Command(
+        ("merge", STORE, f"{RUN}/features/test.zarr", "--out", "{folder}/o"), ("../o",)
+    ),
+    "reorder": Command(("reorder", STORE, "--like", STORE, "--out", "{folder}/o"), ("../o",)),
+    "pick": Command(("pick", RECIPE, "--json", "--on", "test")),
+    **{name: COMMANDS[name] for name in ("extract", "eval", "search", "captions", "export")},
+}
+"""Commands that read stores."""
 READ_BY = {
     "config.toml": ("search", "export", "embed", "align", "eval"),
     "encoders.json": ("extract",),
@@ -196,20 +219,23 @@ def ended(command: Command, folder: Path) -> tuple[int, str, str]:
 def told(command: Command, folder: Path, stdout: str) -> str:
     """Return what a command said and made, as far as it is the same each time."""
     made = [folder / "run" / name for name in command.made]
-    hashes = [sha256(path.read_bytes()).hexdigest() for path in made if path.is_file()]
-    return " ".join([stdout.replace(str(folder), ""), *hashes])
+    inside = [path for each in made for path in [each, *sorted(each.rglob("*"))] if path.is_file()]
+    hashes = [sha256(path.read_bytes()).hexdigest() for path in inside]
+    said = re.sub(r'"seconds": [\d.e-]+', "", stdout.replace(str(folder), ""))
+    return " ".join([said, *hashes])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["run", "stores"])
 def test_one_damaged_file_of_a_run_gives_the_right_result_or_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not live in a child
     whole, trial = tmp_path / "whole", finished(tmp_path / "trial")
     shutil.copytree(trial, whole, symlinks=True)
-    dice, faults = random.Random(SEED), list[str]()
+    commands = COMMANDS if what == "run" else ON_STORES
     right = {}
-    for name, command in COMMANDS.items():
+    for name, command in commands.items():
         restore(trial, whole)
         code, out, err = ended(command, trial)
         assert code == 0, (name, err)
@@ -217,25 +243,29 @@ def test_one_damaged_file_of_a_run_gives_the_right_result_or_one_line(
     files = sorted(
         path.relative_to(whole / "run").as_posix()
         for path in (whole / "run").rglob("*")
-        if path.is_file() and not any(part in str(path) for part in LEFT_OUT)
+        if path.is_file()
+        and "tensorboard" not in str(path)  # which is never read
+        and (".zarr/" in str(path)) == (what == "stores")
     )
+    dice, faults = random.Random(SEED), list[str]()
     for number in range(TRIALS):
         file, damage = files[number % len(files)], dice.choice(list(DAMAGES))
-        name = dice.choice(READ_BY.get(file.partition("/")[0], tuple(COMMANDS)))
+        name = dice.choice(list(commands))
+        if what == "run":
+            name = dice.choice(READ_BY.get(file.partition("/")[0], tuple(commands)))
         restore(trial, whole)
-        path = trial / "run" / file
-        DAMAGES[damage](path, dice)
-        code, out, err = ended(COMMANDS[name], trial)
-        what = f"{name} with {file}: {damage}"
+        DAMAGES[damage](trial / "run" / file, dice)
+        code, out, err = ended(commands[name], trial)
+        trouble = f"{name} with {file}: {damage}"
         errors = [line for line in err.splitlines() if line.startswith("Error: ")]
         if code not in (0, 1, 2) or "Traceback" in err or (code and len(errors) != 1):
-            faults.append(f"{what}: exit {code}: {err[-1500:]}")
+            faults.append(f"{trouble}: exit {code}: {err[-1500:]}")
         elif (
             not code
             and file != "config.toml"  # which is the user's to change: stages keep their own
-            and told(COMMANDS[name], trial, out) != right[name]
+            and told(commands[name], trial, out) != right[name]
         ):
-            faults.append(f"{what}: silently wrong: {err[-600:]}")
+            faults.append(f"{trouble}: silently wrong: {err[-600:]}")
     assert not faults, "\n\n".join(faults)
 
 
