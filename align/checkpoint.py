@@ -28,7 +28,7 @@ from torch import Tensor
 
 from align.config import HeadConfig, LossConfig, OptimizerConfig
 from align.heads import HEADS, AlignmentModel, build_model
-from features.errors import CheckpointError, remedy_of
+from features.errors import CheckpointError, ConfigError, remedy_of
 from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
 from features.storage.reading import (
@@ -268,14 +268,20 @@ def build_described(run: dict[str, Any], head: HeadConfig) -> AlignmentModel:
     Args:
         run: The description of the training, as `Checkpoint.run`.
         head: The network of both modalities.
+
+    Raises:
+        ConfigError: The head does not fit the features.
     """
-    return build_model(
-        dict(head),
-        image_dim=run["image"]["dim"],
-        text_dim=run["text"]["dim"],
-        initial_scale=run["align"]["loss"]["initial_scale"],
-        initial_bias=run["align"]["loss"]["initial_bias"],
-    )
+    try:
+        return build_model(
+            dict(head),
+            image_dim=run["image"]["dim"],
+            text_dim=run["text"]["dim"],
+            initial_scale=run["align"]["loss"]["initial_scale"],
+            initial_bias=run["align"]["loss"]["initial_bias"],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_weights(model: AlignmentModel, checkpoint: Checkpoint) -> None:

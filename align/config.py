@@ -20,9 +20,11 @@ class HeadConfig(BaseModel):
 
     model_config = SETTINGS
 
-    kind: Literal["glu", "star", "mlp", "linear"] = "glu"
+    kind: Literal["glu", "star", "mlp", "linear", "none"] = "glu"
     """`glu`: a stack of gated layers. `star`: the released one-block head. `mlp`: one
-    hidden layer with GELU, as in SigLIP. `linear`: LayerNorm and one matrix (alignment probing)."""
+    hidden layer with GELU, as in SigLIP. `linear`: LayerNorm and one matrix (alignment probing).
+    `none`: features as they are, for two towers of one model such as CLIP (set `dim` to their
+    length, and `align.steps` to 1)."""
     dim: PositiveInt = 768
     """Length of an embedding in the shared space."""
     depth: PositiveInt = 8

@@ -208,11 +208,34 @@ class LinearHead(nn.Module):
         return embedding
 
 
+class NoHead(nn.Module):
+    """Features as they are: what two towers that were trained together give, such as CLIP's.
+
+    Training has nothing to do but scale and bias of the logits. `gain`, which no cosine depends on,
+    is there since what has no weight at all has no gradient to give.
+    """
+
+    def __init__(self, feature_dim: int, *, dim: int, **_: object) -> None:
+        super().__init__()
+        if dim != feature_dim:
+            raise ValueError(
+                f"align.head.dim is {dim}, but without a head an embedding has the {feature_dim} "
+                f"numbers of a feature. Set align.head.dim = {feature_dim}; both encoders must "
+                f"have as many."
+            )
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features (rows, feature_dim) as they are, but for the gain."""
+        return features * self.gain
+
+
 HEADS: dict[str, type[nn.Module]] = {
     "glu": GLUHead,
     "star": StarHead,
     "mlp": MLPHead,
     "linear": LinearHead,
+    "none": NoHead,
 }
 """Every kind of head by its name in `[align.head]`.
 

@@ -25,6 +25,10 @@ SETTINGS = ConfigDict(
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+LAYOUTS = ("timm:", "open_clip:")
+"""Backends of encoders behind whose name the path of a folder can stand."""
+
+
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [value for number, value in enumerate(values) if value in values[:number]]
     if twice:
@@ -63,8 +67,9 @@ def _list_or_file(value: Any, info: Any) -> Any:
 
 
 def _model(value: str, info: Any) -> str:
-    path = str(_beside_run_file(value, info))
-    return path if Path(path).is_dir() else value
+    library, colon, place = value.rpartition(":") if value.startswith(LAYOUTS) else ("", "", value)
+    path = str(_beside_run_file(place, info))
+    return f"{library}{colon}{path}" if Path(path).is_dir() else value
 
 
 BesideRunFile = BeforeValidator(_beside_run_file)

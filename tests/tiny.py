@@ -14,6 +14,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
+from align.heads import HEADS
+
+TRAINED_HEADS = [kind for kind in HEADS if kind != "none"]
+"""Those that have something to learn, and map features of any length."""
 WORDS = [
     *("a", "the", "red", "green", "blue", "circle", "square", "star"),
     *("left", "right", "of", "above", "below", "large", "small"),

@@ -1,14 +1,15 @@
 """The backends of frozen encoders, by what stands before the colon in the name of a model."""
 
 import logging
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from features.encoders import baselines, pretrained
-from features.encoders.checkpoint import EncoderFiles
+from features.encoders import baselines, open_clip_models, pretrained, timm_models
+from features.encoders.checkpoint import EncoderFiles, layouts_of
 from features.encoders.plan import EncoderPlan
 from features.encoders.text import TextEncoder
 
@@ -54,13 +55,18 @@ ENCODERS: dict[str, EncoderBackend] = {
     "": pretrained,
     "bundled": pretrained,
     "baseline": baselines,
+    "timm": timm_models,
+    "open_clip": open_clip_models,
 }
 
 
 def backend_of(model: str) -> EncoderBackend:
-    """Return the backend that a model belongs to."""
+    """Return the backend that a model belongs to: by its prefix, or by the files of its folder."""
     prefix, colon, _ = model.partition(":")
-    return ENCODERS.get(prefix if colon else "", pretrained)
+    if not colon:
+        found = [ENCODERS[name] for name in layouts_of(Path(model).expanduser())]
+        return found[0] if len(found) == 1 else pretrained
+    return ENCODERS.get(prefix, pretrained)
 
 
 def models(kind: str) -> str:

@@ -21,6 +21,7 @@ BUNDLED_SCENES = Path(__file__).parents[1] / "scenes" / "encoder"
 DESCRIPTION = ["*.json", "*.txt", "*.model", "README.md"]
 WEIGHTS = "*.safetensors"
 MODULES = "modules.json"
+OPEN_CLIP = "open_clip_config.json"
 EXPECTED = reading.Expected(
     "A whole JSON file", "Fetch it again from where the weights came from.", EncoderError
 )
@@ -35,6 +36,8 @@ class EncoderFiles:
     revision: str | None
     """Commit of the hub repository."""
     folder: Path
+    weights: str = WEIGHTS
+    """Which of its files hold the weights."""
 
     @property
     def trunk(self) -> Path:
@@ -43,12 +46,14 @@ class EncoderFiles:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the weights: id, revision, sha256, licence, supervision."""
+        is_described = (self.trunk / "config.json").is_file()  # not in open_clip's layout
+        settings = read_settings(self.trunk) if is_described else {}
         return {
             "model": self.model,
             "revision": self.revision,
-            "weights_sha256": weights_sha256(self.trunk),
+            "weights_sha256": weights_sha256(self.trunk, self.weights),
             "licence": _licence(self.folder),
-            "supervision": read_settings(self.trunk).get("supervision"),
+            "supervision": settings.get("supervision"),
         }
 
 
@@ -75,7 +80,7 @@ def find_encoder(model: str, revision: str | None, *, weights: bool = True) -> E
     elif (folder := Path(model).expanduser()).is_dir():
         files = EncoderFiles(folder.resolve().name, None, folder)
     else:
-        folder = _from_hub(model, revision, [*DESCRIPTION, *([WEIGHTS] if weights else [])])
+        folder = fetch_from_hub(model, revision, [*DESCRIPTION, *([WEIGHTS] if weights else [])])
         files = EncoderFiles(model, folder.name, folder)
     for path in sorted({*files.folder.glob("*"), *files.trunk.glob("*")}):
         if path.exists() and not path.is_dir():  # a library would wait for a FIFO for ever
@@ -103,6 +108,19 @@ def trunk_folder(folder: Path) -> Path:
             f"expected. Correct it, or choose another model."
         )
     return place
+
+
+def layouts_of(folder: Path) -> list[str]:
+    """Return the libraries other than transformers in whose layout a folder is."""
+    path = folder / "config.json"
+    try:
+        settings = read_json(path) if path.is_file() else {}
+    except EncoderError:  # whoever reads it for good says what is wrong
+        return []
+    if "model_type" in settings or (folder / MODULES).is_file():
+        return []
+    is_of = {"timm": "architecture" in settings, "open_clip": (folder / OPEN_CLIP).is_file()}
+    return [name for name, is_one in is_of.items() if is_one]
 
 
 def read_modules(folder: Path) -> list[dict[str, Any]]:
@@ -159,9 +177,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return the sha256 over the safetensors files of a folder, in the order of their names."""
-    paths = sorted(folder.glob(WEIGHTS))
+def weights_sha256(folder: Path, pattern: str = WEIGHTS) -> str:
+    """Return the sha256 over the weight files of a folder, in the order of their names."""
+    paths = sorted(folder.glob(pattern))
     status = [path.stat() for path in paths]
     return _sha256(
         tuple(
@@ -193,15 +211,24 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def cached_on_hub(repository: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of a hub repository that was fetched before; the hub is not asked."""
+    try:
+        found = try_to_load_from_cache(repository, name, revision=revision)
+    except HFValidationError:  # not the form of a hub id
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def local_folder(model: str, revision: str | None) -> Path | None:
     """Return where the files of a checkpoint are on this machine; the hub is not asked."""
     try:
         if not is_on_hub(model):
             return find_encoder(model, revision, weights=False).folder
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except (EncoderError, HFValidationError):  # not here, or not the form of a hub id
+    except EncoderError:  # not here
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    found = cached_on_hub(model, "config.json", revision)
+    return None if found is None else found.parent
 
 
 def _minilm_folder() -> Path:
@@ -214,7 +241,12 @@ def _minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
+def fetch_from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return the folder of those files of a hub repository that some patterns name.
+
+    Raises:
+        EncoderMissingError: It is not to be had.
+    """
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -234,6 +266,11 @@ def _licence(folder: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, ended by a full stop."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return the first line of what an error says, ended by a full stop.
+
+    Where that only announces the next one, as of torch's `load_state_dict`, both.
+    """
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    lines = [each.strip() for each in lines if each.strip()]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return line if line.endswith(".") else line + "."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from features.config import ExtractConfig, ImageColumnConfig, ImageEncoderConfig
 from features.encoders.backends import backend_of, tell
 from features.encoders.checkpoint import compute_dtype, versions
+from features.encoders.libraries import LibraryProcessor
 from features.encoders.plan import EncoderPlan
 from features.encoders.pooling import pool_image
 from features.encoders.processors import OwnProcessor
@@ -22,6 +23,7 @@ from features.images import Preprocessing, check_can_be_fast, decode, prepare_fa
 
 MAX_PIXELS = ExtractConfig().max_pixels
 Forward = Callable[[Tensor, Sequence[ImageColumnConfig]], list[Tensor]]
+Processor = Preprocessing | OwnProcessor | LibraryProcessor
 
 
 class CompiledForward:
@@ -147,7 +149,7 @@ class ImageEncoder:
     model: nn.Module
     forward: Forward
     """From pixels on the device to one tensor of features for each pooling."""
-    preprocessing: Preprocessing | OwnProcessor
+    preprocessing: Processor
     mode: str
     upright: bool
     """Whether pictures are turned as their EXIF orientation says."""
@@ -182,9 +184,8 @@ class ImageEncoder:
 
     def room_for(self, images: int) -> Num[Tensor, "images 3 height width"]:
         """Return memory for what `prepare` gives, from which the device can copy by itself."""
-        is_float = self.preprocessing.in_float and self.mode == "exact"
         shape = (images, 3, *self.preprocessing.output_size)
-        dtype = torch.float32 if is_float else torch.uint8
+        dtype = _pixel_type(self.preprocessing, self.mode)
         if self.device.type != "cuda":
             return torch.empty(shape, dtype=dtype)
         with torch.cuda.device(self.device):
@@ -245,8 +246,7 @@ def load_image_encoder(
     }
     poolings = frozenset(each.pooling for each in settings.values())
     model, preprocessing, identity = backend.load_image(config, poolings)
-    if config.mode == "fast":
-        check_fast(preprocessing)
+    check_fast(config.mode, preprocessing)
     dtype = compute_dtype(config.precision, device)
     model = model.to(device)
 
@@ -258,8 +258,7 @@ def load_image_encoder(
             return [features.float() for features in pool_image(model, pixels, wanted)]
 
     size = preprocessing.output_size
-    pixel_type = torch.float32 if isinstance(preprocessing, OwnProcessor) else torch.uint8
-    blank = torch.zeros(1, 3, *size, device=device, dtype=pixel_type)
+    blank = torch.zeros(1, 3, *size, device=device, dtype=_pixel_type(preprocessing, config.mode))
     kind = getattr(model.config, "model_type", type(model).__name__)
     with (
         torch.inference_mode(),
@@ -272,14 +271,15 @@ def load_image_encoder(
         fix_position_tables(model, lambda: forward(blank, [own]))
         check_prefix(model, size, device)
         dims = [features.shape[1] for features in forward(blank, list(settings.values()))]
-    packages = ["torch", "transformers", "pillow"]
     identity |= {
         "preprocessing": preprocessing.as_dict(),
         "mode": config.mode,
         "upright": config.upright,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": versions(*packages, *(["simplejpeg"] if config.mode == "fast" else [])),
+        "versions": versions("torch", "transformers", "pillow") | identity.get("versions", {}),
     }
+    if config.mode == "fast":
+        identity["versions"] |= versions("simplejpeg")
     encoder = ImageEncoder(
         name=name,
         model=model,
@@ -303,15 +303,22 @@ def load_image_encoder(
     return encoder
 
 
-def check_fast(preprocessing: Preprocessing | OwnProcessor) -> None:
-    """Refuse a preprocessing that `mode = "fast"` cannot do.
+def _pixel_type(preprocessing: Processor, mode: str) -> torch.dtype:
+    """Return the type of what `prepare` gives."""
+    return torch.float32 if preprocessing.in_float and mode == "exact" else torch.uint8
+
+
+def check_fast(mode: str, preprocessing: Processor) -> None:
+    """Refuse a preprocessing that `mode = "fast"` cannot do, if that is the mode.
 
     Raises:
         EncoderError: Naming it.
     """
-    if isinstance(preprocessing, OwnProcessor):
+    if mode != "fast":
+        return
+    if not isinstance(preprocessing, Preprocessing):
         raise EncoderError(
-            f"mode = 'fast' is not there for {preprocessing.processor}, which transformers "
+            f"mode = 'fast' is not there for {preprocessing.processor}, which another library "
             f"applies. Set mode = 'exact'."
         )
     check_can_be_fast(preprocessing)

@@ -13,6 +13,7 @@ from features.encoders.checkpoint import (
     EncoderFiles,
     compute_dtype,
     find_encoder,
+    layouts_of,
     local_folder,
     read_config,
     read_json,
@@ -26,7 +27,7 @@ from features.encoders.packing import PACKED_ATTENTION, TokenBatch
 from features.encoders.plan import Decision, EncoderPlan
 from features.encoders.processors import make_preprocessing, read_image_processor
 from features.encoders.sentence_modules import Behind
-from features.encoders.text import PooledModel, PooledUse, TextEncoder
+from features.encoders.text import PooledModel, PooledUse, TextEncoder, batch_budget
 from features.encoders.text_plan import TextResolution, is_half, resolve_text
 from features.encoders.tokenizer import (
     CaptionTokenizer,
@@ -79,6 +80,12 @@ def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
         EncoderError: It cannot be found, or its files do not say how it is used.
     """
     files = find(config.model, config.revision, weights=False)
+    if layouts := layouts_of(files.folder):
+        names = " or ".join(f"{each}:{config.model}" for each in layouts)
+        raise EncoderError(
+            f"{config.model} is a model of {' and '.join(layouts)}, not of transformers. The name "
+            f"of the library before it was expected. Write model = {names!r}."
+        )
     if isinstance(config, ImageEncoderConfig):
         return resolve_image(config, files)
     if _is_nvembed(files):
@@ -223,7 +230,7 @@ def _nvembed(
         tokenise=CaptionTokenizer(
             tokenizer, plan["max_length"], instruction=instruction, suffix="</s>"
         ),
-        tokens_per_batch=_budget(config, device),
+        tokens_per_batch=batch_budget(config, device),
         equal_lengths=False,
         first_position=0,
         device=device,
@@ -276,7 +283,7 @@ def _pooled(
             padding=tokenizer.pad_token_id if plan["padded"] else None,
             vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         ),
-        tokens_per_batch=_budget(config, device),
+        tokens_per_batch=batch_budget(config, device),
         equal_lengths=not is_packed,
         first_position=model_config.pad_token_id + 1 if is_offset else 0,
         device=device,
@@ -418,7 +425,3 @@ def _fingerprint(
         "files": plan.digests(),
         "versions": versions("torch", "transformers", "tokenizers"),
     }
-
-
-def _budget(config: TextEncoderConfig, device: torch.device) -> int:
-    return config.tokens_per_batch or (2048 if device.type == "cpu" else 16_384)

@@ -49,8 +49,7 @@ def read_image_processor(folder: os.PathLike[str]) -> dict[str, Any]:
         raise EncoderError(
             f"{folder} has neither {PREPROCESSOR} nor {PROCESSOR} with an image processor. An "
             f"image encoder says in one of them how pictures are prepared. Fetch it from where the "
-            f"weights came from; models in timm's or open_clip's layout have none: bring their "
-            f"vectors with `sail import-store`."
+            f"weights came from."
         )
     settings = read_json(path)
     settings = dict(settings["image_processor"]) if path.name == PROCESSOR else settings

@@ -39,7 +39,12 @@ def _with_registers(config: Any) -> Structure:
     return Structure(1, 1 + int(config.num_register_tokens))
 
 
-STRUCTURES: dict[str, Callable[[Any], Structure]] = {
+def _as_counted(config: Any) -> Structure | None:
+    """Return what a model of timm itself says of its tokens."""
+    return None if config.prefix is None else Structure(config.classes, config.prefix)
+
+
+STRUCTURES: dict[str, Callable[[Any], Structure | None]] = {
     **dict.fromkeys(
         ("vit", "vit_mae", "vit_msn", "dinov2", "beit", "data2vec-vision", "mlcd_vision_model"),
         _plain,
@@ -63,6 +68,7 @@ STRUCTURES: dict[str, Callable[[Any], Structure]] = {
     **dict.fromkeys(
         ("swin", "swinv2", "donut-swin", "maskformer-swin", "focalnet", "hiera"), _merged
     ),
+    "timm": _as_counted,
 }
 
 

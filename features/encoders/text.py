@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,13 +11,30 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from features.config import TextEncoderConfig
 from features.encoders.packing import TokenBatch, Tokens, batch_stop, pool_tokens
 from features.encoders.plan import EncoderPlan
-from features.encoders.tokenizer import CaptionTokenizer
 from features.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 OUTPUTS = {"pooler": "pooler_output", "projection": "text_embeds"}
+
+
+@runtime_checkable
+class Tokenise(Protocol):
+    """From captions to the token numbers of each."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens kept of a caption."""
+
+    def __call__(self, captions: Sequence[str]) -> list[Tokens]:
+        """Return the token numbers of each caption."""
+
+
+def batch_budget(config: TextEncoderConfig, device: torch.device) -> int:
+    """Return how many tokens a forward pass has at most."""
+    return config.tokens_per_batch or (2048 if device.type == "cpu" else 16_384)
 
 
 @dataclass
@@ -27,7 +44,7 @@ class TextEncoder:
     name: str
     model: nn.Module
     """Takes a `TokenBatch`, gives one vector per sequence."""
-    tokenise: CaptionTokenizer
+    tokenise: Tokenise
     tokens_per_batch: int
     """Token budget of a forward pass; halved when the device runs out of memory."""
     equal_lengths: bool

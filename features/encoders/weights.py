@@ -42,8 +42,12 @@ def fenced(what: str, way_out: str) -> Iterator[None]:
         raise EncoderError(f"{what}: {_reason(error)} {way_out}") from error
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, weights: str = WEIGHTS) -> None:
     """Check the files of a checkpoint before anything is loaded: cheap, whatever their size.
+
+    Args:
+        folder: Has its config.json.
+        weights: Which of its files hold the weights.
 
     Raises:
         EncoderError: A weight file is a pointer, is cut short or missing; the weights are
@@ -65,9 +69,9 @@ def check_files(folder: Path) -> None:
             f"with both in one (`merge_and_unload` of the package peft writes it), or move the "
             f"adapter away to use the weights without it."
         )
-    for path in sorted(folder.glob(WEIGHTS)):
-        _check_whole(path)
-    for index in sorted(folder.glob(f"{WEIGHTS}.index.json")):
+    for path in sorted(folder.glob(weights)):
+        check_whole(path)
+    for index in sorted(folder.glob(f"{weights}.index.json")):
         named = set(read_json(index).get("weight_map", {}).values())
         if missing := sorted(name for name in named if not (folder / name).is_file()):
             raise EncoderError(
@@ -169,8 +173,12 @@ def check_storable(what: str, features: torch.Tensor) -> None:
         )
 
 
-def _check_whole(path: Path) -> None:
-    """Check by its header that a safetensors file is whole."""
+def check_whole(path: Path) -> None:
+    """Check by its header that a safetensors file is whole.
+
+    Raises:
+        EncoderError: It is not, or it is a pointer of Git LFS.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(POINTER))

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from evaluate.results import read_evaluation
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.encoders import pretrained
 from features.encoders.backends import backend_of
 from features.encoders.checkpoint import (
     WEIGHTS,
@@ -180,11 +181,13 @@ def _part(
     on_hub = is_on_hub(model)
     with_weights = everything or (not on_hub and fingerprint.get("licence") in FREE_LICENCES)
     revision = fingerprint.get("revision") if on_hub else None
-    files = backend_of(model).find(model, revision, weights=with_weights)
-    if files is None:
+    backend = backend_of(model)
+    files = backend.find(model, revision, weights=with_weights)
+    if files is None or backend is not pretrained:
+        which = "has no files" if files is None else "is no model of transformers"
         raise EncoderError(
-            f"The head was trained on {model}, which has no files. An encoder that was trained was "
-            f"expected, to be handed over. Train a head on another encoder."
+            f"The head was trained on {model}, which {which}. An encoder that transformers loads "
+            f"was expected, to be handed over. Train a head on another encoder."
         )
     if not with_weights and not on_hub:
         logger.warning(

@@ -43,6 +43,8 @@ FEW_FILES = 1024
 SECONDS = 1.0
 EXTRAS = {
     "demo": "the bundled text encoder of the demo",
+    "timm": "encoders of timm",
+    "open_clip": "encoders of open_clip",
     "gpu": "faiss on the GPU",
     "dev": "tests and checks",
 }

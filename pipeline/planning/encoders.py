@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from features.encoders.backends import backend_of
+from features.encoders.backends import EncoderBackend, backend_of
 from features.encoders.plan import EncoderPlan
 from features.encoders.processors import processor_file
 from features.errors import ConfigError, EncoderError, EncoderMissingError
@@ -49,9 +49,14 @@ def plans_of(model: str, revision: str | None, settings: Sequence[str] = ()) -> 
             )
     if plans:
         return plans
+    raise faults["image" if _is_of_images(backend, model, revision) else "text"]
+
+
+def _is_of_images(backend: EncoderBackend, model: str, revision: str | None) -> bool:
+    if backend.TEXTS is None:
+        return True
     files = backend.find(model, revision, weights=False)
-    is_of_images = files is None or processor_file(files.folder).is_file()
-    raise faults["image" if is_of_images else "text"]
+    return files is None or processor_file(files.folder).is_file()
 
 
 def _setting(text: str) -> tuple[str, Any]:

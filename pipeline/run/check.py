@@ -299,7 +299,7 @@ def _image_mode(aligned: Aligned, images: Sequence[bytes]) -> _Way:
     encoder = aligned.image_encoder
     mode = "exact" if encoder.mode == "fast" else "fast"
     try:
-        check_fast(encoder.preprocessing)
+        check_fast("fast", encoder.preprocessing)
     except EncoderError:
         why = f"not measured: {encoder.preprocessing.processor} cannot be fast"
         return _Way("image", "image mode", encoder.mode, why)

@@ -18,26 +18,14 @@ from features.encoders.structure import structure_of
 from features.errors import EncoderError
 from tests import tiny
 from tests.conformance.image_models import IMAGE_MODELS, POOLED, ImageModel
+from tests.conformance.images import PICTURES, TOLERANCE, encoded, unit
 
 FAST = ("swin", "dinov2_with_registers", "clip", "siglip", "vit_beit_processor", "pixio")
-TOLERANCE = 1e-5  # of a value, after scaling to length 1, in float32
-PICTURES = [(0, 60, 40), (1, 33, 90), (2, 32, 32)]
 
 
 def loaded(folder: Path, **settings: Any) -> ImageEncoder:
     config = ImageEncoderConfig(model=str(folder), precision="float32", **settings)
     return load_image_encoder("x", config, torch.device("cpu"))
-
-
-def unit(vectors: torch.Tensor) -> np.ndarray:
-    array = vectors.double().numpy()
-    scaled: np.ndarray = array / np.linalg.norm(array, axis=1, keepdims=True)
-    return scaled
-
-
-def encoded(encoder: ImageEncoder) -> list[torch.Tensor]:
-    files = [tiny.encoded(tiny.picture(*each), "PNG") for each in PICTURES]
-    return encoder.encode(torch.stack([torch.from_numpy(encoder.prepare(file)) for file in files]))
 
 
 def reference(folder: Path, model: ImageModel, pooling: str) -> torch.Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from align.heads import HEADS
 from features.errors import CheckpointError
 from pipeline.export import onnx
 from pipeline.export.exports import export_run
 from pipeline.python import load_aligned
+from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.trained import trained
 
@@ -60,7 +60,7 @@ def test_eight_gated_layers_are_the_same_in_onnxruntime_and_the_card_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", tiny.TRAINED_HEADS)
 def test_every_kind_of_head_is_the_same_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     run = trained(tmp_path / "world", f"align.head.kind={kind}", "align.epochs=1")
     check_equal(run, export_run(run, "onnx", tmp_path / "out"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from align.heads import HEADS
 from pipeline.export.exports import export_run
 from pipeline.python import load_aligned
 from pipeline.run.aligned import Aligned
+from tests import tiny
 from tests.commands import sail
 from tests.trained import trained
 
@@ -56,7 +56,7 @@ def check_heads(model: Any, aligned: Aligned) -> None:
     torch.testing.assert_close(model.logit_bias, aligned.model.bias)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", tiny.TRAINED_HEADS)
 def test_the_card_puts_every_kind_of_head_into_a_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

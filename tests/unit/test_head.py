@@ -25,6 +25,7 @@ from align.heads import (
     build_model,
 )
 from align.heads import __file__ as heads_file
+from tests import tiny
 
 
 def model(kind: str = "glu", **settings: Any) -> AlignmentModel:
@@ -50,7 +51,7 @@ def test_heads_py_alone_builds_every_kind_with_the_same_result(tmp_path: Path) -
     """As beside the weights of an export: in a process that sees nothing else of ours."""
     features = torch.randn(4, 5)
     given, expected = [], []
-    for kind in HEADS:
+    for kind in tiny.TRAINED_HEADS:
         heads = model(kind, depth=2).eval()
         settings = HeadConfig.model_validate({"kind": kind, "dim": 6, "depth": 2}).model_dump()
         given.append((settings, heads.state_dict(), features))
@@ -71,7 +72,7 @@ def test_heads_py_alone_builds_every_kind_with_the_same_result(tmp_path: Path) -
     assert all(map(torch.equal, torch.load(tmp_path / "found.pt"), expected))
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", tiny.TRAINED_HEADS)
 def test_both_modalities_come_to_the_shared_space_from_float16_features(kind: str) -> None:
     heads = model(kind)
     assert heads.embed_image(torch.randn(4, 5).half()).shape == (4, 6)
@@ -162,3 +163,11 @@ def test_scale_and_bias_begin_where_the_settings_say() -> None:
     heads = build_model(head, image_dim=5, text_dim=9, initial_scale=20.0, initial_bias=-7.0)
     assert heads.log_scale.item() == pytest.approx(math.log(20))
     assert heads.bias.item() == -7
+
+
+def test_without_a_head_features_are_embeddings() -> None:
+    features = torch.randn(4, 5)
+    heads = build_model({"kind": "none", "dim": 5}, image_dim=5, text_dim=5)
+    assert torch.equal(heads.embed_image(features), features)
+    with pytest.raises(ValueError, match=r"align.head.dim is 6, .* Set align.head.dim = 5"):
+        build_model({"kind": "none", "dim": 6}, image_dim=5, text_dim=6)

@@ -9,10 +9,10 @@ import torch
 
 from align.checkpoint import Checkpoint, load_head
 from align.config import AlignConfig
-from align.heads import HEADS
 from align.trainer import train
 from features.errors import CheckpointError, TrainingError
 from features.store import FeatureStore
+from tests import tiny
 from tests.feature_stores import IMAGE, TEXT, make_store
 from tests.trainings import spoil
 
@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", tiny.TRAINED_HEADS)
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
 def test_every_head_learns_with_every_loss(
     store: FeatureStore, tmp_path: Path, kind: str, loss: str
