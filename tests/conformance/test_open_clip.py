@@ -74,7 +74,7 @@ PROMPTS = [
 def write(folder: Path, name: str) -> Path:
     """Write a folder as open_clip's push_to_hf_hub does."""
     model_cfg, preprocess = MODELS[name]
-    config = {"embed_dim": 12, "vision_cfg": VISION, "text_cfg": TEXT} | model_cfg
+    config: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VISION, "text_cfg": TEXT} | model_cfg
     folder.mkdir(parents=True, exist_ok=True)
     if config["text_cfg"].get("hf_tokenizer_name"):
         tiny.text_encoder(folder)
