@@ -163,7 +163,9 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Only these are opened. Others of Pillow's are not of photographs, or start a program (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "HEIF")
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 # Modes of numbers that need not fit 8 bits.
 WIDE_MODES = frozenset({"F", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -238,8 +240,7 @@ def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
         if _begins_as_image(data):
             reason = f"it begins as an image, but cannot be read ({_reason(error)})"
             raise ImageFault(Status.TRUNCATED_IMAGE, reason) from error
-        heic = "it is HEIC, which is not read: convert it to JPEG"
-        reason = heic if _is_heic(data) else "it is no image that can be read"
+        reason = _not_read(data) or "it is no image that can be read"
         raise ImageFault(Status.NOT_AN_IMAGE, reason) from error
     pixels = image.width * image.height
     if pixels == 0:
@@ -427,15 +428,35 @@ class Preprocessing:
 def _formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that this build of Pillow reads."""
     Image.init()
+    reads_heic()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _begins_as_image(data: bytes) -> bool:
-    return data.startswith(SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    is_heic = data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and reads_heic()
+    return data.startswith(SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or is_heic
 
 
-def _is_heic(data: bytes) -> bool:
-    return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1")
+@functools.cache
+def reads_heic() -> bool:
+    """Return whether HEIC, as iPhones write it, is read: by the extra `heif`."""
+    try:
+        import pillow_heif  # the extra
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _not_read(data: bytes) -> str:
+    """Say what is needed for a format that this installation does not read."""
+    if data[4:8] != b"ftyp":
+        return ""
+    if data[8:12] in HEIC_BRANDS and not reads_heic():
+        return "it is HEIC, which takes the extra `heif`: pip install pillow-heif"
+    if data[8:12] in (b"avif", b"avis") and "AVIF" not in _formats():
+        return "it is AVIF, which this build of Pillow does not read: pip install 'pillow>=11.3'"
+    return ""
 
 
 def _fit(size: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
@@ -460,6 +481,8 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):  # it says an address in memory
+        return "its header is damaged"
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 

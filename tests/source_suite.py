@@ -100,6 +100,20 @@ class SourceTests(ABC):
         index = self.built(tmp_path, settings | {"rows": 2})
         assert SampleReader(index).read(0, index.rows) == self.held(IMAGES)[:2]
 
+    def test_shares_have_each_sample_once(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        if "share" in SOURCES[self.kind].unused:
+            return
+        shares = [(0, 0.3), (0.3, 0.6), (0.6, 1)]
+        keys = list[str]()
+        for share in shares:
+            try:
+                index = self.built(tmp_path, settings | {"share": share})
+            except SourceError as error:
+                assert "samples of another `share` (left out): 4" in str(error)  # noqa: PT017
+                continue
+            keys += [sample.key for sample in index.samples()]
+        assert sorted(keys) == sorted(each.key for each in self.built(tmp_path, settings).samples())
+
     def test_an_index_is_current_until_the_source_changes(
         self, tmp_path: Path, settings: dict[str, Any]
     ) -> None:
@@ -136,7 +150,7 @@ class SourceTests(ABC):
             list(reader.samples(file, Counts()))
         source.image_reader()
         monkeypatch.undo()
-        by_index = {"kind", "rows"}  # which kind it is, and where listing ends
+        by_index = {"kind", "rows", "share"}  # which kind it is, where listing ends, what is kept
         unread = type(source).model_fields.keys() - read - source.unused
         assert unread <= by_index, unread
 

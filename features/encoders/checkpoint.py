@@ -52,7 +52,7 @@ class EncoderFiles:
             "model": self.model,
             "revision": self.revision,
             "weights_sha256": weights_sha256(self.trunk, self.weights),
-            "licence": _licence(self.folder),
+            "licence": licence_of(self.folder),
             "supervision": settings.get("supervision"),
         }
 
@@ -257,7 +257,8 @@ def fetch_from_hub(model: str, revision: str | None, patterns: list[str]) -> Pat
         ) from error
 
 
-def _licence(folder: Path) -> str | None:
+def licence_of(folder: Path) -> str | None:
+    """Return the licence that the card of a folder names."""
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -5,6 +5,7 @@ settings, which open a reader that lists samples, and a reader of images, if the
 """
 
 import difflib
+import hashlib
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 
 from features.class_lists import check_order, read_class_list
 from features.config import SETTINGS, ClassNames
@@ -35,7 +36,7 @@ AUTOMATIC = ("caption", "captions", "short", "long", "txt")
 NETPBM_SUFFIXES = frozenset({"ppm", "pgm", "pbm", "pnm", "pfm"})
 IMAGE_SUFFIXES = NETPBM_SUFFIXES | frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"}
-    | {"avif", "avifs", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "heic", "heif"}
+    | {"avif", "avifs", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "heic", "heif", "hif"}
 )
 """Every suffix of a format that is decoded, and HEIC, so that such an image keeps its row."""
 LEFT_BEHIND = frozenset(
@@ -47,6 +48,7 @@ NO_PLACE = -1
 LISTS = "captions written as a list (each text a field)"
 CUT = "texts over 1 MiB (cut there)"
 NO_TEXT = "captions that are no text, nor a list of texts (ignored)"
+OTHER_SHARE = "samples of another `share` (left out)"
 RECORDS_LOOKED_AT = 1000
 MAX_NAMES_LISTED = 20
 MAX_NAME_BYTES = 200
@@ -153,6 +155,15 @@ OF_LATER: Any = {"of_later": True}
 """Marks a setting that the first indexes do not have; they stay valid while it is not given."""
 
 
+def _not_empty(share: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= share[0] < share[1] <= 1:
+        raise ValueError(f"two rising numbers from 0 to 1 were expected, got {list(share)}")
+    return share
+
+
+Share = Annotated[tuple[float, float], AfterValidator(_not_empty)]
+
+
 class SourceSettings(BaseModel):
     """Settings that all kinds of sources have; each kind adds `kind` and its own."""
 
@@ -176,6 +187,11 @@ class SourceSettings(BaseModel):
 
     rows: PositiveInt | None = None
     """Take only the first rows in index order; all if not given."""
+
+    share: Share | None = Field(default=None, json_schema_extra=OF_LATER)
+    """Take only the samples whose key (of compositional examples: whose group) falls between these
+    two numbers by its hash. `[0, 0.9]` in one split and `[0.9, 1]` in another of the same `path`
+    have no sample in common, also when rows are added."""
 
     unused: ClassVar[Set[str]] = frozenset()
     """Settings that a kind inherits and has no use for; they are refused."""
@@ -287,6 +303,17 @@ class SourceReader(ABC, Generic[Settings]):
             SourceError: The file cannot be read.
         """
 
+    def is_taken(self, sample: Sample) -> bool:
+        """Return whether a sample is in the `share` of the settings."""
+        if self.source.share is None:
+            return True
+        group = sample.group_name or (str(sample.group) if sample.group >= 0 else "")
+        # With a word before it, so that it says nothing of the hash that holds rows out later.
+        word = f"share {group or sample.key}".encode("utf-8", "surrogateescape")
+        number = int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
+        low, high = self.source.share
+        return low <= number / 2**64 < high
+
     def _names(self, files: Sequence[Place], taken: Set[str]) -> dict[Place, str]:
         return distinct_stems(files, taken)
 
@@ -364,6 +391,11 @@ class CaptionPicker:
     def see(self, names: Iterable[str]) -> None:
         """Note what records have, also where it is not handed over."""
         self._seen |= dict.fromkeys(names)
+
+    @property
+    def found(self) -> list[str]:
+        """Names under which there were captions."""
+        return [name for name in self.names if name in self._found]
 
     @property
     def seen(self) -> list[str]:

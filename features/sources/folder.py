@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Set
 from operator import itemgetter
@@ -33,6 +34,11 @@ from features.storage.place import Place
 Row = dict[str, Any]
 IMAGE_COLUMNS = ("file_name", "filename", "filepath", "file_path", "image_path")
 SIDECARS = (".txt", ".caption")
+OF_CAMERAS = frozenset(
+    {"img", "image", "imag", "dsc", "dscn", "dscf", "dcim", "pxl", "mvimg", "pict", "picture"}
+    | {"photo", "foto", "screenshot", "whatsapp", "copy", "kopie", "edited", "burst", "camera"}
+)
+"""What programs write into names of pictures, in lower case."""
 REPEATED_ROWS = "further rows of an image with a caption that it has (not used)"
 OTHER_LABELS = "images whose rows have several labels (that of the first is used)"
 EMPTY_ROWS = "empty rows of a table (ignored)"
@@ -47,7 +53,9 @@ class FolderSource(SourceSettings):
     names the columns; they are separated by what comes first there of comma, semicolon and tab
     (those between quotation marks do not count). Names of columns are found in any case. Or a
     folder of pictures without a table: all of those below it, with the `.txt` or
-    `.caption` of the same name as caption, where there is one."""
+    `.caption` of the same name as caption, where there is one. There `captions = "name"` takes the
+    words in the names of folders and file (without numbers, and what cameras write), and
+    `label = "folder"` the folder of a picture as its class."""
     image: str = "image"
     """Column that names the image file. Where it is not given and there is no `image`, that of
     `file_name`, `filename`, `filepath`, `file_path` and `image_path` which is there."""
@@ -214,13 +222,35 @@ class PictureFolder(SourceReader[FolderSource]):
                     counts["files that are no pictures (ignored)"] += name not in texts
                     continue
                 beside = [stem + each for each in SIDECARS if stem + each in texts]
-                key, problem = keys.of(str((folder / stem).relative_to(str(file))), suffix)
+                within = (folder / stem).relative_to(str(file))
+                key, problem = keys.of(str(within), suffix)
                 sample = Sample(key, str(path), 0, path.stat().st_size, problem)
+                about = {
+                    "name": words_of_name(within) or None,
+                    "folder": folder.name.replace("_", " "),
+                }
                 if beside:
                     text = decoded((folder / beside[0]).read_bytes(), self.source.encoding)
                     counts["texts that cannot be decoded (left out)"] += text is None
-                    self.describe(sample, {"txt": text and text.strip()}, counts)
+                    about["txt"] = text and text.strip()
+                self.describe(sample, about, counts)
                 yield sample
+
+
+def words_of_name(path: Path) -> str:
+    """Return the words in the names of a picture and its folders: `Summer 2019/a_cake` has three.
+
+    Numbers, words with digits in them, and what cameras write are left out.
+    """
+    words = re.split(r"[\s!-/:-@\[-`{-~]+", " ".join(path.parts))  # marks are parts of words
+    kept = [
+        each
+        for each in words
+        if any(map(str.isalpha, each))
+        and not any(map(str.isdigit, each))
+        and each.casefold() not in OF_CAMERAS
+    ]
+    return " ".join(dict.fromkeys(kept))
 
 
 def _folders_below(folder: Path, counts: Counts) -> Iterator[tuple[Path, Sequence[str]]]:

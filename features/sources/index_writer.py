@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import SourceError, UnreadableError
-from features.sources.base import Counts, Sample, SourceReader
+from features.sources.base import OTHER_SHARE, Counts, Sample, SourceReader
 from features.sources.survey import Earlier, Survey, facts_of_first, survey
 from features.status import Status
 from features.storage.files import appearing, remove_leftovers
@@ -155,7 +155,7 @@ class _IndexWriter:
             counts.update(self._copied.counts)
         unreadable = facts.unreadable if facts else {}
         files = [file for file in self.files if file not in unreadable]
-        listed = itertools.chain.from_iterable(self._reader.samples(file, counts) for file in files)
+        listed = itertools.chain.from_iterable(self._listed(file, counts) for file in files)
         samples = itertools.islice(itertools.chain(known, listed), self._reader.source.rows)
         while group := list(itertools.islice(samples, ROWS_PER_GROUP)):
             for sample in group:
@@ -163,6 +163,13 @@ class _IndexWriter:
                     counts["images over 256 MiB (quarantined)"] += 1
                     sample.problem = int(Status.IMAGE_TOO_LARGE)
             yield group
+
+    def _listed(self, file: Place, counts: Counts) -> Iterator[Sample]:
+        for sample in self._reader.samples(file, counts):
+            if self._reader.is_taken(sample):
+                yield sample
+            else:
+                counts[OTHER_SHARE] += 1
 
     def _about(
         self,

@@ -160,6 +160,22 @@ class ImageParquet(SourceReader[ParquetSource]):
             yield sample
 
 
+def image_columns(file: Place) -> dict[str, bool]:
+    """Return the columns of a file that may hold images, and whether as bytes; else as paths.
+
+    Raises:
+        SourceError: It is no whole parquet or Arrow file.
+    """
+    with _whole(file) as table:
+        columns = {each.name: each.type for each in table.schema_arrow}
+    is_of_bytes = {name: _holds_bytes(kind) for name, kind in columns.items()}
+    return {
+        name: of_bytes
+        for name, of_bytes in is_of_bytes.items()
+        if of_bytes or _holds_paths(columns[name])
+    }
+
+
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Return whether a column holds encoded images, as any writer may say so."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:

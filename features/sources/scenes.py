@@ -25,7 +25,7 @@ class ScenesSource(SourceSettings):
     seed: int = Field(default=0, ge=0)
     """Seed of the drawing."""
 
-    unused = frozenset({"captions", "label", "group", "class_names"})
+    unused = frozenset({"captions", "label", "group", "class_names", "share"})
 
     @model_validator(mode="after")
     def _pairs_are_whole(self) -> "ScenesSource":

@@ -8,7 +8,6 @@ once more to be written.
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from features.errors import SourceError, UnreadableError
@@ -89,9 +88,8 @@ def survey(
     rows = copied.rows if copied else 0
     unreadable: dict[Place, str] = {}
     for file in files:
-        wanted = None if reader.source.rows is None else max(0, reader.source.rows - rows)
         try:
-            rows += sum(map(seen.add, islice(reader.samples(file, Counts()), wanted)))
+            rows = seen.add_file(file, rows)
         except UnreadableError as error:
             unreadable[file] = str(error)
             if len(unreadable) == len(reader.files):
@@ -116,8 +114,21 @@ class _Seen:
         self.groups: dict[str, None] = {}
         self.has_group_names = False
 
-    def add(self, sample: Sample) -> int:
-        """Take a sample into account; return the samples that are, 1."""
+    def add_file(self, file: Place, rows: int) -> int:
+        """Take the samples of a file into account; return the rows there are then.
+
+        Those of every share are, so that all shares number classes and groups alike.
+        """
+        limit = self._reader.source.rows
+        for sample in self._reader.samples(file, Counts()):
+            if limit is not None and rows >= limit:
+                break
+            self.add(sample)
+            rows += self._reader.is_taken(sample)
+        return rows
+
+    def add(self, sample: Sample) -> None:
+        """Take a sample into account."""
         self.fields.update(sample.captions)
         check_fields(self.fields, self._reader)
         if sample.label_name and len(self.names) <= MAX_CLASSES:
@@ -127,7 +138,6 @@ class _Seen:
         if sample.group_name or sample.group >= 0:
             self.groups[sample.group_name or str(sample.group)] = None
             self.has_group_names = self.has_group_names or bool(sample.group_name)
-        return 1
 
 
 def check_fields(fields: set[str], reader: SourceReader[Any]) -> None:

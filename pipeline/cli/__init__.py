@@ -7,6 +7,7 @@ import itertools
 
 import click
 
+from pipeline.cli.begin import init
 from pipeline.cli.checks import doctor, encoders, inspect, plan, verify
 from pipeline.cli.fence import fence
 from pipeline.cli.options import start_log
@@ -16,6 +17,7 @@ from pipeline.cli.studies import compare, pick, scaling, study, sweep
 from pipeline.cli.use import embed, explore, export, export_head, import_head, search
 
 SECTIONS = {
+    "Begin": (init,),
     "The three stages": (extract, align, evaluate),
     "Look": (explore, search, inspect, verify, compare),
     "Before a long run": (doctor, encoders, plan, pick, study),

@@ -66,13 +66,18 @@ def rows_of(index: Path, source: Source, *, given: int | None, seconds: float) -
         return RowCount(Index.open(index).rows, "its index", is_exact=True)
     if source.known_rows is not None:
         return RowCount(source.known_rows, "the recipe", is_exact=True)
-    found = _listed(source.open(), seconds)
+    found = listed_rows(source.open(), seconds)
+    if source.share is not None:
+        low, high = source.share
+        found = RowCount(
+            round(found.count * (high - low)), f"{found.found_in}, by `share`", is_exact=False
+        )
     if source.rows is not None and source.rows < found.count:
         found = RowCount(source.rows, "`rows` of the source", found.is_exact)
     return found
 
 
-def _listed(reader: SourceReader[Any], seconds: float) -> RowCount:
+def listed_rows(reader: SourceReader[Any], seconds: float) -> RowCount:
     """List some files, and take the others to have as many rows for their bytes."""
     files = list(reader.files)
     last = len(files) - 1

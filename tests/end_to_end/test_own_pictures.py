@@ -11,6 +11,7 @@ from tests.commands import sail, the_error_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("## Your own pictures")[1].split("\n## ")[0]
+SECTION = re.sub(r"^```console\n.*?^```\n", "", SECTION, flags=re.MULTILINE | re.DOTALL)
 TREE, *_ = re.findall(r"^```\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 RUN_FILE, TEST_SPLIT = re.findall(r"^```toml\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 PICTURES = 30

@@ -2,17 +2,19 @@
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
 from features.errors import EncoderError
-from features.images import ImageFault, Preprocessing, decode, decode_fast
+from features.images import ImageFault, Preprocessing, decode, decode_fast, reads_heic
 from features.status import Status
 from tests import tiny
 from tests.photographs import as_jpeg, sideways, synthetic
@@ -186,3 +188,35 @@ def test_settings_left_out_or_switched_off_do_nothing() -> None:
     pixels = torch.from_numpy(preprocessing.apply(tiny.picture(0)))[None]
     torch.testing.assert_close(preprocessing.normalise(pixels), pixels.float())
     assert preprocessing.as_dict()["resize"] == [8, 8]
+
+
+def test_fast_decoding_reads_a_jpeg_that_its_strict_decoder_rejects() -> None:
+    jpeg = as_jpeg(synthetic(0, 90, 60))
+    odd = jpeg[:-2] + b"\0\0junk" + jpeg[-2:]
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(odd, "RGB", strict=True)
+    fast = decode_fast(odd, max_pixels=LIMIT)
+    assert np.array_equal(fast, np.asarray(decode(odd, max_pixels=LIMIT)))
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_without_its_extra_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    reads_heic.cache_clear()
+    with pytest.raises(ImageFault, match="takes the extra `heif`: pip install pillow-heif"):
+        decode(HEIC, max_pixels=LIMIT)
+    reads_heic.cache_clear()
+
+
+def test_heic_with_its_extra_is_read_as_the_library_reads_it() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
+    assert reads_heic()
+    data = tiny.encoded(synthetic(0, 90, 61), "HEIF")
+    expected = pillow_heif.open_heif(io.BytesIO(data)).to_pillow().convert("RGB")
+    for pixels in (decode(data, max_pixels=LIMIT), decode_fast(data, max_pixels=LIMIT)):
+        assert np.array_equal(np.asarray(pixels), np.asarray(expected))
+    assert status_of(data[: len(data) // 2]) == Status.TRUNCATED_IMAGE
+    assert status_of(data[:30]) == Status.TRUNCATED_IMAGE
+    assert status_of(data, max_pixels=100) == Status.IMAGE_TOO_LARGE
