@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evaluate.charts import Curve, line_chart
+from evaluate.measures.leaks import leaked
 from evaluate.measures.measure import Measure
 from evaluate.results import Result
 
@@ -132,6 +133,7 @@ def render(report: Report) -> str:
         recall_chart=_recall_chart(report.training),
         sections=[_rendered(environment, section) for section in sections],
         results=results,
+        leaked=leaked(results),
         listed=[each for each in results if not each.is_detail],
         columns_of_reference=list(dict.fromkeys(key for row in report.reference for key in row)),
     )

@@ -10,9 +10,16 @@ from align.checkpoint import CONFIG, load_head
 from features.errors import ConfigError
 from features.storage.reading import Expected, checked, read_json
 from pipeline.run.aligned import Aligned
-from pipeline.run.config import EncodersConfig, RunConfig, RunSettings, load_config
+from pipeline.run.config import (
+    SETTINGS_FILE,
+    EncodersConfig,
+    RunConfig,
+    RunSettings,
+    is_run,
+    load_config,
+)
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import SETTINGS_FILE
+from pipeline.run.folder import check_extracted
 
 EXPORTED = "exported"
 """Where config.json of an exported folder says how the encoders are used."""
@@ -42,8 +49,11 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
         model, checkpoint = load_head(folder, chosen)
         return Aligned(exported.encoders, exported.max_pixels, checkpoint, model, chosen)
     config = open_run(folder, device)
+    path = folder / "align" / config.eval.checkpoint
+    if not path.exists():
+        check_extracted(config)
     chosen = prepare_device(config.run)
-    model, checkpoint = load_head(folder / "align" / config.eval.checkpoint, chosen)
+    model, checkpoint = load_head(path, chosen)
     return Aligned.of_run(config, checkpoint, model, chosen)
 
 
@@ -58,10 +68,11 @@ def open_run(run: str | Path, device: str = "auto") -> RunConfig:
         ConfigError: There is no `config.toml` of this program in the folder.
     """
     folder = Path(run)
-    if not (folder / SETTINGS_FILE).is_file():
+    if not is_run(folder):
         raise ConfigError(
-            f"{folder} has no config.toml. The folder of a run, such as runs/demo, was expected. "
-            f"Correct the path, or train the run by `sail align`."
+            f"{folder} has no config.toml: nothing was extracted there. A run, by its folder (such "
+            f"as runs/demo) or run file, was expected. Correct the path, or begin the run by `sail "
+            f"extract`, then `sail align`."
         )
     here = [f"run.dir={json.dumps(str(folder))}", f"run.device={device}"]
     trained = folder / "align" / SETTINGS_FILE

@@ -11,6 +11,7 @@ from evaluate.config import EvalSettings
 from evaluate.measures.alignment import Alignment
 from evaluate.measures.compositional import CompositionalScores
 from evaluate.measures.knn import Knn
+from evaluate.measures.leaks import Leaks
 from evaluate.measures.linear_probe import LinearProbeAccuracy
 from evaluate.measures.measure import Measure
 from evaluate.measures.retrieval import Retrieval
@@ -26,6 +27,7 @@ MEASURES: tuple[Measure, ...] = (
     Alignment(),
     CompositionalScores(),
     Segmentation(),
+    Leaks(),
 )
 
 

@@ -116,6 +116,8 @@ class Measure(ABC):
     """Sections of the run file below `eval`, by the heading that the documentation gives them."""
     needs: ClassVar[str] = "captions"
     """What a split must have, in words."""
+    is_of_head: ClassVar[bool] = True
+    """Whether it says something of the head, as it does not of the data alone."""
     of_groups: ClassVar[bool] = False
     """Whether rows are compared in groups; the other measures leave splits with groups out."""
     template: ClassVar[str] = "results.html.j2"

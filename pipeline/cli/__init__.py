@@ -59,8 +59,9 @@ class Commands(click.Group):
 def cli() -> None:
     """Align a frozen image encoder with a frozen text encoder.
 
-    RECIPE is the path of a TOML file, or the name of one that ships with the program: demo,
-    sail-small, sail, sail-paper. docs/recipes.md lists every setting.
+    RECIPE and RUN are the same: the path of a run file (TOML), the folder of a run, or the name of
+    a recipe that ships with the program: demo, sail-small, sail, sail-paper. docs/recipes.md lists
+    every setting. STORE may be a run that has one store.
     """
     start_log()
 

@@ -5,10 +5,10 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from features.storage.place import as_place
 from features.terminal import harmless
 from pipeline.cli.options import (
     Stage,
@@ -137,7 +137,7 @@ def encoders(model: str, revision: str | None, settings: tuple[str, ...], as_jso
     help="About how many rows are read for statistics.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: everything, and each dimension.")
-def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
+def inspect(store: Any, row: int | None, rows: str, as_json: bool) -> None:
     """Show what a store holds: rows, statuses, statistics.
 
     STORE is a folder, or a URL (s3://, gs://, http(s)://, hf://). Statistics are of whole chunks,
@@ -152,11 +152,10 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
     from pipeline.stores.inspect import describe_row, describe_store
     from pipeline.tables import rendered, row_table, store_table
 
-    place = as_place(store)
     if row is None:
-        description = describe_store(place, rows_read=count_of(rows))
+        description = describe_store(store, rows_read=count_of(rows))
     else:
-        description = describe_row(place, row)
+        description = describe_row(store, row)
     if as_json:
         say_json(description, indent=2)
         return
@@ -164,7 +163,7 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
     if row is not None and sys.stdout.isatty():
         from pipeline.stores.inspect import picture_of
 
-        if picture := picture_of(place, row):
+        if picture := picture_of(store, row):
             say(rendered(picture))
 
 
@@ -176,7 +175,7 @@ def inspect(store: str, row: int | None, rows: str, as_json: bool) -> None:
     help="Make a whole store of version 1 one of version 2, with an identity for every chunk.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the faults as JSON.")
-def verify(store: str, seal: bool, as_json: bool) -> None:
+def verify(store: Any, seal: bool, as_json: bool) -> None:
     """Check every file of a store; exit 1 with what is wrong.
 
     Identities, checksums, lengths, counts and keys are checked.
@@ -193,13 +192,12 @@ def verify(store: str, seal: bool, as_json: bool) -> None:
     from features.store import FeatureStore
     from pipeline.stores.verify import find_faults, seal_store
 
-    place = as_place(store)
-    if seal and not isinstance(place, Path):
+    if seal and not isinstance(store, Path):
         raise click.UsageError("--seal changes a store on local disk; copy it there first.")
-    found = seal_store(place) if seal and isinstance(place, Path) else find_faults(place)
+    found = seal_store(store) if seal else find_faults(store)
     faults = [str(fault) for fault in found]
     if as_json:
-        say_json({"store": store, "faults": faults})
+        say_json({"store": str(store), "faults": faults})
     if faults:
         for fault in faults:
             click.echo(harmless(fault), err=True)
@@ -207,7 +205,7 @@ def verify(store: str, seal: bool, as_json: bool) -> None:
             f"{store} is not whole ({len(faults)} faults, named above with what to do)."
         )
     if not as_json:
-        is_proven = FeatureStore.open(place).manifest is not None
+        is_proven = FeatureStore.open(store).manifest is not None
         unproven = (
             ", as far as format version 1 can tell: a chunk in the place of another is not found. "
             "`sail verify --seal` gives each chunk an identity"

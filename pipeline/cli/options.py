@@ -18,7 +18,6 @@ from click.shell_completion import CompletionItem
 from features.terminal import harmless
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-run_argument = click.argument("run", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 override = click.option(
     "--set",
@@ -86,7 +85,32 @@ def complete_folder(
     return [CompletionItem(begun, type="dir")]
 
 
-store_argument = click.argument("store", shell_complete=complete_folder)
+class NamedRun(click.ParamType):  # type: ignore[type-arg]
+    """The folder of a run, also where its run file or the name of its recipe is given."""
+
+    name = "run"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002, D102
+        from pipeline.run.config import folder_of_run
+
+        return folder_of_run(str(value))
+
+
+class StorePlace(click.ParamType):  # type: ignore[type-arg]
+    """A store, or the one store of a run."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002, D102
+        from features.storage.place import as_place
+        from pipeline.run.folder import store_of_run
+
+        place = as_place(value)
+        return store_of_run(value) if isinstance(place, Path) else place
+
+
+run_argument = click.argument("run", type=NamedRun(), shell_complete=complete_recipe)
+store_argument = click.argument("store", type=StorePlace(), shell_complete=complete_folder)
 
 
 def until_stopped(work: Callable[[Any], Any], *, kept: str = SAVED) -> Any:

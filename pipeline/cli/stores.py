@@ -11,12 +11,14 @@ import click
 
 from features.terminal import harmless
 from pipeline.cli.options import (
+    StorePlace,
     complete_folder,
     json_option,
     say,
     say_json,
     say_paths,
     say_written,
+    store_argument,
     until_stopped,
 )
 from pipeline.stores import FORMATS
@@ -35,7 +37,6 @@ class _Place(click.ParamType):  # type: ignore[type-arg]
 
 WRITTEN = [name for name, each in FORMATS.items() if each.ending]
 COUNT = click.IntRange(min=1)
-store_argument = click.argument("store", type=_Place(), shell_complete=complete_folder)
 out_option = click.option(
     "--out", type=_Place(), required=True, metavar="STORE", help="Where it goes."
 )
@@ -148,7 +149,7 @@ def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
 @click.command()
 @click.argument(
     "stores",
-    type=_Place(),
+    type=StorePlace(),
     nargs=-1,
     required=True,
     metavar="STORE...",
@@ -165,7 +166,7 @@ def merge(stores: tuple[Any, ...], out: Any, prefix: bool, as_json: bool) -> Non
 
     \b
     Example:
-      sail merge runs/cc3m/features/train.zarr runs/cc12m/features/train.zarr --out both.zarr
+      sail merge runs/a/features/train.zarr runs/b/features/train.zarr --prefix --out both.zarr
     """
     from pipeline.stores.merge import merge_stores
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import (
+    NamedRun,
     Stage,
     count_of,
     json_option,
@@ -29,8 +30,8 @@ on = click.option(
 
 
 @click.command()
-@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("first", metavar="RUN", type=NamedRun())
+@click.argument("second", metavar="RUN", type=NamedRun())
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
@@ -41,7 +42,7 @@ on = click.option(
 def compare(first: Path, second: Path, plot: Path | None, as_json: bool) -> None:
     """Compare the results of two runs, number by number.
 
-    RUN is the folder of an evaluated run. Differences are second − first, with the 95 % interval
+    RUN is an evaluated run. Differences are second − first, with the 95 % interval
     of a paired bootstrap over the test items. Refused where rows or protocol differ.
 
     \b

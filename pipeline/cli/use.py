@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import (
+    NamedRun,
     Stage,
     json_option,
     run_argument,
@@ -50,7 +51,7 @@ def search(
 ) -> None:
     """Find the rows of a run that fit a sentence or an image best.
 
-    RUN is the folder of a run that was aligned. The first search embeds the split by the head;
+    RUN is a run that was aligned. The first search embeds the split by the head;
     later ones answer at once.
 
     \b
@@ -134,7 +135,7 @@ def embed(run: Path, images: Path | None, texts: Path | None, out: Path, as_json
 def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json: bool) -> None:
     """Write a trained run as a folder that other programs open. Prints its path.
 
-    RUN is the folder of a run that was aligned. An earlier export at the same place is replaced,
+    RUN is a run that was aligned. An earlier export at the same place is replaced,
     as a whole.
 
     \b
@@ -196,12 +197,12 @@ def import_head(run: Stage, file: Path) -> None:
 
 
 @click.command(name="export-head")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=NamedRun())
 @click.argument("file", type=click.Path(path_type=Path))
 def export_head(checkpoint: Path, file: Path) -> None:
     """Write a head in the layout of the released SAIL code.
 
-    CHECKPOINT is the folder of a run or of one of its checkpoints. Heads of kind star, mlp and
+    CHECKPOINT is a run, or the folder of one of its checkpoints. Heads of kind star, mlp and
     linear have a place in that layout. Prints the path of FILE.
 
     \b
@@ -251,7 +252,7 @@ def export_head(checkpoint: Path, file: Path) -> None:
 def explore(run: Path, host: str, port: int, token: str | None, memory: float, device: str) -> None:
     """Look at a run in a browser, and search in it.
 
-    RUN is the folder of a run. The views are search, map, results, training and store. Prints the
+    RUN is a run. The views are search, map, results, training and store. Prints the
     address to open, and serves until Ctrl-C. Training is shown live, also before there is a head.
     docs/explore.md tells more.
 

@@ -30,6 +30,8 @@ OF_A_RECIPE = Expected(
     "A run file in TOML", "Correct the line; docs/recipes.md has examples.", ConfigError
 )
 RECIPES = Path(__file__).parents[1] / "recipes"
+SETTINGS_FILE = "config.toml"
+"""In the folder of a run: its resolved settings."""
 EXPECTED = {
     "tuple_type": 'an array was expected, as ["a", "b"]',
     "string_type": 'text in quotes was expected, as "a"',
@@ -164,7 +166,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file, before any work starts.
 
     Args:
-        recipe: Path of a TOML file, or the name of a recipe that ships with the program.
+        recipe: Path of a TOML file, the folder of a run, or the name of a recipe that ships with
+            the program.
         overrides: `section.key=value`, the value as in TOML (or a bare word).
 
     Raises:
@@ -174,6 +177,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = _find_recipe(recipe)
     _check_kept(path)
     document = read_toml(path, OF_A_RECIPE)
+    run = document.setdefault("run", {})
+    if path.name == SETTINGS_FILE and path.parent == Path(recipe) and isinstance(run, dict):
+        run["dir"] = recipe  # where it is now
     for override in overrides:
         _apply(document, override)
     run = document.setdefault("run", {})
@@ -248,15 +254,28 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
+def folder_of_run(name: str) -> Path:
+    """Return the folder of a run that is given by its folder, its run file or its recipe's name."""
+    is_recipe = Path(name).is_file() or name in shipped_recipes()
+    return load_config(name).run.dir if is_recipe and not is_run(Path(name)) else Path(name)
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return (folder / SETTINGS_FILE).is_file()
+
+
 def _find_recipe(recipe: str) -> Path:
     shipped = shipped_recipes()
     path = RECIPES / f"{recipe}.toml" if recipe in shipped else Path(recipe)
+    if is_run(path):
+        path /= SETTINGS_FILE
     if not path.is_file():
         close = difflib.get_close_matches(recipe, shipped, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"There is no recipe {recipe!r}. Give the path of a TOML file, or one of "
-            f"{', '.join(shipped)}.{hint}"
+            f"There is no recipe {recipe!r}. Give the path of a TOML file, the folder of a run, or "
+            f"one of {', '.join(shipped)}.{hint}"
         )
     return path
 

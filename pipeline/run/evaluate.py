@@ -53,7 +53,7 @@ from pipeline.progress import ProgressLine, timed
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
-from pipeline.run.folder import keep_settings, open_store, run_folder, stage_lock
+from pipeline.run.folder import check_extracted, keep_settings, open_store, run_folder, stage_lock
 from pipeline.tables import rendered
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
@@ -252,7 +252,7 @@ def _loss_name(loss: dict[str, Any]) -> str:
 
 logger = logging.getLogger(__name__)
 WRITTEN = ("items.npz", "results.json", "report.html")
-VERSION = 7  # raised when the same inputs give other results or another report
+VERSION = 8  # raised when the same inputs give other results or another report
 
 
 def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:
@@ -285,6 +285,8 @@ def _no_prompts_if_refused(folder: Path) -> Iterator[None]:
 def _evaluate(config: RunConfig, stop: StopRequest) -> Path:
     folder = run_folder(config)
     checkpoint_path = folder.align / config.eval.checkpoint
+    if not checkpoint_path.exists():
+        check_extracted(config)
     checkpoint = Checkpoint.open(checkpoint_path)
     if "imported" not in checkpoint.run:
         _say_other_head(checkpoint, config)
@@ -303,7 +305,7 @@ def _evaluate(config: RunConfig, stop: StopRequest) -> Path:
     if context.embedder.checkpoint.path != checkpoint.path:  # training has put another one there
         digest = _digest(config, work, context.embedder.checkpoint, stores, inputs)
     found = {measure.name: _taken(measure, work[measure.name], context) for measure in MEASURES}
-    if not any(part.results for part in found.values()) and any(work.values()):
+    if not any(found[measure.name].results for measure in MEASURES if measure.is_of_head):
         notes = dict.fromkeys(note for part in found.values() for note in part.notes)
         raise EvaluationError(f"Nothing could be measured. {' '.join(notes)} Correct [data].")
     page = render(make_report(config, context, found, folder.align / "metrics.jsonl"))
@@ -370,7 +372,7 @@ def _plan(config: RunConfig, splits: Splits) -> dict[str, tuple[str, ...]]:
         EvaluationError: A split that is named lacks what the measure needs, or none has anything.
     """
     work = {measure.name: measure.splits(config.eval, splits) for measure in MEASURES}
-    if not any(work.values()):
+    if not any(work[measure.name] for measure in MEASURES if measure.is_of_head):
         trained = splits.trained
         others = ", ".join(split for split in splits.stores if split not in trained)
         raise EvaluationError(

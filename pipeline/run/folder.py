@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 from align.columns import JoinedStore
-from features.errors import ConfigError, TrainingError
+from features.errors import ConfigError, StoreNotFoundError, TrainingError
 from features.storage.files import is_file, remove_leftovers, write
 from features.storage.lock import locked
-from features.storage.place import Place
+from features.storage.place import Place, local_path
 from features.store import FeatureStore
-from pipeline.run.config import RunConfig, dump_config, dump_kept
-
-SETTINGS_FILE = "config.toml"
+from pipeline.run.config import (
+    SETTINGS_FILE,
+    RunConfig,
+    dump_config,
+    dump_kept,
+    folder_of_run,
+    is_run,
+    shipped_recipes,
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,42 @@ def open_store(config: RunConfig, folder: RunFolder, split: str) -> FeatureStore
     store = FeatureStore.open(_named(config, "store", split) or folder.store(split))
     texts = _named(config, "text_store", split)
     return store if texts is None else JoinedStore(store, FeatureStore.open(texts))
+
+
+def store_of_run(name: str) -> Path:
+    """Return a store that is given by its path, or as the only one of a run.
+
+    Args:
+        name: A store; or the folder of a run, its run file, or its recipe's name.
+
+    Raises:
+        ConfigError: The run has several.
+    """
+    path = local_path(name)
+    is_named = name in shipped_recipes() or (path.suffix == ".toml" and path.is_file())
+    if not (is_named or is_run(path)):
+        return path
+    folder = folder_of_run(name)
+    stores = sorted((folder / "features").glob("*.zarr"))
+    if len(stores) != 1:
+        there = f"the stores {', '.join(map(str, stores))}" if stores else "no store"
+        raise ConfigError(
+            f"{name} is a run with {there}. The path of one store was expected. "
+            f"{'Give one of them.' if stores else 'Create it with `sail extract`.'}"
+        )
+    return stores[0]
+
+
+def check_extracted(config: RunConfig) -> None:
+    """Refuse a run without features: what is to be done first, where there is no head either.
+
+    Raises:
+        StoreNotFoundError: A split that the head is trained on has no store.
+    """
+    places = [run_folder(config).store(split) for split in config.trained_splits]
+    for place in places if config.align.store is None else ():
+        if not FeatureStore.is_at(place):
+            raise StoreNotFoundError(place)
 
 
 def check_complete(store: FeatureStore, config: RunConfig, image: str, text: str) -> None:

@@ -17,9 +17,9 @@ from features.storage.place import Place
 from features.storage.rows import check_file
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
-from pipeline.run.config import RunConfig, load_config
+from pipeline.run.config import SETTINGS_FILE, RunConfig, load_config
 from pipeline.run.finished import check_columns
-from pipeline.run.folder import SETTINGS_FILE, RunFolder, filling
+from pipeline.run.folder import RunFolder, filling
 from pipeline.run.rows import current_index
 from pipeline.stores.verify import Fault, find_faults
 
