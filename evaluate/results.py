@@ -235,9 +235,11 @@ def read_items(path: Path) -> dict[str, Items]:
     """Read what `write_items` wrote; nothing where there is no such file.
 
     Raises:
-        EvaluationError: It is damaged, or not the one that the evaluation wrote.
+        EvaluationError: It is damaged, or missing or another than what the evaluation wrote.
     """
     if not path.exists():
+        if path.name in read_stamp(path.parent):
+            raise EXPECTED.refusal(path, "it is missing, and the evaluation wrote it")
         return {}
     _check_written(path)
     arrays = read_npz(path, EXPECTED)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.results import Items, Result, read_items, write_items, write_results
+from evaluate.results import Items, Result, read_items, write_items, write_results, write_stamp
 from evaluate.statistics import interval_of, paired_interval
 from features.errors import EvaluationError
 from pipeline.study.comparison import compare_runs, comparison_plot, comparison_table
@@ -69,6 +69,14 @@ def test_items_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert found["zero_shot test mean_per_class"].counts is None
     assert found["zero_shot test mean_per_class"].classes == pytest.approx([3])
     assert found["retrieval/text_to_image test recall@1"].counts == pytest.approx([5, 5])
+
+
+def test_items_that_an_evaluation_wrote_must_be_there(tmp_path: Path) -> None:
+    one, two = (evaluated(tmp_path / name, [0, 1] * 20) for name in "ab")
+    write_stamp(two / "eval", "inputs", ["items.npz"])
+    (two / "eval" / "items.npz").unlink()
+    with pytest.raises(EvaluationError, match=r"b/eval/items\.npz .*it is missing, and the eval"):
+        compare_runs(one, two)
 
 
 def test_the_table_and_the_plot_show_a_difference_that_is_certain(tmp_path: Path) -> None:
