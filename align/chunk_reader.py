@@ -15,6 +15,7 @@ from jaxtyping import Float16, Int64, Shaped
 from torch import Tensor
 
 from align.columns import Columns
+from features.device.cuda import is_gpu, record, room_for, to_device
 from features.errors import StoreCorruptError
 from features.storage.chunks import CRC_BYTES, read_chunk, write_chunk
 from features.storage.column import Column
@@ -104,7 +105,7 @@ class RowsInMemory:
         """
         self._memory = memory
         self._device = device
-        self._pin = memory.type == "cpu" and device.type == "cuda"
+        self._pin = is_gpu(device) and not is_gpu(memory)
         self.values = self._empty(*shape, dtype=torch.int8 if dtype == np.int8 else torch.float16)
         self.scale: Tensor | None = None
         if dtype == np.int8:
@@ -119,8 +120,8 @@ class RowsInMemory:
 
     def gather(self, rows: Int64[np.ndarray, "batch"], out: Float16[Tensor, "batch dim"]) -> None:
         """Copy rows into the memory of a batch."""
-        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self._memory)
-        if self.scale is None and self._memory == self._device:
+        index = to_device(torch.from_numpy(np.ascontiguousarray(rows)), self._memory)
+        if self.scale is None and not self._pin:
             torch.index_select(self.values, 0, index, out=out)
             return
         if self._copied is not None:
@@ -131,15 +132,16 @@ class RowsInMemory:
         scale = None if self.scale is None else torch.index_select(self.scale, 0, index)
         _restore(values, scale, out)
         if self._pin:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            self._copied = record(self._device)
 
     def copy(self, part: slice, out: Float16[Tensor, "batch dim"]) -> None:
         """Copy consecutive rows into the memory of a batch."""
         _restore(self.values[part], None if self.scale is None else self.scale[part], out)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._memory, pin_memory=self._pin)
+        if self._pin:
+            return room_for(self._device, shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._memory)
 
 
 def _restore(values: Tensor, scale: Tensor | None, out: Float16[Tensor, "batch dim"]) -> None:
@@ -147,7 +149,7 @@ def _restore(values: Tensor, scale: Tensor | None, out: Float16[Tensor, "batch d
         out.copy_(values, non_blocking=True)
     else:
         values = values.to(out.device, non_blocking=True)
-        torch.mul(values, scale.to(out.device)[:, None], out=out)
+        torch.mul(values, to_device(scale, out.device)[:, None], out=out)
 
 
 READERS = 4  # threads that read chunks: enough to keep a local disk busy
@@ -187,7 +189,7 @@ class ChunkReader:
             column.name: np.full(column.num_chunks, not verify)
             for column in (columns.image, *columns.text)
         }
-        self._on_gpu = memory.type == "cuda"
+        self._on_gpu = is_gpu(memory)
         self._stream = torch.cuda.Stream(memory) if self._on_gpu else None  # type: ignore[no-untyped-call]
         is_remote = any(column.is_remote for column in (columns.image, *columns.text))
         whole = largest_chunk(columns)
@@ -254,7 +256,7 @@ class ChunkReader:
             _as_items(rows)[places] = _as_items(values)  # numpy copies rows whole; torch does not
             return
         with self._copying():
-            index = torch.from_numpy(places).to(self.memory)
+            index = to_device(torch.from_numpy(places), self.memory)
             rows.index_copy_(0, index, values.to(self.memory, non_blocking=True))
 
     def _pieces(
@@ -291,7 +293,7 @@ class ChunkReader:
         memory = self._buffers.get()
         try:
             if memory is None:
-                memory = torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+                memory = room_for(self.memory, [self._buffer_bytes], torch.uint8)
             row_bytes = column.dim * column.dtype.itemsize
             rows = min(column.rows_per_chunk, len(memory) // row_bytes)
             dtype = torch.int8 if column.is_scaled else torch.float16
@@ -304,8 +306,7 @@ class ChunkReader:
         """Copy on the stream of this reader; wait until the copies are done."""
         with torch.cuda.stream(self._stream):
             yield
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied = record(self.memory)
         copied.synchronize()
 
 

@@ -32,10 +32,10 @@ from align.windows import (
     plan_memory,
     shares,
 )
+from features.device.cuda import CPU, is_gpu, record, set_current, to_device, wait_for
 from features.errors import TrainingError
 
 __all__ = ["MIB", "Batch", "Loader", "LoaderOptions", "Source"]
-CPU = torch.device("cpu")
 CAPTIONS = 2  # stream of random numbers; those of align.order are 0 and 1
 Begun = tuple[WindowMemory, WindowPlan, Sequence[Future[None]]]
 
@@ -138,8 +138,9 @@ class Stream:
             plan = WindowPlan(window, parts if memory.is_resident else list(parts))
             return memory, plan, memory.load(plan, readers)
 
-        planner = ThreadPoolExecutor(1, "sail-window")
-        readers = ThreadPoolExecutor(self.memories[0].threads, "sail-read")
+        device, threads = self.memories[0].device, self.memories[0].threads
+        planner = ThreadPoolExecutor(1, "sail-window", set_current, (device,))
+        readers = ThreadPoolExecutor(threads, "sail-read", set_current, (device,))
         try:
             coming = deque(planner.submit(begin, memory) for memory in self.memories)
             while (begun := coming.popleft().result()) is not None:
@@ -222,7 +223,7 @@ class Loader:
                 for source, share in zip(sources, parts, strict=True)
             ],
             device_bytes=options.memory_bytes,
-            host_bytes=options.host_memory_bytes if options.device.type == "cuda" else 0,
+            host_bytes=options.host_memory_bytes if is_gpu(options.device) else 0,
             device=str(options.device),
         )
         self.tier = plan.tier
@@ -263,7 +264,10 @@ class Loader:
         """
         batches = self._batches(first_step, stop_step)
         with closing(batches):
-            yield from _one_ahead(batches) if self.tier == "host" else batches
+            if self.tier == "host":
+                yield from _one_ahead(batches, self.options.device)
+            else:
+                yield from batches
 
     def keys(self, step: int, count: int) -> list[str]:
         """Return the keys of the first rows of a step, without reading any features."""
@@ -324,8 +328,8 @@ class Loader:
             rows=rows,
             image=image,
             text=text,
-            fields=torch.from_numpy(fields).to(device),
-            caption_ids=None if ids is None else torch.from_numpy(ids).to(device),
+            fields=to_device(torch.from_numpy(fields), device),
+            caption_ids=None if ids is None else to_device(torch.from_numpy(ids), device),
         )
 
     def _stream(
@@ -373,12 +377,28 @@ class Loader:
         ]
 
 
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield batches that a thread makes while the one before is used."""
-    with ThreadPoolExecutor(1, "sail-batch") as background:
-        coming = background.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = background.submit(next, batches, None)
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches that a thread makes, on a stream of its own, while the one before is used.
+
+    Of the two memories of the batches, one is filled as soon as the GPU has made the step that used
+    it; what else a batch has is of that stream's memory, and freed after the next step was asked
+    for, for which every later batch waits.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def make(used: torch.cuda.Event) -> tuple[Batch | None, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            stream.wait_event(used)
+            return next(batches, None), record(device)
+
+    with ThreadPoolExecutor(1, "sail-batch", set_current, (device,)) as background:
+        coming = background.submit(make, record(device))
+        while True:
+            batch, copied = coming.result()
+            if batch is None:
+                return
+            wait_for(copied, device)
+            coming = background.submit(make, record(device))
             yield batch
 
 

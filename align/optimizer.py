@@ -15,6 +15,7 @@ from align.heads import AlignmentModel
 from align.loader import Batch
 from align.loss import ALONE, LossOptions, Pairs, contrastive_loss, slices
 from align.processes import Ring
+from features.device.cuda import is_gpu
 
 
 class Lion(Optimizer):
@@ -148,7 +149,7 @@ class Gradients:
         self._micro_batch = config.micro_batch
         self._has_dropout = config.head.dropout > 0
         loss = config.loss
-        rows = loss.block_rows or (GPU_BLOCK_ROWS if device.type == "cuda" else BLOCK_ROWS)
+        rows = loss.block_rows or (GPU_BLOCK_ROWS if is_gpu(device) else BLOCK_ROWS)
         self._options = LossOptions(loss.kind, loss.normalise, rows)
         self._autocast_type = autocast_type(config, device)
         weights = [loss.field_weights.get(name, 1.0) for name in fields]
@@ -219,7 +220,7 @@ class Gradients:
 def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | None:
     """Choose the type of the matrix products; None is that of the weights, float32."""
     if config.precision == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_it = is_gpu(device) and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_it else None
     return torch.bfloat16 if config.precision == "bfloat16" else None
 

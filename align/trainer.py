@@ -48,6 +48,7 @@ from align.optimizer import (
 )
 from align.processes import Ring
 from align.windows import MIB, shares
+from features.device.cuda import is_gpu
 from features.errors import TrainingError
 from features.storage.files import write
 from features.storage.reading import read_json_lines, reading
@@ -286,7 +287,7 @@ class Training:
         if self.config.ema is not None:
             average = get_ema_multi_avg_fn(self.config.ema)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.model, multi_avg_fn=average)
-        if self.config.compile and self.device.type == "cuda":
+        if self.config.compile and is_gpu(self.device):
             self.model.image_head.compile()
             self.model.text_head.compile()
         # Kept on the device: to look at every loss would make the CPU wait for it.
@@ -597,7 +598,7 @@ def _resume(folder: CheckpointFolder, described: dict[str, Any], ring: Ring) -> 
 @contextmanager
 def _random_numbers(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch, and give the caller its random numbers back in the end."""
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if is_gpu(device) else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
@@ -607,7 +608,7 @@ def _random_numbers(device: torch.device, seed: int) -> Iterator[None]:
 def _fast_products(config: AlignConfig, device: torch.device) -> Iterator[None]:
     """Let float32 products, those of the loss, use TF32 where the heads use bfloat16."""
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda" and autocast_type(config, device) is not None:
+    if is_gpu(device) and autocast_type(config, device) is not None:
         torch.set_float32_matmul_precision("high")
     try:
         yield

@@ -21,6 +21,7 @@ from align.chunk_reader import (
 )
 from align.columns import Columns
 from align.order import Window
+from features.device.cuda import is_gpu, record
 from features.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class WindowMemory(ABC):
         """
         self.columns = reader.columns
         self.threads = reader.threads
+        self.device = device
         self._reader = reader
         image, text = self.columns.image, self.columns.text[0]
         self._image = RowsInMemory((images, image.dim), image.dtype, reader.memory, device)
@@ -87,6 +89,7 @@ class WindowMemory(ABC):
         self._with_caption_ids = with_caption_ids
         self._caption_ids = np.empty(captions if with_caption_ids else 0, dtype=np.int64)
         self._used: torch.cuda.Event | None = None
+        self.release()  # whoever had this memory before may still be read
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +127,8 @@ class WindowMemory(ABC):
 
     def release(self) -> None:
         """Let the rows be overwritten as soon as a GPU has made what was asked of it so far."""
-        if self._reader.memory.type == "cuda":
-            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._used.record()
+        if is_gpu(self._reader.memory):
+            self._used = record(self._reader.memory)
 
 
 class ResidentMemory(WindowMemory):

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float16, Num, UInt8
 from torch import Tensor
 
+from features.device.cuda import is_gpu, record, room_for
 from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
@@ -332,7 +333,7 @@ class Feeder:
     def __init__(self, encoder: ImageEncoder) -> None:
         self.batch_size = encoder.batch_size
         """Images that are encoded at once; never more than the encoder's own setting."""
-        self.ahead = 1 if encoder.device.type == "cuda" else 0
+        self.ahead = 1 if is_gpu(encoder.device) else 0
         """Batches to have on the device before waiting for the first of them."""
         self._encoder = encoder
 
@@ -370,7 +371,7 @@ class Feeder:
         if images == 1:
             raise self._encoder.without_room()
         self.batch_size = images // 2
-        if device.type == "cuda":
+        if is_gpu(device):
             torch.cuda.empty_cache()  # in pieces of the old size it is of no use
         logger.warning(
             "image encoder %s: out of memory on %s with %d images at once; goes on with %d",
@@ -388,15 +389,14 @@ Encoding = Callable[[], list[Float16[np.ndarray, "batch _"]]]
 def _to_host(features: Sequence[Tensor]) -> Encoding:
     """Begin to copy features to the host as float16."""
     halves = [each.half() for each in features]
-    if halves[0].device.type != "cuda":
+    device = halves[0].device
+    if not is_gpu(device):
         arrays = [each.cpu().numpy() for each in halves]
         return lambda: arrays
-    with torch.cuda.device(halves[0].device):
-        copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in halves]
-        for copy, half in zip(copies, halves, strict=True):
-            copy.copy_(half, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
+    copies = [room_for(device, each.shape, each.dtype) for each in halves]
+    for copy, half in zip(copies, halves, strict=True):
+        copy.copy_(half, non_blocking=True)
+    copied = record(device)
 
     def wait() -> list[np.ndarray]:
         copied.synchronize()

@@ -10,6 +10,7 @@ from jaxtyping import Float32, Num
 from torch import Tensor, nn
 
 from features.config import ExtractConfig, ImageColumnConfig, ImageEncoderConfig
+from features.device.cuda import room_for
 from features.encoders.backends import backend_of, tell
 from features.encoders.checkpoint import compute_dtype, versions
 from features.encoders.libraries import LibraryProcessor
@@ -186,12 +187,8 @@ class ImageEncoder:
         """Return memory for what `prepare` gives, from which the device can copy by itself."""
         shape = (images, 3, *self.preprocessing.output_size)
         dtype = _pixel_type(self.preprocessing, self.mode)
-        if self.device.type != "cuda":
-            return torch.empty(shape, dtype=dtype)
-        with torch.cuda.device(self.device):
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return room_for(self.device, shape, dtype)
 
-    @torch.inference_mode()
     def without_room(self) -> EncoderError:
         """Return the error of a device that has not the memory for a single image."""
         return EncoderError(
@@ -199,6 +196,7 @@ class ImageEncoder:
             f"image. Room for one was expected. Free the device, or use another (`run.device`)."
         )
 
+    @torch.inference_mode()
     def encode(
         self,
         pixels: Num[Tensor, "batch 3 height width"],

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from features.device.cuda import to_device
+
 PACKED_ATTENTION = "sail_packed"
 Tokens = list[int]
 QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
@@ -53,9 +55,9 @@ class TokenBatch:
             positions = place * counted + first_position - 1
         bounds = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
         return cls(
-            ids=_to_device(ids, device),
-            positions=_to_device(positions.astype(np.int64), device),
-            starts=_to_device(starts.astype(np.int32), device),
+            ids=to_device(torch.from_numpy(ids), device),
+            positions=to_device(torch.from_numpy(positions.astype(np.int64)), device),
+            starts=to_device(torch.from_numpy(starts.astype(np.int32)), device),
             runs=tuple((stop - start, int(lengths[start])) for start, stop in pairwise(bounds)),
         )
 
@@ -218,10 +220,3 @@ def _has_varlen_kernel(tensor: Tensor) -> bool:
         and tensor.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
     )
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # pinned, the copy does not wait for what the device is doing
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForTextEncoding
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.device.cuda import is_gpu
 from features.encoders.checkpoint import (
     WEIGHTS,
     EncoderFiles,
@@ -213,7 +214,7 @@ def _nvembed(
     instruction = config.instruction or ""
     instruction_tokens = len(tokenizer.tokenize(instruction)) if instruction else 0
     # The reference computes in float16 on a GPU; bfloat16 is sixty times less exact.
-    is_half = config.precision == "auto" and device.type == "cuda"
+    is_half = config.precision == "auto" and is_gpu(device)
     dtype = torch.float16 if is_half else compute_dtype(config.precision, device)
     model = load_nvembed(
         files.folder,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from features.device.cuda import is_gpu
 from features.errors import SailError, SourceError
 from features.index import Index
 from features.sources import Counts, Source, SourceReader
@@ -228,11 +229,10 @@ def _described(made: Pass) -> dict[str, Any]:
 
 def _this_machine(config: RunConfig, passes: list[Pass], seconds: float) -> dict[str, Any]:
     device = prepare_device(config.run)
-    is_gpu = device.type == "cuda"
     measured = [each for each in passes if each.phases]
     slowest = max(measured, key=lambda each: column_hours(each.phases), default=None)
     return {
-        "device": torch.cuda.get_device_name(device) if is_gpu else str(device),
+        "device": torch.cuda.get_device_name(device) if is_gpu(device) else str(device),
         "cores": usable_processors(),
         "seconds_given": seconds,
         "measured": [each.name for each in measured],

@@ -15,6 +15,7 @@ import torch
 import zarr
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.device.cuda import is_gpu
 from features.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from features.encoders.backends import backend_of
 from features.errors import SailError
@@ -81,7 +82,7 @@ def measure_images(encoder: ImageEncoder, index: Index, *, seconds: float) -> di
     _encode(encoder, batch)  # the warm-up
     batches = _per_second(lambda one: _encode(encoder, one), itertools.repeat(batch), part)
     rates = {"read": len(images) / read_seconds, "decode": decoded}
-    if encoder.device.type == "cuda":
+    if is_gpu(encoder.device):
         rates["copy"] = _copied_per_second(batch, encoder.device)
     return rates | {"encode": batches * len(batch)}
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from align.processes import Ring
 from align.trainer import train
+from features.device.cuda import gpu_number, is_gpu, set_current
 from features.storage.files import remove_leftovers
 from pipeline.card import export_model
 from pipeline.interrupt import Stopped, StopRequest
@@ -40,9 +41,9 @@ def joined_processes(settings: RunSettings) -> Iterator[tuple[Ring, torch.device
         yield Ring(), device
         return
     backend = "gloo"
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if is_gpu(device):
+        device = gpu_number(int(os.environ["LOCAL_RANK"]))
+        set_current(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     try:

@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int64
 from align.checkpoint import load_head
 from evaluate.embedder import Embedder
 from evaluate.measures.retrieval import RetrievalSettings
+from features.device.cuda import first_gpu
 from features.encoders.image import check_fast
 from features.errors import EncoderError, EvaluationError
 from features.index import Index, SampleReader
@@ -324,6 +325,5 @@ def other_device(device: torch.device) -> torch.device | None:
     """Return the processor for a GPU, and for the processor a GPU if there is one."""
     if device.type != "cpu":
         return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps") if torch.backends.mps.is_available() else None
+    mps = torch.device("mps") if torch.backends.mps.is_available() else None
+    return first_gpu() or mps

@@ -2,8 +2,12 @@
 
 import torch
 
+from features.device.cuda import set_current
 from features.errors import ConfigError
 from pipeline.run.config import RunSettings
+
+ANY_GPU = ("auto", "cuda")
+"""Settings of `run.device` that leave open which of several GPUs it is."""
 
 
 def prepare_device(settings: RunSettings) -> torch.device:
@@ -22,7 +26,9 @@ def prepare_device(settings: RunSettings) -> torch.device:
             f"run.device = {settings.device} is no device that torch can use here. Set it to one "
             f"of {', '.join(here)}, or auto; or install a driver and a build of torch that has it."
         )
-    return torch.device(settings.device)
+    device = torch.device(settings.device)
+    set_current(device)  # for whatever names no device, and so takes the current one
+    return device
 
 
 def usable_devices() -> list[str]:

@@ -26,7 +26,7 @@ from features.storage.column import encoder_of, pending_in_any
 from features.store import FeatureStore
 from pipeline.run.config import RunConfig, RunSettings
 from pipeline.run.cpu import keep_freed_memory, usable_processors
-from pipeline.run.device import prepare_device
+from pipeline.run.device import ANY_GPU, prepare_device
 from pipeline.run.filling import Encoder, add_columns, folder_of, load_encoder
 from pipeline.run.finished import KnownEncoders
 from pipeline.run.folder import filling, run_folder
@@ -202,7 +202,7 @@ def device_settings(
         number: Name of the worker, a number from 0 on where the command started it.
         gpus: GPUs that this process sees.
     """
-    if not job["share_gpus"] or settings.device not in ("auto", "cuda") or gpus < 2:
+    if not job["share_gpus"] or settings.device not in ANY_GPU or gpus < 2:
         return settings
     return settings.model_copy(update={"device": f"cuda:{int(str(number)) % gpus}"})
 

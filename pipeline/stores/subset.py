@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from features.device.cuda import CPU, first_gpu
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.column import Column
@@ -44,7 +45,7 @@ def first_of_alike(
     Raises:
         Stopped: A signal came.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = first_gpu() or CPU
     stays = among.copy()
     rows = np.flatnonzero(among & np.isin(np.arange(column.rows), column.ok_rows()))
     size = column.rows_per_chunk

@@ -139,6 +139,48 @@ def test_a_package_has_few_files(package: str, most: int) -> None:
     assert len(files) <= most, files
 
 
+NAME_CUDA = ["features/device/cuda.py", "pipeline/run/device.py"]
+
+
+def without_a_device(tree: ast.AST) -> Iterator[str]:
+    """What takes the current device of its thread, whatever its tensors are on; threads too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            is_named = bool(node.args or node.keywords)
+            is_pool = called == "ThreadPoolExecutor"
+            if is_pool and len(node.args) < 4 and "initializer" not in ast.unparse(node):
+                yield f"{called} without initializer"
+            elif re.search(r"cuda\.(current_stream|default_stream|synchronize|Stream)$", called):
+                yield from [] if is_named else [called]
+            elif re.search(r"\.record(_event)?$", called) and not is_named:
+                yield called
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_streams_and_events_name_their_device(file: str) -> None:
+    found = list(without_a_device(tree_of(ROOT / file)))
+    if not file.startswith("align/"):  # the other threads only decode, read and write
+        found = [each for each in found if not each.startswith("ThreadPoolExecutor")]
+    assert found == []
+
+
+@pytest.mark.parametrize("file", sorted({*FILES} - {*NAME_CUDA}))
+def test_cuda_is_asked_for_in_one_place(file: str) -> None:
+    words = [node for node in ast.walk(tree_of(ROOT / file)) if isinstance(node, ast.Constant)]
+    assert [node.lineno for node in words if node.value == "cuda"] == []
+
+
+def test_what_takes_the_current_device_is_found() -> None:
+    refused = "torch.cuda.Event().record(); torch.cuda.current_stream(); s.record_event()"
+    pools = "ThreadPoolExecutor(2); ThreadPoolExecutor(1, 'a', set_current, (device,))"
+    found = list(without_a_device(ast.parse(f"{refused}; {pools}")))
+    assert len(found) == 4
+    assert found.count("ThreadPoolExecutor without initializer") == 1
+    allowed = "event.record(stream); torch.cuda.current_stream(device); torch.cuda.Stream(device)"
+    assert list(without_a_device(ast.parse(allowed))) == []
+
+
 def test_no_name_of_a_public_class_is_used_twice() -> None:
     names = Counter(
         node.name
