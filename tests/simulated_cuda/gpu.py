@@ -76,7 +76,7 @@ class Seen:
     def clear(self) -> None:
         """Forget all but what is held."""
         for each in (self.waits, self.pageable, self.races, streams.contexts):
-            each.clear()  # type: ignore[attr-defined]
+            each.clear()
         self.peak, self.allocations = self.held, 0
 
 
@@ -128,15 +128,15 @@ _pinned: dict[int, torch.UntypedStorage] = {}
 
 
 class SimulatedTensor(torch.Tensor):
-    """Says that it is on a GPU; `inner` is where its numbers are."""
+    """Says that it is on a GPU; `on_host` is where its numbers are."""
 
-    inner: torch.Tensor
+    on_host: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: Any) -> "SimulatedTensor":
         index = streams.index_of(device)
         with torch.inference_mode(False):
-            made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: Any = torch.Tensor._make_wrapper_subclass(
                 cls,
                 inner.size(),
                 strides=inner.stride(),
@@ -145,16 +145,16 @@ class SimulatedTensor(torch.Tensor):
                 layout=inner.layout,
                 device=torch.device("cuda", index),
             )
-        made.inner = inner.detach() if inner.requires_grad else inner
+        made.on_host = inner.detach() if inner.requires_grad else inner
         streams.contexts.add(index)
         _hold(made)
-        return made  # type: ignore[no-any-return]
+        return made
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:
         return f"SimulatedTensor({self.device}, {tuple(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> Any:
-        copy = SimulatedTensor(self.inner.clone(), self.device).requires_grad_(self.requires_grad)
+        copy = SimulatedTensor(self.on_host.clone(), self.device).requires_grad_(self.requires_grad)
         if hasattr(self, "_is_param"):
             copy._is_param = True
         memo[id(self)] = copy
@@ -164,17 +164,19 @@ class SimulatedTensor(torch.Tensor):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.on_host.data_ptr()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
 
 def _hold(tensor: SimulatedTensor) -> None:
-    storage = tensor.inner.untyped_storage()
+    storage = tensor.on_host.untyped_storage()
     key = storage._cdata
     with streams.lock:
         if key not in _memories:
@@ -232,7 +234,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, SimulatedTensor) else value
+    return value.on_host if isinstance(value, SimulatedTensor) else value
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -285,7 +287,7 @@ class _Operation:
         number = stream.launch()
         for tensor, writes in self._given:
             if isinstance(tensor, SimulatedTensor):
-                _note(tensor.inner, stream, number, writes=writes)
+                _note(tensor.on_host, stream, number, writes=writes)
         written = self._returned()
         if stream.is_behind and written and all(each.numel() for each in written):
             stream.later(self.compute, number)
@@ -307,8 +309,8 @@ class _Operation:
 
     def _resize(self, written: list[torch.Tensor]) -> None:
         for tensor in written:
-            if isinstance(tensor, SimulatedTensor) and tensor.shape != tensor.inner.shape:
-                tensor.data = SimulatedTensor(tensor.inner, tensor.device)
+            if isinstance(tensor, SimulatedTensor) and tensor.shape != tensor.on_host.shape:
+                tensor.data = SimulatedTensor(tensor.on_host, tensor.device)
 
     def _wrapped(self, value: Any) -> Any:
         is_new = isinstance(value, torch.Tensor) and not isinstance(value, SimulatedTensor)
@@ -382,9 +384,9 @@ def _note_copy(into: Any, source: Any, non_blocking: bool) -> tuple[Stream, int,
     stream = current_stream((into if to_gpu else source).device)
     number, is_async = stream.launch(), True
     if from_gpu:
-        _note(source.inner, stream, number, writes=False)
+        _note(source.on_host, stream, number, writes=False)
     if to_gpu:
-        _note(into.inner, stream, number, writes=True)
+        _note(into.on_host, stream, number, writes=True)
     if not (to_gpu and from_gpu):
         of_host = source if to_gpu else into
         if not is_pinned(of_host) and of_host.dim():
@@ -394,7 +396,11 @@ def _note_copy(into: Any, source: Any, non_blocking: bool) -> tuple[Stream, int,
 
 
 # The choice of attention is that which is written out: its numbers are those of the definition.
-DONE_APART = {"copy_": _copy_into, "_to_copy": _copied, "_fused_sdp_choice": lambda *_, **__: 0}
+DONE_APART: dict[str, Callable[..., Any]] = {
+    "copy_": _copy_into,
+    "_to_copy": _copied,
+    "_fused_sdp_choice": lambda *_, **__: 0,
+}
 
 
 def _varlen(*args: Any, **kwargs: Any) -> Any:
@@ -410,7 +416,9 @@ def _varlen(*args: Any, **kwargs: Any) -> Any:
         for first, last in itertools.pairwise(given["starts"].tolist()):
             run = [each[first:last].transpose(0, 1).float()[None] for each in (q, k, v)]
             attended = F.scaled_dot_product_attention(
-                *run,
+                run[0],
+                run[1],
+                run[2],
                 scale=given.get("scale"),
                 is_causal=bool(given.get("is_causal")),
                 enable_gqa=q.shape[1] != k.shape[1],
@@ -456,7 +464,7 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("Only dense CPU tensors can be pinned")
     with streams.lock:
         for key, storage in list(_pinned.items()):
-            if torch._C._storage_Use_Count(storage._cdata) == 1:  # type: ignore[attr-defined]
+            if torch._C._storage_Use_Count(storage._cdata) == 1:
                 del _pinned[key]
         storage = tensor.untyped_storage()
         _pinned[storage._cdata] = storage
@@ -515,8 +523,8 @@ def install() -> None:
         return _pin(made) if pin_memory else made
 
     torch.empty, torch.empty_like = pinned_empty, pinned_empty_like  # type: ignore[assignment]
-    torch.Tensor.pin_memory = lambda self, *_: _pin(self.clone())  # type: ignore[assignment, method-assign]
-    torch.Tensor.is_pinned = lambda self, *_: is_pinned(self)  # type: ignore[assignment, method-assign]
+    torch.Tensor.pin_memory = lambda self, *_: _pin(self.clone())  # type: ignore[method-assign]
+    torch.Tensor.is_pinned = lambda self, *_: is_pinned(self)  # type: ignore[method-assign,assignment]
 
 
 def host_copy(tensor: torch.Tensor) -> Any:
