@@ -148,9 +148,9 @@ class SimulatedTensor(torch.Tensor):
         made.on_host = inner.detach() if inner.requires_grad else inner
         streams.contexts.add(index)
         _hold(made)
-        return made
+        return made  # type: ignore[no-any-return]
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SimulatedTensor({self.device}, {tuple(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -524,7 +524,7 @@ def install() -> None:
 
     torch.empty, torch.empty_like = pinned_empty, pinned_empty_like  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self, *_: _pin(self.clone())  # type: ignore[method-assign]
-    torch.Tensor.is_pinned = lambda self, *_: is_pinned(self)  # type: ignore[method-assign,assignment]
+    torch.Tensor.is_pinned = lambda self, *_: is_pinned(self)  # type: ignore[method-assign]
 
 
 def host_copy(tensor: torch.Tensor) -> Any:

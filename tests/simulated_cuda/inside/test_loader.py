@@ -1,6 +1,7 @@
 """What the loader hands to a training step on a GPU that is as late as its events allow."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def wrong_rows(loader: Loader, source: Source) -> int:
 
     for batch in loader.batches(0, STEPS):
         stream = streams.current_stream(batch.image.device)
-        gpu.reads_later(stream, [batch.image, batch.text], lambda batch=batch: step(batch))
+        gpu.reads_later(stream, [batch.image, batch.text], partial(step, batch))
     streams.synchronize(loader.options.device)
     return wrong
 
