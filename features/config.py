@@ -27,6 +27,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 LAYOUTS = ("timm:", "open_clip:")
 """Backends of encoders behind whose name the path of a folder can stand."""
+OWN = "python:"
+"""Before a function of the user's own: its module may lie beside the run file."""
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,6 +69,11 @@ def _list_or_file(value: Any, info: Any) -> Any:
 
 
 def _model(value: str, info: Any) -> str:
+    if value.startswith(OWN):
+        module, colon, function = value.removeprefix(OWN).rpartition(":")
+        file = module if module.endswith(".py") else f"{module.replace('.', '/')}.py"
+        path = str(_beside_run_file(file, info))
+        return f"{OWN}{path}{colon}{function}" if Path(path).is_file() else value
     library, colon, place = value.rpartition(":") if value.startswith(LAYOUTS) else ("", "", value)
     path = str(_beside_run_file(place, info))
     return f"{library}{colon}{path}" if Path(path).is_dir() else value

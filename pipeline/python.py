@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from align.checkpoint import CONFIG, load_head
+from features.config import OWN
 from features.errors import ConfigError
 from features.storage.reading import Expected, checked, read_json
 from pipeline.run.aligned import Aligned
@@ -122,6 +123,13 @@ def _read_exported(folder: Path) -> Exported | None:
     if EXPORTED not in document:
         return None
     exported: Exported = checked(document[EXPORTED], Exported, f"{EXPORTED} of {path}", EXPECTED)
+    image, text = exported.encoders.image.values(), exported.encoders.text.values()
+    models = [each.model for each in image] + [each.model for each in text]
+    if own := [each for each in models if each.startswith(OWN)]:
+        raise ConfigError(
+            f"{path} names the encoder {own[0]!r}, which would run code. Only a run file of yours "
+            f"may do that. Use the run itself."
+        )
     return exported.model_copy(update={"encoders": _found(exported.encoders, folder)})
 
 

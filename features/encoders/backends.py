@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
-from features.encoders import baselines, open_clip_models, pretrained, timm_models
+from features.encoders import (
+    baselines,
+    open_clip_models,
+    own_functions,
+    pretrained,
+    timm_models,
+)
 from features.encoders.checkpoint import EncoderFiles, layouts_of
 from features.encoders.plan import EncoderPlan
 from features.encoders.text import TextEncoder
@@ -57,6 +63,7 @@ ENCODERS: dict[str, EncoderBackend] = {
     "baseline": baselines,
     "timm": timm_models,
     "open_clip": open_clip_models,
+    "python": own_functions,
 }
 
 

@@ -14,6 +14,7 @@ from features.device.cuda import room_for
 from features.encoders.backends import backend_of, tell
 from features.encoders.checkpoint import compute_dtype, versions
 from features.encoders.libraries import LibraryProcessor
+from features.encoders.own_functions import OwnProcessing
 from features.encoders.plan import EncoderPlan
 from features.encoders.pooling import pool_image
 from features.encoders.processors import OwnProcessor
@@ -24,7 +25,7 @@ from features.images import Preprocessing, check_can_be_fast, decode, prepare_fa
 
 MAX_PIXELS = ExtractConfig().max_pixels
 Forward = Callable[[Tensor, Sequence[ImageColumnConfig]], list[Tensor]]
-Processor = Preprocessing | OwnProcessor | LibraryProcessor
+Processor = Preprocessing | OwnProcessor | LibraryProcessor | OwnProcessing
 
 
 class CompiledForward:

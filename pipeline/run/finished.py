@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from features.config import OWN
 from features.errors import FileError, SourceError, StoreCorruptError, StoreMismatchError
 from features.status import Status
 from features.storage.column import encoder_of
@@ -24,7 +25,10 @@ from pipeline.run.folder import run_folder
 
 logger = logging.getLogger(__name__)
 EXPECTED = Expected("What is known of the encoders", "They are loaded, and it is written again.")
-LIBRARIES = ("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg")
+LIBRARIES = (
+    *("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg"),
+    *("timm", "torchvision", "open_clip_torch"),
+)
 
 
 class KnownEncoders:
@@ -56,7 +60,13 @@ class KnownEncoders:
         folder: Path | None,
         fingerprints: dict[str, dict[str, Any]],
     ) -> None:
-        """Write down what a loaded encoder is, and the folder of its files, if it has any."""
+        """Write down what a loaded encoder is, and the folder of its files, if it has any.
+
+        Not of a function of the user's own, of which only importing it tells.
+        """
+        kind, encoder = name.split("/")
+        if getattr(config.encoders, kind)[encoder].model.startswith(OWN):
+            return
         place = None if folder is None else str(folder.absolute())
         self._entries[name] = {
             "folder": place,
@@ -186,5 +196,12 @@ def _causes(name: str, config: RunConfig, folder: str | None) -> dict[str, Any]:
         "settings": getattr(config.encoders, kind)[encoder].model_dump(mode="json"),
         "device": config.run.device,
         "files": [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in status],
-        "versions": {library: metadata.version(library) for library in LIBRARIES},
+        "versions": {library: _version(library) for library in LIBRARIES},
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
