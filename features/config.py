@@ -155,15 +155,11 @@ class ImageEncoderConfig(ImageColumnConfig):
     """Further columns from the same forward pass, by the name that each has in the store."""
 
 
-class TextEncoderConfig(BaseModel):
-    """A frozen text encoder: any encoder or decoder embedder of transformers, or NV-Embed."""
+class TextColumnConfig(BaseModel):
+    """A further column from the same forward pass of a text encoder."""
 
     model_config = SETTINGS
 
-    model: ModelName
-    """Which model."""
-    revision: str | None = None
-    """Commit or tag of the hub repository; the default branch if not given."""
     pooling: TextPooling = "auto"
     """How tokens become one vector: `mean`, `cls` (the first), `last`, `max`, `weightedmean` (by
     place), `mean_sqrt_len`, several joined by `+`, `pooler` (what the model itself returns) or
@@ -173,6 +169,15 @@ class TextEncoderConfig(BaseModel):
     attention."""
     layer: int = -1
     """Which layer the tokens are of, as for images."""
+
+
+class TextEncoderConfig(TextColumnConfig):
+    """A frozen text encoder: any encoder or decoder embedder of transformers, or NV-Embed."""
+
+    model: ModelName
+    """Which model."""
+    revision: str | None = None
+    """Commit or tag of the hub repository; the default branch if not given."""
     instruction: str | None = None
     """Put before every caption. If not given, the default prompt of the model's files; "" for none.
     NV-Embed reads it, but does not pool its tokens; others by `include_prompt` of their files."""
@@ -197,6 +202,23 @@ class TextEncoderConfig(BaseModel):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU, and
     float16 on GPU for NV-Embed, as its reference computes."""
+    also: dict[Name, TextColumnConfig] = {}
+    """Further columns from the same forward pass, by the name that each has in the store: what an
+    encoder of its own would give with that layer and pooling; if that is `auto`, with the pooling
+    that is set for this encoder."""
+
+    def columns(self, name: str) -> dict[str, "TextEncoderConfig"]:
+        """Return every column, its own and those of `also`, as an encoder of its own would be set.
+
+        Args:
+            name: Of its own column.
+        """
+        made = {name: self.model_copy(update={"also": {}})}
+        for column, each in self.also.items():
+            pooling = self.pooling if each.pooling == "auto" else each.pooling
+            changes = {"pooling": pooling, "layer": each.layer}
+            made[column] = made[name].model_copy(update=changes)
+        return made
 
 
 class ExtractConfig(BaseModel):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -28,7 +28,7 @@ from features.errors import SourceError
 from features.images import ImageFault
 from features.index import Index, SampleReader
 from features.status import Status
-from features.storage.column import Column, pending_in_any
+from features.storage.column import Column, encoder_of, pending_in_any
 from features.store import FeatureStore
 from features.terminal import harmless
 
@@ -89,32 +89,32 @@ def extract(
         others = [name for name in store.columns() if name.startswith("image/")]
         seen = [store.column(name) for name in others]
         return extract_images(columns, index, encoder, options, chunks, seen=seen)
-    (column,) = columns
-    return extract_captions(store, column, index, encoder, options, chunks)
+    return extract_captions(store, columns, index, encoder, options, chunks)
 
 
 def extract_captions(
     store: FeatureStore,
-    column: Column,
+    columns: Sequence[Column],
     index: Index,
     encoder: TextEncoder,
     options: ExtractOptions,
     chunks: Sequence[int] | None = None,
 ) -> Phases:
-    """Encode one caption field for the pending chunks of a column.
+    """Encode one caption field for the pending chunks of the columns of an encoder.
 
     Equal captions are encoded once for the column where there are few, else once for a chunk.
 
     Args:
         store: Where the captions are.
-        column: Filled where it is pending; its name ends in that of the caption field.
+        columns: Filled where they are pending; their names end in that of the caption field.
         index: Tells the rows that are not to be used.
-        encoder: What the column was made for.
+        encoder: What the columns were made for.
         options: What every column of one extraction shares.
         chunks: Look at these chunks alone; at all if not given.
     """
-    phases = Phases()
-    chunks = column.pending(chunks)
+    phases, column = Phases(), columns[0]
+    parts = _parts_of(columns, encoder, chunks)
+    chunks = pending_in_any(columns, chunks)
     few = _encode_few(store, column, encoder, phases) if len(chunks) else None
 
     def load(chunk: int) -> tuple[UInt8[np.ndarray, "batch"], np.ndarray, list[Tokens]]:
@@ -130,7 +130,6 @@ def extract_captions(
             if options.should_stop():
                 break
             status, inverse, tokens = next(loaded)
-            features, _ = empty_chunk(column, chunk)
             started = time.perf_counter()
             encoded = None if few is None else few.features
             if tokens:
@@ -138,14 +137,51 @@ def extract_captions(
                 encoded = encoder.encode_tokens(tokens, on_texts=on_texts).astype(np.float16)
             else:
                 options.on_rows(len(status))
-            if encoded is not None:
-                features[status == Status.OK] = encoded[inverse]
             phases.encode += time.perf_counter() - started
             phases.rows += len(status)
             phases.faults += int((status != Status.OK).sum())
-            first = chunk * column.rows_per_chunk
-            writer.put(column, chunk, features, without_infinities(features, status, first, phases))
+            vectors = None if encoded is None else encoded[inverse]
+            for part in parts:
+                part.write(chunk, status, vectors, writer, phases)
     return phases
+
+
+class _CaptionColumn(NamedTuple):
+    """A column of captions, where it is pending, and which part of a vector it holds."""
+
+    column: Column
+    pending: set[int]
+    part: slice
+
+    def write(
+        self,
+        chunk: int,
+        status: UInt8[np.ndarray, "batch"],
+        vectors: Float16[np.ndarray, "ok dim"] | None,
+        writer: "Writer",
+        phases: Phases,
+    ) -> None:
+        """Hand a chunk to the writer, where it is pending here."""
+        if chunk not in self.pending:
+            return
+        features, _ = empty_chunk(self.column, chunk)
+        if vectors is not None:
+            features[status == Status.OK] = vectors[:, self.part]
+        first = chunk * self.column.rows_per_chunk
+        finite = without_infinities(features, status.copy(), first, phases)
+        writer.put(self.column, chunk, features, finite)
+
+
+def _parts_of(
+    columns: Sequence[Column], encoder: TextEncoder, chunks: Sequence[int] | None
+) -> list[_CaptionColumn]:
+    parts, start = dict[str, slice](), 0
+    for each in encoder.columns:
+        parts[f"text/{each.name}"] = slice(start, start := start + each.dim)
+    return [
+        _CaptionColumn(column, set(column.pending(chunks)), parts[encoder_of(column.name)])
+        for column in columns
+    ]
 
 
 def _captions_of(

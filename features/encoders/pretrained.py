@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face layout: any model of transformers, and NV-Embed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from features.encoders.packing import PACKED_ATTENTION, TokenBatch
 from features.encoders.plan import Decision, EncoderPlan
 from features.encoders.processors import make_preprocessing, read_image_processor
 from features.encoders.sentence_modules import Behind
-from features.encoders.text import PooledModel, PooledUse, TextEncoder, batch_budget
+from features.encoders.text import PooledModel, PooledUse, TextColumn, TextEncoder, batch_budget
 from features.encoders.text_plan import TextResolution, is_half, resolve_text
 from features.encoders.tokenizer import (
     CaptionTokenizer,
@@ -162,6 +163,11 @@ def _resolve_nvembed(config: TextEncoderConfig, files: EncoderFiles) -> EncoderP
         EncoderError: The recipe asks for what it does not do.
     """
     own = {"pooling": "mean", "layer": -1, "attention": "bidirectional", "end_token": True}
+    if config.also:
+        raise EncoderError(
+            f"{config.model} is an NV-Embed, which gives one column. `also` was not expected. "
+            f"Leave it out."
+        )
     for setting, only in own.items():
         if getattr(config, setting) not in ("auto", only):
             raise EncoderError(
@@ -246,20 +252,22 @@ def _pooled(
 ) -> TextEncoder:
     resolved = resolve_text(config, files)
     plan, model_config, tokenizer, modules = resolved[:4]
-    pooling, length = plan["pooling"], plan["max_length"]
+    columns = {"": "", **{name: f" of {name}" for name in config.also}}
+    poolings = frozenset(plan[f"pooling{of}"] for of in columns.values())
+    own_outputs, length = poolings & {"pooler", "projection"}, plan["max_length"]
     window = getattr(model_config, "sliding_window", None)
     is_packed = (
         model_config.model_type in PACKED_TYPES
-        and pooling not in ("pooler", "projection")
+        and not own_outputs
         and (window is None or window >= length)
     )
     dtype = compute_dtype(config.precision, device)
     if plan["attention"] in ("causal", "bidirectional") and _is_told(plan):
         model_config.is_causal = plan["attention"] == "causal"
     model = load_weights(
-        _text_class(model_config.model_type, pooling),
+        _text_class(model_config.model_type, poolings),
         files.trunk,
-        optional="^$" if pooling in ("pooler", "projection") else r"(^|\.)pooler\.",
+        optional="^$" if own_outputs else r"(^|\.)pooler\.",
         dtype=dtype,
         config=model_config,
         **({"attn_implementation": PACKED_ATTENTION} if is_packed else {}),
@@ -271,11 +279,14 @@ def _pooled(
     end = tokenizer.eos_token_id if plan["end_token"] is True else None
     skip = 0 if plan["include_prompt"] else _prompt_tokens(tokenizer, plan["prompt"])
     behind = Behind(files.folder, modules.behind).to(device) if modules.behind else None
-    use = PooledUse(pooling, skip, plan["layer"], config.dim, plan["normalise"])
+    uses = [
+        PooledUse(plan[f"pooling{of}"], skip, plan[f"layer{of}"], config.dim, plan["normalise"])
+        for of in columns.values()
+    ]
     is_offset = model_config.model_type in PACKED_OFFSET_TYPES
     encoder = TextEncoder(
         name=name,
-        model=PooledModel(model, use, is_packed=is_packed, behind=behind),
+        model=PooledModel(model, *uses, is_packed=is_packed, behind=behind),
         tokenise=CaptionTokenizer(
             tokenizer,
             length,
@@ -297,10 +308,20 @@ def _pooled(
         "A text encoder that transformers runs was expected. Choose another, or another pooling.",
     ):
         _check_direction(encoder, plan, config.model)
-        encoder.dim = _dim(encoder)
+        dims = _dims(encoder)
     changed |= {} if end is None else {"end_token": end}
-    encoder.fingerprint = _fingerprint(files, plan, dtype, encoder.dim) | _told(plan) | changed
-    return encoder
+    made = [
+        TextColumn(
+            column or name,
+            dim,
+            _fingerprint(files, plan, dtype, dim)
+            | {"pooling": use.pooling}
+            | _told(plan, use.layer)
+            | changed,
+        )
+        for column, use, dim in zip(columns, uses, dims, strict=True)
+    ]
+    return replace(encoder, dim=sum(dims), fingerprint=made[0].fingerprint, also=tuple(made[1:]))
 
 
 def _is_told(plan: EncoderPlan) -> bool:
@@ -308,10 +329,10 @@ def _is_told(plan: EncoderPlan) -> bool:
     return plan.decisions["attention"].source != "its type"
 
 
-def _text_class(model_type: str, pooling: str) -> Any:
+def _text_class(model_type: str, poolings: frozenset[str]) -> Any:
     tower = TEXT_TOWERS.get(model_type)
     if tower is not None:
-        return _tower_class(model_type, tower, frozenset({pooling}))
+        return _tower_class(model_type, tower, poolings)
     return AutoModelForTextEncoding if is_half(model_type) else AutoModel
 
 
@@ -334,10 +355,11 @@ def _prompt_tokens(tokenizer: Any, prompt: str) -> int:
     return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
-def _told(plan: EncoderPlan) -> dict[str, Any]:
+def _told(plan: EncoderPlan, layer: int) -> dict[str, Any]:
     """Return those facts of a plan that are recorded where they are not as usual."""
-    usual = {"layer": -1, "behind": [], "include_prompt": True, "normalise": False, "padded": False}
+    usual = {"behind": [], "include_prompt": True, "normalise": False, "padded": False}
     told = {name: plan[name] for name, value in usual.items() if plan[name] != value}
+    told |= {} if layer == -1 else {"layer": layer}
     if _is_told(plan):
         told["attention"] = plan["attention"]
     if not plan["prompt"]:
@@ -345,15 +367,16 @@ def _told(plan: EncoderPlan) -> dict[str, Any]:
     return told
 
 
-def _dim(encoder: TextEncoder) -> int:
-    """Return the length of a vector, by a trial."""
+def _dims(encoder: TextEncoder) -> list[int]:
+    """Return the length of a vector of each column, by a trial."""
+    pooled: Any = encoder.model
     with torch.inference_mode():
         batch = TokenBatch.pack(
             [encoder.tokenise(["a"])[0] or [0]],
             encoder.device,
             first_position=encoder.first_position,
         )
-        return int(encoder.model(batch).shape[1])
+        return [int(each.shape[1]) for each in pooled.vectors(batch)]
 
 
 def _check_direction(encoder: TextEncoder, plan: EncoderPlan, model: str) -> None:

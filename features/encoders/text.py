@@ -37,6 +37,15 @@ def batch_budget(config: TextEncoderConfig, device: torch.device) -> int:
     return config.tokens_per_batch or (2048 if device.type == "cpu" else 16_384)
 
 
+@dataclass(frozen=True)
+class TextColumn:
+    """One column that a text encoder fills: a part of the vectors that it gives."""
+
+    name: str
+    dim: int
+    fingerprint: dict[str, Any]
+
+
 @dataclass
 class TextEncoder:
     """A frozen text model. Its workers call `tokenise`, its device `encode_tokens`."""
@@ -55,11 +64,19 @@ class TextEncoder:
     fingerprint: dict[str, Any]
     plan: EncoderPlan | None = None
     """How it is used, and which of its files says so."""
+    also: tuple[TextColumn, ...] = ()
+    """Further columns, whose parts of a vector follow that of its own column."""
+
+    @property
+    def columns(self) -> tuple[TextColumn, ...]:
+        """The encoder's own column, then those of `also`."""
+        own = self.dim - sum(column.dim for column in self.also)
+        return (TextColumn(self.name, own, self.fingerprint), *self.also)
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """The fingerprint, by the encoder's name in the store; its fields share it."""
-        return {f"text/{self.name}": self.fingerprint}
+        """What decides each column, by its name in the store; its fields share it."""
+        return {f"text/{column.name}": column.fingerprint for column in self.columns}
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts feature_dim"]:
         """Return one vector per text, not normalised unless the model itself does it."""
@@ -150,29 +167,37 @@ class PooledModel(nn.Module):
 
     Args:
         model: Takes token numbers, gives `last_hidden_state`.
-        use: What is made of its tokens.
+        *uses: What is made of its tokens, for each column.
         is_packed: Whether its attention is `PACKED_ATTENTION`; if not, the sequences of a batch
             must have one length, and so need no mask.
         behind: What follows the pooling, such as Dense layers.
     """
 
     def __init__(
-        self, model: nn.Module, use: PooledUse, *, is_packed: bool, behind: nn.Module | None = None
+        self,
+        model: nn.Module,
+        *uses: PooledUse,
+        is_packed: bool,
+        behind: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.use = use
+        self.uses = uses
         self.is_packed = is_packed
         self.behind = behind
 
     def forward(self, batch: TokenBatch) -> Float32[Tensor, "sequences feature_dim"]:
-        """Return one vector per sequence.
+        """Return one vector per sequence: those of all uses, one behind the other.
 
         Raises:
             EncoderError: The model has no pooler or layer and it was asked for.
         """
+        return torch.cat(self.vectors(batch), dim=-1)
+
+    def vectors(self, batch: TokenBatch) -> list[Float32[Tensor, "sequences _"]]:
+        """Return one vector per sequence for each use, as `forward` does."""
         options: dict[str, Any] = {}
-        if self.use.layer != -1:
+        if any(use.layer != -1 for use in self.uses):
             options["output_hidden_states"] = True
         if self.is_packed:
             output = self.model(
@@ -183,31 +208,34 @@ class PooledModel(nn.Module):
             )
         else:
             output = self.model(input_ids=batch.ids.view(-1, batch.longest), **options)
-        vectors = self._pooled(output, batch)
+        return [self._vectors(output, batch, use) for use in self.uses]
+
+    def _vectors(self, output: Any, batch: TokenBatch, use: PooledUse) -> Tensor:
+        vectors = self._pooled(output, batch, use)
         if self.behind is not None:
             vectors = self.behind(vectors)
-        vectors = vectors if self.use.dim is None else vectors[:, : self.use.dim]
-        return F.normalize(vectors, dim=-1) if self.use.normalise else vectors
+        vectors = vectors if use.dim is None else vectors[:, : use.dim]
+        return F.normalize(vectors, dim=-1) if use.normalise else vectors
 
-    def _pooled(self, output: Any, batch: TokenBatch) -> Tensor:
-        if self.use.pooling in OUTPUTS:
-            return self._own_output(output)
+    def _pooled(self, output: Any, batch: TokenBatch, use: PooledUse) -> Tensor:
+        if use.pooling in OUTPUTS:
+            return self._own_output(output, use.pooling)
         states = output.last_hidden_state
-        if self.use.layer != -1:
+        if use.layer != -1:
             layers = output.hidden_states or ()
-            if not -len(layers) <= self.use.layer < len(layers):
+            if not -len(layers) <= use.layer < len(layers):
                 raise EncoderError(
-                    f"{type(self.model).__name__} has no layer {self.use.layer}. {-len(layers)} to "
+                    f"{type(self.model).__name__} has no layer {use.layer}. {-len(layers)} to "
                     f"{len(layers) - 1} was expected. Correct `layer`."
                 )
-            states = layers[self.use.layer]
-        return pool_tokens(states.flatten(0, 1), batch.runs, self.use.pooling, skip=self.use.skip)
+            states = layers[use.layer]
+        return pool_tokens(states.flatten(0, 1), batch.runs, use.pooling, skip=use.skip)
 
-    def _own_output(self, output: Any) -> Tensor:
-        found: Tensor | None = getattr(output, OUTPUTS[self.use.pooling], None)
+    def _own_output(self, output: Any, pooling: str) -> Tensor:
+        found: Tensor | None = getattr(output, OUTPUTS[pooling], None)
         if found is None:
             raise EncoderError(
-                f"{type(self.model).__name__} has no {self.use.pooling}, so pooling "
-                f"{self.use.pooling!r} is not there. Use `mean`, `cls` or `last`."
+                f"{type(self.model).__name__} has no {pooling}, so pooling "
+                f"{pooling!r} is not there. Use `mean`, `cls` or `last`."
             )
         return found.float()

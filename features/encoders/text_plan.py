@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
 
-from features.config import TextEncoderConfig
+from features.config import TextColumnConfig, TextEncoderConfig
 from features.encoders.checkpoint import EncoderFiles, read_config, read_json, read_settings
 from features.encoders.plan import Decision, EncoderPlan, PlanBuilder
 from features.encoders.remote_code import REMOTE_CODE, check_remote_code
@@ -68,16 +68,10 @@ def resolve_text(config: TextEncoderConfig, files: EncoderFiles) -> TextResoluti
     inside = files.trunk.relative_to(folder)
     made.decisions["trunk"] = Decision(trunk.model_type, str(inside / "config.json"))
     _decide_attention(made, config, files.trunk, whole)
-    pooling = _decide_pooling(made, config, whole, modules)
+    for name, column in config.columns("").items():
+        _decide_column(made, config.model, whole, modules, (name, column))
     _decide_tokens(made, config, files.trunk, modules, (tokenizer, trunk))
     _decide_prompt(made, config, modules)
-    layer = None if config.layer == -1 else config.layer
-    made.decide("layer", layer, Decision(-1, "no file: the last"))
-    if pooling in ("pooler", "projection") and config.layer != -1:
-        raise EncoderError(
-            f"pooling = {pooling!r} is what {config.model} makes of its last layer, but layer = "
-            f"{config.layer}. -1 was expected. Take layer out, or use another pooling."
-        )
     behind = [f"{kind} ({place})" if place else kind for kind, place in modules.behind]
     made.decisions["behind"] = Decision(
         behind, "modules.json" if modules.pooling is not None else "no modules.json"
@@ -160,9 +154,16 @@ def _decide_attention(
     made.decide("attention", config.attention, stated, known, Decision(by_type, "its type"))
 
 
-def _decide_pooling(
-    made: PlanBuilder, config: TextEncoderConfig, whole: Any, modules: SentenceModules
-) -> str:
+def _decide_column(
+    made: PlanBuilder,
+    model: str,
+    whole: Any,
+    modules: SentenceModules,
+    named: tuple[str, TextColumnConfig],
+) -> None:
+    """Decide pooling and layer of an encoder's own column, or of one of its `also`."""
+    name, column = named
+    of = f" of {name}" if name else ""
     kind = whole.model_type
     stated = Decision(modules.pooling, modules.pooling_file)
     if kind in TEXT_TOWERS:
@@ -171,14 +172,20 @@ def _decide_pooling(
         by_type = Decision(None, kind)
     else:
         by_type = Decision("mean", f"its type, {kind}: no file says it")
-    if config.pooling == "auto" and stated.value is None and by_type.value is None:
+    if column.pooling == "auto" and stated.value is None and by_type.value is None:
         raise EncoderError(
-            f"No file of {config.model} says how its tokens become one vector, and its type, "
-            f"{kind}, was not made for that. A pooling was expected. Set `pooling` of the text "
-            f"encoder to {CHOICES}; with `last` also end_token."
+            f"No file of {model} says how its tokens become one vector, and its type, {kind}, was "
+            f"not made for that. A pooling was expected. Set `pooling` of the text encoder{of} to "
+            f"{CHOICES}; with `last` also end_token."
         )
-    pooling: str = made.decide("pooling", config.pooling, stated, by_type)
-    return pooling
+    pooling = made.decide(f"pooling{of}", column.pooling, stated, by_type)
+    layer = None if column.layer == -1 else column.layer
+    made.decide(f"layer{of}", layer, Decision(-1, "no file: the last"))
+    if pooling in ("pooler", "projection") and column.layer != -1:
+        raise EncoderError(
+            f"pooling = {pooling!r}{of} is what {model} makes of its last layer, but layer = "
+            f"{column.layer}. -1 was expected. Take layer out, or use another pooling."
+        )
 
 
 def _decide_tokens(

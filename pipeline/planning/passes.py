@@ -261,9 +261,12 @@ class Measuring:
                 rates = measure_captions(encoder, texts, seconds=seconds)
             tokens, origin = _tokens(settings, caption_field, texts, rates)
             column = f"text/{name}/{caption_field}"
-            dim = encoder.dim if encoder is not None else size.dims[""]
+            dims = dict.fromkeys([name, *settings.also], size.dims[""])
+            if encoder is not None:
+                dims = {each.name: each.dim for each in encoder.columns}
+            filled = {f"text/{each}/{caption_field}": dim for each, dim in dims.items()}
             flops = size.flops(tokens) if size.flops else None
-            made = Pass(column, rows, {column: dim}, flops, size.found_in, tokens, origin)
+            made = Pass(column, rows, filled, flops, size.found_in, tokens, origin)
             if rates is not None:
                 self._add(made, {"tokenise": rates.tokenise, "encode": rates.encode})
             passes.append(made)

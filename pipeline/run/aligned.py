@@ -202,7 +202,7 @@ class Aligned:
         precision = {"precision": self.image_column.fingerprint["dtype"]}
         images = self.encoders.image | {image: image_settings.model_copy(update=precision)}
         precision = {"precision": self.text_encoder.fingerprint["dtype"]}
-        texts = self.encoders.text | {text: self.text_settings.model_copy(update=precision)}
+        texts = {text: self.text_settings.model_copy(update=precision)}
         encoders = self.encoders.model_copy(update={"image": images, "text": texts})
         model = deepcopy(self.model).to(device)
         return replace(self, encoders=encoders, model=model, device=device)
@@ -228,9 +228,10 @@ class Aligned:
             EvaluationError: The run file does not have it.
         """
         name = str(self.checkpoint.text["name"])
-        if name not in self.encoders.text:
+        columns = self.encoders.text_columns
+        if name not in columns:
             raise _no_encoder("text", name)
-        return self.encoders.text[name]
+        return columns[name]
 
     def _check(self, section: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
         """Check that an encoder is the one that the head was trained on.

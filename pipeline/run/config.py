@@ -78,14 +78,24 @@ class EncodersConfig(BaseModel):
             column for name, config in self.image.items() for column in (name, *config.also)
         )
 
+    @property
+    def text_columns(self) -> dict[str, TextEncoderConfig]:
+        """All text columns by their names, each as an encoder of its own would be set."""
+        columns = dict[str, TextEncoderConfig]()
+        for name, config in self.text.items():
+            columns |= config.columns(name)
+        return columns
+
     @model_validator(mode="after")
     def _columns_have_names_of_their_own(self) -> "EncodersConfig":
-        names = self.image_columns
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ValueError(
-                f"the image columns {', '.join(map(repr, twice))} are named more than once, in "
-                f"[encoders.image] and the `also` of its encoders. Give each a name of its own"
-            )
+        texts = [column for name, config in self.text.items() for column in (name, *config.also)]
+        for kind, names in (("image", list(self.image_columns)), ("text", texts)):
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ValueError(
+                    f"the {kind} columns {', '.join(map(repr, twice))} are named more than once, "
+                    f"in [encoders.{kind}] and the `also` of its encoders. Give each a name of its "
+                    f"own"
+                )
         return self
 
 
@@ -133,7 +143,7 @@ class RunConfig(BaseModel):
                 )
         for kind, names, name in [
             ("image", list(self.encoders.image_columns), self.align.image),
-            ("text", list(self.encoders.text), self.align.text),
+            ("text", list(self.encoders.text_columns), self.align.text),
         ]:
             if name is not None and name not in names:
                 raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")

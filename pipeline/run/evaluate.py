@@ -354,7 +354,7 @@ def _context(
         stores=stores,
         embedder=Embedder(model, checkpoint, device),
         image_columns=config.encoders.image_columns,
-        text_encoders=config.encoders.text,
+        text_encoders=config.encoders.text_columns,
         image_encoder=lambda: (aligned.image_encoder, aligned.image_column),
         index=folder.index,
         max_pixels=config.extract.max_pixels,

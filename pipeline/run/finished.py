@@ -131,7 +131,7 @@ def is_finished(
 def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[str]]:
     """Return the columns of an encoder, grouped by what one pass over the rows fills.
 
-    That is all columns of an image encoder, and each caption field of a text encoder by itself.
+    That is all columns of an encoder; of a text encoder those of each caption field by themselves.
 
     Args:
         config: Has the image columns.
@@ -141,7 +141,8 @@ def columns_of(config: RunConfig, store: FeatureStore, name: str) -> list[list[s
     kind, encoder = name.split("/")
     if kind == "image":
         return [[name, *(f"image/{column}" for column in config.encoders.image[encoder].also)]]
-    return [[f"{name}/{field}"] for field in store.fields]
+    columns = [encoder, *config.encoders.text[encoder].also]
+    return [[f"text/{column}/{field}" for column in columns] for field in store.fields]
 
 
 def check_columns(store: FeatureStore, fingerprints: dict[str, dict[str, Any]]) -> None:

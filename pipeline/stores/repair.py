@@ -157,12 +157,10 @@ def _encoder_with(config: RunConfig, column: str) -> str:
     """Return the encoder of the recipe whose pass fills a column."""
     name = encoder_of(column)
     kind, encoder = name.split("/")
-    if kind == "image":
-        for each, settings in config.encoders.image.items():
-            if encoder == each or encoder in settings.also:
-                return f"image/{each}"
-    elif encoder in config.encoders.text:
-        return name
+    encoders = config.encoders.image if kind == "image" else config.encoders.text
+    for each, settings in encoders.items():
+        if encoder == each or encoder in settings.also:
+            return f"{kind}/{each}"
     raise StoreError(
         f"The run has no encoder {name!r}, so {column} cannot be encoded again. Add it to the "
         f"recipe, and name that: --run RUN."

@@ -250,7 +250,7 @@ def read_scores(path: Path, config: RunConfig) -> Scores:
     Raises:
         ConfigError: A line is not of an encoder of the recipe, or a score is no number.
     """
-    known = [*config.encoders.image_columns, *config.encoders.text]
+    known = [*config.encoders.image_columns, *config.encoders.text_columns]
     scores: Scores = {}
     expected = Expected("A table of scores, as .csv in UTF-8", "Correct --scores.", ConfigError)
     text = read_text(path, expected)

@@ -104,7 +104,7 @@ def scored_rows(config: RunConfig, split: str | None) -> StudyRows:
         )
     found = usable_rows(config, split or config.align.split)
     if split is None:
-        image, text = config.encoders.image_columns[0], next(iter(config.encoders.text))
+        image, text = config.encoders.image_columns[0], next(iter(config.encoders.text_columns))
         selection = select_rows(
             Columns.open(found.store, config.align, image, text),
             holdout=config.align.holdout,
@@ -128,7 +128,7 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
         EvaluationError: A column is not complete.
     """
     encoders = config.encoders
-    if not encoders.image_columns or not encoders.text:
+    if not encoders.image_columns or not encoders.text_columns:
         raise ConfigError(
             "The recipe has no image or no text encoder. Add candidates of both kinds under "
             "[encoders], and run `sail extract`."
@@ -141,7 +141,7 @@ def usable_rows(config: RunConfig, split: str) -> StudyRows:
     for image in encoders.image_columns:
         ok &= complete_column(store, f"image/{image}").status() == Status.OK
     text_ok = np.ones((store.rows, len(fields)), dtype=bool)
-    for text in encoders.text:
+    for text in encoders.text_columns:
         for place, field in enumerate(fields):
             column = complete_column(store, f"text/{text}/{field}")
             text_ok[:, place] &= column.status() == Status.OK
@@ -210,7 +210,7 @@ def measure_pairs(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield the measures of every pair: value, interval, null, and the value calibrated by it."""
     rows = _spread(usable_rows(config, config.align.split))
-    for image, text in product(config.encoders.image_columns, config.encoders.text):
+    for image, text in product(config.encoders.image_columns, config.encoders.text_columns):
         names = (f"image/{image}", f"text/{text}/{rows.fields[0]}")
         columns = [rows.store.column(name) for name in names]
         inputs = [rows.sha256, *map(_fingerprint, columns), K, PERMUTATIONS]
@@ -363,7 +363,7 @@ def probe_pairs(
         Stopped: A signal came; the same call goes on from here.
     """
     rows = scored_rows(config, on)
-    pairs = list(product(config.encoders.image_columns, config.encoders.text))
+    pairs = list(product(config.encoders.image_columns, config.encoders.text_columns))
     probes = []
     for number, (image, text) in enumerate(pairs, 1):
         stop.check()
