@@ -36,7 +36,7 @@ run = { dir = "run", threads = 1 }
 data.train = { kind = "webdataset", path = "shards/train-*.tar" }
 extract.rows_per_chunk = 8
 [encoders.image]
-vit = { model = "vit", pooling = "cls", layer = 0, also = { vit1 = { pooling = "cls", layer = 1 } } }
+vit = { model = "vit", pooling = "cls", layer = 0, also.v1 = { pooling = "cls", layer = 1 } }
 [encoders.text]
 llama = { model = "llama", pooling = "mean", layer = 0, also = { l1.layer = 1, l2.layer = 2 } }
 [align]
@@ -116,7 +116,12 @@ def test_columns_of_one_pass_are_those_of_an_encoder_each(tmp_path: Path) -> Non
     texts = [*map(tiny.caption, range(5)), "a", "the red " * 9]
     found = np.split(several.encode(texts), np.cumsum([each.dim for each in several.columns]), 1)
     assert list(several.fingerprints) == ["text/x", "text/a", "text/b", "text/c"]
-    alone = [{}, {"layer": 1}, {"pooling": "last", "layer": -2}, {"pooling": "max+mean"}]
+    alone: list[dict[str, Any]] = [
+        {},
+        {"layer": 1},
+        {"pooling": "last", "layer": -2},
+        {"pooling": "max+mean"},
+    ]
     for vectors, column, settings in zip(found[:-1], several.columns, alone, strict=True):
         single = load(**{"pooling": "mean", **settings})
         np.testing.assert_array_equal(vectors, single.encode(texts))
