@@ -29,6 +29,7 @@ command is called.
 
 This page is generated from the settings (`make format`); a test fails when it is stale.
 """
+COLUMNS = ("name", "type", "default", "meaning")
 NAMES = {"data": "SPLIT", "also": "COLUMN"}
 """What the names in a table of sections are names of; else they are called NAME."""
 MODELS: dict[tuple[type[BaseModel], str], str] = {
@@ -42,6 +43,25 @@ def reference() -> str:
     """Return docs/recipes.md."""
     found = [_section(title, model) for title, model in sections()]
     return "\n".join([INTRODUCTION, *found, _measures()])
+
+
+def settings_with(word: str) -> dict[str, list[dict[str, str]]]:
+    """Return the settings of the sections in whose title a word stands, or that have it as a name.
+
+    Args:
+        word: Such as `webdataset`, `align.loss` or `batch_size`; empty for all.
+
+    Returns:
+        By the title of the section: `name`, `type`, `default` and `meaning` of each.
+    """
+    found = {}
+    for title, model in sections():
+        rows = [dict(zip(COLUMNS, each, strict=True)) for each in _cells(model)]
+        if word not in title:
+            rows = [row for row in rows if row["name"] == word]
+        if rows:
+            found[title] = rows
+    return found
 
 
 def sections(
@@ -84,6 +104,11 @@ def _section(title: str, model: type[BaseModel]) -> str:
 
 
 def _rows(model: type[BaseModel]) -> Iterator[str]:
+    for name, *others in _cells(model):
+        yield f"| `{name}` | {' | '.join(others)} |"
+
+
+def _cells(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
         annotation: Any = field.annotation
         if _sections_in(annotation):
@@ -91,7 +116,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
         meaning = " ".join((field.description or "").split())
         if (model, name) in MODELS:
             meaning = f"{meaning.removesuffix('.')}: {models(MODELS[model, name])}."
-        yield f"| `{name}` | {_type(annotation, field)} | {_default(field)} | {meaning} |"
+        yield name, _type(annotation, field), _default(field), meaning
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:

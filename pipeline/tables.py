@@ -301,6 +301,18 @@ def plans_table(plans: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def settings_table(found: dict[str, list[dict[str, str]]]) -> str:
+    """Return what `sail settings` prints."""
+    parts = []
+    for title, rows in found.items():
+        table = titled(title, *words("setting", "type", "default", "meaning"))
+        for row in rows:
+            plain = {name: text.replace("`", "").replace("\\|", "|") for name, text in row.items()}
+            table.add_row(*plain.values())
+        parts.append(rendered(table))
+    return "\n".join(parts)
+
+
 def doctor_table(examination: dict[str, Any]) -> str:
     """Return what `sail doctor` prints."""
     table = Table(*words("", "looked at", "found", "what to do"))

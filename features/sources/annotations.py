@@ -26,9 +26,9 @@ from features.sources.base import (
     Sample,
     SourceReader,
     SourceSettings,
-    as_text,
     split_image_suffix,
 )
+from features.sources.captions import as_text
 from features.sources.image_folder import FoundImage, ImageFolder, place_image
 from features.sources.text import lines_of
 from features.storage import files
@@ -107,7 +107,7 @@ class AnnotationSource(SourceSettings):
         if not is_file(self.path):
             raise SourceError(
                 f"There is no file {self.path}. The annotations of {self.format} were expected. "
-                f"Correct `path` of the source; docs/datasets.md says which file that is."
+                f"Correct `path` of the source; `sail settings annotations` says which file it is."
             )
         return Annotations(self, [self.path], known)
 
@@ -146,8 +146,8 @@ class Annotations(SourceReader[AnnotationSource]):
         except NOT_OF_THE_FORMAT as error:
             raise SourceError(
                 f"{file} cannot be read as annotations of {source.format}: {type(error).__name__} "
-                f"{error}. Correct `path` or `format` of the source; docs/datasets.md says which "
-                f"file of its authors each format is."
+                f"{error}. Correct `path` or `format` of the source; `sail settings annotations` "
+                f"says which file of its authors each format is."
             ) from error
 
 
@@ -169,10 +169,14 @@ def _coco(text: str, source: AnnotationSource, counts: Counts) -> Iterator[Recor
     document = json.loads(text)
     captions: dict[int, list[str]] = {image["id"]: [] for image in document["images"]}
     for annotation in document["annotations"]:
-        if annotation["image_id"] in captions:
+        if not isinstance(annotation.get("caption"), str):
+            counts["annotations without a caption (ignored)"] += 1
+        elif annotation["image_id"] in captions:
             captions[annotation["image_id"]].append(annotation["caption"])
         else:
             counts["captions of images that the file does not list (ignored)"] += 1
+    if document["annotations"] and not any(captions.values()):
+        raise ValueError("none of its annotations is a caption, as in those of boxes")
     for image in sorted(document["images"], key=lambda image: int(image["id"])):
         yield _described(image["file_name"], captions[image["id"]], source)
 

@@ -60,6 +60,14 @@ class ClassFolderSource(SourceSettings):
         found = [place for place in places if place in known or _has_images(place)]
         if not found:
             without = f" with images; it has {folders[:NAMES_SHOWN]}" if folders else ""
+            one_below = (
+                place
+                for place in places
+                for name, size in files.children(place)
+                if size is None and _has_images(place / name)
+            )
+            if (below := next(one_below, None)) is not None:
+                without += f", and in {below} there are such folders"
             raise SourceError(
                 f"{self.path} has no folders{without}. One folder of images per class was "
                 f"expected, the images right in it. Correct `path` of the source."

@@ -25,14 +25,17 @@ from features.sources.base import (
     split_image_suffix,
 )
 from features.sources.image_folder import FoundImage, ImageFolder, place_image
-from features.sources.tables import READERS, table_rows
+from features.sources.tables import READERS, table_rows, table_suffix
 from features.sources.text import Encoding, decoded, number_or_name
 from features.storage.files import is_file
 from features.storage.parallel import in_order
 from features.storage.place import Place
 
 Row = dict[str, Any]
-IMAGE_COLUMNS = ("file_name", "filename", "filepath", "file_path", "image_path")
+IMAGE_COLUMNS = frozenset(
+    {"file_name", "filename", "filepath", "file_path", "image_path", "image_name", "image_file"}
+    | {"img", "img_path"}
+)
 SIDECARS = (".txt", ".caption")
 OF_CAMERAS = frozenset(
     {"img", "image", "imag", "dsc", "dscn", "dscf", "dcim", "pxl", "mvimg", "pict", "picture"}
@@ -50,7 +53,7 @@ class FolderSource(SourceSettings):
     kind: Literal["folder"]
     path: DataPlace
     """The table (`.csv`, `.tsv`, `.txt`, `.jsonl`, `.json`, `.parquet`). The first line of text
-    names the columns; they are separated by what comes first there of comma, semicolon and tab
+    names the columns; they are separated by what comes first there of comma, semicolon, tab and bar
     (those between quotation marks do not count). Names of columns are found in any case. Or a
     folder of pictures without a table: all of those below it, with the `.txt` or
     `.caption` of the same name as caption, where there is one. There `captions = "name"` takes the
@@ -69,9 +72,9 @@ class FolderSource(SourceSettings):
     def _open(self, known: Known) -> "SourceReader[FolderSource]":
         if isinstance(self.path, Path) and self.path.is_dir():
             tables = sorted(
-                each.name for each in self.path.iterdir() if each.suffix.lower() in READERS
+                each.name for each in self.path.iterdir() if table_suffix(each) in READERS
             )
-            named = [name for name in tables if not name.endswith((".txt", ".json"))]
+            named = [name for name in tables if not name.lower().endswith((".txt", ".json"))]
             if named:
                 raise SourceError(
                     f"The folder {self.path} holds the table {named[0]}. A table, or a folder of "
@@ -170,6 +173,8 @@ class CaptionTable(SourceReader[FolderSource]):
                 counts[EMPTY_ROWS] += 1
                 continue
             if not isinstance(name, str) or not name or "\0" in name:
+                if any(split_image_suffix(str(each))[1] for each in row):
+                    raise _no_header(file, list(row))
                 raise SourceError(
                     f"Row {number} of {file} has {self.source.image} = {name!r}; its columns are "
                     f"{list(row)[:20]}. Set `image` of the source to the column that names the "
@@ -214,14 +219,14 @@ class PictureFolder(SourceReader[FolderSource]):
         """Yield one sample per picture, sorted by folder and name."""
         keys = self.keys(file, counts)
         for folder, names in _folders_below(Path(str(file)), counts):
-            texts = {name for name in names if name.endswith(SIDECARS)}
+            texts = {name.lower(): name for name in names if name.lower().endswith(SIDECARS)}
             for name in names:
                 stem, suffix = split_image_suffix(name)
                 path = folder / name
                 if not suffix or is_left_behind(name) or path.is_symlink():
-                    counts["files that are no pictures (ignored)"] += name not in texts
+                    counts["files that are no pictures (ignored)"] += name not in texts.values()
                     continue
-                beside = [stem + each for each in SIDECARS if stem + each in texts]
+                beside = [texts[low] for each in SIDECARS if (low := stem.lower() + each) in texts]
                 within = (folder / stem).relative_to(str(file))
                 key, problem = keys.of(str(within), suffix)
                 sample = Sample(key, str(path), 0, path.stat().st_size, problem)
@@ -235,6 +240,13 @@ class PictureFolder(SourceReader[FolderSource]):
                     about["txt"] = text and text.strip()
                 self.describe(sample, about, counts)
                 yield sample
+
+
+def _no_header(file: Place, first: list[str]) -> SourceError:
+    return SourceError(
+        f"The first line of {file} names no columns, but a picture: {first[:5]}. A line such as "
+        f"image,caption was expected above it. Put one there."
+    )
 
 
 def words_of_name(path: Path) -> str:

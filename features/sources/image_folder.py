@@ -19,6 +19,7 @@ from features.storage.place import Place, RemotePath
 
 FOLDERS_KEPT = 1024
 NAMES_SHOWN = 5
+NAME_SHOWN = 300
 OTHERWISE_SPELT = "images found under another spelling: case, form of Unicode, suffix (read)"
 
 
@@ -64,6 +65,11 @@ class ImageFolder:
         name = name.removeprefix("file://")
         if "://" in name:
             raise self._outside(name)
+        if name.startswith("/") and not os.path.lexists(name):  # the root of a web site
+            rooted = name.lstrip("/")
+            path, size = self._find(rooted)
+            if size is not None:
+                return FoundImage(rooted, path, size, is_otherwise_spelt=True)
         path, size = self._find(name)
         if size is None and "\\" in name:
             posix = name.replace("\\", "/")
@@ -139,8 +145,9 @@ class ImageFolder:
                 f"'webdataset'; or set `images` of the source to the URL that all begin with."
             )
         return SourceError(
-            f"{self._table} names the image {name!r}, which is not inside {self._folder}{target}. "
-            f"Set `images` of the source to the folder that holds all images, or correct the table."
+            f"{self._table} names the image {name!r:.{NAME_SHOWN}}, which is not inside "
+            f"{self._folder}{target:.{NAME_SHOWN}}. Set `images` of the source to the "
+            f"folder that holds all images, or correct the table."
         )
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import SourceError
-from features.sources.base import Counts, as_text
+from features.sources.base import Counts
+from features.sources.captions import as_text
 from features.sources.tables import table_rows
 from features.sources.text import NUMBER
 from features.storage.place import Place

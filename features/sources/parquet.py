@@ -1,5 +1,6 @@
 """Parquet and Arrow files that hold the encoded images themselves, or their paths."""
 
+import base64
 import json
 import threading
 from bisect import bisect_right
@@ -37,6 +38,8 @@ from features.storage.place import Place, RemotePath, as_place
 from features.storage.reading import check_regular
 
 ROWS_AT_ONCE = 4096
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How JPEG, PNG, GIF and WebP begin in it."""
 IMAGES_AT_ONCE = 64
 ARROW_MAGIC = b"ARROW1"
 ARROW_FILES_KEPT = 64
@@ -55,8 +58,8 @@ class ParquetSource(SourceSettings):
     """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order. Or of
     the `.arrow` files that `save_to_disk` of Hugging Face datasets writes (`data-*.arrow`)."""
     image: str = "image"
-    """Column with the image bytes, plain or as `{bytes, path}` (Hugging Face datasets). Where it
-    holds text, or `{bytes, path}` without any bytes, it names image files."""
+    """Column with the image bytes, plain, in base64, or as `{bytes, path}` (Hugging Face datasets).
+    Where it holds other text, or `{bytes, path}` without any bytes, it names image files."""
     images: DataPlace | None = Field(default=None, json_schema_extra=OF_LATER)
     """Folder of the images, or its URL, where the column names files: relative to it, or absolute
     and inside of it. The folder of the parquet file if not given."""
@@ -111,8 +114,10 @@ class ImageParquet(SourceReader[ParquetSource]):
         source = self.source
         for setting, name in [("image", source.image), ("key", source.key)]:
             if name is not None and name not in schema.names:
+                held = [each.name for each in schema if _holds_bytes(each.type)]
+                hint = f" {held[0]!r} holds bytes." if setting == "image" and held else ""
                 raise SourceError(
-                    f"{file} has no column {name!r}; it has {schema.names[:20]}. Correct "
+                    f"{file} has no column {name!r}; it has {schema.names[:20]}.{hint} Correct "
                     f"`{setting}` of the source."
                 )
         of_use = {source.image, source.key, source.label, source.group, *self.picker.names}
@@ -198,12 +203,21 @@ def _holds_paths(kind: pa.DataType) -> bool:
 def _path_column(table: "ImageTable", column: str) -> str | None:
     """Return the column of the paths of images, None where the images themselves are there."""
     kind = table.schema_arrow.field(column).type
-    if not _holds_paths(kind):
+    if not _holds_paths(kind) or _holds_base64(table, column):
         return None
     if not pa.types.is_struct(kind):
         return column
     has_bytes = _holds_bytes(kind) and not has_nulls_only(table, f"{column}.bytes")
     return None if has_bytes else f"{column}.path"
+
+
+def _holds_base64(table: "ImageTable", column: str) -> bool:
+    """Return whether a column of text holds encoded images, as its first value says."""
+    for batch in table.iter_batches(1, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            if value is not None:
+                return isinstance(value, str) and value.startswith(BASE64)
+    return False
 
 
 def check_names_differ(file: Place, names: Sequence[str]) -> None:
@@ -280,6 +294,11 @@ class ParquetImages(ImageReader):
             value = batch.images[row - batch.first].as_py()
         if isinstance(value, dict):
             value = value.get("bytes")
+        if isinstance(value, str):
+            try:
+                value = base64.b64decode(value, validate=True)
+            except ValueError:
+                value = b"no base64"
         return value if isinstance(value, bytes) else None
 
     def _read_to(self, path: str, row: int) -> _Batch:

@@ -1,17 +1,22 @@
 """Reads tables row by row: `.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`."""
 
 import csv
+import gzip
 import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from features.errors import SourceError
+from features.sources.base import split_image_suffix
 from features.sources.parquet import check_names_differ, open_parquet
 from features.sources.text import encoding_of
 from features.storage.files import open_file
@@ -19,7 +24,7 @@ from features.storage.place import Place
 from features.storage.reading import limited_lines
 
 ROWS_AT_ONCE = 4096
-SEPARATOR = re.compile(r"[,;\t]")
+SEPARATOR = re.compile(r"[,;\t|]")
 TOLD_SEPARATOR = re.compile(r'"?sep=(.)"?')
 QUOTED = re.compile(r'"[^"]*("|$)')
 MAX_FIELD_BYTES = 1 << 24
@@ -37,7 +42,7 @@ def table_rows(file: Place, encoding: str | None = None) -> Rows:
     Raises:
         SourceError: It is of no kind we read, or damaged.
     """
-    reader = READERS.get(file.suffix.lower())
+    reader = READERS.get(table_suffix(file))
     if reader is None:
         raise SourceError(
             f"The table {file} ends in {file.suffix!r}. One of {', '.join(READERS)} was expected. "
@@ -50,14 +55,26 @@ def table_rows(file: Place, encoding: str | None = None) -> Rows:
             f"The table {file} cannot be read: {error}. Set `encoding` of the source to what it is "
             f"in (of Excel's plain CSV mostly 'cp1252'), or save it as UTF-8 (of Excel: CSV UTF-8)."
         ) from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise SourceError(f"The table {file} cannot be read: {error}. Fetch it again.") from error
 
 
+def table_suffix(file: Place) -> str:
+    """Return the suffix of a table in lower case, of one in gzip that before `.gz`."""
+    name = file.name.lower()
+    suffix = PurePosixPath(name.removesuffix(".gz")).suffix
+    return "" if suffix == ".parquet" and name.endswith(".gz") else suffix
+
+
 def _open_text(file: Place, encoding: str | None, newline: str | None = None) -> io.TextIOWrapper:
-    content = open_file(file)
-    name, skipped = encoding_of(content.read(4), encoding)
-    content.seek(skipped)
+    with ExitStack() as until_opened:
+        content: Any = until_opened.enter_context(open_file(file))
+        if file.suffix.lower() == ".gz":
+            packed, content = content, until_opened.enter_context(gzip.GzipFile(fileobj=content))
+            content.myfileobj = packed  # which is closed with it
+        name, skipped = encoding_of(content.read(4), encoding)
+        content.seek(skipped)
+        until_opened.pop_all()
     return io.TextIOWrapper(content, encoding=name, newline=newline)
 
 
@@ -81,19 +98,37 @@ def _json_rows(file: Place, encoding: str | None) -> Rows:
     """Yield the objects of a JSON list; some write the lines of a `.jsonl` under this name."""
     with _open_text(file, encoding) as lines:
         text = lines.read()
-    if not text.lstrip().startswith("["):
-        yield from _jsonl_rows(file, encoding)
-        return
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("["):
+            yield from _jsonl_rows(file, encoding)
+            return
         raise SourceError(
             f"{file} is not whole JSON: {error}. A list of objects was expected. Fetch it again."
         ) from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_listed(rows) if isinstance(rows, dict) else rows):
         if not isinstance(row, dict):
             raise SourceError(f"Item {number} of {file} is not a JSON object. Correct it.")
         yield row
+
+
+def _listed(document: dict[str, Any]) -> Iterator[Any]:
+    """Yield the rows of a JSON object: captions by image, one list of rows, or one row."""
+    lists = [value for value in document.values() if _is_list_of(value, dict)]
+    if len(document) and all(split_image_suffix(name)[1] for name in document):
+        several = any(isinstance(value, list) for value in document.values())
+        for name, value in document.items():
+            alone = several and isinstance(value, str)
+            yield {"image": name, "captions" if several else "caption": [value] if alone else value}
+    elif len(lists) == 1:
+        yield from lists[0]
+    else:
+        yield document
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
 
 
 def _csv_rows(file: Place, encoding: str | None) -> Rows:
@@ -132,7 +167,7 @@ def _csv_rows(file: Place, encoding: str | None) -> Rows:
 
 
 def _separator(header: str) -> tuple[str, bool]:
-    """Return the first comma, semicolon or tab of a line, but for those in quotation marks.
+    """Return the first comma, semicolon, tab or bar of a line, but for those in quotation marks.
 
     And whether blanks follow it everywhere in the line, which then are no part of the names.
     """

@@ -86,7 +86,7 @@ def listed_texts(text: str) -> list[str] | None:
     return found if all(isinstance(item, str) for item in found) else None
 
 
-WHOLE = re.compile(r"([+-]?\d+)(\.0*)?", re.ASCII)
+WHOLE = re.compile(r"([+-]?\d+)(\.0*|,0)?", re.ASCII)
 NUMBER = re.compile(
     r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE
 )

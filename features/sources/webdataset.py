@@ -95,7 +95,8 @@ class TarShards(SourceReader[WebdatasetSource]):
     @cached_property
     def _of_use(self) -> set[str]:
         source = self.source
-        return {"json", "txt", *source.captions, source.label or "txt"} | source.image_names
+        captions = source.captions or ("caption",)
+        return {"json", "txt", *captions, source.label or "txt"} | source.image_names
 
     @cached_property
     def _table(self) -> JoinedTable | None:

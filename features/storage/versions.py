@@ -26,16 +26,16 @@ def described(place: Place) -> dict[str, Any]:
 def state_of(place: Place, remembered: dict[str, Any]) -> State:
     """Return what became of a file.
 
-    `copied` is one of the same size with another time, of which no hash is remembered: it may be
-    the same.
+    `copied` is one of the same size with another time or ETag, of which no hash is remembered: it
+    may be the same.
     """
     now = version_or_none(place)
     if now is None or remembered.items() >= now.items():
         return "gone" if now is None else "same"
     ((kind, found),) = now.items()
-    if not isinstance(place, Path) or remembered.get(kind, found)[0] != found[0]:
+    if remembered.get(kind, found)[0] != found[0]:
         return "changed"
-    if (digest := remembered.get("sha256_of_blocks")) is not None:
+    if isinstance(place, Path) and (digest := remembered.get("sha256_of_blocks")):
         return "same" if digest == _hash(place) else "changed"
     return "copied"
 

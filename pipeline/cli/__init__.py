@@ -7,7 +7,7 @@ import itertools
 
 import click
 
-from pipeline.cli.begin import init
+from pipeline.cli.begin import init, settings
 from pipeline.cli.checks import doctor, encoders, inspect, plan, verify
 from pipeline.cli.fence import fence
 from pipeline.cli.options import start_log
@@ -17,7 +17,7 @@ from pipeline.cli.studies import compare, pick, scaling, study, sweep
 from pipeline.cli.use import embed, explore, export, export_head, import_head, search
 
 SECTIONS = {
-    "Begin": (init,),
+    "Begin": (init, settings),
     "The three stages": (extract, align, evaluate),
     "Look": (explore, search, inspect, verify, compare),
     "Before a long run": (doctor, encoders, plan, pick, study),
@@ -60,7 +60,7 @@ def cli() -> None:
     """Align a frozen image encoder with a frozen text encoder.
 
     RECIPE and RUN are the same: the path of a run file (TOML), the folder of a run, or the name of
-    a recipe that ships with the program: demo, sail-small, sail, sail-paper. docs/recipes.md lists
+    a recipe that ships with the program: demo, sail-small, sail, sail-paper. `sail settings` lists
     every setting. STORE may be a run that has one store.
     """
     start_log()

@@ -1,4 +1,4 @@
-"""The command of `sail` that begins: it looks at data, and writes a run file.
+"""The commands of `sail` that begin: one writes a run file, one says what can stand in it.
 
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from features.terminal import harmless
-from pipeline.cli.options import json_option, say_json, say_paths
+from pipeline.cli.options import json_option, say, say_json, say_paths
 
 
 @click.command()
@@ -68,3 +68,34 @@ def init(
     say_paths(written[:1])
     commands = " && ".join(f"sail {stage} {path}" for stage in ("extract", "align", "eval"))
     click.echo(f"Next: {harmless(commands)}, then sail explore {harmless(str(path))}", err=True)
+
+
+@click.command()
+@click.argument("word", default="")
+@json_option
+def settings(word: str, as_json: bool) -> None:
+    """Say what can stand in a run file, with types and defaults.
+
+    WORD is a part of the name of a section, or the name of a setting; all are shown without it.
+
+    \b
+    Examples:
+      sail settings webdataset
+      sail settings align.loss
+      sail settings batch_size
+    """
+    from features.errors import ConfigError
+    from pipeline.reference import sections, settings_with
+    from pipeline.tables import settings_table
+
+    found = settings_with(word)
+    if not found:
+        titles = ", ".join(title for title, _ in sections())
+        raise ConfigError(
+            f"No section or setting is called {word!r}. One of the sections {titles}, or a setting "
+            f"of theirs, was expected. Correct the word."
+        )
+    if as_json:
+        say_json(found, indent=2)
+    else:
+        say(settings_table(found))

@@ -66,7 +66,9 @@ def fence() -> Iterator[None]:
     except (click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except click.ClickException as error:
-        vars(error)["message"] = one_message(error.message)
+        split = "unexpected extra argument" in error.message  # as a shell does at blanks
+        hint = " Put quotation marks around a path or words with blanks or braces." if split else ""
+        vars(error)["message"] = one_message(error.message) + hint
         raise
     except KeyboardInterrupt:
         raise _stopped(signal.SIGINT) from None

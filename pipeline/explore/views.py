@@ -189,7 +189,7 @@ def training_facts(session: Session, seen: int = 0) -> dict[str, Any]:
         "bytes": size,
         "live": found is not None and time.time() - found.st_mtime < LIVE_SECONDS,
         "best_step": _best_step(session),
-        "epochs": session.config.align.epochs,
+        "epochs": None if session.config.align.steps else session.config.align.epochs,
     }
     if size and size == seen:
         return facts

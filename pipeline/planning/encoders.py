@@ -44,8 +44,8 @@ def plans_of(model: str, revision: str | None, settings: Sequence[str] = ()) -> 
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             faults[kind] = ConfigError(
-                f"{where} of an {kind} encoder: {first['msg']}. Correct --set; docs/recipes.md "
-                f"lists all settings."
+                f"{where} of an {kind} encoder: {first['msg']}. Correct --set; `sail settings "
+                f"encoders` lists all settings."
             )
     if plans:
         return plans

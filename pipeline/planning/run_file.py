@@ -83,7 +83,7 @@ class RunFile:
     def text_of_it(self) -> str:
         """Return the run file, with comments."""
         folder = self.path.parent
-        lines = ["# Written by `sail init`. Every setting: docs/recipes.md of the program.", ""]
+        lines = ["# Written by `sail init`. `sail settings` lists every setting.", ""]
         lines += _data(folder, self.found, self.tested)
         lines += _encoder("image", self.image, folder)
         if any(each.settings["kind"] == "folder" for each in self.found.splits.values()):

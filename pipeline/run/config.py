@@ -27,7 +27,7 @@ from features.storage.place import FolderSetting, without_secrets
 from features.storage.reading import Expected, cut, read_text, read_toml, reason_of, shown
 
 OF_A_RECIPE = Expected(
-    "A run file in TOML", "Correct the line; docs/recipes.md has examples.", ConfigError
+    "A run file in TOML", "Correct the line; `sail settings` lists all settings.", ConfigError
 )
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS_FILE = "config.toml"
@@ -225,7 +225,7 @@ def _checked(document: dict[str, Any], what: str, folder: Path | None = None) ->
         faults = [_describe(fault) for fault in error.errors()]
         where = "; ".join(faults) if len(faults) == 1 else "".join(f"\n  {f}" for f in faults)
         raise ConfigError(
-            f"{what} cannot be used; correct it (docs/recipes.md lists all settings): "
+            f"{what} cannot be used; correct it (`sail settings` lists all settings): "
             f"{without_secrets(where)}"
         ) from None  # the cause would repeat what a URL in it may hide
 

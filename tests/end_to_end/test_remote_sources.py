@@ -1,6 +1,7 @@
 """Each kind of source under each kind of URL: the rows and the images of the same files on disk."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 from pydantic import TypeAdapter
 
-from features.index import Index, SampleReader, build_index
+from features.errors import SourceError
+from features.index import Index, SampleReader, build_index, find_changes, update_index
 from features.sources import Source
 from features.storage import remote as objects
 from features.storage.place import as_place
@@ -144,3 +146,28 @@ def test_a_store_is_read_from_any_server_that_lists_its_files(
 def built(folder: Path, settings: dict[str, str]) -> Index:
     source: Source = TypeAdapter(Source).validate_python(settings)
     return build_index(source.open(), folder / "index.parquet")
+
+
+def test_a_copy_under_a_url_goes_on_by_its_content_and_a_changed_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    """Another ETag says little: that of a copy, or of an upload in parts, differs."""
+    tar = tiny.write_tar(tmp_path / "data" / "a.tar", tiny.samples(5))
+    with WebServer(tmp_path / "data") as server:
+        settings = {"kind": "webdataset", "path": f"http://127.0.0.1:{server.port}/a.tar"}
+        source: Source = TypeAdapter(Source).validate_python(settings)
+        index = build_index(source.open(), tmp_path / "index.parquet")
+        os.utime(tar, (1, 1))
+        again = source.open(index.names)
+        changes = find_changes(index, again)
+        assert changes.tables
+        assert update_index(index, again, changes, append=False).rows == 5
+        other = tar.read_bytes().replace(b'"label": 3', b'"label": 4')
+        tar.write_bytes(other)
+        index = Index.open(index.path)
+        again = source.open(index.names)
+        with pytest.raises(SourceError, match="has label = 3, but the source gives 4 now"):
+            update_index(index, again, find_changes(index, again), append=False)
+        tar.write_bytes(other + bytes(512))
+        with pytest.raises(SourceError, match=r"a\.tar has changed since it was indexed"):
+            find_changes(index, source.open(index.names))

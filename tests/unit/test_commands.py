@@ -1,10 +1,13 @@
 """What holds for every command: help, examples that parse, exit codes, plain text in a pipe."""
 
+import ast
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -97,3 +100,23 @@ def test_a_search_for_nothing_is_refused() -> None:
         result = CliRunner().invoke(cli, ["search", "runs/none", *arguments])
         assert result.exit_code == 2
         assert "Give either a sentence or --image FILE" in result.output
+
+
+def test_settings_are_found_by_section_and_by_name() -> None:
+    shown = CliRunner().invoke(cli, ["settings", "webdataset"])
+    assert "Glob pattern(s) of the tar files" in " ".join(shown.stdout.replace("│", " ").split())
+    assert "batch_size" not in shown.stdout
+    found = json.loads(CliRunner().invoke(cli, ["settings", "batch_size", "--json"]).stdout)
+    assert found.keys() >= {"[align]", "[encoders.image.NAME]"}
+    assert {row["name"] for rows in found.values() for row in rows} == {"batch_size"}
+    assert CliRunner().invoke(cli, ["settings", "btach_size"]).exit_code == 1
+
+
+def test_no_message_names_a_page_that_an_installed_program_lacks() -> None:
+    """Docstrings are read beside the pages; what is raised or logged is read without them."""
+    root = Path(__file__).parents[2]
+    for package in ("features", "align", "evaluate", "pipeline"):
+        for path in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Raise):
+                    assert not re.search(r"docs/\w+\.md", ast.unparse(node)), path

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from features.errors import StoreError
-from pipeline.cli import Commands
+from pipeline.cli import Commands, cli
 from pipeline.cli.options import start_log
 
 
@@ -149,3 +149,9 @@ def test_a_setting_that_is_too_deep_or_too_long_is_one_line(value: str) -> None:
     assert result.exit_code == 1
     assert len([line for line in result.stderr.splitlines() if line]) == 1
     assert len(result.stderr) < 1000
+
+
+def test_a_path_that_the_shell_took_apart_is_told_of() -> None:
+    result = CliRunner().invoke(cli, ["extract", "a", "x", "y", "[b]/run.toml"])
+    assert result.exit_code == 2
+    assert "Put quotation marks around a path" in result.stderr

@@ -249,7 +249,7 @@ class TestWebdataset:
         source = tar(tmp_path / "s.tar", ("1.jpg", IMAGE), ("1.json", record))
         assert listed(**source)[0].captions == {"0": "one", "2": "three"}
 
-    @pytest.mark.parametrize("value", [3, {"raw": "a"}, [["a", "b"]], [{"raw": "a"}, None]])
+    @pytest.mark.parametrize("value", [3, {"raw": 1}, [["a", "b"]], [{"token": "a"}, None]])
     def test_captions_that_are_no_text_are_counted(self, tmp_path: Path, value: object) -> None:
         counts = Counter[str]()
         record = json.dumps({"captions": value})
