@@ -115,9 +115,11 @@ class AlignConfig(BaseModel):
     """Draw this many of the fields at random for each image and step; all of them if not given."""
     batch_size: PositiveInt = 16_384
     """Images per update; every other image's captions are negatives."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
     """Images that the heads hold at once, for batches whose activations do not fit: they run twice
-    over the batch in such parts, and the gradients are those of the whole; off if not given."""
+    over the batch in such parts, and the gradients are those of the whole. `auto`: all, and half as
+    many each time that a GPU is out of memory (not where several processes train together; a number
+    repeats a training exactly on every GPU)."""
     epochs: PositiveFloat = 30
     """Passes over the training rows; ignored when `steps` is given."""
     steps: PositiveInt | None = None
@@ -147,7 +149,8 @@ class AlignConfig(BaseModel):
     verify: bool = True
     """Check the crc32c of every chunk of features when it is read for the first time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products; `auto` is bfloat16 where a GPU has it. Weights stay float32."""
+    """Type of the matrix products; `auto` is bfloat16 where a GPU has it, from
+    Ampere on. Weights stay float32."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per update of an average of the weights, as 0.999; the average is scored and saved in
     place of the weights; off if not given."""

@@ -1,7 +1,9 @@
 """The update rules, what they decay, and the schedule of the learning rate."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,11 @@ from align.heads import AlignmentModel
 from align.loader import Batch
 from align.loss import ALONE, LossOptions, Pairs, contrastive_loss, slices
 from align.processes import Ring
-from features.device.cuda import is_gpu
+from features.device.cuda import has_bfloat16, is_gpu
+from features.device.memory import memory_of, one_memory_error
+from features.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 
 class Lion(Optimizer):
@@ -146,7 +152,8 @@ class Gradients:
         self.seed = seed
         self.device = device
         self.ring = ring
-        self._micro_batch = config.micro_batch
+        self._may_halve = config.micro_batch == "auto" and ring.size == 1
+        self._micro_batch = None if config.micro_batch == "auto" else config.micro_batch
         self._has_dropout = config.head.dropout > 0
         loss = config.loss
         rows = loss.block_rows or (GPU_BLOCK_ROWS if is_gpu(device) else BLOCK_ROWS)
@@ -162,8 +169,8 @@ class Gradients:
             batch: This process' share of the rows; loss and gradients are those of all together.
             step: Number of the update; decides on the dropout.
         """
-        self.model.zero_grad(set_to_none=True)
-        loss = self._backward(batch, step)
+        while (loss := self._try(batch, step)) is None:
+            self._halve(len(batch.image))
         gradients = (weight.grad for weight in self.model.parameters())
         self.ring.sum_in_place(each for each in gradients if each is not None)
         return loss.detach()
@@ -172,6 +179,50 @@ class Gradients:
         """Return the context in which the heads run."""
         kind = self._autocast_type
         return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+    def _try(self, batch: Batch, step: int) -> Float[Tensor, ""] | None:
+        """Compute gradients and loss; None if the device has not the memory."""
+        self.model.zero_grad(set_to_none=True)
+        try:
+            with one_memory_error(), self._fast_products():
+                return self._backward(batch, step)
+        except torch.OutOfMemoryError as error:
+            rows = len(batch.image)
+            size = min(self._micro_batch or rows, rows)
+            # Where processes train together the others wait for what this one computes.
+            if not self._may_halve or size == 1:
+                raise self._without_memory(rows, size) from error
+            return None
+
+    def _halve(self, rows: int) -> None:
+        """Run the heads over half as many rows at once from now on."""
+        size = min(self._micro_batch or rows, rows)
+        self.model.zero_grad(set_to_none=True)
+        self._micro_batch = -(-size // 2)
+        torch.cuda.empty_cache()  # in pieces of the old size it is of no use
+        words = "out of memory on %s with %d rows at once: goes on with align.micro_batch = %d"
+        logger.warning(words, self.device, size, self._micro_batch)
+
+    def _without_memory(self, rows: int, size: int) -> TrainingError:
+        way_out = "Lower align.batch_size, align.loss.block_rows or align.memory_mb."
+        if size > 1:
+            way_out = f"Set align.micro_batch = {-(-size // 2)}; or lower align.memory_mb."
+        return TrainingError(
+            f"A training step ran out of memory on {self.device}{memory_of(self.device)}, with "
+            f"{rows} rows, {size} of them in the heads at once. Room for one was expected. "
+            f"{way_out}"
+        )
+
+    @contextmanager
+    def _fast_products(self) -> Iterator[None]:
+        """Let float32 products, those of the loss, use TF32 where the heads use bfloat16."""
+        before = torch.get_float32_matmul_precision()
+        if is_gpu(self.device) and self._autocast_type is not None:
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _backward(self, batch: Batch, step: int) -> Float[Tensor, ""]:
         rows = len(batch.image)
@@ -220,8 +271,7 @@ class Gradients:
 def autocast_type(config: AlignConfig, device: torch.device) -> torch.dtype | None:
     """Choose the type of the matrix products; None is that of the weights, float32."""
     if config.precision == "auto":
-        has_it = is_gpu(device) and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_it else None
+        return torch.bfloat16 if has_bfloat16(device) else None
     return torch.bfloat16 if config.precision == "bfloat16" else None
 
 

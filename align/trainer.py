@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from align.checkpoint import (
@@ -41,7 +41,6 @@ from align.loader import Batch, Loader, LoaderOptions, Source
 from align.loss import ALONE
 from align.optimizer import (
     Gradients,
-    autocast_type,
     build_optimizer,
     learning_rate,
     set_learning_rate,
@@ -49,6 +48,7 @@ from align.optimizer import (
 from align.processes import Ring
 from align.windows import MIB, shares
 from features.device.cuda import is_gpu
+from features.device.memory import one_memory_error
 from features.errors import TrainingError
 from features.storage.files import write
 from features.storage.reading import read_json_lines, reading
@@ -269,6 +269,8 @@ class Training:
     best_score: float | None = None
     best: Snapshot | None = None
     """The best weights, while they are not on disk."""
+    is_whole: bool = True
+    """Whether no update is half made."""
     scores_since_best: int = 0
     """How many times in a row the held-out rows were scored without a new best."""
 
@@ -283,10 +285,8 @@ class Training:
             device=self.device,
             ring=self.ring,
         )
-        self._average: AveragedModel | None = None
-        if self.config.ema is not None:
-            average = get_ema_multi_avg_fn(self.config.ema)  # type: ignore[no-untyped-call]
-            self._average = AveragedModel(self.model, multi_avg_fn=average)
+        # Torch's AveragedModel counts on the device, and waits for it in every update.
+        self._average = None if self.config.ema is None else deepcopy(self.model)
         if self.config.compile and is_gpu(self.device):
             self.model.image_head.compile()
             self.model.text_head.compile()
@@ -308,8 +308,7 @@ class Training:
     @property
     def result(self) -> AlignmentModel:
         """What is scored and saved: the model, or the average of its weights."""
-        averaged = self.model if self._average is None else self._average.module
-        return cast(AlignmentModel, averaged)
+        return self.model if self._average is None else self._average
 
     @property
     def rate(self) -> float:
@@ -326,14 +325,23 @@ class Training:
         if (norm := self.config.optimizer.max_grad_norm) is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
         set_learning_rate(self.optimizer, self.rate)
+        self.is_whole = False
         self.optimizer.step()
         self.model.clamp_scale()
-        if self._average is not None:
-            self._average.update_parameters(self.model)
+        self._update_average()
         self.step += 1
+        self.is_whole = True
         self.scores = {}
         self._failed_at += self.step * (~loss.isfinite() & (self._failed_at == 0))
         return loss
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self._average is None or self.config.ema is None:
+            return
+        averages, weights = (list(each.parameters()) for each in (self._average, self.model))
+        share = 1 - self.config.ema if self.step else 1.0  # the first one is taken as it is
+        torch._foreach_lerp_(averages, weights, share)
 
     def check_loss(self) -> None:
         """Wait for the device, and refuse to go on from a loss that is not finite.
@@ -343,6 +351,15 @@ class Training:
         """
         if step := int(self._failed_at.item()):
             raise self._not_finite("loss", step)
+
+    def numbers(self, loss: Tensor) -> dict[str, float]:
+        """Wait for the device, once, for the loss, the scale and the bias; see `check_loss`."""
+        model = self.model
+        each = (self._failed_at, loss, model.log_scale.detach().exp(), model.bias.detach())
+        step, *found = torch.stack([number.double() for number in each]).tolist()
+        if step:
+            raise self._not_finite("loss", int(step))
+        return dict(zip(("loss", "scale", "bias"), found, strict=True))
 
     def _not_finite(self, what: str, step: int) -> TrainingError:
         keys = self.loader.keys(step - 1, 3)
@@ -445,7 +462,6 @@ class Training:
                 state.setdefault(number, {})[name] = tensor
             if self._average is not None:
                 self.model.load_state_dict(state.pop(WEIGHTS))
-                self._average.n_averaged.fill_(checkpoint.step)
             self.optimizer.load_state_dict(
                 {
                     "state": {int(number): values for number, values in state.items()},
@@ -477,9 +493,9 @@ def _run_steps(
             loss = training.update(batch)
             meter.images += config.batch_size
             if training.is_due(log_every):
-                training.check_loss()
+                numbers = training.numbers(loss)
                 if log is not None:
-                    note = _log_update(log, training, loss, rate, meter)
+                    note = _log_update(log, training, numbers, rate, meter)
             if training.is_due(eval_every):
                 training.evaluate()
                 if log is not None:
@@ -494,23 +510,33 @@ def _run_steps(
             on_step(training.step, training.total_steps, note)
 
 
+@contextmanager
+def _keeping_steps(training: Training, log: MetricsLog | None) -> Iterator[None]:
+    """Save what was trained where the device runs out of memory, and no update is half made."""
+    try:
+        with one_memory_error():
+            yield
+    except (TrainingError, torch.OutOfMemoryError) as error:
+        is_memory = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
+        is_alone = training.ring.size == 1  # the others would not come to save
+        if is_memory and is_alone and training.step and training.is_whole:
+            training.save(log)
+        raise
+
+
 def _log_update(
-    log: MetricsLog, training: Training, loss: Tensor, rate: float, meter: Meter
+    log: MetricsLog, training: Training, numbers: dict[str, float], rate: float, meter: Meter
 ) -> str:
     """Write down how the training goes, and say it in a few words."""
-    value = loss.item()  # the CPU waits for the device here, and hardly anywhere else
-    scale, bias = training.model.scale_and_bias
     values = {
-        "loss": value,
+        **numbers,
         "learning_rate": rate,
-        "scale": scale,
-        "bias": bias,
         "images_per_second": round(meter.images_per_second, 1),
         "wait_for_data_seconds": round(meter.waited, 4),
     }
     log.write(training, values)
     meter.restart()
-    note = f"loss {value:.4g}"
+    note = f"loss {numbers['loss']:.4g}"
     if training.best_score is not None:
         note += f", held-out {CHOSEN_BY.replace('_', ' ')} {training.best_score:.3f}"
     return note
@@ -562,7 +588,7 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     checkpoint = _resume(folder, described, ring)
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
-    with _random_numbers(device, seed), _fast_products(config, device):
+    with _random_numbers(device, seed):
         loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
         model = build_described(described, config.head).to(device)
         training = Training(
@@ -581,7 +607,8 @@ def train(  # noqa: PLR0913 - the one entry of the stage
             training.restore(checkpoint)
         ring.copy_from_first(model.parameters())
         log = MetricsLog(run_dir, step=training.step) if ring.leads else None
-        with closing(log) if log is not None else nullcontext():
+        closed = closing(log) if log is not None else nullcontext()
+        with closed, _keeping_steps(training, log):
             _run_steps(training, log, should_stop, on_step)
     return folder.best if training.is_finished else None
 
@@ -602,15 +629,3 @@ def _random_numbers(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _fast_products(config: AlignConfig, device: torch.device) -> Iterator[None]:
-    """Let float32 products, those of the loss, use TF32 where the heads use bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    if is_gpu(device) and autocast_type(config, device) is not None:
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

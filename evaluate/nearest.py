@@ -43,9 +43,11 @@ class FlatSearch:
     """From queries, a block and k (at most the rows of the block) to the k rows nearest."""
 
 
-@cache
 def flat_search() -> FlatSearch:
-    """Return the fastest way that this machine has."""
+    """Return the fastest way that this machine has, on the device that the run has chosen."""
+    from features.device.cuda import chosen, is_gpu  # torch is heavy too
+
+    device = chosen()
     try:
         import faiss  # heavy, and not needed by the other measures
     except ImportError as error:
@@ -58,8 +60,15 @@ def flat_search() -> FlatSearch:
         return FlatSearch(f"{name} on the CPU: built without GPU", on_processor)
     if not faiss.get_num_gpus():
         return FlatSearch(f"{name} on the CPU: no GPU", on_processor)
-    on_gpu = partial(_on_gpu, faiss, faiss.StandardGpuResources())
-    return FlatSearch(f"{name} on the GPU", on_gpu)
+    if device is not None and not is_gpu(device):
+        return FlatSearch(f"{name} on the CPU: run.device is {device}", on_processor)
+    number = (device.index if device is not None else None) or 0
+    return FlatSearch(f"{name} on the GPU", partial(_on_gpu, faiss, _gpu_resources(faiss), number))
+
+
+@cache
+def _gpu_resources(faiss: Any) -> Any:
+    return faiss.StandardGpuResources()
 
 
 def _on_processor(faiss: Any, queries: Queries, block: Block, k: int) -> Found:
@@ -67,11 +76,13 @@ def _on_processor(faiss: Any, queries: Queries, block: Block, k: int) -> Found:
     return found
 
 
-def _on_gpu(faiss: Any, resources: Any, queries: Queries, block: Block, k: int) -> Found:
+def _on_gpu(
+    faiss: Any, resources: Any, number: int, queries: Queries, block: Block, k: int
+) -> Found:
     if k > MOST_ON_GPU:
         return _on_processor(faiss, queries, block, k)
     metric = faiss.METRIC_INNER_PRODUCT
-    found: Found = faiss.knn_gpu(resources, queries, block, k, metric=metric)
+    found: Found = faiss.knn_gpu(resources, queries, block, k, metric=metric, device=number)
     return found
 
 

@@ -147,7 +147,7 @@ class ImageEncoderConfig(ImageColumnConfig):
     batch_size: PositiveInt = 64
     """Images per forward pass. Halved when the device runs out of memory."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type; `auto` is float32 on CPU and bfloat16 on GPU."""
+    """Compute type; `auto` is float32 on CPU and bfloat16 on GPU (float16 before Ampere)."""
     compile: bool = False
     """Compile the model with torch.compile before it starts, which takes a minute and needs a C++
     compiler (on a GPU also triton)."""
@@ -200,8 +200,8 @@ class TextEncoderConfig(TextColumnConfig):
     """Token budget of a forward pass; there is no padding. Halved when the device runs out of
     memory. 16,384 on a GPU and 2,048 on a CPU if not given."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU, and
-    float16 on GPU for NV-Embed, as its reference computes."""
+    """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU; on
+    GPU it is float16 before Ampere, and for NV-Embed, as its reference computes."""
     also: dict[Name, TextColumnConfig] = {}
     """Further columns from the same forward pass, by the name that each has in the store: what an
     encoder of its own would give with that layer and pooling; if that is `auto`, with the pooling

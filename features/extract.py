@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import google_crc32c
 import numpy as np
 import torch
-from jaxtyping import Float16, Num, UInt8
+from jaxtyping import Float16, Int64, Num, UInt8
 from torch import Tensor
 
 from features.device.cuda import is_gpu, record, room_for
@@ -477,7 +477,7 @@ def extract_images(
     made_by = {f"image/{column.name}": column for column in encoder.columns}
     parts = _parts(columns, chunks, encoder)
     ahead = options.workers + 2 + encoder.batch_size // PART_ROWS
-    on_device: deque[tuple[_Batch, Encoding]] = deque()
+    on_device: deque[tuple[_Batch, Places, Encoding]] = deque()
 
     def load(part: tuple[_Batch, range]) -> tuple[_Batch, range, Phases, list[str]]:
         return *part, *_load(*part, reader, encoder)
@@ -493,7 +493,8 @@ def extract_images(
                     continue
                 started = time.perf_counter()
                 wanted = [made_by[column.name] for column in batch.chunk.columns]
-                on_device.append((batch, feeder.start(batch.decoded(), wanted)))
+                places, pixels = batch.decoded()
+                on_device.append((batch, places, feeder.start(pixels, wanted)))
                 phases.encode += time.perf_counter() - started
                 if batch.stop == batch.chunk.stop:
                     _check_images(batch.chunk, index, seen)
@@ -523,6 +524,9 @@ class _Chunk:
         return google_crc32c.value(self.crcs.tobytes()) if self.crcs.any() else 0
 
 
+Places = Int64[np.ndarray, "ok"]
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Rows `start` to `stop` of the store, all in one chunk, and room for their pixels."""
@@ -537,10 +541,20 @@ class _Batch:
         """A view of the status of the chunk."""
         return self.chunk.status[self.start - self.chunk.start : self.stop - self.chunk.start]
 
-    def decoded(self) -> Num[Tensor, "ok 3 height width"]:
-        """Return the pixels of the rows that could be decoded."""
-        ok = self.status == Status.OK
-        return self.pixels if ok.all() else self.pixels[torch.from_numpy(ok)]
+    def decoded(self) -> tuple[Places, Num[Tensor, "ok 3 height width"]]:
+        """Return which rows could be decoded, by their place in the batch, and their pixels.
+
+        The last of them take the places of those that could not, so that the pixels stay in the
+        memory that a GPU copies from by itself.
+        """
+        places = np.flatnonzero(self.status == Status.OK)
+        last = places[places >= len(places)]
+        holes = np.flatnonzero(self.status[: len(places)] != Status.OK)
+        pixels = self.pixels.numpy()
+        pixels[holes] = pixels[last]
+        places = np.arange(len(places))
+        places[holes] = last
+        return places, self.pixels[: len(places)]
 
 
 def _parts(
@@ -602,15 +616,19 @@ def _check_images(chunk: _Chunk, index: Index, seen: Sequence[Column]) -> None:
 
 
 def _finish(
-    batch: _Batch, encoding: Encoding, writer: Writer, options: ExtractOptions, phases: Phases
+    batch: _Batch,
+    places: Places,
+    encoding: Encoding,
+    writer: Writer,
+    options: ExtractOptions,
+    phases: Phases,
 ) -> None:
     """Put the features of a batch in their places, and write the chunk if it is the last of it."""
     started = time.perf_counter()
     chunk = batch.chunk
-    ok = batch.start - chunk.start + np.flatnonzero(batch.status == Status.OK)
-    if len(ok):
+    if len(places):
         for target, features in zip(chunk.features, encoding(), strict=True):
-            target[ok] = features
+            target[batch.start - chunk.start + places] = features
     phases.encode += time.perf_counter() - started
     phases.rows += batch.stop - batch.start
     options.on_rows(batch.stop - batch.start)

@@ -27,6 +27,32 @@ def gpu_number(number: int) -> torch.device:
     return torch.device("cuda", number)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has bfloat16, as from Ampere on; those before emulate it, slowly."""
+    return is_gpu(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """Return the fast type of a GPU in which frozen encoders run; float32 elsewhere."""
+    if not is_gpu(device):
+        return torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
+
+
+_chosen: list[torch.device] = []
+
+
+def choose(device: torch.device) -> None:
+    """Make a device that of this process: searches of rows take it, and whatever names none."""
+    set_current(device)
+    _chosen[:] = [device]
+
+
+def chosen() -> torch.device | None:
+    """Return the device of this process, None if none was chosen."""
+    return _chosen[0] if _chosen else None
+
+
 def set_current(device: torch.device) -> None:
     """Make a GPU the current device of this thread; without effect for other devices."""
     if is_gpu(device) and device.index is not None:

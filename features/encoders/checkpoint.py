@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
-from features.device.cuda import is_gpu
+from features.device.cuda import half_type
 from features.errors import EncoderError, EncoderMissingError
 from features.storage import reading
 
@@ -207,7 +207,7 @@ def versions(*packages: str) -> dict[str, str]:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the compute type of a precision setting on a device."""
     if precision == "auto":
-        return torch.bfloat16 if is_gpu(device) else torch.float32
+        return half_type(device)
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
 

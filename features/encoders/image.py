@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from features.config import ExtractConfig, ImageColumnConfig, ImageEncoderConfig
 from features.device.cuda import room_for
+from features.device.memory import one_memory_error
 from features.encoders.backends import backend_of, tell
 from features.encoders.checkpoint import compute_dtype, versions
 from features.encoders.libraries import LibraryProcessor
@@ -197,6 +198,7 @@ class ImageEncoder:
             f"image. Room for one was expected. Free the device, or use another (`run.device`)."
         )
 
+    @one_memory_error()
     @torch.inference_mode()
     def encode(
         self,

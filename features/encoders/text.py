@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.config import TextEncoderConfig
+from features.device.memory import one_memory_error
 from features.encoders.packing import TokenBatch, Tokens, batch_stop, pool_tokens
 from features.encoders.plan import EncoderPlan
 from features.errors import EncoderError
@@ -123,6 +124,7 @@ class TextEncoder:
             features[order] = torch.cat(encoded).cpu().numpy()
         return features
 
+    @one_memory_error()
     def _forward(self, sequences: Sequence[Tokens]) -> Float32[Tensor, "sequences feature_dim"]:
         batch = TokenBatch.pack(sequences, self.device, first_position=self.first_position)
         vectors: Tensor = self.model(batch)

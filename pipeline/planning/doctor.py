@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from features.config import ImageEncoderConfig, TextEncoderConfig
+from features.device.cuda import gpu_number, has_bfloat16
 from features.encoders.backends import backend_of
 from features.encoders.trial import try_encoder
 from features.errors import SailError
@@ -202,7 +203,7 @@ def _devices(config: RunConfig | None) -> Iterator[Check]:
     yield Check("processor", "ok", words)
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        bf16 = "bfloat16" if has_bfloat16(gpu_number(number)) else "float16, no bfloat16"
         words = f"{about.name}, {byte_size(about.total_memory)}, {bf16}"
         yield Check(f"cuda:{number}", "ok", words)
     if not torch.cuda.is_available():

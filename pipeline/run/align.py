@@ -12,13 +12,15 @@ import torch.distributed as dist
 
 from align.processes import Ring
 from align.trainer import train
-from features.device.cuda import gpu_number, is_gpu, set_current
+from features.device.cuda import choose, is_gpu
+from features.device.memory import refusing_without_memory
+from features.errors import TrainingError
 from features.storage.files import remove_leftovers
 from pipeline.card import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.run.config import RunConfig, RunSettings
-from pipeline.run.device import prepare_device
+from pipeline.run.device import gpu_of_process, prepare_device
 from pipeline.run.folder import (
     RunFolder,
     check_complete,
@@ -26,6 +28,11 @@ from pipeline.run.folder import (
     run_folder,
     stage_lock,
     start_run,
+)
+
+WITH_LESS = (
+    "Lower align.memory_mb, which is for features on the GPU, or align.batch_size. The last "
+    "checkpoint is kept."
 )
 
 
@@ -42,8 +49,8 @@ def joined_processes(settings: RunSettings) -> Iterator[tuple[Ring, torch.device
         return
     backend = "gloo"
     if is_gpu(device):
-        device = gpu_number(int(os.environ["LOCAL_RANK"]))
-        set_current(device)
+        device = gpu_of_process(settings, int(os.environ["LOCAL_RANK"]))
+        choose(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     try:
@@ -69,7 +76,10 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
     """
     with joined_processes(config.run) as (ring, device):
         folder = run_folder(config)
-        with stage_lock(config, "align") if ring.leads else nullcontext():
+        with (
+            stage_lock(config, "align") if ring.leads else nullcontext(),
+            refusing_without_memory(TrainingError, "The training", device, WITH_LESS),
+        ):
             best = _train(config, folder, ring, device, stop)
             if best is not None and ring.leads:
                 remove_leftovers(folder.path)

@@ -40,6 +40,7 @@ from evaluate.results import (
     write_results,
     write_stamp,
 )
+from features.device.memory import refusing_without_memory
 from features.errors import ConfigError, EvaluationError, SailError, UnusableSplitError
 from features.status import Status
 from features.storage.files import delete, write
@@ -384,12 +385,16 @@ def _plan(config: RunConfig, splits: Splits) -> dict[str, tuple[str, ...]]:
     return work
 
 
+ELSEWHERE = "Free that device, or evaluate on another, such as run.device = cpu."
+
+
 def _taken(measure: Measure, splits: tuple[str, ...], context: Context) -> Findings:
     """Return what a measure found on all its splits; one without a usable row is named."""
     every = Findings()
     for split in splits:
         try:
-            with timed(f"{measure.title} on {split}"):
+            what, device = f"{measure.title} on {split}", context.embedder.device
+            with timed(what), refusing_without_memory(EvaluationError, what, device, ELSEWHERE):
                 found = measure.run(context, split)
         except UnusableSplitError as error:
             logger.warning("%s on %s is left out: %s", measure.title, split, error)

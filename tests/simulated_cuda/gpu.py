@@ -40,8 +40,7 @@ from tests.simulated_cuda import streams  # noqa: E402
 from tests.simulated_cuda.streams import Stream, current_stream, is_before  # noqa: E402
 
 META = os.environ.get("SIMULATED_META") == "1"
-CAPABILITY = tuple(map(int, os.environ.get("SIMULATED_CAPABILITY", "9.0").split(".")))
-HAS_BFLOAT16 = CAPABILITY >= (8, 0)
+CAPABILITY = (9, 0)  # of a Hopper
 GIB = 1 << 30
 HERE = str(Path(__file__).parent)
 OURS = tuple(
@@ -71,13 +70,15 @@ class Seen:
     room: int = 141 * GIB
     """Bytes of each device."""
     fails_at: int = -1
-    """Number of the allocation that finds no memory."""
+    """Number of the allocation that finds no memory, from 1 after `clear`."""
+    fails_with: type[RuntimeError] = torch.OutOfMemoryError
+    """What it raises; `torch.AcceleratorError` is what CUDA says by itself."""
 
     def clear(self) -> None:
         """Forget all but what is held."""
         for each in (self.waits, self.pageable, self.races, streams.contexts):
             each.clear()
-        self.peak, self.allocations = self.held, 0
+        self.peak, self.allocations, self.fails_at = self.held, 0, -1
 
 
 seen = Seen()
@@ -163,6 +164,9 @@ class SimulatedTensor(torch.Tensor):
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def data_ptr(self) -> int:
         return self.on_host.data_ptr()
 
@@ -180,10 +184,10 @@ def _hold(tensor: SimulatedTensor) -> None:
     key = storage._cdata
     with streams.lock:
         if key not in _memories:
-            size, number = storage.nbytes(), seen.allocations
-            if number == seen.fails_at or seen.held + size > seen.room:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            size = storage.nbytes()
             seen.allocations += 1
+            if seen.allocations == seen.fails_at or seen.held + size > seen.room:
+                raise seen.fails_with(f"CUDA out of memory. Tried to allocate {size} bytes.")
             seen.held += size
             if seen.held > seen.peak:
                 seen.peak, seen.peak_at = seen.held, where()
@@ -508,7 +512,9 @@ def install() -> None:
     cuda.get_device_name = lambda *_: _properties().name
     cuda.get_device_capability = lambda *_: CAPABILITY
     # By emulation every GPU has it.
-    cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or HAS_BFLOAT16
+    cuda.is_bf16_supported = lambda including_emulation=True: (
+        including_emulation or CAPABILITY >= (8,)
+    )
     cuda.mem_get_info = lambda *_: (seen.room - seen.held, seen.room)
     cuda.set_sync_debug_mode = _set_sync_debug_mode
     cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from align import heldout, optimizer
 from align.checkpoint import Checkpoint
 from align.config import AlignConfig
 from align.trainer import train
@@ -15,9 +16,12 @@ from tests.simulated_cuda import gpu, streams
 
 STEPS = 6
 IN_A_STEP = (
+    *("align/trainer.py:_log_update", "align/heads.py:AlignmentModel.scale_and_bias"),
     *("align/loader.py", "align/windows.py", "align/chunk_reader.py", "align/loss.py"),
     *("align/heads.py:AlignmentModel.embed", "align/heads.py:AlignmentModel.clamp"),
-    *("align/optimizer.py:Gradients._", "align/optimizer.py:Lion", "align/trainer.py:_run_steps"),
+    *("align/optimizer.py:Gradients.", "align/optimizer.py:Lion", "align/trainer.py:_run_steps"),
+    "align/trainer.py:Training._update",
+    "align/trainer.py:Training.update",
 )
 """What runs for every step, and so must not let the host wait for the device."""
 WAITING = {"align/optimizer.py:Gradients.__init__"}
@@ -67,5 +71,30 @@ def test_a_training_on_the_second_gpu_is_that_of_a_processor(
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
     waits = {place for what, thread, place in gpu.seen.waits if thread == "MainThread"}
     assert {place for place in waits if place.startswith(IN_A_STEP)} <= WAITING
+    reads = gpu.seen.waits["_local_scalar_dense", "MainThread", "align/trainer.py:Training.numbers"]
+    copies = gpu.seen.waits["a copy that blocks", "MainThread", "align/trainer.py:Training.numbers"]
+    assert reads + copies == STEPS  # each step is logged
     pageable = {place for place in gpu.seen.pageable if place.startswith(IN_A_STEP)}
     assert pageable <= WAITING
+
+
+def test_only_the_loss_is_computed_in_tf32(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cosines of held-out rows that differ by 1e-6 are not equal; TF32 is coarser."""
+    seen: dict[str, set[str]] = {}
+
+    def noting(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    noting(optimizer, "contrastive_loss")
+    noting(heldout, "retrieval_ranks")
+    trained(store, tmp_path, "cuda:0", settings(precision="auto"))
+    assert seen == {"contrastive_loss": {"high"}, "retrieval_ranks": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"
