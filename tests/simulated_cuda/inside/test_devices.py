@@ -37,6 +37,7 @@ def test_bfloat16_that_is_emulated_is_not_chosen(
     assert autocast_type(AlignConfig(precision="bfloat16"), FIRST) == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_doctor_says_of_each_gpu_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CAPABILITY", (7, 5))
     checks = {check["name"]: check["found"] for check in examine(None)["checks"]}
@@ -54,12 +55,12 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     every = [gpu_of_process(RunSettings(device="cuda"), number) for number in (0, 1)]
     assert every == [torch.device("cuda:0"), torch.device("cuda:1")]
-    with pytest.raises(ConfigError, match="Process 2 .* no GPU: there are 2.*per-node=2"):
+    with pytest.raises(ConfigError, match=r"Process 2 .* no GPU: there are 2.*per-node=2"):
         gpu_of_process(RunSettings(), 2)
     with pytest.raises(ConfigError, match=r"run\.device = cuda:1 names one GPU"):
         gpu_of_process(RunSettings(device="cuda:1"), 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="Process 1 .* there are 1"):
+    with pytest.raises(ConfigError, match=r"Process 1 .* there are 1"):
         gpu_of_process(RunSettings(), 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # each process sees its own alone
     assert gpu_of_process(RunSettings(), 1) == torch.device("cuda:0")

@@ -15,7 +15,7 @@ from tests.simulated_cuda import gpu, streams
 
 TIERS = {"device": (MIB, 0), "host": (9_000, MIB), "streaming": (9_000, 0)}
 """Bytes that a loader of each tier may take on the device and on the host."""
-STEPS = 24  # of 24 rows: three epochs, and tens of windows
+STEPS = 16  # of 24 rows: two epochs, and tens of windows
 
 
 @pytest.fixture(scope="module")
