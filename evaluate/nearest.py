@@ -45,9 +45,6 @@ class FlatSearch:
 
 def flat_search() -> FlatSearch:
     """Return the fastest way that this machine has, on the device that the run has chosen."""
-    from features.device.cuda import chosen, is_gpu  # torch is heavy too
-
-    device = chosen()
     try:
         import faiss  # heavy, and not needed by the other measures
     except ImportError as error:
@@ -56,18 +53,26 @@ def flat_search() -> FlatSearch:
         return FlatSearch(f"torch {torch.__version__}: no FAISS ({error})", _of_torch)
     on_processor = partial(_on_processor, faiss)
     name = f"FAISS {faiss.__version__}"
+    from features.device.cuda import chosen, is_gpu  # torch is heavy too
+
+    device = chosen()
     if not hasattr(faiss, "StandardGpuResources"):
-        return FlatSearch(f"{name} on the CPU: built without GPU", on_processor)
-    if not faiss.get_num_gpus():
-        return FlatSearch(f"{name} on the CPU: no GPU", on_processor)
-    if device is not None and not is_gpu(device):
-        return FlatSearch(f"{name} on the CPU: run.device is {device}", on_processor)
-    number = (device.index if device is not None else None) or 0
-    return FlatSearch(f"{name} on the GPU", partial(_on_gpu, faiss, _gpu_resources(faiss), number))
+        why = "built without GPU"
+    elif not faiss.get_num_gpus():
+        why = "no GPU"
+    elif device is not None and not is_gpu(device):
+        why = f"run.device is {device}"
+    else:
+        number = (device.index if device is not None else None) or 0
+        on_gpu = partial(_on_gpu, faiss, _gpu_resources(), number)
+        return FlatSearch(f"{name} on the GPU", on_gpu)
+    return FlatSearch(f"{name} on the CPU: {why}", on_processor)
 
 
 @cache
-def _gpu_resources(faiss: Any) -> Any:
+def _gpu_resources() -> Any:
+    import faiss
+
     return faiss.StandardGpuResources()
 
 

@@ -290,6 +290,8 @@ def test_bfloat16_products_leave_float32_weights(store: FeatureStore, tmp_path: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which the test is without
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated")  # torch does it, to trace one
 def test_compiled_heads_learn_as_others_do(store: FeatureStore, tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
