@@ -41,6 +41,12 @@ def test_whole_commands() -> None:
 
 
 @pytest.mark.slow
+def test_the_memory_of_a_step_at_the_sizes_of_the_recipes() -> None:
+    peaks = "tests/simulated_cuda/inside/test_peaks.py"
+    assert "skipped" not in run("--confcutdir=tests/simulated_cuda", peaks, SIMULATED_META="1")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("file", MARKED)
 def test_the_tests_marked_gpu(file: str) -> None:
     assert "skipped" not in run("-m", "gpu and not slow", file)

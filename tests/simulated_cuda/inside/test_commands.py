@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from features.status import Status
+from features.store import FeatureStore
 from tests import tiny
 from tests.commands import sail
 from tests.simulated_cuda import gpu, streams
@@ -34,6 +37,8 @@ WAITS_OF_EXTRACTION = {
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     path = tiny.world(folder, rows=48)
+    broken = [(n, b"no picture" if n == "02001.jpg" else d) for n, d in tiny.samples(8, first=2000)]
+    tiny.write_tar(folder / "shards" / "train-2.tar", broken)
     (folder / "shards" / "classes.txt").write_text("red\ngreen\nblue\nstar\nsquare\n")
     return path
 
@@ -52,3 +57,19 @@ def test_a_stage_stays_on_the_second_gpu(run_file: Path, command: str, settings:
     if command == "extract":
         places = {place for _, _, place in gpu.seen.waits if not place.startswith("tests/")}
         assert places <= WAITS_OF_EXTRACTION
+        # A batch that has lost a picture is copied as the others are: from pinned memory.
+        of_batches = ("features/extract.py", "features/encoders/image.py:ImageEncoder")
+        assert [place for place in gpu.seen.pageable if place.startswith(of_batches)] == []
+        column = FeatureStore.open(run_file.parent / "run/features/train.zarr").column("image/vit")
+        assert np.flatnonzero(column.status() != Status.OK).tolist() == [49]
+
+
+def test_pictures_after_a_broken_one_keep_their_features(run_file: Path, tmp_path: Path) -> None:
+    cpu = ("--set", f"run.dir={tmp_path}", "--set", "encoders.image.vit.precision=float32")
+    sail("extract", run_file, *cpu, "--set", "run.device=cpu")
+    stores = [
+        FeatureStore.open(each / "features/train.zarr")
+        for each in (tmp_path, run_file.parent / "run")
+    ]
+    expected, found = (each.column("image/vit").read(0, 56).astype(np.float32) for each in stores)
+    np.testing.assert_allclose(found, expected, atol=5e-2)
