@@ -339,7 +339,8 @@ class Training:
     def _update_average(self) -> None:
         if self._average is None or self.config.ema is None:
             return
-        averages, weights = (list(each.parameters()) for each in (self._average, self.model))
+        averages: list[Tensor] = list(self._average.parameters())
+        weights: list[Tensor] = list(self.model.parameters())
         share = 1 - self.config.ema if self.step else 1.0  # the first one is taken as it is
         torch._foreach_lerp_(averages, weights, share)
 
