@@ -298,6 +298,13 @@ def plans_table(plans: list[dict[str, Any]]) -> str:
         parts += [f"note: {each}" for each in plan["notes"]]
         if plan["files"]:
             parts.append(f"decided by {', '.join(plan['files'])} and the weights")
+        if check := plan.get("check"):
+            verdict = "equal to" if check["equal"] else "DIFFERS from"
+            parts.append(
+                f"{verdict} {check['reference']} on {check['inputs']} {plan['kind']}s: at most "
+                f"{check['largest_difference']:.1e} of a value of length 1, where "
+                f"{check['tolerance']:.0e} is rounding"
+            )
     return "\n".join(parts)
 
 

@@ -102,28 +102,47 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     metavar="KEY=VALUE",
     help="A setting of the encoder, as in a recipe; may be repeated.",
 )
+@click.option(
+    "--check", "is_checked", is_flag=True, help="Encode 20 inputs, and compare with its reference."
+)
 @json_option
-def encoders(model: str, revision: str | None, settings: tuple[str, ...], as_json: bool) -> None:
+def encoders(
+    model: str, revision: str | None, settings: tuple[str, ...], is_checked: bool, as_json: bool
+) -> None:
     """Say how an encoder will be used, and what says so.
 
     NAME is what `model` of an encoder can be: a hub id, a folder, `bundled:minilm`, ... Each value
     stands beside the file that says it. Weights are not read. Of a model of two towers both are
     shown.
 
+    With --check it is loaded, and 20 pictures or texts are encoded in float32 on the CPU, by this
+    program and by the library that the model was written for (sentence-transformers, transformers,
+    timm, open_clip), where that is installed. Exit 1 where they differ.
+
     \b
     Examples:
-      sail encoders bundled:minilm
+      sail encoders bundled:minilm --check
       sail encoders BAAI/bge-small-en-v1.5 --json
       sail encoders ./my-llm --set pooling=last --set end_token=true
     """
     from pipeline.planning.encoders import plans_of
     from pipeline.tables import plans_table
 
-    plans = [plan.as_dict() for plan in plans_of(model, revision, settings)]
+    planned = plans_of(model, revision, settings)
+    plans, is_equal = [each.plan.as_dict() for each in planned], True
+    if is_checked:
+        from pipeline.planning.encoder_check import compare
+
+        for each, shown in zip(planned, plans, strict=True):
+            found = compare(each.plan, each.config)
+            shown["check"] = found._asdict() | {"equal": found.is_equal}
+            is_equal &= found.is_equal
     if as_json:
         say_json(plans, indent=2)
     else:
         say(plans_table(plans))
+    if not is_equal:
+        sys.exit(1)
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,7 +18,16 @@ KINDS: dict[str, type[ImageEncoderConfig] | type[TextEncoderConfig]] = {
 }
 
 
-def plans_of(model: str, revision: str | None, settings: Sequence[str] = ()) -> list[EncoderPlan]:
+class PlannedEncoder(NamedTuple):
+    """An encoder of one kind of input, and how it is used."""
+
+    config: ImageEncoderConfig | TextEncoderConfig
+    plan: EncoderPlan
+
+
+def plans_of(
+    model: str, revision: str | None, settings: Sequence[str] = ()
+) -> list[PlannedEncoder]:
     """Return the plans of a model, one for each kind of input that it takes.
 
     Args:
@@ -35,7 +44,8 @@ def plans_of(model: str, revision: str | None, settings: Sequence[str] = ()) -> 
     plans, faults = [], dict[str, EncoderError | ConfigError]()
     for kind, config_class in KINDS.items():
         try:
-            plans.append(backend.resolve(config_class.model_validate(given)))
+            config = config_class.model_validate(given)
+            plans.append(PlannedEncoder(config, backend.resolve(config)))
         except EncoderMissingError:
             raise
         except EncoderError as fault:

@@ -250,3 +250,11 @@ def test_zero_shot_from_a_store_is_open_clip_s_own(
     cosines = ours @ unit(words).T
     np.testing.assert_allclose(cosines, logits, atol=2e-3)  # a store holds float16
     assert (cosines.argmax(axis=1) == chosen).all()
+
+
+@pytest.mark.slow
+def test_the_check_of_an_encoder_compares_with_open_clip(tmp_path: Path) -> None:
+    plans = json.loads(sail("encoders", write(tmp_path, "siglip"), "--check", "--json").stdout)
+    assert [each["kind"] for each in plans] == ["image", "text"]
+    assert all(each["check"]["equal"] for each in plans)
+    assert plans[0]["check"]["reference"] == f"open_clip {open_clip.__version__}"

@@ -242,3 +242,12 @@ def test_files_that_do_not_fit_are_refused_in_one_line(
 def test_a_name_that_timm_has_not_is_refused() -> None:
     with pytest.raises(EncoderError, match="no pretrained weights of the name 'nothing'"):
         resolve(ImageEncoderConfig(model="timm:nothing"))
+
+
+@pytest.mark.slow
+def test_the_check_of_an_encoder_compares_with_timm(tmp_path: Path) -> None:
+    from tests.commands import sail
+
+    (plan,) = json.loads(sail("encoders", write(tmp_path, "vit"), "--check", "--json").stdout)
+    assert plan["check"]["equal"] is True
+    assert plan["check"]["reference"] == f"timm {timm.__version__}"
