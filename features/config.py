@@ -25,7 +25,7 @@ SETTINGS = ConfigDict(
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
-LAYOUTS = ("timm:", "open_clip:")
+LAYOUTS = ("timm:", "open_clip:", "model2vec:")
 """Backends of encoders behind whose name the path of a folder can stand."""
 OWN = "python:"
 """Before a function of the user's own: its module may lie beside the run file."""

@@ -13,6 +13,7 @@ from features.encoders import (
     open_clip_models,
     own_functions,
     pretrained,
+    static_embeddings,
     timm_models,
 )
 from features.encoders.checkpoint import EncoderFiles, layouts_of
@@ -63,6 +64,7 @@ ENCODERS: dict[str, EncoderBackend] = {
     "baseline": baselines,
     "timm": timm_models,
     "open_clip": open_clip_models,
+    "model2vec": static_embeddings,
     "python": own_functions,
 }
 

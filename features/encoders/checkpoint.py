@@ -118,6 +118,8 @@ def layouts_of(folder: Path) -> list[str]:
         settings = read_json(path) if path.is_file() else {}
     except EncoderError:  # whoever reads it for good says what is wrong
         return []
+    if settings.get("model_type") == "model2vec":  # beside modules.json, which says less
+        return ["model2vec"]
     if "model_type" in settings or (folder / MODULES).is_file():
         return []
     is_of = {"timm": "architecture" in settings, "open_clip": (folder / OPEN_CLIP).is_file()}

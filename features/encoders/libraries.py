@@ -6,6 +6,7 @@ These libraries come with extras of this program and are imported when a model o
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from features.config import TextEncoderConfig
-from features.encoders.checkpoint import first_line
+from features.encoders.checkpoint import (
+    EncoderFiles,
+    cached_on_hub,
+    fetch_from_hub,
+    first_line,
+)
 from features.encoders.plan import shown
 from features.errors import EncoderError
 from features.images import Preprocessing
@@ -52,13 +58,85 @@ def library(name: str, extra: str) -> Any:
         ) from error
 
 
-def check_only(config: TextEncoderConfig, what: str, *, pooling: str) -> None:
+@dataclass(frozen=True)
+class LibraryFiles:
+    """Finds models in the layout of a library: folders, hub repositories, and names of its own."""
+
+    prefix: str
+    """In the recipe, with its colon."""
+    module: str
+    """Of the library."""
+    extra: str
+    weights: str
+    """The file of the weights."""
+    config: str
+    """The file that describes a model."""
+    described_by: tuple[str, ...]
+    """Patterns of the files that are fetched beside the weights."""
+    repository: Callable[[str], str] = str
+    """From a name of the library's own to its hub repository."""
+
+    def find(self, model: str, revision: str | None, *, weights: bool = True) -> EncoderFiles:
+        """Return the files of a model, fetched where they are not here.
+
+        Args:
+            model: The prefix and a name of the library's, a hub repository, or a folder.
+            revision: Of the hub repository.
+            weights: Whether they are needed, or only what describes them.
+
+        Raises:
+            EncoderError: There is no such model, or not all of its files.
+        """
+        name = model.removeprefix(self.prefix)
+        if (folder := Path(name).expanduser()).is_dir():
+            called, revision = f"{self.prefix}{folder.resolve().name}", None
+        else:
+            patterns = [*self.described_by, *([self.weights] if weights else [])]
+            folder = fetch_from_hub(self.repository(name), revision, patterns)
+            called, revision = model, folder.name
+        for wanted in (self.config, *([self.weights] if weights else [])):
+            if not (folder / wanted).is_file():
+                raise EncoderError(
+                    f"{folder} has no {wanted}. The files that {self.module} writes were expected, "
+                    f"with weights in safetensors, since pickled ones can run code. Choose another "
+                    f"repository or folder."
+                )
+        return EncoderFiles(called, revision, folder, self.weights)
+
+    def is_here(self, model: str, revision: str | None) -> bool:
+        """Return whether the library is installed and the weights are on this machine."""
+        name = model.removeprefix(self.prefix)
+        try:
+            library(self.module, self.extra)
+            if (folder := Path(name).expanduser()).is_dir():
+                return (folder / self.weights).is_file()
+            return cached_on_hub(self.repository(name), self.weights, revision) is not None
+        except EncoderError:
+            return False
+
+    def missing(self, model: str) -> tuple[bool, str, str]:
+        """Of a model that is not here: whether it can be fetched, what to say, and what to do."""
+        name = model.removeprefix(self.prefix)
+        try:
+            library(self.module, self.extra)
+            if not Path(name).expanduser().is_dir():
+                return True, f"{self.repository(name)} is fetched from the hub at first", ""
+            self.find(model, None)
+        except EncoderError as error:
+            return False, str(error), ""
+        return False, f"{model} is not here", ""
+
+
+def check_only(
+    config: TextEncoderConfig, what: str, *, pooling: str, others: tuple[str, ...] = ()
+) -> None:
     """Refuse settings of a text encoder that another library decides by itself.
 
     Args:
         config: As the recipe has it.
         what: Whose model it is, for the message.
         pooling: What it does.
+        others: Settings that it takes.
 
     Raises:
         EncoderError: Naming the setting.
@@ -66,7 +144,7 @@ def check_only(config: TextEncoderConfig, what: str, *, pooling: str) -> None:
     own = {
         name: field.get_default()
         for name, field in TextEncoderConfig.model_fields.items()
-        if name not in TEXT_SETTINGS
+        if name not in (*TEXT_SETTINGS, *others)
     }
     for name, value in own.items():
         given = getattr(config, name)

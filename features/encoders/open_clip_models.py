@@ -6,7 +6,6 @@ open_clip makes model, transform and tokenizer from `open_clip_config.json` (`mo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,13 +16,11 @@ from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders.checkpoint import (
     OPEN_CLIP,
     EncoderFiles,
-    cached_on_hub,
     compute_dtype,
-    fetch_from_hub,
     read_json,
     versions,
 )
-from features.encoders.libraries import LibraryProcessor, check_only, library
+from features.encoders.libraries import LibraryFiles, LibraryProcessor, check_only, library
 from features.encoders.packing import TokenBatch, Tokens
 from features.encoders.plan import Decision, EncoderPlan, PlanBuilder
 from features.encoders.text import TextEncoder, batch_budget
@@ -38,36 +35,8 @@ IMAGES = (
 )
 TEXTS = IMAGES
 WEIGHTS = "open_clip_model.safetensors"
-DESCRIPTION = ["*.json", "*.txt", "*.model", "README.md"]
 JOINT = Decision("projection", "what open_clip itself gives")
 CHARACTERS_PER_TOKEN = 128  # of a longer text no more is read
-
-
-def find(model: str, revision: str | None, *, weights: bool = True) -> EncoderFiles:
-    """Return the files of a model, fetched where they are not here.
-
-    Args:
-        model: `open_clip:` and a hub repository, a folder, or architecture and tag of open_clip.
-        revision: Of the hub repository.
-        weights: Whether they are needed, or only what describes them.
-
-    Raises:
-        EncoderError: There is no such model, or it has no open_clip_config.json or safetensors.
-    """
-    name = model.removeprefix(PREFIX)
-    if (folder := Path(name).expanduser()).is_dir():
-        files = EncoderFiles(f"{PREFIX}{folder.resolve().name}", None, folder, WEIGHTS)
-    else:
-        patterns = [*DESCRIPTION, *([WEIGHTS] if weights else [])]
-        folder = fetch_from_hub(_repository(name), revision, patterns)
-        files = EncoderFiles(model, folder.name, folder, WEIGHTS)
-    for wanted in (OPEN_CLIP, *([WEIGHTS] if weights else [])):
-        if not (folder / wanted).is_file():
-            raise EncoderError(
-                f"{folder} has no {wanted}. The files that open_clip's push_to_hf_hub writes were "
-                f"expected; pickled weights can run code. Choose another repository or folder."
-            )
-    return files
 
 
 def _repository(name: str) -> str:
@@ -86,29 +55,12 @@ def _repository(name: str) -> str:
     return str(known["hf_hub"]).rpartition("/")[0]
 
 
-def is_here(model: str, revision: str | None) -> bool:
-    """Return whether open_clip is installed and the weights are on this machine."""
-    name = model.removeprefix(PREFIX)
-    try:
-        library("open_clip", "open_clip")
-        if (folder := Path(name).expanduser()).is_dir():
-            return (folder / WEIGHTS).is_file()
-        return cached_on_hub(_repository(name), WEIGHTS, revision) is not None
-    except EncoderError:
-        return False
-
-
-def missing(model: str) -> tuple[bool, str, str]:
-    """Say how a model that is not here is to be had."""
-    name = model.removeprefix(PREFIX)
-    try:
-        library("open_clip", "open_clip")
-        if not Path(name).expanduser().is_dir():
-            return True, f"{_repository(name)} is fetched from the hub at first", ""
-        find(model, None)
-    except EncoderError as error:
-        return False, str(error), ""
-    return False, f"{model} is not here", ""
+FILES = LibraryFiles(
+    *(PREFIX, "open_clip", "open_clip", WEIGHTS, OPEN_CLIP),
+    ("*.json", "*.txt", "*.model", "README.md"),
+    _repository,
+)
+find, is_here, missing = FILES.find, FILES.is_here, FILES.missing
 
 
 def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:

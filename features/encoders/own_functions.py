@@ -284,6 +284,12 @@ class BytesOfText:
         return [list((self.instruction + each).encode(errors="surrogatepass")) for each in captions]
 
 
+def texts_of(batch: TokenBatch) -> list[str]:
+    """Return the captions that `BytesOfText` made bytes of."""
+    every, starts = bytes(batch.ids.tolist()), batch.starts.tolist()
+    return [every[start:stop].decode(errors="surrogatepass") for start, stop in pairwise(starts)]
+
+
 class OwnTexts(nn.Module):
     """A function of captions, which come as bytes."""
 
@@ -293,10 +299,7 @@ class OwnTexts(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "sequences dim"]:
         """Return a vector for each caption."""
-        every, starts = bytes(batch.ids.tolist()), batch.starts.tolist()
-        texts = [
-            every[start:stop].decode(errors="surrogatepass") for start, stop in pairwise(starts)
-        ]
+        texts = texts_of(batch)
         return self.own.vectors(texts, len(texts)).to(batch.ids.device)
 
 

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from features.config import ImageColumnConfig, ImageEncoderConfig, TextEncoderConfig
-from features.encoders.checkpoint import (
-    EncoderFiles,
-    cached_on_hub,
-    fetch_from_hub,
-    read_json,
-    versions,
-)
-from features.encoders.libraries import LibraryProcessor, library
+from features.encoders.checkpoint import read_json, versions
+from features.encoders.libraries import LibraryFiles, LibraryProcessor, library
 from features.encoders.plan import Decision, EncoderPlan, PlanBuilder
 from features.encoders.pooling import LAST_LAYER
 from features.encoders.text import TextEncoder
@@ -31,33 +25,6 @@ PREFIX = "timm:"
 IMAGES = "`timm:NAME` (a model, hub repository or folder of timm; extra `timm`)"
 TEXTS = None
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DESCRIPTION = [CONFIG, "README.md"]
-
-
-def find(model: str, revision: str | None, *, weights: bool = True) -> EncoderFiles:
-    """Return the files of a model, fetched where they are not here.
-
-    Args:
-        model: `timm:` and the name of a model of timm, a hub repository, or a folder.
-        revision: Of the hub repository.
-        weights: Whether they are needed, or only what describes them.
-
-    Raises:
-        EncoderError: timm has no such model, or its weights are not in safetensors.
-    """
-    name = model.removeprefix(PREFIX)
-    if (folder := Path(name).expanduser()).is_dir():
-        files = EncoderFiles(f"{PREFIX}{folder.resolve().name}", None, folder, WEIGHTS)
-    else:
-        patterns = [*DESCRIPTION, *([WEIGHTS] if weights else [])]
-        folder = fetch_from_hub(_repository(name), revision, patterns)
-        files = EncoderFiles(model, folder.name, folder, WEIGHTS)
-    if weights and not (folder / WEIGHTS).is_file():
-        raise EncoderError(
-            f"{folder} has no {WEIGHTS}. Weights in that format were expected, since pickled ones "
-            f"can run code. Write them with timm's save_for_hf(..., safe_serialization=True)."
-        )
-    return files
 
 
 def _repository(name: str) -> str:
@@ -73,29 +40,10 @@ def _repository(name: str) -> str:
     return str(known.hf_hub_id)
 
 
-def is_here(model: str, revision: str | None) -> bool:
-    """Return whether timm is installed and the weights are on this machine."""
-    name = model.removeprefix(PREFIX)
-    try:
-        library("timm.models", "timm")
-        if (folder := Path(name).expanduser()).is_dir():
-            return (folder / WEIGHTS).is_file()
-        return cached_on_hub(_repository(name), WEIGHTS, revision) is not None
-    except EncoderError:
-        return False
-
-
-def missing(model: str) -> tuple[bool, str, str]:
-    """Say how a model that is not here is to be had."""
-    name = model.removeprefix(PREFIX)
-    try:
-        library("timm.models", "timm")
-        if not Path(name).expanduser().is_dir():
-            return True, f"{_repository(name)} is fetched from the hub at first", ""
-        find(model, None)
-    except EncoderError as error:
-        return False, str(error), ""
-    return False, f"{model} is not here", ""
+FILES = LibraryFiles(
+    PREFIX, "timm.models", "timm", WEIGHTS, CONFIG, (CONFIG, "README.md"), _repository
+)
+find, is_here, missing = FILES.find, FILES.is_here, FILES.missing
 
 
 @dataclass(frozen=True)

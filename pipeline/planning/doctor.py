@@ -46,6 +46,7 @@ EXTRAS = {
     "demo": "the bundled text encoder of the demo",
     "timm": "encoders of timm",
     "open_clip": "encoders of open_clip",
+    "model2vec": "static embeddings of model2vec",
     "heif": "HEIC, as iPhones write it",
     "gpu": "faiss on the GPU",
     "dev": "tests and checks",

