@@ -343,8 +343,10 @@ class CheckpointFolder:
             self._clean()
             return None
         checkpoint = Checkpoint.open(self.last)
-        differing = differences(checkpoint.run, run, without=MAY_DIFFER)
-        # The hash of the keys comes last: that there are more rows says more.
+        differing = differences(_with_new_settings(checkpoint.run), run, without=MAY_DIFFER)
+        # What says most comes first: settings that were not given follow from the rows.
+        first = ["imported", "store.rows"]
+        differing.sort(key=lambda each: first.index(each[0]) if each[0] in first else len(first))
         differing.sort(key=lambda each: each[0] == "store.keys_sha256")
         for name, found, expected in differing:
             raise CheckpointError(
@@ -432,6 +434,13 @@ class CheckpointFolder:
 
     def _folder(self, step: int) -> Path:
         return self._steps / f"step-{step:08d}"
+
+
+def _with_new_settings(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a training with what earlier versions did not have."""
+    align = {"start": "random", **run["align"]}
+    align["head"] = {"shortcut": False, **align["head"]}
+    return {**run, "align": align}
 
 
 def _described_sha256(metadata: dict[str, Any]) -> str:

@@ -36,6 +36,9 @@ class HeadConfig(BaseModel):
     given."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after each gated layer of `glu`."""
+    shortcut: bool = False
+    """A linear map beside the layers of `glu` and `mlp`, to which theirs is added through gates
+    that are 0 at the start; always there with `align.start = "cca"`."""
 
 
 class LossConfig(BaseModel):
@@ -87,7 +90,11 @@ class OptimizerConfig(BaseModel):
 
 
 class AlignConfig(BaseModel):
-    """How stage two runs."""
+    """How stage two runs.
+
+    What the run file leaves out of `start`, `batch_size`, `epochs`, `head` and
+    `optimizer.learning_rate` follows from the number of rows: see [heads.md](heads.md).
+    """
 
     model_config = SETTINGS
 
@@ -113,8 +120,14 @@ class AlignConfig(BaseModel):
     larger number holds all rows of a smaller one; all if not given."""
     captions_per_image: PositiveInt | None = None
     """Draw this many of the fields at random for each image and step; all of them if not given."""
+    start: Literal["auto", "cca", "random"] = "auto"
+    """The weights at step 0. `cca`: regularised canonical correlation analysis, in closed form: all
+    of a `linear` head and the `shortcut` of `glu` and `mlp`. `auto`: that, unless
+    `optimizer.learning_rate` or a kind of head without a linear map (`star`, `none`) is given, or
+    there are 100,000 rows."""
     batch_size: PositiveInt = 16_384
-    """Images per update; every other image's captions are negatives."""
+    """Images per update; every other image's captions are negatives. Lowered to the number of rows
+    where there are fewer."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
     """Images that the heads hold at once, for batches whose activations do not fit: they run twice
     over the batch in such parts, and the gradients are those of the whole. `auto`: all, and half as
@@ -122,8 +135,8 @@ class AlignConfig(BaseModel):
     repeats a training exactly on every GPU)."""
     epochs: PositiveFloat = 30
     """Passes over the training rows; ignored when `steps` is given."""
-    steps: PositiveInt | None = None
-    """Optimiser updates of the whole run."""
+    steps: NonNegativeInt | None = None
+    """Optimiser updates of the whole run; 0 for the head that it starts from."""
     holdout: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of rows kept from training by a hash of their key, to choose the best step."""
     holdout_rows: PositiveInt = 5000
@@ -131,8 +144,7 @@ class AlignConfig(BaseModel):
     eval_every: PositiveInt | None = None
     """Steps between scores on the held-out rows; once an epoch if not given."""
     patience: PositiveInt | None = None
-    """Stop when the held-out mean recall has no new best this many times in a row; off if not
-    given."""
+    """Stop when the held-out rank has no new best this many times in a row; off if not given."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; one a minute (and at the end) if not given."""
     memory_mb: PositiveInt = 2048
@@ -161,10 +173,11 @@ class AlignConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
-    def _rows_fill_a_batch(self) -> "AlignConfig":
-        if self.rows is not None and self.rows < self.batch_size:
+    def _start_has_a_map(self) -> "AlignConfig":
+        if self.start == "cca" and self.head.kind in ("star", "none"):
             raise ValueError(
-                f"rows = {self.rows} do not fill a batch of batch_size = {self.batch_size}"
+                f'start = "cca" needs a linear map, which head.kind = "{self.head.kind}" has not. '
+                f'Choose another kind, or start = "random"'
             )
         return self
 

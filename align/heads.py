@@ -108,6 +108,28 @@ class GLULayer(nn.Module):
         return kept + passed
 
 
+class Shortcut(nn.Module):
+    """A linear map beside the layers of a head: Wx̂ + b + g ⊙ y, with the gates g = 0 at the start.
+
+    x̂ is the feature after a LayerNorm without weights, y what the layers make of it. A head that
+    begins with the closed form in W and b gives its embeddings at step 0.
+
+    Reference:
+        Gates from zero: Bachlechner et al. 2020, ReZero, arXiv:2003.04887.
+    """
+
+    def __init__(self, feature_dim: int, dim: int) -> None:
+        super().__init__()
+        self.features = feature_dim
+        self.linear = nn.Linear(feature_dim, dim)
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+        """Join the map of features (rows, feature_dim) with what the layers made of them."""
+        linear: Tensor = self.linear(F.layer_norm(features, (self.features,)))
+        return linear + self.gate * embedding
+
+
 class GLUHead(nn.Module):
     """A stack of gated layers with LayerNorm and residual in each.
 
@@ -127,6 +149,7 @@ class GLUHead(nn.Module):
         depth: int,
         width: int | None = None,
         dropout: float = 0.0,
+        shortcut: bool = False,
         **_: object,
     ) -> None:
         super().__init__()
@@ -135,12 +158,14 @@ class GLUHead(nn.Module):
             GLULayer(size, out, first=number == 0, dropout=dropout)
             for number, (size, out) in enumerate(pairwise(sizes))
         )
+        self.shortcut = Shortcut(feature_dim, dim) if shortcut else None
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
+        embedding = features
         for layer in self.layers:
-            features = layer(features)
-        return features
+            embedding = layer(embedding)
+        return self.shortcut(features, embedding) if self.shortcut else embedding
 
 
 class StarHead(nn.Module):
@@ -179,19 +204,26 @@ class MLPHead(nn.Module):
     """
 
     def __init__(
-        self, feature_dim: int, *, dim: int, expansion: int | None = None, **_: object
+        self,
+        feature_dim: int,
+        *,
+        dim: int,
+        expansion: int | None = None,
+        shortcut: bool = False,
+        **_: object,
     ) -> None:
         super().__init__()
         hidden = (expansion or MLP_EXPANSION) * feature_dim
         self.norm = FrozenInputNorm(feature_dim)
         self.up = nn.Linear(feature_dim, hidden)
         self.down = nn.Linear(hidden, dim)
+        self.shortcut = Shortcut(feature_dim, dim) if shortcut else None
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (rows, feature_dim) to embeddings (rows, dim), which are not normalised."""
         hidden = F.gelu(self.norm(self.norm.normalise(features), self.up))
         embedding: Tensor = self.down(hidden)
-        return embedding
+        return self.shortcut(features, embedding) if self.shortcut else embedding
 
 
 class LinearHead(nn.Module):
@@ -258,6 +290,14 @@ def build_head(feature_dim: int, *, kind: str, **settings: Any) -> nn.Module:
     if kind not in HEADS:
         raise ValueError(f"There is no head of kind {kind!r}. One of {list(HEADS)} was expected.")
     return HEADS[kind](feature_dim, **settings)
+
+
+def linear_map(head: nn.Module) -> nn.Linear | None:
+    """Return the linear map from a normalised feature that a head begins with, if it has one."""
+    if isinstance(head, LinearHead):
+        return head.linear
+    shortcut = getattr(head, "shortcut", None)
+    return shortcut.linear if isinstance(shortcut, Shortcut) else None
 
 
 class AlignmentModel(nn.Module):

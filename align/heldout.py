@@ -1,15 +1,16 @@
-"""Retrieval ranks, and the recall on held-out rows by which the best checkpoint is chosen.
+"""Retrieval ranks, and what they say on held-out rows, by which the best checkpoint is chosen.
 
 The evaluation ranks with the same function.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64, Shaped
+from jaxtyping import Bool, Float, Float16, Float64, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,6 +50,17 @@ class Relevance:
         for words in self._words_of_images[images].unbind(dim=1):
             matrix |= words[:, None] == self.words[texts]
         return matrix
+
+    def first(self, images: int) -> "Relevance":
+        """Return that of the first images alone."""
+        used = self.owner < images
+        words = None if self.words is None else self.words[used]
+        return Relevance(images, self.owner[used], words)
+
+    def to(self, device: torch.device | str) -> "Relevance":
+        """Return it on another device."""
+        words = None if self.words is None else self.words.to(device)
+        return Relevance(self.images, self.owner.to(device), words)
 
     @cached_property
     def _words_of_images(self) -> Int64[Tensor, "images most_captions"]:
@@ -200,45 +212,75 @@ class HeldOut:
         images = [part.columns.image.rows_at(part.rows) for part in parts]
         texts = [_filled(part.texts(), fields) for part in parts]
         weights = [_filled(part.text_ok, fields).astype(np.float32) for part in parts]
-        self._image = torch.from_numpy(np.concatenate(images)).to(device)
-        self._text = torch.from_numpy(np.concatenate(texts)).flatten(0, 1).to(device)
-        ids = None
-        if identical:
-            every = [_filled(_caption_ids(part.columns, part.rows), fields) for part in parts]
-            ids = torch.from_numpy(np.concatenate(every)).to(device)
+        self.image = torch.from_numpy(np.concatenate(images)).to(device)
+        self.text = torch.from_numpy(np.concatenate(texts)).flatten(0, 1).to(device)
+        every = [_filled(_caption_ids(part.columns, part.rows), fields) for part in parts]
+        ids = torch.from_numpy(np.concatenate(every)).to(device)
         used = torch.from_numpy(np.concatenate(weights)).flatten().to(device) > 0
-        self._text = self._text[used]
-        owner = torch.arange(len(self._image), device=device).repeat_interleave(fields)[used]
-        words = None if ids is None else ids.flatten()[used]
-        self._relevance = Relevance(len(self._image), owner, words)
+        self.text = self.text[used]
+        owner = torch.arange(len(self.image), device=device).repeat_interleave(fields)[used]
+        self.alike = Relevance(len(self.image), owner, ids.flatten()[used])
+        """What is right if captions with the same words are."""
+        self.relevance = self.alike if identical else Relevance(len(self.image), owner)
 
     def __len__(self) -> int:
-        return len(self._image)
+        return len(self.image)
+
+    def first(self, rows: int) -> "HeldOut":
+        """Return some of the rows: the first ones."""
+        if rows >= len(self):
+            return self
+        part = copy(self)
+        part.image, part.text = self.image[:rows], self.text[self.relevance.owner < rows]
+        part.relevance, part.alike = self.relevance.first(rows), self.alike.first(rows)
+        return part
 
     @torch.no_grad()
+    def ranks(self, model: AlignmentModel) -> Ranks:
+        """Embed the rows and rank them."""
+        was_training = model.training
+        model.eval()
+        image = self._embed(model.embed_image, self.image)
+        text = self._embed(model.embed_text, self.text)
+        model.train(was_training)
+        with torch.autocast(self.device.type, enabled=False):
+            return retrieval_ranks(image, text, self.relevance)
+
+    def log_ranks(self, found: Ranks) -> Float64[Tensor, "images"]:
+        """Return ln(1 + rank) of each row, by which heads are compared; 0 is the best there is.
+
+        It is the mean of that of the image and of the mean over its captions. Unlike a recall it
+        is never saturated before all ranks are 0, and every row has one, so that two heads are
+        compared row by row.
+        """
+        of_image, of_text = (each.double().log1p() for each in (found.by_image, found.by_text))
+        owner = self.relevance.owner.to(of_text.device)
+        sums = torch.zeros_like(of_image).index_add_(0, owner, of_text)
+        return (of_image + sums / torch.bincount(owner, minlength=len(self))).cpu() / 2
+
     def score(self, model: AlignmentModel) -> dict[str, float]:
+        """Return what `scores` does, of the embeddings of a model."""
+        return self.scores(self.ranks(model))
+
+    def scores(self, found: Ranks) -> dict[str, float]:
         """Return recall@k as fractions, each way and the mean of both ways; and `mean_recall`.
 
-        That is the mean of recall@1, @5 and @10 (the "rsum" of the literature, over six), by which
-        the best checkpoint is chosen: one k alone may be saturated long before the others.
+        That is the mean of recall@1, @5 and @10 (the "rsum" of the literature, over six). Beside it
+        `log_rank`, the mean of `log_ranks`, and its standard error `log_rank_se`.
 
         An image is right if one of its captions is among the k nearest of all captions; a caption
         is right if its image is among the k nearest of all images. A wrong one that is equally
         near (to within 1e-6 of cosine) counts as nearer.
         """
-        was_training = model.training
-        model.eval()
-        image = self._embed(model.embed_image, self._image)
-        text = self._embed(model.embed_text, self._text)
-        model.train(was_training)
-        with torch.autocast(self.device.type, enabled=False):
-            found = retrieval_ranks(image, text, self._relevance)
         scores = {}
         for k in RECALL_AT:
             both = [(ranks < k).double().mean().item() for ranks in (found.by_image, found.by_text)]
             scores[f"recall@{k}"] = sum(both) / 2
             scores[f"recall@{k}/image_to_text"], scores[f"recall@{k}/text_to_image"] = both
         scores["mean_recall"] = sum(scores[f"recall@{k}"] for k in RECALL_AT) / len(RECALL_AT)
+        logs = self.log_ranks(found)
+        scores["log_rank"] = logs.mean().item()
+        scores["log_rank_se"] = standard_error(logs)
         return scores
 
     def _embed(
@@ -246,6 +288,11 @@ class HeldOut:
     ) -> Tensor:
         blocks = [embed(block) for block in torch.split(features, BLOCK_ROWS)]
         return F.normalize(torch.cat(blocks).float(), dim=-1)
+
+
+def standard_error(values: Float64[Tensor, "items"]) -> float:
+    """Return the standard error of a mean; of one value alone there is none: 0."""
+    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _caption_ids(

@@ -33,11 +33,11 @@ from align.checkpoint import (
     build_described,
     load_weights,
 )
-from align.columns import Columns, describe, open_columns, select_rows
+from align.columns import describe, open_columns
 from align.config import AlignConfig
 from align.heads import AlignmentModel
-from align.heldout import HeldOut, HeldOutRows
-from align.loader import Batch, Loader, LoaderOptions, Source
+from align.heldout import HeldOut, standard_error
+from align.loader import Batch, Loader
 from align.loss import ALONE
 from align.optimizer import (
     Gradients,
@@ -46,7 +46,7 @@ from align.optimizer import (
     set_learning_rate,
 )
 from align.processes import Ring
-from align.windows import MIB, shares
+from align.training_rows import TrainingRows
 from features.device.cuda import is_gpu
 from features.device.memory import one_memory_error
 from features.errors import TrainingError
@@ -56,72 +56,16 @@ from features.storage.synchronise import make_folder, synchronise
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
-CHOSEN_BY = "mean_recall"
+SHOWN = "mean_recall"
+CHOSEN_BY = "lowest"  # in the state: log-ranks of the rows at the step where their mean was lowest
+FEWEST_ROWS = 50
+"""Fewer held-out rows than this do not choose a step: the last one is the result."""
 WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SAVING_SHARE = 20.0  # at most one part in so many of the time goes into checkpoints
 
 OnStep = Callable[[int, int, str], None]
 """Is given the number of a step that was made, the steps in all, and a note on how it goes."""
-
-
-def training_data(
-    columns: Sequence[Columns],
-    weights: Sequence[float],
-    config: AlignConfig,
-    *,
-    seed: int,
-    device: torch.device,
-) -> tuple[Loader, HeldOut | None]:
-    """Decide on every row of the stores, and make the loader and the held-out rows.
-
-    Args:
-        columns: Of each store.
-        weights: How many rows of a batch come from each, in proportion.
-        config: Settings.
-        seed: Of the order.
-        device: Where the features go.
-
-    Returns:
-        The loader of this process, and the held-out rows where it is the first of several.
-
-    Raises:
-        TrainingError: The rows or the memory do not do for these settings.
-    """
-    ring = Ring.of_processes()
-    scored = shares(weights, config.holdout_rows)
-    limits = [None] * len(scored) if config.rows is None else shares(weights, config.rows)
-    selections = [
-        select_rows(each, holdout=config.holdout, holdout_rows=of_scored, rows=rows)
-        for each, of_scored, rows in zip(columns, scored, limits, strict=True)
-    ]
-    identical = config.loss.positives == "identical"
-    loader = Loader(
-        [
-            Source(each, selection.train, selection.text_ok, weight)
-            for each, selection, weight in zip(columns, selections, weights, strict=True)
-        ],
-        LoaderOptions(
-            batch_size=config.batch_size,
-            memory_bytes=config.memory_mb * MIB,
-            host_memory_bytes=config.host_memory_mb * MIB,
-            seed=seed,
-            captions_per_image=config.captions_per_image,
-            with_caption_ids=identical,
-            verify=config.verify,
-            cache=config.cache,
-            cache_bytes=config.cache_mb * MIB,
-            device=device,
-            rank=ring.rank,
-            ranks=ring.size,
-        ),
-    )
-    parts = [
-        HeldOutRows(each, selection.heldout, selection.text_ok[selection.heldout])
-        for each, selection in zip(columns, selections, strict=True)
-        if ring.leads and len(selection.heldout)
-    ]
-    return loader, HeldOut(parts, identical=identical, device=device) if parts else None
 
 
 class MetricsLog:
@@ -271,12 +215,15 @@ class Training:
     """The best weights, while they are not on disk."""
     is_whole: bool = True
     """Whether no update is half made."""
+    lowest: Tensor | None = None
+    """`HeldOut.log_ranks` at the step at which their mean was lowest."""
     scores_since_best: int = 0
-    """How many times in a row the held-out rows were scored without a new best."""
+    """How many times in a row the held-out rows were scored without a lower mean."""
 
     def __post_init__(self) -> None:
         per_epoch = self.loader.steps_per_epoch
-        self.total_steps = self.config.steps or max(1, round(self.config.epochs * per_epoch))
+        steps = self.config.steps
+        self.total_steps = max(1, round(self.config.epochs * per_epoch)) if steps is None else steps
         self.gradients = Gradients(
             self.model,
             self.config,
@@ -375,21 +322,42 @@ class Training:
     def evaluate(self) -> None:
         """Score the held-out rows, and keep a copy of the weights if they are the best so far.
 
+        The best are the last ones that are not worse than those of the lowest mean log-rank by more
+        than one standard error of the difference, row by row. Where fewer than `FEWEST_ROWS` are
+        held out, no step is chosen: the last one is.
+
         Raises:
             TrainingError: The loss is not finite; see `check_loss`.
         """
         self.check_loss()
-        with self.gradients.autocast():
-            scores = {} if self.heldout is None else self.heldout.score(self.result)
+        scores: dict[str, float] = {}
+        if self.heldout is not None:
+            with self.gradients.autocast():
+                found = self.heldout.ranks(self.result)
+            scores = self.heldout.scores(found)
+            scores |= self._compare(self.heldout.log_ranks(found))
         self.scores = self.ring.from_first(scores)
         if not self.scores:
             return
-        score = self.scores[CHOSEN_BY]
-        self.scores_since_best += 1
-        if self.best_score is None or score > self.best_score:
-            self.best_step, self.best_score = self.step, score
-            self.scores_since_best = 0
+        self.scores_since_best = 0 if self.scores.pop("is_lowest") else self.scores_since_best + 1
+        if self.scores.pop("is_best"):
+            self.best_step, self.best_score = self.step, self.scores[SHOWN]
             self.best = self.snapshot() if self.ring.leads else None
+
+    def _compare(self, log_ranks: Tensor) -> dict[str, float]:
+        """Say whether held-out rows have their lowest mean log-rank, and whether to keep the step.
+
+        Reference:
+            The rule of one standard error: Breiman et al. 1984, Classification and Regression
+            Trees, section 3.4.3.
+        """
+        is_enough = len(log_ranks) >= FEWEST_ROWS
+        if self.lowest is None or log_ranks.mean() < self.lowest.mean():
+            self.lowest = log_ranks
+            return {"is_lowest": 1.0, "is_best": float(is_enough)}
+        worse = log_ranks - self.lowest
+        is_as_good = worse.mean().item() <= standard_error(worse)
+        return {"is_lowest": 0.0, "is_best": float(is_enough and is_as_good)}
 
     def save(self, log: MetricsLog | None) -> None:
         """Write a checkpoint that this training can go on from; all processes wait for it.
@@ -433,7 +401,8 @@ class Training:
         """Gather on the host what else the next update depends on, by name.
 
         That is the optimizer's state as `<number of the weight>/<name>` and, where the result is an
-        average of the weights, the weights themselves as `weights/<name>`.
+        average of the weights, the weights themselves as `weights/<name>`; and the log-ranks that
+        later steps are compared with.
         """
         tensors = {
             f"{number}/{name}": tensor
@@ -443,6 +412,8 @@ class Training:
         if self._average is not None:
             weights = self.model.state_dict().items()
             tensors |= {f"{WEIGHTS}/{name}": tensor for name, tensor in weights}
+        if self.lowest is not None:
+            tensors[CHOSEN_BY] = self.lowest
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -457,6 +428,7 @@ class Training:
         load_weights(self.result, checkpoint)
         tensors = checkpoint.tensors(STATE)
         with reading(checkpoint.path / STATE, EXPECTED):
+            self.lowest = tensors.pop(CHOSEN_BY, None)
             state: dict[str, dict[str, Tensor]] = {}
             for key, tensor in tensors.items():
                 number, name = key.split("/")
@@ -539,7 +511,7 @@ def _log_update(
     meter.restart()
     note = f"loss {numbers['loss']:.4g}"
     if training.best_score is not None:
-        note += f", held-out {CHOSEN_BY.replace('_', ' ')} {training.best_score:.3f}"
+        note += f", held-out {SHOWN.replace('_', ' ')} {training.best_score:.3f}"
     return note
 
 
@@ -553,6 +525,7 @@ def train(  # noqa: PLR0913 - the one entry of the stage
     run_dir: Path,
     device: torch.device,
     seed: int,
+    moments: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: OnStep = lambda _step, _total, _note: None,
 ) -> Path | None:
@@ -567,13 +540,14 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         run_dir: Where checkpoints and metrics go, and come from.
         device: Where to train.
         seed: Of the first weights, the order and the dropout.
+        moments: Folder for the moments of the features; `run_dir`/moments if not given.
         should_stop: Called after every step.
         on_step: Called after every step.
 
     Returns:
-        The best checkpoint: that of the highest held-out mean recall (the earliest of several), or
-        the last one where no row is held out. None if it was asked to stop: the last checkpoint is
-        on disk, and the next call goes on from there.
+        The best checkpoint (see `Training.evaluate`), or the last one where too few rows are held
+        out to say which is. None if it was asked to stop: the last checkpoint is on disk, and the
+        next call goes on from there.
 
     Raises:
         StoreError: A column is missing or damaged.
@@ -583,20 +557,21 @@ def train(  # noqa: PLR0913 - the one entry of the stage
             one cannot be written.
     """
     ring = Ring.of_processes()
-    columns = open_columns(stores, config, image, text)
+    rows = TrainingRows.select(open_columns(stores, config, image, text), weights, config)
+    config = rows.settled(config, ring)
     folder = CheckpointFolder(run_dir)
-    described = describe(columns, weights, config, seed)
+    described = describe(rows.columns, weights, config, seed)
     checkpoint = _resume(folder, described, ring)
     if checkpoint is not None and checkpoint.metadata["finished"]:
         return folder.best
     with _random_numbers(device, seed):
-        loader, heldout = training_data(columns, weights, config, seed=seed, device=device)
         model = build_described(described, config.head).to(device)
+        heldout = rows.heldout(config, device) if ring.leads else None
         training = Training(
             config=config,
             seed=seed,
             device=device,
-            loader=loader,
+            loader=rows.loader(config, seed=seed, device=device, ring=ring),
             heldout=heldout,
             model=model,
             optimizer=build_optimizer(model, config.optimizer),
@@ -606,12 +581,26 @@ def train(  # noqa: PLR0913 - the one entry of the stage
         )
         if checkpoint is not None:
             training.restore(checkpoint)
+        elif config.start == "cca":
+            kept = moments or run_dir / "moments"
+            rows.start(model, config, heldout, kept=kept, device=device, ring=ring)
         ring.copy_from_first(model.parameters())
         log = MetricsLog(run_dir, step=training.step) if ring.leads else None
         closed = closing(log) if log is not None else nullcontext()
         with closed, _keeping_steps(training, log):
+            if checkpoint is None and (config.start == "cca" or not training.total_steps):
+                _score_start(training, log)
             _run_steps(training, log, should_stop, on_step)
     return folder.best if training.is_finished else None
+
+
+def _score_start(training: Training, log: MetricsLog | None) -> None:
+    """Score the first weights, with which later steps are compared; save them if they are all."""
+    training.evaluate()
+    if log is not None:
+        log.write(training, {f"heldout/{k}": v for k, v in training.scores.items()})
+    if training.is_finished:
+        training.save(log)
 
 
 def _resume(folder: CheckpointFolder, described: dict[str, Any], ring: Ring) -> Checkpoint | None:

@@ -7,7 +7,8 @@ import torch
 
 from align.columns import open_columns
 from align.config import AlignConfig, HeadConfig
-from align.trainer import OnStep, train, training_data
+from align.trainer import OnStep, train
+from align.training_rows import TrainingRows
 from features.store import FeatureStore
 from tests.feature_stores import IMAGE, TEXT
 
@@ -50,7 +51,7 @@ def weights(run_dir: Path, name: str) -> bytes:
 def spoil(store: FeatureStore, config: AlignConfig, step: int) -> None:
     """Make an image that no step sees before this one (from 0) no number, late in its batch."""
     columns = open_columns([store], config, IMAGE, TEXT)
-    loader, _ = training_data(columns, [1.0], config, seed=0, device=CPU)
+    loader = TrainingRows.select(columns, [1.0], config).loader(config, seed=0, device=CPU)
     size = config.batch_size
     before = {key for each in range(step) for key in loader.keys(each, size)}
     late = [key for key in loader.keys(step, size)[size // 2 :] if key not in before]

@@ -4,6 +4,7 @@ Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -52,21 +53,30 @@ def extract(run: Stage, append: bool, scheduler: str | None, workers: int | None
 
 
 @click.command()
+@click.option(
+    "--closed-form",
+    is_flag=True,
+    help="No training: one pass over the features, and the linear head that follows from it.",
+)
 @stage
-def align(run: Stage) -> None:
+def align(run: Stage, closed_form: bool) -> None:
     """Train the head on the feature stores (stage two).
 
     Resumes by itself from its last checkpoint. Prints the path of the best checkpoint. Several
-    processes, on as many GPUs, train one head under torchrun.
+    processes, on as many GPUs, train one head under torchrun. docs/heads.md has what is trained
+    where the run file does not say.
 
     \b
     Examples:
       sail align demo
+      sail align my.toml --closed-form --set run.dir=runs/closed --set run.features=runs/my
       sail align my.toml --set align.head.kind=linear --set run.seed=1
       torchrun --nproc-per-node 4 -m pipeline.cli align my.toml
     """
-    from pipeline.run.align import align_run
+    from pipeline.run.align import CLOSED_FORM, align_run
 
+    if closed_form:
+        run = replace(run, overrides=(*run.overrides, *CLOSED_FORM))
     if (best := run.run(align_run)) is not None:
         _print_paths(run, [best])
 

@@ -86,7 +86,13 @@ def _check_expressible(parts: Parts) -> None:
         raise EncoderError(
             f"The head is of kind {head.kind}, for which sentence-transformers has no module. One "
             f"of {', '.join(DENSE)} was expected. Train one with `sail align RECIPE --set "
-            f"align.head.kind=mlp`, or use --to hf or --to onnx."
+            f"align.head.kind=linear`, or use --to hf or --to onnx."
+        )
+    if head.shortcut:
+        raise EncoderError(
+            f"The head is of kind {head.kind} with a linear map beside it, for which "
+            f"sentence-transformers has no module. A linear head was expected, or an mlp that was "
+            f"trained with `--set align.start=random`. Use --to hf or --to onnx for this one."
         )
     if parts.text.model_settings.get("model_type") == "nvembed" or pooling not in POOLINGS:
         raise EncoderError(

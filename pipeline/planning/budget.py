@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from align.start.defaults import settled
 from features.device.cuda import is_gpu
 from features.errors import SailError, SourceError
 from features.index import Index
@@ -258,13 +259,15 @@ def _stage_two(
         return None
     every = sum(splits[name].count for name in config.trained_splits)
     rows = round(every * (1 - align.holdout))
-    rows = min(rows, align.rows or rows)
-    samples = align.batch_size * align.steps if align.steps else rows * align.epochs
+    rows = max(1, min(rows, align.rows or rows))
+    align = settled(align, rows=rows, fits=rows, dims=(image_dim, text_dim))
+    given = align.steps is not None
+    samples = align.batch_size * (align.steps or 0) if given else rows * align.epochs
     flops = training_flops(
         head_flops(image_dim, align.head),
         head_flops(text_dim, align.head),
         fields=min(align.captions_per_image or len(fields), len(fields)),
-        batch=min(align.batch_size, rows),
+        batch=align.batch_size,
         dim=align.head.dim,
     )
     return {

@@ -11,12 +11,11 @@ from typing import Any
 
 from features.errors import ConfigError
 from features.storage.files import appearing
-from pipeline.planning.discovery import FEW_ROWS, Discovery, FoundSplit, kept_for_test
+from pipeline.planning.discovery import Discovery, FoundSplit, kept_for_test
 from pipeline.planning.encoder_choice import EncoderChoice
 from pipeline.run.config import load_config
 
 FEW_HELD_OUT = 50
-LARGEST_BATCH = 1024
 HELD_OUT = 0.1
 COMMENTS = {
     "image": "the column or member that names or holds the picture",
@@ -159,24 +158,15 @@ def _encoder(kind: str, choice: EncoderChoice, folder: Path) -> Iterator[str]:
 
 
 def _align(found: Discovery, tested: float) -> Iterator[str]:
-    """Yield settings of the training that the rows allow."""
+    """Yield settings of the training; its head and schedule follow from the rows by themselves."""
     train = found.splits.get("train") or next(iter(found.splits.values()))
     rows = round(train.rows * (1 - tested))
-    kept = round(rows * (1 - HELD_OUT))
-    at_least = max(2, round(kept - 2 * (kept * (tested + HELD_OUT)) ** 0.5))  # a hash is no count
-    batch = min(LARGEST_BATCH, 1 << (at_least.bit_length() - 1))
-    yield "[align]"
+    yield "[align]  # head, batch, steps and rate follow from the number of pictures: docs/heads.md"
     if "train" not in found.splits:
         yield f"split = {_toml(next(iter(found.splits)))}"
-    yield f"batch_size = {batch}  # of about {kept:,} pictures; the more, the better"
-    if kept < 20 * LARGEST_BATCH:
-        yield f"steps = {300 if kept >= FEW_ROWS else 100}"
-    else:
-        yield "epochs = 30"
     yield f"holdout = {HELD_OUT}  # kept from training, to choose the best step by"
     if train.settings.get("captions") in ("name", ["name"]):
         yield 'loss = { positives = "identical" }  # equal words are no mistake'
-    yield 'head = { kind = "linear", dim = 384 }  # of many pictures "glu" may learn more'
     yield ""
     if rows * HELD_OUT < FEW_HELD_OUT:
         yield "[eval]"

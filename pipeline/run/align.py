@@ -34,6 +34,8 @@ WITH_LESS = (
     "Lower align.memory_mb, which is for features on the GPU, or align.batch_size. The last "
     "checkpoint is kept."
 )
+CLOSED_FORM = ("align.start='cca'", "align.head.kind='linear'", "align.steps=0")
+"""Settings of `sail align --closed-form`."""
 
 
 @contextmanager
@@ -121,6 +123,7 @@ def _train(
             run_dir=folder.align,
             device=device,
             seed=config.run.seed,
+            moments=folder.moments,
             should_stop=should_stop,
             on_step=on_step,
         )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_valid
 from pydantic_core import ErrorDetails
 
 from align.config import AlignConfig
+from align.start.defaults import left_open
 from evaluate.measures import MEASURES, EvalConfig
 from features.config import (
     SETTINGS,
@@ -231,8 +232,12 @@ def _checked(document: dict[str, Any], what: str, folder: Path | None = None) ->
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the resolved run file as TOML, every default written out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    """Return the resolved run file as TOML, every default written out.
+
+    Those that follow from the number of rows are left out where they are not given.
+    """
+    exclude = {"align": left_open(config.align)}
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
 
 
 KEPT = "# What this stage ran with; change the run file instead. crc32c of what follows: "
@@ -243,7 +248,7 @@ def dump_kept(config: RunConfig) -> str:
 
     It is without `run.dir`, so that the run folder may move.
     """
-    exclude = {"run": {"dir"}}
+    exclude = {"run": {"dir"}, "align": left_open(config.align)}
     text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
     return f"{KEPT}{google_crc32c.value(text.encode()):08x}\n{text}"
 

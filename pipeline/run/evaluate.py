@@ -444,8 +444,9 @@ def _numbers(result: Result) -> tuple[str, str, str, str]:
 
 def _say_other_head(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Say in the log where a trained head is not the one that the settings describe."""
-    settings = config.align.head.model_dump(mode="json")
-    for name, found, expected in differences(checkpoint.run["align"]["head"], settings):
+    settings = config.align.head.model_dump(mode="json", exclude_unset=True)
+    trained = {name: checkpoint.run["align"]["head"].get(name) for name in settings}
+    for name, found, expected in differences(trained, settings):
         logger.warning(
             "align.head.%s is %r, but %s was trained with %r, and is measured as it was trained",
             name,

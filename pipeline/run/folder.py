@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "align"
 
     @property
+    def moments(self) -> Path:
+        """Moments of the features of each trained store."""
+        return self.path / "moments"
+
+    @property
     def eval(self) -> Path:
         """Results and report."""
         return self.path / "eval"

@@ -40,27 +40,24 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-SMALLER = ("--set", "align.batch_size=16", "--set", "align.steps=3")
-
-
 def test_own_pictures_are_searched_after_two_commands_and_measured_on_others(
     run_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (run_file.parent / "photos" / "more" / "3.jpg").write_bytes(b"eaten by the disk")
     gone = run_file.parent / "photos" / "more" / "4.jpg"
     gone.unlink()
-    sail("extract", "mine.toml", *SMALLER)
+    sail("extract", "mine.toml")
     assert f"(captions/more/4): missing image, {gone}\n" in caplog.text
-    sail("align", "mine.toml", *SMALLER)
+    sail("align", "mine.toml")
     found = json.loads(sail("search", "runs/mine", "a red circle", "--top", 99, "--json").stdout)
     keys = {hit["key"] for hit in found}
     assert len(keys) == PICTURES - 2
     assert "captions/Großeltern/Sommer 2019" in keys
-    error = the_error_of(sail("eval", "mine.toml", *SMALLER, expect=1))
+    error = the_error_of(sail("eval", "mine.toml", expect=1))
     assert "[data] has no split. A split with captions" in error
     run_file.write_text(f"{TEST_SPLIT}\n{run_file.read_text('utf-8')}", encoding="utf-8")
-    sail("extract", "mine.toml", *SMALLER)
-    results = json.loads(sail("eval", "mine.toml", *SMALLER, "--json").stdout)["results"]
+    sail("extract", "mine.toml")
+    results = json.loads(sail("eval", "mine.toml", "--json").stdout)["results"]
     assert {each["dataset"] for each in results if "retrieval" in each["task"]} == {"test"}
 
 
@@ -70,7 +67,7 @@ def test_a_table_whose_captions_have_another_name_is_told_of(
     table = run_file.parent / "photos" / "captions.csv"
     table.write_text(table.read_text("utf-8").replace("image,caption", "image,words"), "utf-8")
     run_file.write_text(re.sub(r"^captions = .*", "", run_file.read_text("utf-8"), flags=re.M))
-    sail("extract", "mine.toml", *SMALLER)
+    sail("extract", "mine.toml")
     assert "index train: no captions; name those of the source in its `captions`" in caplog.text
-    error = the_error_of(sail("align", "mine.toml", *SMALLER, expect=1))
+    error = the_error_of(sail("align", "mine.toml", expect=1))
     assert "has no captions. At least one caption field was expected. Name" in error

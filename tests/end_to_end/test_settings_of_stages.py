@@ -7,17 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from align.checkpoint import MODEL, STATE, Checkpoint, CheckpointFolder, Snapshot
+from pipeline.interrupt import StopRequest
 from pipeline.python import load_aligned, open_run
+from pipeline.run.align import align_run
 from pipeline.run.config import load_config
 from tests import tiny
 from tests.commands import sail, the_error_of
 from tests.trained import trained
 
+CHANGED = ["align.epochs=6", "align.eval_every=1"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose best head is not its last one."""
-    run = trained(tmp_path_factory.mktemp("world"), "align.epochs=6", "align.eval_every=1")
+    """A run whose best head is not its last one, as with more rows held out."""
+    run = trained(tmp_path_factory.mktemp("world"), *CHANGED)
+    checkpoints = CheckpointFolder(run / "align")
+    last = Checkpoint.open(checkpoints.last)
+    written = {"format", "format_version", "sha256"}
+    about = {name: each for name, each in last.metadata.items() if name not in written}
+    about["best_step"] = 1
+    weights = last.tensors(MODEL)
+    others = {name: 1.5 * each for name, each in weights.items()}
+    best = Snapshot(1, others, about | {"step": 1})
+    checkpoints.save(Snapshot(last.step, weights, about), last.tensors(STATE), best)
+    align_run(load_config(str(run.parent / "tiny.toml"), CHANGED), StopRequest())
     assert (run / "align" / "best").resolve() != (run / "align" / "last").resolve()
     return run
 
@@ -25,8 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(run: Path) -> list[object]:
     """The run file as the run was made by it."""
-    changed = ["align.epochs=6", "align.eval_every=1"]
-    return [run.parent / "tiny.toml", *(f"--set={each}" for each in changed)]
+    return [run.parent / "tiny.toml", *(f"--set={each}" for each in CHANGED)]
 
 
 def config_of(run: Path) -> bytes:

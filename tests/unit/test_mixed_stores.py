@@ -14,7 +14,7 @@ from align.columns import Columns, JoinedStore, open_columns, select_rows
 from align.config import AlignConfig
 from align.heads import build_model
 from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
-from align.trainer import training_data
+from align.training_rows import TrainingRows
 from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
@@ -187,7 +187,8 @@ def test_held_out_rows_come_from_all_stores_in_proportion(tmp_path: Path) -> Non
         batch_size=24, holdout=0.3, holdout_rows=30, memory_mb=1, captions_per_image=1
     )
     columns = open_columns(stores, config, IMAGE, TEXT)
-    loader, heldout = training_data(columns, [1.0, 2.0], config, seed=0, device=CPU)
+    rows = TrainingRows.select(columns, [1.0, 2.0], config)
+    loader, heldout = rows.loader(config, seed=0, device=CPU), rows.heldout(config, CPU)
     assert heldout is not None
     assert len(heldout) == 30
     torch.manual_seed(0)

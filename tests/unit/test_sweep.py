@@ -111,7 +111,6 @@ def test_a_training_that_fails_is_noted_and_the_others_go_on(
     [
         ({"run.seed": ["1"]}, [], r"--over run.seed cannot be varied"),
         ({"align.head.kind": ["linear", "gluu"]}, [], r"align.head.kind.*got 'gluu'"),
-        ({"align.rows": ["8"]}, [], r"rows = 8 do not fill a batch"),
         ({"align.head.dim": ["4"]}, ["align.holdout=0"], r"holdout = 0 leaves no rows"),
         ({"align.holdout": ["0.2", "0"]}, [], r"holdout = 0 leaves no rows"),
         ({"align.rows": ["40", "100", "40"]}, [], r"align.rows has 40 more than once"),

@@ -75,18 +75,44 @@ def test_lion_learns(store: FeatureStore, tmp_path: Path, positives: str) -> Non
     assert load_head(best)[1].heldout["recall@10"] > 0.6
 
 
-def test_the_best_checkpoint_is_the_earliest_of_the_highest_recall(
-    store: FeatureStore, tmp_path: Path
+def scored(path: Path) -> dict[float, dict[str, float]]:
+    return {line["step"]: line for line in lines(path) if "heldout/log_rank" in line}
+
+
+def test_the_best_checkpoint_is_the_last_as_good_as_that_of_the_lowest_rank(
+    tmp_path: Path,
 ) -> None:
-    run(store, tmp_path / "a", settings(steps=30, eval_every=2))
-    scores = {line["step"]: line["heldout/mean_recall"] for line in lines(tmp_path / "a")
-              if "heldout/mean_recall" in line}  # fmt: skip
-    highest = max(scores.values())
-    expected = min(step for step, score in scores.items() if score == highest)
+    store = make_store(tmp_path / "s.zarr", rows=400)
+    config = settings(steps=30, eval_every=2, start="random")
+    run(store, tmp_path / "a", config)
+    ranks = {step: line["heldout/log_rank"] for step, line in scored(tmp_path / "a").items()}
+    lowest = min(ranks, key=lambda step: ranks[step])
     best = Checkpoint.open(tmp_path / "a" / "best")
-    assert best.step == expected
-    assert best.heldout["mean_recall"] == highest
+    assert best.step >= lowest
+    error = best.heldout["log_rank_se"]  # of one head; that of the difference is smaller
+    assert ranks[best.step] <= ranks[lowest] + error
+    assert best.heldout["log_rank"] == ranks[best.step]
     assert Checkpoint.open(tmp_path / "a" / "last").step == 30
+
+
+def test_steps_that_spoil_the_head_are_not_chosen_also_after_a_resume(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", rows=400)
+    fast = {"learning_rate": 1.0, "warmup_fraction": 0.0}
+    config = settings(steps=6, eval_every=1, start="cca", optimizer=fast)
+    run(store, tmp_path / "a", config, should_stop=lambda: True)
+    run(store, tmp_path / "a", config)
+    ranks = {step: line["heldout/log_rank"] for step, line in scored(tmp_path / "a").items()}
+    assert list(ranks) == list(range(7))
+    assert min(ranks, key=lambda step: ranks[step]) == 0
+    assert Checkpoint.open(tmp_path / "a" / "best").step == 0
+
+
+def test_a_batch_is_no_larger_than_the_data(
+    store: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(store, tmp_path / "a", settings(batch_size=500, steps=1))
+    assert "align.batch_size = 500 is more than the 154 rows to train on: lowered" in caplog.text
+    assert Checkpoint.open(tmp_path / "a" / "last").run["align"]["batch_size"] == 154
 
 
 def test_without_held_out_rows_the_best_checkpoint_is_the_last(
@@ -106,7 +132,7 @@ def test_metrics_are_one_json_object_per_step_with_units(
     expected = {"step", "epoch", "loss", "learning_rate", "scale", "bias"}
     assert set(training[0]) == expected | {"images_per_second", "wait_for_data_seconds"}
     heldout = [line for line in lines(tmp_path / "a") if "heldout/recall@10" in line]
-    assert [line["step"] for line in heldout] == [4, 8]
+    assert [line["step"] for line in heldout] == [0, 4, 8]  # the closed form first
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))
 
 
@@ -182,9 +208,9 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(
 def test_a_checkpoint_of_other_settings_is_refused_by_their_name(
     store: FeatureStore, tmp_path: Path, changes: dict[str, Any], name: str
 ) -> None:
-    run(store, tmp_path / "a", settings())
+    run(store, tmp_path / "a", settings(start="random"))
     with pytest.raises(CheckpointError, match=f"was trained with {name}"):
-        run(store, tmp_path / "a", settings(**changes))
+        run(store, tmp_path / "a", settings(start="random", **changes))
 
 
 def test_a_checkpoint_of_another_store_or_seed_is_refused(
@@ -216,7 +242,7 @@ def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    config = settings(checkpoint_every=2, eval_every=7)
+    config = settings(checkpoint_every=2, eval_every=7, start="random")
     spoil(store, config, 4)
     with pytest.raises(TrainingError, match=r"loss is not finite at step 5.*'shard/0.*ep-00000004"):
         run(store, tmp_path / "a", config)
@@ -231,15 +257,14 @@ def test_weights_that_are_not_finite_are_never_saved(store: FeatureStore, tmp_pa
     assert not (tmp_path / "a" / "last").exists()
 
 
-def test_patience_ends_a_training_whose_scores_rise_no_more(
-    store: FeatureStore, tmp_path: Path
-) -> None:
+def test_patience_ends_a_training_whose_scores_rise_no_more(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", rows=400)
     config = settings(
         steps=300, eval_every=2, patience=3, optimizer={"learning_rate": 1e-9}
     )  # so small that no score ever changes
     best = run(store, tmp_path / "a", config)
     assert best is not None
-    assert Checkpoint.open(best).step == 2
+    assert Checkpoint.open(best).step == 8  # the last of equals
     last = Checkpoint.open(tmp_path / "a" / "last")
     assert (last.step, last.metadata["finished"]) == (8, True)
     assert run(store, tmp_path / "a", config) == best
@@ -308,3 +333,17 @@ def test_the_random_numbers_of_the_caller_are_left_alone(
     before = torch.get_rng_state()
     run(store, tmp_path / "a", settings(head={"dim": 8, "depth": 2, "dropout": 0.2}))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_of_before_there_were_starts_goes_on_from_random_weights(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    config = settings(start="random")
+    run(store, tmp_path / "a", config, should_stop=lambda: True)
+    about = tmp_path / "a" / "last" / "config.json"
+    described = json.loads(about.read_text())
+    del described["run"]["align"]["start"], described["run"]["align"]["head"]["shortcut"]
+    described["sha256"] = {}
+    about.write_text(json.dumps(described))
+    assert run(store, tmp_path / "a", config) is not None
+    assert Checkpoint.open(tmp_path / "a" / "last").step == 8

@@ -1,0 +1,1 @@
+"""What a training starts from: settings that follow from the rows, and the head in closed form."""
