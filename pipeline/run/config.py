@@ -248,7 +248,7 @@ def dump_kept(config: RunConfig) -> str:
 
     It is without `run.dir`, so that the run folder may move.
     """
-    exclude = {"run": {"dir"}, "align": left_open(config.align)}
+    exclude: dict[str, set[str]] = {"run": {"dir"}, "align": set(left_open(config.align))}
     text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
     return f"{KEPT}{google_crc32c.value(text.encode()):08x}\n{text}"
 

@@ -13,8 +13,9 @@ from align.chunk_reader import RowsInMemory
 from align.columns import Columns, JoinedStore, open_columns, select_rows
 from align.config import AlignConfig
 from align.heads import build_model
-from align.loader import CPU, MIB, Batch, Loader, LoaderOptions, Source
+from align.loader import MIB, Batch, Loader, LoaderOptions, Source
 from align.training_rows import TrainingRows
+from features.device.cuda import CPU
 from features.errors import TrainingError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest

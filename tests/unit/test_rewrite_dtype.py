@@ -1,6 +1,7 @@
 """A store in 8 bits holds the same rows, can be read without this project, and is gone on with."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_chunk_whose_writing_was_killed_is_written_again(
     out = tmp_path / "out.zarr"
     original = Column.write
 
-    def killed(column: Column, chunk: int, *values: np.ndarray) -> None:
+    def killed(column: Column, chunk: int, *values: Any) -> None:
         original(column, chunk, *values)
         if chunk == 2:
             on_disk(column.status_file(chunk)).unlink()  # killed before the status was written
