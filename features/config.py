@@ -132,7 +132,7 @@ class ImageColumnConfig(BaseModel):
 
 
 class ImageEncoderConfig(ImageColumnConfig):
-    """A frozen image encoder: any vision model of transformers, or raw pixels as a baseline."""
+    """A frozen image encoder: of transformers, timm, open_clip, your own, or raw pixels."""
 
     model: ModelName
     """Which model."""
@@ -172,7 +172,7 @@ class TextColumnConfig(BaseModel):
 
 
 class TextEncoderConfig(TextColumnConfig):
-    """A frozen text encoder: any encoder or decoder embedder of transformers, or NV-Embed."""
+    """A frozen text encoder: of transformers (also NV-Embed), open_clip, model2vec or your own."""
 
     model: ModelName
     """Which model."""
