@@ -20,6 +20,7 @@ from pipeline.interrupt import StopRequest
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_FINISH = 5
+SECONDS_TO_WARM = 60
 SECONDS_FOR_HEADERS = 10
 MOST_AT_ONCE = 64  # connections; each may send an image, so that this bounds the memory
 TOKEN_CHARACTERS = 16
@@ -124,7 +125,8 @@ def serve(
         )
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()  # signals come to the main thread only: uvicorn leaves them alone here
-        threading.Thread(target=_warm, args=(session,), name="warm", daemon=True).start()
+        warm = threading.Thread(target=_warm, args=(session,), name="warm", daemon=True)
+        warm.start()
         try:
             _wait(lambda: server.started or not thread.is_alive())
             on_ready(address(access, port))
@@ -132,6 +134,7 @@ def serve(
         finally:
             server.should_exit = True
             thread.join()
+            warm.join(SECONDS_TO_WARM)  # the end of Python amid torch's work aborts the process
     stop.check()
 
 
