@@ -21,6 +21,7 @@ from jaxtyping import Float16, Int64, Num, UInt8
 from torch import Tensor
 
 from features.device.cuda import is_gpu, record, room_for
+from features.device.memory import one_memory_error
 from features.encoders.image import ImageColumn, ImageEncoder
 from features.encoders.packing import Tokens
 from features.encoders.text import TextEncoder
@@ -398,7 +399,8 @@ class Feeder:
     def _try(self, pixels: Tensor, columns: Sequence[ImageColumn]) -> "Encoding | None":
         """Begin to encode some images; None if the device has not the memory."""
         try:
-            return _to_host(self._encoder.encode(pixels, columns, batch_size=self.batch_size))
+            with one_memory_error():  # pinned memory too
+                return _to_host(self._encoder.encode(pixels, columns, batch_size=self.batch_size))
         except torch.OutOfMemoryError:
             return None
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from features.status import Status
 from features.store import FeatureStore
 from tests import tiny
-from tests.commands import sail
+from tests.commands import sail, the_error_of
 from tests.simulated_cuda import gpu, streams
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,26 @@ def test_a_stage_stays_on_the_second_gpu(run_file: Path, command: str, settings:
         assert [place for place in gpu.seen.pageable if place.startswith(of_batches)] == []
         column = FeatureStore.open(run_file.parent / "run/features/train.zarr").column("image/vit")
         assert np.flatnonzero(column.status() != Status.OK).tolist() == [49]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_no_memory_in_an_evaluation_is_one_line_and_the_next_one_ends_it(
+    run_file: Path, error: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resamples = 61 if error is torch.AcceleratorError else 62  # else nothing is measured again
+    changed = ("--set", "run.device=cuda:1", "--set", f"eval.bootstrap={resamples}")
+    results = run_file.parent / "run" / "eval" / "results.json"
+    before = results.read_bytes() if results.exists() else b""
+    gpu.seen.clear()
+    gpu.seen.fails_at = 60  # the weights of the head are fewer
+    monkeypatch.setattr(gpu.seen, "fails_with", error)
+    said = the_error_of(sail("eval", run_file, *changed, expect=1))
+    assert "Retrieval on test ran out of memory on cuda:1, which has" in said
+    assert "run.device = cpu" in said
+    assert (results.read_bytes() if results.exists() else b"") == before
+    gpu.seen.clear()
+    sail("eval", run_file, *changed)
+    assert results.read_bytes() != before
 
 
 def test_pictures_after_a_broken_one_keep_their_features(run_file: Path, tmp_path: Path) -> None:
