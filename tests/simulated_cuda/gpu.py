@@ -71,6 +71,8 @@ class Seen:
     """Bytes of each device."""
     fails_at: int = -1
     """Number of the allocation that finds no memory, from 1 after `clear`."""
+    fails_in: str = ""
+    """File or function whose allocations are counted; all if empty."""
     fails_with: type[RuntimeError] = torch.OutOfMemoryError
     """What it raises; `torch.AcceleratorError` is what CUDA says by itself."""
 
@@ -78,7 +80,7 @@ class Seen:
         """Forget all but what is held."""
         for each in (self.waits, self.pageable, self.races, streams.contexts):
             each.clear()
-        self.peak, self.allocations, self.fails_at = self.held, 0, -1
+        self.peak, self.allocations, self.fails_at, self.fails_in = self.held, 0, -1, ""
 
 
 seen = Seen()
@@ -185,8 +187,10 @@ def _hold(tensor: SimulatedTensor) -> None:
     with streams.lock:
         if key not in _memories:
             size = storage.nbytes()
-            seen.allocations += 1
-            if seen.allocations == seen.fails_at or seen.held + size > seen.room:
+            is_counted = not seen.fails_in or seen.fails_in in where()
+            seen.allocations += is_counted
+            fails = is_counted and seen.allocations == seen.fails_at
+            if fails or seen.held + size > seen.room:
                 raise seen.fails_with(f"CUDA out of memory. Tried to allocate {size} bytes.")
             seen.held += size
             if seen.held > seen.peak:
