@@ -103,7 +103,7 @@ def _resolve_image(
             raise EncoderError(
                 f"pooling = {column.pooling!r} and layer = {column.layer} of {config.model}: of a "
                 f"model of open_clip its projection alone can be had. pooling = 'projection' was "
-                f"expected. For tokens use the image tower in timm or transformers."
+                f"expected. Use the image tower in timm or transformers for tokens."
             )
         made.decisions[name if column is config else f"pooling of {name}"] = JOINT
     made.decisions["image_size"] = Decision(vision.get("image_size", 224), OPEN_CLIP)

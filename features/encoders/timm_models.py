@@ -62,7 +62,7 @@ def _described(folder: Path) -> _Described:
     if "architecture" not in settings:
         raise EncoderError(
             f"{folder / CONFIG} names no architecture of timm. The file that timm's save_for_hf "
-            f"writes was expected. For a model of transformers leave out {PREFIX!r}."
+            f"writes was expected. Leave out {PREFIX!r} for a model of transformers."
         )
     models, hub = library("timm.models", "timm"), library("timm.models._hub", "timm")
     with fenced(

@@ -69,11 +69,6 @@ def test_stages_that_are_done_touch_no_file_as_of_a_run_that_is_read_only(run_fi
         ("align", ["align.batchsize=4"], "Did you mean 'batch_size'?"),
         (
             "align",
-            ["align.batch_size=4096", "run.dir='RUN/big'", "run.features='RUN/run'"],
-            "align.batch_size = 4096 is more than the",
-        ),
-        (
-            "align",
             ["run.dir='/proc/nowhere/run'", "run.features='RUN/run'"],
             "The operating system refused",
         ),

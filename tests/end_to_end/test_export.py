@@ -234,7 +234,7 @@ def test_what_cannot_be_exported_is_said(bundled: Path, tmp_path: Path) -> None:
     assert re.search(r"is there already, and is no exported model\. .* was expected\.", message)
     assert (taken / "mine.png").is_file()
     message = the_error_of(sail("export", tmp_path, "--to", "hf", expect=1))
-    assert re.search(r"has no config\.toml\. .* was expected\. Correct the path", message)
+    assert re.search(r"has no config\.toml: .* was expected\. Correct the path", message)
     pixels = "encoders.image={pixels = {model = 'baseline:pixels', pooling = 'pooler'}}"
     run = trained(tmp_path / "baseline", pixels)
     message = the_error_of(sail("export", run, "--to", "hf", expect=1))

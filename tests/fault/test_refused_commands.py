@@ -95,7 +95,6 @@ STAGES = {
     "fewer captions": ("extract", ["data.train.captions='long'"], "no longer gives"),
     "features of another run": ("extract", ["run.features='FOLDER/run'"], "run.features"),
     "another seed": ("align", ["run.seed=7"], "seed"),
-    "a batch larger than the rows": ("align", [*ALIGN_ANEW, "align.batch_size=4096"], "batch_size"),
     "no store": ("align", ["run.dir='FOLDER/new/run'"], "no feature store"),
     "an encoder without a column": (
         "align",
@@ -124,7 +123,6 @@ STAGES = {
     "a check by another encoder": ("eval --check", ["encoders.image.vit.pooling=mean"], "pooling"),
     "no head": ("eval", ["run.dir='FOLDER/new/run'", "run.features='FOLDER/run'"], "no checkpoint"),
     "a sweep that cannot be": ("sweep --over run.seed=1,2", [], "run.seed"),
-    "a sweep that fails": ("sweep --over align.batch_size=2048,4096 --seeds 0", [], "None of 2"),
     "a study of no split": ("study --on nowhere", [], "nowhere"),
     "a study of too few rows": (
         "study",

@@ -230,20 +230,3 @@ def test_rows_kept_on_the_host_reach_the_batch_of_another_device(dtype: type) ->
         rows.gather(chosen, out)
         expected = values[chosen.copy()] * (0.5 if dtype == np.int8 else 1)
         assert torch.equal(out, expected.half())
-
-
-def test_batches_made_ahead_are_the_same(tmp_path: Path) -> None:
-    sources = [source(tmp_path / "a.zarr")]
-    plain, ahead = Loader(sources, options(LARGE)), Loader(sources, options(LARGE))
-    ahead.tier = "host"
-    ahead._image, ahead._text = ([each[0], each[0].clone()] for each in (ahead._image, ahead._text))
-    expected = [copied(batch) for batch in plain.batches(0, 20)]
-    found = list(map(copied, ahead.batches(0, 20)))
-    assert len(found) == 20
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(one.rows, other.rows)
-        assert torch.equal(one.image, other.image)
-        assert torch.equal(one.text, other.text)
-    stopped = ahead.batches(0, 20)
-    next(stopped)
-    stopped.close()  # ends its thread
