@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from features.storage.place import Place
 
 BLOCK_BYTES = 1 << 16
 BLOCKS = 64
+MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 State = Literal["same", "copied", "changed", "gone"]
 
 
@@ -27,7 +29,8 @@ def state_of(place: Place, remembered: dict[str, Any]) -> State:
     """Return what became of a file.
 
     `copied` is one of the same size with another time or ETag, of which no hash is remembered: it
-    may be the same.
+    may be the same. S3's ETag of a file that was uploaded in one part is the MD5 of its content:
+    where two such differ, so do the files.
     """
     now = version_or_none(place)
     if now is None or remembered.items() >= now.items():
@@ -37,7 +40,8 @@ def state_of(place: Place, remembered: dict[str, Any]) -> State:
         return "changed"
     if isinstance(place, Path) and (digest := remembered.get("sha256_of_blocks")):
         return "same" if digest == _hash(place) else "changed"
-    return "copied"
+    is_md5 = [MD5.fullmatch(str(version)) for version in (remembered.get(kind, found)[1], found[1])]
+    return "changed" if all(is_md5) else "copied"
 
 
 def state_elsewhere(place: Place, remembered: dict[str, Any]) -> State:
