@@ -7,6 +7,7 @@ kept: a pass that was interrupted goes on, and rows that were appended are added
 import hashlib
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -195,11 +196,10 @@ class PairedRows:
             return rows, *_features(self.columns, lambda column: column.rows_at(rows))
 
         with ThreadPoolExecutor(1, "sail-moments", set_current, (device,)) as reader:
-            coming = [reader.submit(read, block) for block in blocks[:1]]
-            for following in [*blocks[1:], None]:
-                block = coming.pop().result()
-                if following is not None:
-                    coming.append(reader.submit(read, following))
+            coming = deque(reader.submit(read, block) for block in blocks[:1])
+            for number in range(len(blocks)):  # none for a process that has no share
+                block = coming.popleft().result()
+                coming.extend(reader.submit(read, it) for it in blocks[number + 1 : number + 2])
                 yield block
 
     def _add(
