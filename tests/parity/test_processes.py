@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "infonce": {"loss": {"kind": "infonce"}},
     "identical": {"loss": {"positives": "identical", "field_weights": {"bare": 0.5}}},
+    "closed form": {"start": "cca"},
     "drawn": {"captions_per_image": 1, "micro_batch": 3, "optimizer": {"max_grad_norm": 0.5}},
 }
 
@@ -37,6 +38,7 @@ def config(name: str) -> AlignConfig:
         "checkpoint_every": 2,
         "holdout": 0.2,
         "memory_mb": 1,
+        "start": "random",
         "head": {"dim": 8, "depth": 2},
         "optimizer": {"epsilon": 1e-4},  # rounding is not made larger where gradients are about 0
     }
@@ -116,7 +118,8 @@ def test_processes_train_the_head_of_one_process(
 ) -> None:
     train_one(str(store), str(tmp_path / "one"), name)
     assert_same(trained / name, tmp_path / "one")
-    assert losses(trained / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    rounding = 1e-4 if name == "closed form" else 1e-5  # of sums that are inverted
+    assert losses(trained / name) == pytest.approx(losses(tmp_path / "one"), rel=rounding)
 
 
 def test_a_training_goes_on_with_another_number_of_processes(store: Path, tmp_path: Path) -> None:
