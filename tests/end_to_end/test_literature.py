@@ -95,7 +95,7 @@ def test_platonic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sail("align", run_file)
     aligned = load_aligned(tmp_path / "run", device="cpu")
     assert aligned.text_encoder.fingerprint["layer"] == 1
-    assert aligned.encode_text(["a red circle"]).shape == (1, 768)
+    assert aligned.encode_text(["a red circle"]).shape == (1, 16)  # the shorter feature
     message = the_error_of(
         sail("extract", run_file, "--set", "encoders.text.llama.also.l2.layer=1", expect=1)
     )
