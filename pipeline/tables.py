@@ -196,15 +196,34 @@ def _machine_table(plan: dict[str, Any]) -> str:
 def _gpu_table(plan: dict[str, Any]) -> str:
     names = [each["pass"] for each in plan["passes"] if each["flops_per_row"] is not None]
     price = "euros" if plan["price"] is None else f"euros at {plan['price']:g} an hour"
-    headings = ("GPU", *names, "stage one", "stage two", "total", price, "cores to decode")
+    headings = (
+        "GPU",
+        *names,
+        "stage one",
+        "stage two",
+        "total",
+        price,
+        "cores to decode",
+        "rows in the heads",
+    )
     table = titled("on one GPU, computed", *words(*headings))
     for gpu in plan["gpus"]:
         hours = [gpu["hours"][name] for name in names]
         hours += [gpu["stage_one_hours"], gpu["stage_two_hours"], gpu["total_hours"]]
         euros = "-" if gpu["euros"] is None else f"{gpu['euros']:,.0f}"
         needed = str(gpu["cores_to_decode"] or "-")
-        table.add_row(gpu["gpu"], *map(_duration, hours), euros, needed)
+        table.add_row(gpu["gpu"], *map(_duration, hours), euros, needed, _rows_at_once(plan, gpu))
     return rendered(table)
+
+
+def _rows_at_once(plan: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """Return the `align.micro_batch` with which a training step fits on a GPU, in words."""
+    if plan["stage_two"] is None:
+        return "?"
+    rows, batch = gpu["micro_batch"], plan["stage_two"]["memory"]["batch_size"]
+    if rows is None:
+        return "does not fit"
+    return f"all {rows:,}" if rows == batch else f"{rows:,} at once"
 
 
 def _assumptions(plan: dict[str, Any]) -> list[str]:
@@ -225,6 +244,13 @@ def _assumptions(plan: dict[str, Any]) -> list[str]:
             f"{_scaled(two['flops_per_sample'], 'FLOP')}; an epoch reads "
             f"{byte_size(two['bytes_per_epoch'])}, which takes the time of the disk instead where "
             f"that does not stay in memory."
+        )
+        whole = two["memory"]["steps"][0]
+        lines.append(
+            f"A training step holds {byte_size(whole['peak'])} with {whole['micro_batch']:,} rows "
+            f"in the heads at once ({byte_size(whole['kept'])} between steps), beside "
+            f"align.memory_mb and about 0.5 GB of CUDA. The last column is the align.micro_batch "
+            f"that fits."
         )
     return lines
 

@@ -2,12 +2,13 @@
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from align.config import AlignConfig
 from align.start.defaults import settled
 from features.device.cuda import is_gpu
 from features.errors import SailError, SourceError
@@ -29,6 +30,7 @@ from pipeline.planning.estimate import (
     training_flops,
 )
 from pipeline.planning.passes import Measuring, Pass, existing_folder, sample_index
+from pipeline.planning.step_memory import StepMemory, room_of_step, sizes_at_once, step_memory
 from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
@@ -36,6 +38,8 @@ from pipeline.run.folder import RunFolder, run_folder
 
 FILES_SAMPLED = 3
 SAMPLES_AT_LEAST = 100
+LITTLE_SAVED = 0.95
+"""Halving the rows in the heads is not tried further once a step keeps this share of its memory."""
 ASSUMED_DECODED_PER_CORE = 150.0
 """Images a second; photographs of about half a megapixel, where none was there to be measured."""
 
@@ -261,12 +265,13 @@ def _stage_two(
     rows = round(every * (1 - align.holdout))
     rows = max(1, min(rows, align.rows or rows))
     align = settled(align, rows=rows, fits=rows, dims=(image_dim, text_dim))
+    captions = min(align.captions_per_image or len(fields), len(fields))
     given = align.steps is not None
     samples = align.batch_size * (align.steps or 0) if given else rows * align.epochs
     flops = training_flops(
         head_flops(image_dim, align.head),
         head_flops(text_dim, align.head),
-        fields=min(align.captions_per_image or len(fields), len(fields)),
+        fields=captions,
         batch=align.batch_size,
         dim=align.head.dim,
     )
@@ -274,6 +279,31 @@ def _stage_two(
         "samples": samples,
         "flops_per_sample": flops,
         "bytes_per_epoch": rows * BYTES_PER_VALUE * (image_dim + len(fields) * text_dim),
+        "memory": _memory(align, image_dim, text_dim, captions),
+    }
+
+
+def _memory(align: AlignConfig, image_dim: int, text_dim: int, captions: int) -> dict[str, Any]:
+    """Return the bytes of a step, and the `micro_batch` with which it fits on each named GPU."""
+    if align.precision == "auto":
+        align = align.model_copy(update={"precision": "bfloat16"})
+    rooms = {name: room_of_step(align, gpu.memory) for name, gpu in GPUS.items()}
+    steps: dict[int, StepMemory] = {}
+    for size in sizes_at_once(align):
+        steps[size] = step_memory(
+            align, image_dim=image_dim, text_dim=text_dim, captions=captions, rows_at_once=size
+        )
+        before, peak = steps.get(2 * size), steps[size].peak
+        if peak <= min(rooms.values()) or (before and peak > LITTLE_SAVED * before.peak):
+            break
+    fits = {
+        name: next((size for size, each in steps.items() if each.peak <= room), None)
+        for name, room in rooms.items()
+    }
+    return {
+        "batch_size": align.batch_size,
+        "steps": [{"micro_batch": size, **asdict(each)} for size, each in steps.items()],
+        "micro_batch": fits,
     }
 
 
@@ -283,7 +313,8 @@ def _gpus(
     """Return the hours of both stages on each named GPU, and what it takes to feed it."""
     known = [each for each in passes if each.flops is not None]
     described = []
-    for name, peak in GPUS.items():
+    for name, gpu in GPUS.items():
+        peak = gpu.peak
         each_hours = {
             each.name: hours(each.rows * (each.flops or 0), ENCODER_UTILISATION * peak)
             for each in known
@@ -298,6 +329,7 @@ def _gpus(
             {
                 "gpu": name,
                 "peak_flops": peak,
+                "micro_batch": stage_two["memory"]["micro_batch"][name] if stage_two else None,
                 "hours": each_hours,
                 "stage_one_hours": one,
                 "stage_two_hours": two,

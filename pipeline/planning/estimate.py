@@ -16,17 +16,26 @@ from features.storage.chunks import CRC_BYTES
 SECONDS_PER_HOUR = 3600.0
 BYTES_PER_VALUE = 2
 
-GPUS: dict[str, float] = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-"""FLOPs a second of dense bfloat16 products with float32 sums, without sparsity.
 
-Source: NVIDIA's data sheets of A100, H100 SXM (1,979 with sparsity), H200 SXM and L40S (733 with
-sparsity), and its white paper on the Ada architecture for the RTX 4090 (165.2).
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, by its data sheet."""
+
+    peak: float
+    """FLOPs a second of dense bfloat16 products with float32 sums, without sparsity."""
+    memory: int
+    """Bytes."""
+
+
+GPUS = {
+    "A100": Gpu(312e12, 80 * 10**9),
+    "H100": Gpu(989e12, 80 * 10**9),
+    "H200": Gpu(989e12, 141 * 10**9),
+    "L40S": Gpu(362e12, 48 * 10**9),
+    "RTX 4090": Gpu(165e12, 24 * 10**9),
+}
+"""Source: NVIDIA's data sheets of A100 80GB, H100 SXM (1,979 with sparsity), H200 SXM and L40S (733
+with sparsity), and its white paper on the Ada architecture for the RTX 4090 (165.2).
 """
 
 ENCODER_UTILISATION = 0.4

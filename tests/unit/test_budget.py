@@ -1,6 +1,7 @@
 """`sail plan` says what a run will cost, from what is there and what is known."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,32 @@ def test_stage_two_works_on_the_captions_that_the_recipe_takes() -> None:
     named = as_json(*given, "--set", "align.fields=['long']")["stage_two"]
     assert named["bytes_per_epoch"] < drawn["bytes_per_epoch"] == both["bytes_per_epoch"]
     assert named["flops_per_sample"] == drawn["flops_per_sample"] < both["flops_per_sample"]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("sail", "all"), ("sail-paper", "8192")])
+def test_the_memory_of_a_step_is_that_of_the_simulated_gpu(name: str, rows: str) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (told,) = re.findall(rf"`{name}` \| bfloat16 \| {rows} \| ([\d.]+) \| ([\d.]+) \|", docs)
+    given = [] if rows == "all" else ["--set", f"align.micro_batch={rows}"]
+    (step,) = as_json(name, "--rows", "1M", *given)["stage_two"]["memory"]["steps"]
+    kept, peak = (float(number) * 2**30 for number in told)
+    assert step["kept"] == pytest.approx(kept, rel=0.1)
+    assert step["peak"] == pytest.approx(peak, rel=0.1)
+
+
+def test_the_rows_in_the_heads_are_halved_until_a_step_fits() -> None:
+    given = ["sail-paper", "--rows", "1M", "--set", "align.memory_mb=4096"]
+    gpus = {gpu["gpu"]: gpu["micro_batch"] for gpu in as_json(*given)["gpus"]}
+    assert gpus == {
+        "A100": 32768,
+        "H100": 32768,
+        "H200": 32768,
+        "L40S": 16384,
+        "RTX 4090": 8192,
+    }
+    text = plan(*given, "--set", "align.micro_batch=32768")
+    assert re.search(r"L40S .* does not fit", text)
+    assert re.search(r"H200 .* all 32,768", text)
 
 
 def test_the_table_says_what_is_assumed() -> None:

@@ -149,4 +149,4 @@ def test_23_million_images_take_a_few_hours_on_an_h100() -> None:
     flops = image_size("dino", DINO).flops
     assert flops
     work = 23e6 * flops(1)
-    assert hours(work, 0.4 * GPUS["H100"]) == pytest.approx(2.6, abs=0.1)
+    assert hours(work, 0.4 * GPUS["H100"].peak) == pytest.approx(2.6, abs=0.1)
