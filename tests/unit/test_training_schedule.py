@@ -35,6 +35,7 @@ def settings(**changes: Any) -> AlignConfig:
         "steps": 8,
         "holdout": 0.0,
         "memory_mb": 1,
+        "start": "random",
         "head": {"dim": 8, "depth": 1},
         **changes,
     }
@@ -167,7 +168,7 @@ def steps_saved(
         if (path / "last").exists() and Checkpoint.open(path / "last").step == step:
             saved.append(step)
 
-    run(store, path, settings(steps=steps, start="random"), on_step=on_step)
+    run(store, path, settings(steps=steps), on_step=on_step)
     return saved
 
 
@@ -238,8 +239,8 @@ def test_what_is_resumed_without_verify_does_not_look_at_checksums(tmp_path: Pat
     content[0] ^= 1
     chunk.write_bytes(content)
     with pytest.raises(StoreCorruptError):
-        run(damaged, tmp_path / "checked", settings(start="random"))
-    unchecked = settings(start="random", verify=False)  # the closed form's pass checks always
+        run(damaged, tmp_path / "checked", settings())
+    unchecked = settings(verify=False)  # the closed form's pass checks always
     assert run(damaged, tmp_path / "unchecked", unchecked) is not None
 
 
