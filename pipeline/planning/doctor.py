@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,8 +192,9 @@ def _extras() -> Iterator[Check]:
         except metadata.PackageNotFoundError:
             return
         line = f"pip install -e '.[{extra}]'"
-        if extra == "gpu":
-            line = f"pip uninstall faiss-cpu && {line}"
+        if extra == "gpu":  # with what it needs, pip would bring faiss-cpu back
+            build = next(f"{each.name}{each.specifier}" for each in _requirements(extra))
+            line = f"pip uninstall faiss-cpu && pip install --no-deps '{build}'"
         if missing:
             yield Check(f"extra {extra}", "note", f"not there: {', '.join(missing)} ({what})", line)
         else:
@@ -216,12 +218,14 @@ def _devices(config: RunConfig | None) -> Iterator[Check]:
 
 
 def _faiss() -> Check:
-    builds = [name for name in ("faiss-cpu", "faiss-gpu") if _version(name)]
-    if not builds:
+    """Try the build of faiss that is here: faiss-cpu, faiss-gpu, faiss-gpu-cu12, that of conda."""
+    builds = sorted(set(metadata.packages_distributions().get("faiss", [])))
+    if not builds and find_spec("faiss") is None:
         return Check("faiss", "broken", "missing: k-NN needs it", "pip install faiss-cpu")
     if len(builds) > 1:
-        advice = "pip uninstall faiss-cpu faiss-gpu, then install one of them"
-        return Check("faiss", "warning", "faiss-cpu and faiss-gpu overwrite each other", advice)
+        advice = f"pip uninstall {' '.join(builds)}, then install one of them"
+        return Check("faiss", "warning", f"{' and '.join(builds)} overwrite each other", advice)
+    build = builds[0] if builds else "faiss"
     fault = ""
     try:
         import faiss
@@ -231,10 +235,10 @@ def _faiss() -> Check:
     except (ImportError, RuntimeError, AttributeError) as error:
         fault = f"fails: {error}"
     if fault:
-        again = f"pip install --force-reinstall {builds[0]}"
-        return Check("faiss", "broken", f"{builds[0]} {fault}", again)
+        again = f"pip install --force-reinstall {build}"
+        return Check("faiss", "broken", f"{build} {fault}", again)
     kind = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
-    words = f"{builds[0]} {_version(builds[0])}, a {kind} build, finds the right neighbours"
+    words = f"{build} {faiss.__version__}, a {kind} build, finds the right neighbours"
     return Check("faiss", "ok", words)
 
 

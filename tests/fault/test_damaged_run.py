@@ -26,7 +26,7 @@ from pipeline.run.extract import extract
 from tests import tiny
 from tests.commands import sail
 
-SEED = 20261201
+SEED = int(os.environ.get("DAMAGE_SEED", "20261201"))
 TRIALS = 320
 SECONDS_FOR_A_COMMAND = 60
 WORDS = "a red circle"
@@ -49,6 +49,18 @@ def zero(path: Path, dice: random.Random) -> None:
     stop = min(len(content), start + dice.choice([16, 4096, 1 << 20]))
     content[start:stop] = bytes(stop - start)
     path.write_bytes(content)
+
+
+def lengthen(path: Path, dice: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + dice.randbytes(dice.choice([1, 4, 4096])))
+
+
+def take_another(path: Path, dice: random.Random) -> None:
+    """Put another file of the run in the place of one, of its folder if there is one."""
+    run = next(folder for folder in path.parents if folder.name == "run")
+    others = [each for each in sorted(path.parent.iterdir()) if each.is_file() and each != path]
+    others = others or [each for each in sorted(run.rglob(path.name)) if each != path]
+    path.write_bytes(dice.choice(others).read_bytes() if others else b"")
 
 
 def delete(path: Path, _dice: random.Random) -> None:
@@ -79,6 +91,8 @@ DAMAGES: dict[str, Damage] = {
     "flip": flip,
     "cut": cut,
     "zero": zero,
+    "lengthen": lengthen,
+    "another": take_another,
     "delete": delete,
     "fifo": make_fifo,
     "folder": make_folder,

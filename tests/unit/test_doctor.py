@@ -1,6 +1,8 @@
 """`sail doctor` finds what a run needs, says what is broken, and leaves nothing behind."""
 
 import json
+import re
+import sys
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -70,14 +72,36 @@ def test_a_package_that_is_missing_or_too_old_is_broken(monkeypatch: pytest.Monk
     assert checks["obstore"]["found"] == "missing"
 
 
-def test_two_builds_of_faiss_are_a_warning_and_none_is_broken(
-    monkeypatch: pytest.MonkeyPatch,
+def add_distribution(folder: Path, name: str) -> None:
+    """Let a folder on the path look like an installed distribution with a module faiss."""
+    about = folder / f"{name.replace('-', '_')}-1.14.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.14\n")
+    (about / "top_level.txt").write_text("faiss\n")
+
+
+def test_any_build_of_faiss_will_do_two_are_a_warning_and_none_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: found(name.replace("gpu", "cpu")))
-    assert examined()["faiss"]["status"] == "warning"
-    monkeypatch.setattr(doctor, "_version", lambda name: None if "faiss" in name else found(name))
+    monkeypatch.syspath_prepend(tmp_path)
+    add_distribution(tmp_path, "faiss-gpu-cu12")
+    two = examined()["faiss"]
+    assert two["status"] == "warning"
+    assert two["advice"].startswith("pip uninstall faiss-cpu faiss-gpu-cu12")
+    alone = {"faiss": ["faiss-gpu-cu12"]}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: alone)
+    assert examined()["faiss"]["found"].startswith("faiss-gpu-cu12 1.")
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    assert examined()["faiss"]["found"].startswith("faiss 1.")  # as conda installs it
+    monkeypatch.setitem(sys.modules, "faiss", None)
     assert examined(code=1)["faiss"]["status"] == "broken"
+
+
+def test_the_advice_on_the_gpu_build_does_not_bring_the_other_one_back() -> None:
+    advice = examined()["extra gpu"]["advice"]
+    assert re.fullmatch(
+        r"pip uninstall faiss-cpu && pip install --no-deps 'faiss-gpu>=[\d.]+'", advice
+    )
 
 
 def test_a_faiss_that_finds_other_neighbours_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
