@@ -201,5 +201,5 @@ def prompt_features(
     with appearing(path) as partial:
         with partial.open("wb") as file:
             np.save(file, features, allow_pickle=False)
-        seal(partial)
+        seal(partial, path.name)
     return features

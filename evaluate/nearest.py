@@ -470,7 +470,7 @@ def _approximate_search(embeddings: Float16[np.ndarray, "rows dim"], path: Path)
             with partial_path.open("wb") as file:
                 # Given a path, it only prints that its last write has failed.
                 faiss.write_index(built, cast(Any, faiss).PyCallbackIOWriter(file.write, 1 << 20))
-            seal(partial_path)
+            seal(partial_path, path.name)
     index = faiss.read_index(str(path))
     lists = faiss.extract_index_ivf(index)
     lists.parallel_mode = 1  # over the lists of one query, not over queries

@@ -106,7 +106,7 @@ def open_embeddings(
             write_header(file, "<f2", shape)
             for block in embedder.blocks(column, rows):
                 file.write(np.ascontiguousarray(block, dtype="<f2").data)
-        seal(partial)
+        seal(partial, path.name)
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 

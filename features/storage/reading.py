@@ -297,32 +297,43 @@ def npy_header(file: Any, size: int) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def seal(path: Path) -> None:
-    """Put the crc32c of a file behind its bytes, for `is_sealed`; readers of arrays ignore it."""
+def seal(path: Path, name: str) -> None:
+    """Put a crc32c behind the bytes of a file, for `is_sealed`; readers of arrays ignore it.
+
+    Args:
+        path: Where the file is now.
+        name: That it will have, which stands for what is in it: the crc32c is of the name, too.
+    """
     with path.open("r+b") as file:
-        crc = _crc(file, os.fstat(file.fileno()).st_size)
+        crc = _crc(file, os.fstat(file.fileno()).st_size, name)
         file.write(crc)
 
 
 def is_sealed(path: Path) -> bool:
-    """Return whether a file that is kept for later calls is there, as `seal` left it."""
+    """Return whether a file that is kept for later calls is there, as `seal` left it.
+
+    Another sealed file in its place is not.
+    """
     expected = Expected("A file with its crc32c", "It is made again.")
     if not path.exists():
         return False
     try:
         with reading(path, expected), check_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size - CRC_BYTES
-            if size < 0 or _crc(file, size) != file.read():
-                raise ValueError("its crc32c does not match its bytes")
+            if size < 0 or _crc(file, size, path.name) != file.read():
+                raise ValueError("its crc32c does not match its name and bytes")
     except SailError as error:
         logger.warning("%s", error)
         return False
     return True
 
 
-def _crc(file: BinaryIO, size: int) -> bytes:
-    """Return the crc32c of the next bytes of a file."""
-    crc, buffer = 0, np.empty(min(size, CRC_BLOCK_BYTES), dtype=np.uint8)
+def _crc(file: BinaryIO, size: int, name: str) -> bytes:
+    """Return the crc32c of a name and the next bytes of a file."""
+    crc, buffer = (
+        google_crc32c.value(name.encode()),
+        np.empty(min(size, CRC_BLOCK_BYTES), dtype=np.uint8),
+    )
     while size > 0 and (count := file.readinto(buffer[:size])):  # type: ignore[attr-defined]
         crc = google_crc32c.extend(crc, buffer[:count])
         size -= count

@@ -196,7 +196,7 @@ def open_map(session: Session, split: str) -> EmbeddingMap:
         with appearing(path) as partial:
             with partial.open("wb") as file:
                 np.savez(file, **{name: getattr(made, name) for name in PARTS})
-            seal(partial)
+            seal(partial, path.name)
     with np.load(path, allow_pickle=False) as archive:
         return EmbeddingMap(*(archive[name] for name in PARTS))
 

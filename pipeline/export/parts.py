@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from evaluate.results import read_evaluation
+from evaluate.results import STAMP, read_evaluation
 from features.config import ImageEncoderConfig, TextEncoderConfig
 from features.encoders import pretrained
 from features.encoders.backends import backend_of
@@ -200,7 +200,7 @@ def _part(
 
 
 def _results(path: Path, checkpoint_sha256: str) -> Path | None:
-    if not path.is_file():
+    if not (path.exists() or (path.parent / STAMP).exists()):  # which is written last
         return None
     if read_evaluation(path).checkpoint_sha256 != checkpoint_sha256:
         logger.warning("%s is of another head: the numbers are left out. Use `sail eval`.", path)

@@ -108,5 +108,8 @@ def test_results_that_are_not_those_that_were_written_are_not_compared(run_file:
     results.write_text(content.replace('"value": 0.', '"value": 1.', 1))
     error = the_error_of(sail("compare", run, run, expect=1))
     assert "results.json cannot be read: its sha256 is" in error
+    results.unlink()
+    error = the_error_of(sail("export", run, "--to", "hf", expect=1))
+    assert f"{results} cannot be read: there is no such file" in error
     results.write_text(content)
     sail("compare", run, run, "--json")

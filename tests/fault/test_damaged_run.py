@@ -59,7 +59,9 @@ def take_another(path: Path, dice: random.Random) -> None:
     """Put another file of the run in the place of one, of its folder if there is one."""
     run = next(folder for folder in path.parents if folder.name == "run")
     others = [each for each in sorted(path.parent.iterdir()) if each.is_file() and each != path]
-    others = others or [each for each in sorted(run.rglob(path.name)) if each != path]
+    others = others or [
+        each for each in sorted(run.rglob(path.name)) if each.is_file() and each != path
+    ]
     path.write_bytes(dice.choice(others).read_bytes() if others else b"")
 
 

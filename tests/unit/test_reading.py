@@ -139,7 +139,7 @@ def test_a_flipped_bit_of_an_archive_is_found(tmp_path: Path) -> None:
 def kept(path: Path) -> np.ndarray:
     values = np.arange(12, dtype=np.float16).reshape(3, 4)
     np.save(path, values)
-    seal(path)
+    seal(path, path.name)
     return values
 
 
@@ -162,7 +162,9 @@ def test_any_damage_of_what_is_kept_is_found(tmp_path: Path) -> None:
         assert not is_sealed(path), place
         path.write_bytes(content[:place])
         assert not is_sealed(path), place
-    path.unlink()
+    path.write_bytes(content)
+    assert is_sealed(path)
+    assert not is_sealed(path.rename(tmp_path / "b.npy"))
     os.mkfifo(path)
     assert not is_sealed(path)
 
