@@ -244,7 +244,11 @@ class FeatureStore:
         return self._numbers("group")
 
     def columns(self) -> list[str]:
-        """Names of the feature columns: `image/<encoder>` and `text/<encoder>/<field>`."""
+        """Names of the feature columns: `image/<encoder>` and `text/<encoder>/<field>`.
+
+        Raises:
+            StoreCorruptError: The folder of one is there, and does not say what it is.
+        """
         texts = [f"text/{name}" for name in self._members("text")]
         return [
             *(f"image/{name}" for name in self._members("image")),
@@ -348,7 +352,11 @@ class FeatureStore:
         folder = self.path / group
         found = [name for name, size in children(folder) if size is None and name[0] != "."]
         found = [name for name in found if name not in RESERVED]
-        return [name for name in found if is_file(folder / name / METADATA)]
+        whole = [name for name in found if is_file(folder / name / METADATA)]
+        if len(whole) < len(found) and isinstance(folder, Path):  # a URL may hold half an upload
+            name = next(name for name in found if name not in whole)
+            raise StoreCorruptError(folder / name / METADATA, "the file is missing")
+        return whole
 
     def _consolidated_members(self, group: str) -> list[str]:
         """Return them from the metadata of the whole store, which the root can hold."""

@@ -330,10 +330,8 @@ def is_sealed(path: Path) -> bool:
 
 def _crc(file: BinaryIO, size: int, name: str) -> bytes:
     """Return the crc32c of a name and the next bytes of a file."""
-    crc, buffer = (
-        google_crc32c.value(name.encode()),
-        np.empty(min(size, CRC_BLOCK_BYTES), dtype=np.uint8),
-    )
+    crc: int = google_crc32c.value(name.encode())
+    buffer = np.empty(min(size, CRC_BLOCK_BYTES), dtype=np.uint8)
     while size > 0 and (count := file.readinto(buffer[:size])):  # type: ignore[attr-defined]
         crc = google_crc32c.extend(crc, buffer[:count])
         size -= count

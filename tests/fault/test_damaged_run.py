@@ -15,6 +15,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from pipeline.cli import cli
@@ -219,6 +220,7 @@ def ended(command: Command, folder: Path) -> tuple[int, str, str]:
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS_FOR_A_COMMAND)
+            jaxtyping.config.update("jaxtyping_disable", True)  # as for users
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             cli.main(words_of(command, folder), prog_name="sail")
         except SystemExit as exit:

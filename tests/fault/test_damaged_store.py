@@ -100,6 +100,13 @@ def test_an_unknown_column_is_refused_with_those_that_are_there(column: Column) 
         FeatureStore.open(on_disk(column.path).parents[1]).column("image/vti")
 
 
+def test_a_column_without_its_metadata_is_not_left_out(column: Column) -> None:
+    (on_disk(column.path) / "zarr.json").unlink()
+    store = FeatureStore.open(on_disk(column.path).parents[1])
+    with pytest.raises(StoreCorruptError, match=r"zarr\.json is damaged: the file is missing"):
+        store.columns()
+
+
 def test_verify_gives_its_faults_as_json_and_ends_with_1(column: Column) -> None:
     store = on_disk(column.path).parents[1]
     assert json.loads(sail("verify", store, "--json").stdout)["faults"] == []
