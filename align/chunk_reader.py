@@ -20,7 +20,7 @@ from features.errors import StoreCorruptError
 from features.storage.chunks import CRC_BYTES, read_chunk, write_chunk
 from features.storage.column import Column
 from features.storage.files import remove_leftovers
-from features.store import key_hashes
+from features.storage.rows import key_hashes
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from align.columns import Columns
 from align.heads import AlignmentModel
-from features.store import key_hashes
+from features.storage.rows import key_hashes
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ROWS = 1024

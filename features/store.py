@@ -8,7 +8,6 @@ The layout is documented in docs/store.md. Two ideas carry it:
   not done. Each file appears by an atomic rename, so a killed run leaves whole chunks only.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -50,10 +49,12 @@ from features.storage.manifest import (
 from features.storage.parallel import in_order
 from features.storage.place import Place, can_be_listed
 from features.storage.rows import (
+    KEY_HASH,
     NUMBERS,
     RowArray,
     RowSource,
     create_row_array,
+    key_hashes,
     keys_digest,
     metadata_of_rows,
     write_rows,
@@ -157,7 +158,7 @@ class FeatureStore:
                 }
                 group = create_group(folder, names, facts, rows.class_names)
                 write_rows(group, names, rows, rows_per_chunk)
-                write_store_manifest(folder, names, -(-rows.rows // rows_per_chunk))
+                write_store_manifest(folder, [*names, KEY_HASH], -(-rows.rows // rows_per_chunk))
         store = cls.open(path)
         if store.keys_sha256 != digest:
             raise StoreMismatchError(
@@ -202,6 +203,12 @@ class FeatureStore:
         else:
             numbers = [name for name in NUMBERS if is_file(self.path / name / METADATA)]
         return ("key", *there, *numbers)
+
+    @property
+    def stored_arrays(self) -> tuple[str, ...]:
+        """The same with what is made of them: `key_hash`, which stores of version 1 have not."""
+        has_hashes = self.manifest is not None and KEY_HASH in self.manifest.arrays
+        return (*self.row_arrays, *([KEY_HASH] if has_hashes else []))
 
     def blocks(
         self, names: Sequence[str], rows: int, *, first: int = 0
@@ -388,13 +395,13 @@ def create_group(
 
     Args:
         folder: Where.
-        names: Of the row arrays.
+        names: Of the row arrays; `key_hash` comes with them.
         facts: The attributes `rows`, `rows_per_chunk`, `keys_sha256` and `source`.
         class_names: Of the labels.
     """
     attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts}
     group = zarr.create_group(folder, attributes=attributes)
-    for name in names:
+    for name in (*names, KEY_HASH):
         create_row_array(group, name, facts["rows"], facts["rows_per_chunk"], class_names)
     group.create_group("image")
     group.create_group("text")
@@ -414,22 +421,13 @@ def _check_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
             raise StoreCorruptError(path / METADATA, f"{name} is {attributes.get(name)!r}")
 
 
-HASH_BYTES = 8
 CHUNKS_AT_ONCE = 16  # under a URL they are fetched side by side
 
 
-def key_hashes(keys: Iterable[str], count: int) -> UInt64[np.ndarray, "rows"]:
-    """Return the first 8 bytes of the blake2b of each string as an unsigned number."""
-    blake2b = hashlib.blake2b
-    joined = b"".join(blake2b(str(key).encode(), digest_size=HASH_BYTES).digest() for key in keys)
-    hashes = np.frombuffer(joined, dtype="<u8")
-    if len(hashes) != count:
-        raise ValueError(f"Got {len(hashes)} keys where {count} were said to come.")
-    return hashes
-
-
 def store_key_hashes(store: FeatureStore) -> UInt64[np.ndarray, "rows"]:
-    """Return `key_hashes` of all rows of a store."""
+    """Return `key_hashes` of all rows of a store: as it keeps them, or computed from its keys."""
+    if KEY_HASH in store.stored_arrays:
+        return store.values(KEY_HASH)
     size = CHUNKS_AT_ONCE * store.rows_per_chunk
     hashes = np.empty(store.rows, dtype=np.uint64)
     for start in range(0, store.rows, size):
@@ -542,7 +540,9 @@ def _write(
     manifest, size = store.manifest, store.rows_per_chunk
     grows = index.rows > store.rows
     there = [name for name in index.row_arrays if name not in added]
-    for name in [*added, *(there if grows else [])]:
+    longer = [*there, *(name for name in store.stored_arrays if name == KEY_HASH)]
+    new = [*added, *(longer if grows else [])]
+    for name in new:
         create_row_array(
             group, name, index.rows, size, index.class_names, checked=manifest is not None
         )
@@ -553,14 +553,13 @@ def _write(
     manifests = {}
     if manifest is not None:
         now = manifest.contents
-        new = [*added, *(there if grows else [])]
         after = _grown(folder, now, new, -(-index.rows // size), first=store.full_chunks)
         manifests[""] = (now, after)
     for name in store.columns() if grows else ():
-        column, longer = store.column(name), group.create_group(name)
+        column, its_group = store.column(name), group.create_group(name)
         dtype, identified = column.dtype.name, manifest is not None
         arrays = create_column(
-            longer, index.rows, column.dim, size, dtype=dtype, identified=identified
+            its_group, index.rows, column.dim, size, dtype=dtype, identified=identified
         )
         its_own = Manifest.open(store.path, name)
         if manifest is not None and its_own is not None:

@@ -50,7 +50,7 @@ class StopAfter(StopRequest):
 
 def as_version_1(store: Path) -> None:
     """Take from a store what version 2 added, as one that was made before has it."""
-    for folder in [*store.rglob("manifest"), *store.rglob("identity")]:
+    for folder in [*store.rglob("manifest"), *store.rglob("identity"), *store.glob("key_hash")]:
         shutil.rmtree(folder)
     for array in [store / "key", *store.glob("caption/*"), store / "label", store / "group"]:
         if (file := array / "zarr.json").is_file():

@@ -11,7 +11,7 @@ from evaluate.measures.knn import Knn, knn_reference
 from evaluate.measures.measure import Context, Measure, Splits
 from evaluate.results import Findings, Items
 from features.storage.column import Column
-from features.store import key_hashes
+from features.storage.rows import key_hashes
 
 HELD_OUT = 0.1
 """Share of the training rows on which the regularisation is chosen."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import google_crc32c
 import numpy as np
 import zarr
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 from numcodecs import Zstd
 from numcodecs.vlen import VLenUTF8
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -26,12 +26,19 @@ from features.storage.parallel import in_order
 from features.storage.place import Place
 
 NUMBERS = ("label", "group")
-"""Row arrays of int32, -1 where unknown; all others are of strings."""
+"""Row arrays of int32, -1 where unknown; those of a source are of strings otherwise."""
+KEY_HASH = "key_hash"
+"""Row array of uint64 that is made of the keys, for joins; `key_hashes`."""
+DTYPES: dict[str, np.dtype[Any]] = {
+    **dict.fromkeys(NUMBERS, np.dtype("<i4")),
+    KEY_HASH: np.dtype("<u8"),
+}
+EMPTY: dict[str, int] = {**dict.fromkeys(NUMBERS, -1), KEY_HASH: 0}
+HASH_BYTES = 8
 STRINGS = np.dtypes.StringDType()
 KEYS_AT_ONCE = 65_536
 CHUNK_BYTES = 1 << 30
 """The most that the strings of a chunk may take."""
-CODECS = {"string": ("vlen-utf8",), "int32": ("bytes",)}
 
 
 @runtime_checkable
@@ -66,7 +73,7 @@ class RowArray:
 
         Args:
             store: Where the store is.
-            name: `key`, `caption/<field>`, `label` or `group`.
+            name: `key`, `key_hash`, `caption/<field>`, `label` or `group`.
             rows: Of the store.
             rows_per_chunk: Of the store.
             manifest: Of the store; None in version 1.
@@ -76,6 +83,7 @@ class RowArray:
         """
         self._path = store / name
         self._name = name
+        self._dtype = DTYPES.get(name)
         self._rows = rows
         self._size = rows_per_chunk
         self._manifest = manifest
@@ -86,7 +94,7 @@ class RowArray:
         self._codecs = _codecs(self._path / METADATA, document, name, rows, rows_per_chunk)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the values of rows `start` to `stop`: int32, or strings.
+        """Return the values of rows `start` to `stop`: int32, uint64, or strings.
 
         Raises:
             StoreCorruptError: A chunk is missing, damaged, or not the one that was written.
@@ -111,11 +119,9 @@ class RowArray:
         return found
 
     def _empty(self, rows: int) -> np.ndarray:
-        return np.full(rows, -1, dtype=np.int32) if self._is_number else np.zeros(rows, STRINGS)
-
-    @property
-    def _is_number(self) -> bool:
-        return self._name in NUMBERS
+        if self._dtype is None:
+            return np.zeros(rows, STRINGS)
+        return np.full(rows, EMPTY[self._name], dtype=self._dtype)
 
     def _chunk(self, chunk: int) -> np.ndarray:
         place = self._path / "c" / str(chunk)
@@ -143,14 +149,14 @@ class RowArray:
             content, crc = content[:-CRC_BYTES], content[-CRC_BYTES:]
             if google_crc32c.value(content).to_bytes(CRC_BYTES, "little") != crc:
                 raise StoreCorruptError(place, "its crc32c does not match its bytes")
-        if self._is_number:
-            limit = 4 * size
+        if self._dtype is not None:
+            limit = self._dtype.itemsize * size
         try:
             if "zstd" in self._codecs:
                 check_frame(place, content, limit)
                 content = Zstd().decode(content)
-            if self._is_number:
-                return np.frombuffer(content, dtype="<i4", count=size)
+            if self._dtype is not None:
+                return np.frombuffer(content, dtype=self._dtype, count=size)
             check_strings(place, content, size)
             return np.asarray(VLenUTF8().decode(content)).astype(STRINGS)
         except (ValueError, RuntimeError, TypeError, struct.error) as error:
@@ -207,7 +213,9 @@ def _codecs(
     place: Place, document: dict[str, Any], name: str, rows: int, rows_per_chunk: int
 ) -> tuple[str, ...]:
     """Return the names of the codecs of an array, if it is one that this program writes."""
-    kind = "int32" if name in NUMBERS else "string"
+    kind, first = "string", "vlen-utf8"
+    if name in DTYPES:
+        kind, first = DTYPES[name].name, "bytes"
     try:
         codecs = tuple(str(codec["name"]) for codec in document["codecs"])
         (length,) = document["shape"]
@@ -224,7 +232,7 @@ def _codecs(
         )
     if not isinstance(length, int) or length < rows:  # of a store that grew to its end, or did not
         raise StoreCorruptError(place, f"it has {length!r} rows, not {rows}")
-    allowed = [(*CODECS[kind], *rest) for rest in ((), ("zstd",), ("crc32c",), ("zstd", "crc32c"))]
+    allowed = [(first, *rest) for rest in ((), ("zstd",), ("crc32c",), ("zstd", "crc32c"))]
     if codecs not in allowed:
         raise StoreCorruptError(place, f"it is written with {codecs}, not with {allowed[-1]}")
     return codecs
@@ -259,20 +267,20 @@ def create_row_array(
 
     Args:
         group: Of the store.
-        name: `key`, `caption/<field>`, `label` or `group`.
+        name: `key`, `key_hash`, `caption/<field>`, `label` or `group`.
         rows: Of the store.
         rows_per_chunk: Of the store.
         class_names: Of the labels.
         checked: Whether chunks end in their crc32c; they do not in version 1.
     """
-    is_number = name in NUMBERS
+    packed = [] if name == KEY_HASH else [ZstdCodec()]  # hashes do not get shorter
     array = group.create_array(
         name,
         shape=(rows,),
         chunks=(rows_per_chunk,),
-        dtype="int32" if is_number else "string",
-        compressors=[ZstdCodec(), Crc32cCodec()] if checked else [ZstdCodec()],
-        fill_value=-1 if is_number else "",
+        dtype=DTYPES.get(name, "string"),
+        compressors=[*packed, Crc32cCodec()] if checked else packed,
+        fill_value=EMPTY.get(name, ""),
         dimension_names=["row"],
     )
     if name == "label" and class_names:
@@ -295,10 +303,16 @@ def write_rows(
 
 
 def write_block(group: zarr.Group, block: Mapping[str, Any], first: int) -> None:
-    """Write some rows, from one on, into the row arrays of a store that is made."""
+    """Write some rows, from one on, into the row arrays of a store that is made.
+
+    The hashes of their keys are written too, where it has an array for them.
+    """
+    if "key" in block and KEY_HASH in group:
+        block = {**block, KEY_HASH: key_hashes(block["key"], len(block["key"]))}
     with zarr.config.set({"array.write_empty_chunks": True}):  # so that a missing one is noticed
         for name, values in block.items():
-            rows = np.array(values, dtype=np.int32 if name in NUMBERS else STRINGS)
+            dtype: Any = DTYPES.get(name, STRINGS)
+            rows = np.array(values, dtype=dtype)
             array = group[name]
             if isinstance(array, zarr.Array):
                 array[first : first + len(rows)] = rows
@@ -311,6 +325,22 @@ def metadata_of_rows(names: Iterable[str]) -> set[str]:
 
 
 def write_store_manifest(folder: Path, names: Sequence[str], num_chunks: int) -> None:
-    """Write the manifest of a store whose rows are all there, on local disk."""
+    """Write the manifest of a store whose rows are all there, on local disk.
+
+    Args:
+        folder: Of the store.
+        names: Of all its row arrays.
+        num_chunks: Of each.
+    """
     arrays = dict.fromkeys(sorted(names), num_chunks)
     write_manifest(folder, describe(folder, metadata_of_rows(names), arrays))
+
+
+def key_hashes(keys: Iterable[str], count: int) -> UInt64[np.ndarray, "rows"]:
+    """Return the first 8 bytes of the blake2b of each string as an unsigned number."""
+    blake2b = hashlib.blake2b
+    joined = b"".join(blake2b(str(key).encode(), digest_size=HASH_BYTES).digest() for key in keys)
+    hashes = np.frombuffer(joined, dtype="<u8")
+    if len(hashes) != count:
+        raise ValueError(f"Got {len(hashes)} keys where {count} were said to come.")
+    return hashes

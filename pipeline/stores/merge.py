@@ -65,6 +65,8 @@ def merge_stores(
     every = [StoreRows(store, restored=len(are_scaled) > 1) for store in stores]
     for rows in every[1:]:
         _check_alike(every[0], rows)
+    if not prefix:
+        _check_keys_differ(stores)
     return write_store(
         out, _Merged(every, prefix=prefix), stop, origin=" and ".join(map(str, paths))
     )
@@ -163,6 +165,24 @@ def _check_alike(first: StoreRows, other: StoreRows) -> None:
                 f"the same encoders, captions and classes were expected. Leave one out, or extract "
                 f"it by the recipe of the other."
             )
+
+
+def _check_keys_differ(stores: Sequence[FeatureStore]) -> None:
+    """Refuse stores that have a key in common, before any row is written."""
+    hashes = np.concatenate([store_key_hashes(store) for store in stores])
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if not len(same):
+        return
+    firsts = np.array(_sums([store.rows for store in stores]))
+    again = int(order[same + 1].min())
+    number = int(np.searchsorted(firsts, again, "right")) - 1
+    row = again - int(firsts[number])
+    raise SourceError(
+        f"{len(same)} keys come twice in the stores, such as "
+        f"{str(stores[number].keys(row, row + 1)[0])!r} in row {row} of {stores[number].path}. "
+        f"Unique keys were expected. Merge them with --prefix."
+    )
 
 
 def _labelled(rows: StoreRows) -> bool:

@@ -181,7 +181,7 @@ def _metadata_faults(store: FeatureStore, part: str) -> Iterator[Fault]:
 def _row_faults(store: FeatureStore) -> Iterator[Fault]:
     size, are_keys_whole = store.rows_per_chunk, True
     check = KeyCheck(store.rows)
-    for name in store.row_arrays:
+    for name in store.stored_arrays:
         for start in range(0, store.rows, size):
             values, error = _tried(lambda n=name, s=start: store.values(n, s, s + size))  # type: ignore[misc]
             if error is not None:
@@ -248,7 +248,7 @@ def _files_too_many(store: FeatureStore, columns: list[Column]) -> Iterator[Faul
     """Find files that no reader expects: chunks beyond the end, or anything else."""
     if not can_be_listed(store.path):
         return
-    names, num_chunks = set(store.row_arrays), store.num_chunks
+    names, num_chunks = set(store.stored_arrays), store.num_chunks
     if store.manifest is not None:  # a store that grows has files of rows to come
         to_come = store.manifest.after["arrays"]
         names |= set(to_come)

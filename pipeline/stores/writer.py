@@ -27,8 +27,15 @@ from features.storage.groups import publish
 from features.storage.manifest import METADATA, read_metadata, write_manifest
 from features.storage.place import Place
 from features.storage.remote import check_writable
-from features.storage.rows import NUMBERS, RowArray, write_block, write_store_manifest
-from features.store import FORMAT_VERSION, FeatureStore, create_group, key_hashes
+from features.storage.rows import (
+    KEY_HASH,
+    NUMBERS,
+    RowArray,
+    key_hashes,
+    write_block,
+    write_store_manifest,
+)
+from features.store import FORMAT_VERSION, FeatureStore, create_group
 from pipeline.interrupt import StopRequest
 from pipeline.progress import ProgressLine
 from pipeline.stores.blocks import Block, Layout, Rows, chunks_of
@@ -242,7 +249,8 @@ class _Writer:
 
         Where every value is the empty one, zarr writes no file.
         """
-        places = [self._folder / name / "c" / str(chunk) for name in self._layout.names]
+        names = (*self._layout.names, KEY_HASH)
+        places = [self._folder / name / "c" / str(chunk) for name in names]
         places += [Path(str(column.status_file(chunk))) for column in self._columns]
         return [place for place in places if place.is_file()]
 
@@ -266,7 +274,7 @@ class _Writer:
         root["attributes"]["keys_sha256"] = self._keys.sha256
         write(self._folder / METADATA, json.dumps(root, indent=2).encode())
         chunks = -(-self._layout.rows // self._layout.rows_per_chunk)
-        write_store_manifest(self._folder, self._layout.names, chunks)
+        write_store_manifest(self._folder, [*self._layout.names, KEY_HASH], chunks)
         for column in self._columns:
             if unusable := int((column.status() != Status.OK).sum()):
                 logger.warning("%s: %d rows quarantined", column.name, unusable)

@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from align.columns import check_same_rows
 from features.errors import ConfigError, SourceError, StoreError
 from features.status import Status
 from features.storage.place import Place
-from features.store import FeatureStore
+from features.store import FeatureStore, store_key_hashes
 from pipeline.interrupt import StopRequest
 from pipeline.stores.convert import convert_store
 from pipeline.stores.merge import merge_stores, rechunk_store, reorder_store
@@ -132,9 +134,8 @@ def test_equal_keys_are_refused_unless_stores_are_named_in_them(
 ) -> None:
     other = make_store(tmp_path / "o.zarr", rows=10)
     out = tmp_path / "both.zarr"
-    with pytest.raises(
-        SourceError, match=r"rows 0 and 100 both have the key 'shard/000000'\. .*--prefix"
-    ):
+    twice = r"10 keys come twice .*, such as 'shard/000000' in row 0 of .*/o\.zarr.*--prefix"
+    with pytest.raises(SourceError, match=twice):
         merge_stores([store.path, other.path], out, GO_ON)
     assert not out.exists()
     assert sail("merge", store.path, other.path, "--prefix", "--out", out).stdout == f"{out}\n"
@@ -332,3 +333,19 @@ def test_a_key_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "has no row with the key 'shard/000150' of row 150" in message
     assert "and lacks 49 more" in message
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_every_store_has_the_hashes_of_its_keys_for_anything_that_reads_zarr(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    some, both = tmp_path / "some.zarr", tmp_path / "both.zarr"
+    sail("subset", store.path, "--random", 33, "--out", some)
+    sail("merge", some, store.path, "--prefix", "--out", both)
+    for path in (tmp_path / "s.zarr", some, both):
+        group: Any = zarr.open_group(path, mode="r")
+        digests = [blake2b(key.encode(), digest_size=8).digest() for key in group["key"][:]]
+        expected = np.array([int.from_bytes(each, "little") for each in digests], np.uint64)
+        np.testing.assert_array_equal(group["key_hash"][:], expected)
+        np.testing.assert_array_equal(store_key_hashes(FeatureStore.open(path)), expected)
+    as_version_1(both)
+    np.testing.assert_array_equal(store_key_hashes(FeatureStore.open(both)), expected)

@@ -8,7 +8,7 @@ import pytest
 from align.columns import Columns, below_fraction, select_rows
 from align.config import AlignConfig, LossConfig
 from features.errors import StoreError, TrainingError
-from features.store import key_hashes
+from features.storage.rows import key_hashes
 from tests.feature_stores import IMAGE, TEXT, make_store
 
 KEYS = [f"shard/{number}" for number in range(4000)]
