@@ -13,10 +13,10 @@ PACKAGES := pipeline features align evaluate
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install extract align eval demo test test-slow check format figures figures-gpu clean
+.PHONY: help install extract align eval demo test test-slow check format figures check-figures figures-gpu clean
 
 help: ## List these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
 	@echo "  RECIPE=demo|sail-small|sail|sail-paper|path/to/run.toml   SET='--set section.key=value'"
 
 install: $(STAMP) ## Make .venv with what running needs
@@ -54,6 +54,9 @@ format: $(DEV_STAMP) ## Rewrite the code into the house style, and docs/recipes.
 
 figures: $(DEV_STAMP) ## Measure what stands for our goals; writes docs/figures.json
 	$(BIN)/python -m tests.benchmarks.figures
+
+check-figures: $(DEV_STAMP) ## The same, compared with the goals; writes nothing
+	$(BIN)/python -m tests.benchmarks.figures --check
 
 figures-gpu: ## The same on a CUDA machine (installs nothing)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.figures --gpu

@@ -48,6 +48,11 @@ class Figure:
             return True
         return self.value >= self.goal if self.direction == "min" else self.value <= self.goal
 
+    @property
+    def is_far_from_goal(self) -> bool:
+        """Whether the goal is missed by more than the measurements differ among themselves."""
+        return not self.ok and abs(self.value - float(self.goal or 0)) > self.spread
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figure as JSON holds it."""
         return asdict(self) | {"ok": self.ok}

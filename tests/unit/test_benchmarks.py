@@ -32,7 +32,7 @@ from tests.benchmarks import (
     step,
     writer,
 )
-from tests.benchmarks.figure import Figure
+from tests.benchmarks.figure import Figure, figure_of
 from tests.benchmarks.figures import BEGIN, END, OUTPUT, PAGE, table
 from tests.benchmarks.nvembed import REAL, operations
 
@@ -46,10 +46,21 @@ def test_the_page_shows_the_figures_that_are_on_record() -> None:
     assert shown == table(json.loads(OUTPUT.read_text(encoding="utf-8"))) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("values", "goal", "is_far"),
+    [([0.8, 0.9, 1.0], 0.9, False), ([0.8, 0.9, 1.0], 1.05, False), ([0.8, 0.9, 1.0], 1.2, True)],
+)
+def test_a_goal_that_is_missed_by_more_than_the_spread_is_a_regression(
+    values: list[float], goal: float, is_far: bool
+) -> None:
+    about = {"unit": "ratio", "direction": "min", "module": "none"}
+    assert figure_of("rate", values, goal=goal, **about).is_far_from_goal == is_far
+
+
 @pytest.mark.slow
 def test_loader_benchmark_measures_ratios() -> None:
     figures = loader.measure(rows=32_768, rounds=1, batch_size=1024)
-    assert [figure.value > 0 for figure in figures] == [True] * 5
+    assert [figure.value > 0 for figure in figures] == [True] * 6
 
 
 @pytest.mark.slow
