@@ -7,7 +7,7 @@ import dask.array
 import numpy as np
 from dask.base import compute
 from dask.delayed import delayed
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from PIL import Image
 from rich.text import Text
 
@@ -157,7 +157,6 @@ def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]
         StoreCorruptError: A chunk is damaged.
     """
     store = FeatureStore.open(path)
-    labels = store.labels()
     samples = np.unique(np.linspace(0, store.rows - 1, SAMPLES).astype(int)).tolist()
     return {
         "path": str(path),
@@ -169,13 +168,15 @@ def describe_store(path: Place, *, rows_read: int = ROWS_READ) -> dict[str, Any]
         "columns": {
             name: _describe_column(store.column(name), rows_read) for name in store.columns()
         },
-        "samples": [_named(store, row, labels) for row in samples],
+        "samples": [_named(store, row) for row in samples],
         "source": store.source,
     }
 
 
 def describe_row(path: Place, row: int) -> dict[str, Any]:
     """Return everything the store holds of one row, except the vectors themselves.
+
+    One chunk of each array is read.
 
     Raises:
         StoreError: The store has no such row.
@@ -185,27 +186,31 @@ def describe_row(path: Place, row: int) -> dict[str, Any]:
         raise StoreError(
             f"{path} has no row {row}. A row from 0 to {store.rows - 1} was expected. Change --row."
         )
-    groups = store.groups()
     columns = {}
+    chunk, offset = divmod(row, store.rows_per_chunk)
     for name in store.columns():
         column = store.column(name)
         features = column.read(row, row + 1)[0].astype(np.float32)
+        is_done = not column.pending([chunk])
+        status = column.chunk_status(chunk)[offset] if is_done else Status.PENDING
         columns[name] = {
-            "status": Status(int(column.status()[row])).label,
+            "status": Status(int(status)).label,
             "norm": round(float(np.linalg.norm(features)), 4),
             "first": [round(float(value), 4) for value in features[:4]],
         }
     return {
-        **_named(store, row, store.labels()),
-        "group": None if groups is None else int(groups[row]),
+        **_named(store, row),
+        "group": _number(store, "group", row),
         "columns": columns,
     }
 
 
-def _named(
-    store: FeatureStore, row: int, labels: Int32[np.ndarray, "rows"] | None
-) -> dict[str, Any]:
-    label = None if labels is None else int(labels[row])
+def _number(store: FeatureStore, name: str, row: int) -> int | None:
+    return int(store.values(name, row, row + 1)[0]) if name in store.row_arrays else None
+
+
+def _named(store: FeatureStore, row: int) -> dict[str, Any]:
+    label = _number(store, "label", row)
     names = store.class_names
     return {
         "row": row,

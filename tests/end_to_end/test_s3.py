@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from features.storage.place import as_place
 from pipeline.cli import cli
 from pipeline.interrupt import StopRequest
 from pipeline.run.align import align_run
@@ -15,7 +16,7 @@ from pipeline.run.extract import extract
 from pipeline.stores.inspect import describe_row, describe_store
 from tests import tiny
 from tests.feature_stores import make_store, on_disk
-from tests.servers import Bucket
+from tests.servers import Bucket, Proxy, reach_s3
 
 
 def run_stages(run_file: Path, *overrides: str) -> Path:
@@ -101,6 +102,21 @@ def test_a_store_on_s3_is_inspected_by_its_url(tmp_path: Path, s3: Bucket) -> No
     assert shown == describe_store(store.path) | {"path": url}
     row = json.loads(run.invoke(cli, ["inspect", url, "--row", "3", "--json"]).stdout)
     assert row == describe_row(store.path, 3)
+
+
+def test_a_row_on_s3_costs_the_same_however_many_chunks_there_are(
+    tmp_path: Path, s3: Bucket, s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    for rows in (32, 320):  # 2 and 20 chunks
+        store = make_store(tmp_path / f"{rows}.zarr", rows=rows)
+        s3.upload(tmp_path / f"{rows}.zarr", f"{rows}.zarr")
+        with Proxy(s3_port) as proxy:
+            reach_s3(proxy.port, monkeypatch)
+            found = describe_row(as_place(s3.url(f"{rows}.zarr")), 20)
+        assert found == describe_row(store.path, 20)
+        requests.append(len(proxy.requests))
+    assert requests[0] == requests[1]
 
 
 def test_verify_names_a_chunk_on_s3_that_is_damaged(tmp_path: Path, s3: Bucket) -> None:
