@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.benchmarks.figure import Figure
@@ -47,15 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure what needs a CUDA device")
     parser.add_argument("--only", choices=CPU_MODULES + GPU_MODULES, help="measure one module")
+    parser.add_argument("--group", help="of `gpu`: encoder, step, loss, text or extraction")
     parser.add_argument("--check", action="store_true", help="compare with the goals instead")
     arguments = parser.parse_args()
     modules = GPU_MODULES if arguments.gpu else CPU_MODULES
     if arguments.only:
         modules = [arguments.only]
     measured = list[Figure]()
-    for module in modules:
-        print(f"measuring {module} ...", flush=True)
-        figures = importlib.import_module(f"tests.benchmarks.{module}").measure()
+    for name, measure in _work(modules, arguments.group):
+        print(f"measuring {name} ...", flush=True)
+        figures = measure()
         measured += figures
         if not arguments.check:
             record(figures)
@@ -63,6 +64,21 @@ def main() -> None:
         print(table([figure.as_dict() for figure in measured]))
         sys.exit(any(figure.is_far_from_goal for figure in measured))
     print(table(json.loads(OUTPUT.read_text(encoding="utf-8"))))
+
+
+def _work(
+    modules: Sequence[str], group: str | None
+) -> Iterator[tuple[str, Callable[[], list[Figure]]]]:
+    """Yield what is measured and recorded together: a module, or a group of one for GPUs."""
+    for name in modules:
+        module = importlib.import_module(f"tests.benchmarks.{name}")
+        if name not in GPU_MODULES:
+            yield name, module.measure
+            continue
+        module.check_device()
+        for each, measure in module.GROUPS.items():
+            if group in (None, each):
+                yield f"{name}: {each}", measure
 
 
 def record(figures: Sequence[Figure]) -> None:

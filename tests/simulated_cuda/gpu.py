@@ -519,6 +519,8 @@ def install() -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: (
         including_emulation or CAPABILITY >= (8,)
     )
+    cuda.max_memory_allocated = lambda *_: seen.peak
+    cuda.reset_peak_memory_stats = lambda *_: setattr(seen, "peak", seen.held)
     cuda.mem_get_info = lambda *_: (seen.room - seen.held, seen.room)
     cuda.set_sync_debug_mode = _set_sync_debug_mode
     cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -160,7 +160,8 @@ def test_gpu_scripts_run_small_on_a_cpu(tmp_path: Path) -> None:
     task = extraction.Task(tmp_path, model, cpu, images=4, distinct=2, batch_size=2)
     figures = gpu.extraction_figures(task, rounds=1, compiled=False)
     figures += gpu.loss_figures(cpu, batches=[32], repeats=1)
-    figures += gpu.step_figures(cpu, torch.float32, batch=2, repeats=1, scale=16)
+    small_step = ["align.batch_size=8", "align.head.dim=8", "align.head.depth=1"]
+    figures += gpu.step_figures(cpu, "sail", (16, 24), overrides=small_step, repeats=1)
     small = captions.SMALL
     figures += gpu.text_figures(cpu, torch.float32, config=small, count=4, peak=1e9, repeats=1)
     assert all(figure.value > 0 for figure in figures if "drift" not in figure.figure)
