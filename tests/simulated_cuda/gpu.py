@@ -76,6 +76,14 @@ class Seen:
     fails_with: type[RuntimeError] = torch.OutOfMemoryError
     """What it raises; `torch.AcceleratorError` is what CUDA says by itself."""
 
+    def peak_of(self, *_: object) -> int:
+        """The most that was held since `forget_peak`."""
+        return self.peak
+
+    def forget_peak(self, *_: object) -> None:
+        """Begin anew from what is held."""
+        self.peak = self.held
+
     def clear(self) -> None:
         """Forget all but what is held."""
         for each in (self.waits, self.pageable, self.races, streams.contexts):
@@ -519,8 +527,7 @@ def install() -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: (
         including_emulation or CAPABILITY >= (8,)
     )
-    cuda.max_memory_allocated = lambda *_: seen.peak
-    cuda.reset_peak_memory_stats = lambda *_: setattr(seen, "peak", seen.held)
+    cuda.max_memory_allocated, cuda.reset_peak_memory_stats = seen.peak_of, seen.forget_peak
     cuda.mem_get_info = lambda *_: (seen.room - seen.held, seen.room)
     cuda.set_sync_debug_mode = _set_sync_debug_mode
     cuda.amp.common.amp_definitely_not_available = lambda: False
