@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import obstore
 import pytest
+from huggingface_hub import HfFileSystem, constants
 from obstore.store import S3Store
 
 Fault = Callable[[int, str, str | None], str | None]
@@ -125,29 +126,82 @@ class WebServer(Server):
 
 
 class HubServer(Server):
-    """Answers as the Hugging Face hub does for one dataset, whose files are those of a folder."""
+    """Answers as the Hugging Face hub does for one dataset, whose files are those of a folder.
 
-    def __init__(self, folder: Path, repository: str) -> None:
-        api, content = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/main/"
+    The folder is the branch `main`; a further branch has a folder of its own. A commit is the sha1
+    of the name of its branch.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        repository: str,
+        *,
+        card: dict[str, Any] | None = None,
+        branches: dict[str, Path] | None = None,
+    ) -> None:
+        self._api, self._content = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
+        self._about = {"id": repository, "cardData": card or {}}
+        self._branches = {"main": folder, **(branches or {})}
+        hub = self
 
         class Handler(_Quiet):
             def answer(self) -> None:
                 path = unquote(self.path.partition("?")[0])
-                name = path.removeprefix(f"{api}/tree/main").removeprefix(content).strip("/")
-                if path == api:
-                    self.send_json({"id": repository, "sha": "0" * 40})
-                elif path.startswith(content) and (folder / name).is_file():
-                    self.send_part((folder / name).read_bytes())
-                elif path.startswith(api) and (folder / name).is_dir():
-                    self.send_json(_listed_on_the_hub(folder, name))
+                found = hub.found(path)
+                if isinstance(found, Path):
+                    self.send_part(found.read_bytes())
+                elif found is None:
+                    self.send(404, [("X-Error-Code", hub.error(path))], b"")
                 else:
-                    self.send(404, [("X-Error-Code", "EntryNotFound")], b"")
-
-            def send_json(self, value: object) -> None:
-                headers = [("Content-Type", "application/json")]
-                self.send(200, headers, json.dumps(value).encode())
+                    headers = [("Content-Type", "application/json")]
+                    self.send(200, headers, json.dumps(found).encode())
 
         super().__init__(Handler)
+
+    def found(self, path: str) -> object:
+        """A file, or what is said of the dataset or a folder; None where there is nothing."""
+        if path in (self._api, f"{self._api}/revision/main"):
+            return self._about | {"sha": commit_of("main")}
+        part, is_tree = self._content, path.startswith(f"{self._api}/tree/")
+        if is_tree or path.startswith(f"{self._api}/revision/"):
+            part = f"{self._api}/{'tree' if is_tree else 'revision'}/"
+        for branch, folder in self._branches.items():
+            for revision in (branch, commit_of(branch)):
+                name = path.removeprefix(f"{part}{revision}")
+                if name != path and name[:1] in ("", "/"):
+                    return self._inside(part, branch, folder, name.strip("/"))
+        return None
+
+    def _inside(self, part: str, branch: str, folder: Path, name: str) -> object:
+        if part.endswith("/revision/"):
+            return self._about | {"sha": commit_of(branch)}
+        if part == self._content:
+            return folder / name if (folder / name).is_file() else None
+        return _listed_on_the_hub(folder, name) if (folder / name).is_dir() else None
+
+    def error(self, path: str) -> str:
+        """The code that the hub gives for what it has not."""
+        if not path.startswith((f"{self._api}/", self._content)):
+            return "RepoNotFound"
+        return "RevisionNotFound" if "/revision/" in path else "EntryNotFound"
+
+    def __enter__(self) -> "HubServer":
+        super().__enter__()
+        return self
+
+    def reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let hf:// and the hub's client lead here."""
+        endpoint = f"http://127.0.0.1:{self.port}"
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        HfFileSystem.clear_instance_cache()
+
+
+def commit_of(branch: str) -> str:
+    """The commit of a branch of `HubServer`."""
+    return hashlib.sha1(branch.encode(), usedforsecurity=False).hexdigest()
 
 
 class Bucket:

@@ -32,6 +32,10 @@ class SourceTests(ABC):
         """Change a source that `make` wrote so that every setting has something to say of it."""
         return {}
 
+    def absent(self, folder: Path) -> dict[str, Any]:
+        """Return settings that lead to what is called nowhere and is not there."""
+        return {"path": folder / "nowhere"}
+
     def held(self, images: Sequence[bytes]) -> list[bytes | None]:
         """Return what is read of the images of a source that holds these."""
         return list(images)
@@ -158,7 +162,7 @@ class SourceTests(ABC):
         self, tmp_path: Path, settings: dict[str, Any]
     ) -> None:
         with pytest.raises(SourceError, match="nowhere"):
-            self.opened(tmp_path, settings | {"path": tmp_path / "nowhere"})
+            self.opened(tmp_path, settings | self.absent(tmp_path))
 
 
 def parsed(settings: dict[str, Any], context: dict[str, Any] | None = None) -> Source:

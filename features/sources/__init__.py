@@ -11,6 +11,7 @@ from features.sources.base import Counts, Sample, SourceReader, SourceSettings
 from features.sources.cifar import CifarSource
 from features.sources.class_folders import ClassFolderSource
 from features.sources.folder import FolderSource
+from features.sources.hub import HubSource
 from features.sources.parquet import ParquetSource
 from features.sources.scenes import ScenesSource
 from features.sources.webdataset import WebdatasetSource
@@ -22,6 +23,7 @@ SOURCES: Mapping[str, type[SourceSettings]] = MappingProxyType(
         "webdataset": WebdatasetSource,
         "folder": FolderSource,
         "parquet": ParquetSource,
+        "hub": HubSource,
         "classes": ClassFolderSource,
         "cifar": CifarSource,
         "annotations": AnnotationSource,

@@ -50,13 +50,9 @@ BATCHES_KEPT = 16
 """So that 32 workers of 32 rows each find theirs, whichever of them comes first."""
 
 
-class ParquetSource(SourceSettings):
-    """Parquet or Arrow files that hold the encoded image bytes themselves, or paths of images."""
+class ImageTableSettings(SourceSettings):
+    """What all sources of tables with images have."""
 
-    kind: Literal["parquet"]
-    path: DataPattern | tuple[DataPattern, ...]
-    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order. Or of
-    the `.arrow` files that `save_to_disk` of Hugging Face datasets writes (`data-*.arrow`)."""
     image: str = "image"
     """Column with the image bytes, plain, in base64, or as `{bytes, path}` (Hugging Face datasets).
     Where it holds other text, or `{bytes, path}` without any bytes, it names image files."""
@@ -66,15 +62,24 @@ class ParquetSource(SourceSettings):
     key: str | None = None
     """Column with a unique name of the row; its number in the file if not given, or null."""
 
-    def _open(self, known: Known) -> "ImageParquet":
-        return ImageParquet(self, matching_files(self.path), known)
-
     def image_reader(self) -> "ParquetImages":
         """Return what reads the column of images."""
         return ParquetImages(self.image)
 
 
-class ImageParquet(SourceReader[ParquetSource]):
+class ParquetSource(ImageTableSettings):
+    """Parquet or Arrow files that hold the encoded image bytes themselves, or paths of images."""
+
+    kind: Literal["parquet"]
+    path: DataPattern | tuple[DataPattern, ...]
+    """Glob pattern(s) of the parquet files, `{00000..00010}` too; each read in sorted order. Or of
+    the `.arrow` files that `save_to_disk` of Hugging Face datasets writes (`data-*.arrow`)."""
+
+    def _open(self, known: Known) -> "ImageParquet":
+        return ImageParquet(self, matching_files(self.path), known)
+
+
+class ImageParquet(SourceReader[ImageTableSettings]):
     """Lists the rows of parquet files by the columns of use; the images are not read."""
 
     def samples(self, file: Place, counts: Counts) -> Iterator[Sample]:

@@ -181,7 +181,7 @@ def _check_keys_differ(stores: Sequence[FeatureStore]) -> None:
     raise SourceError(
         f"{len(same)} keys come twice in the stores, such as "
         f"{str(stores[number].keys(row, row + 1)[0])!r} in row {row} of {stores[number].path}. "
-        f"Unique keys were expected. Merge them with --prefix."
+        f"Unique keys were expected. Give --prefix, or leave a store out."
     )
 
 

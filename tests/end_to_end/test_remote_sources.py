@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem
 from pydantic import TypeAdapter
 
 from features.errors import SourceError
@@ -36,11 +36,7 @@ def url_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             yield f"{request.param}://{s3.name}/data"
     elif request.param == "hf":
         with HubServer(folder, "owner/name") as server:
-            endpoint = f"http://127.0.0.1:{server.port}"
-            template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-            monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            HfFileSystem.clear_instance_cache()
+            server.reach(monkeypatch)
             yield "hf://datasets/owner/name"
         HfFileSystem.clear_instance_cache()
     else:

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from features.sources.parquet import ParquetImages
 from features.sources.webdataset import REPEATED
 from features.status import Status
 from tests import tiny
+from tests.servers import HubServer
 from tests.source_suite import IMAGES, SourceTests, kinds_without_suite, parsed
 
 IMAGE = tiny.encoded(tiny.picture(0))
@@ -76,6 +77,25 @@ class TestEveryParquet(SourceTests):
         for name, some in halves(images):
             pq.write_table(pa.table({"image": some}), folder / f"{name}.parquet")
         return {"path": folder / "*.parquet"}
+
+
+class TestEveryHub(SourceTests):
+    kind = "hub"
+
+    @pytest.fixture(autouse=True)
+    def _hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        with HubServer(tmp_path / "source", "owner/name") as server:
+            server.reach(monkeypatch)
+            yield
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        (folder / "data").mkdir(parents=True)
+        for name, some in halves(images):
+            pq.write_table(pa.table({"image": some}), folder / "data" / f"train-{name}.parquet")
+        return {"repository": "owner/name"}
+
+    def absent(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002
+        return {"repository": "owner/nowhere"}
 
 
 class TestEveryClasses(SourceTests):
