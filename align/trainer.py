@@ -62,6 +62,8 @@ FEWEST_ROWS = 50
 """Fewer held-out rows than this do not choose a step: the last one is the result."""
 WEIGHTS = "weights"  # in the state: those that are trained, where an average of them is the result
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+WORTH_TELLING, MUCH_WAITING = 10.0, 0.1
+"""Seconds of a training, and the share of them that it waited, from which it is told."""
 SAVING_SHARE = 20.0  # at most one part in so many of the time goes into checkpoints
 
 OnStep = Callable[[int, int, str], None]
@@ -77,6 +79,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._started_at, self._waited = time.monotonic(), 0.0
         make_folder(run_dir)
         _cut_back(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -94,6 +97,7 @@ class MetricsLog:
         """Add a line with what was measured after the last update, if anything was."""
         if not values:
             return
+        self._waited += values.get("wait_for_data_seconds", 0.0)
         step = training.step
         line = {"step": step, "epoch": round(training.epoch, 4), **values}
         self._file.write(json.dumps(line) + "\n")
@@ -107,7 +111,15 @@ class MetricsLog:
         synchronise(self.path)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and say so where the training waited much for its data."""
+        seconds = time.monotonic() - self._started_at
+        if seconds > WORTH_TELLING and self._waited > MUCH_WAITING * seconds:
+            logger.info(
+                "the training waited for its data %.0f %% of %.0f s. Raise align.memory_mb (of a "
+                "GPU also align.host_memory_mb), put the store on a faster disk, or make it int8.",
+                100 * self._waited / seconds,
+                seconds,
+            )
         try:
             self._file.close()
             self._board.close()
@@ -150,9 +162,14 @@ class Meter:
         """Seconds that were spent in `waiting`."""
 
     @property
+    def seconds(self) -> float:
+        """Since the last restart."""
+        return max(time.monotonic() - self._started_at, 1e-9)
+
+    @property
     def images_per_second(self) -> float:
         """Images by the time since the last restart."""
-        return self.images / max(time.monotonic() - self._started_at, 1e-9)
+        return self.images / self.seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -508,10 +525,12 @@ def _log_update(
         "wait_for_data_seconds": round(meter.waited, 4),
     }
     log.write(training, values)
-    meter.restart()
     note = f"loss {numbers['loss']:.4g}"
+    if (waited := meter.waited / meter.seconds) >= 0.01:
+        note += f", waits for data {waited:.0%}"
+    meter.restart()
     if training.best_score is not None:
-        note += f", held-out {SHOWN.replace('_', ' ')} {training.best_score:.3f}"
+        note += f", best held-out {SHOWN.replace('_', ' ')} {training.best_score:.3f}"
     return note
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
@@ -75,6 +75,8 @@ class ExtractOptions:
     """Threads that decode."""
     should_stop: Callable[[], bool] = lambda: False
     on_rows: Callable[[int], None] = lambda _: None
+    phases: Phases = field(default_factory=Phases)
+    """Counts the seconds of the work while it is done."""
 
 
 def extract(
@@ -113,7 +115,7 @@ def extract_captions(
         options: What every column of one extraction shares.
         chunks: Look at these chunks alone; at all if not given.
     """
-    phases, column = Phases(), columns[0]
+    phases, column = options.phases, columns[0]
     parts = _parts_of(columns, encoder, chunks)
     chunks = pending_in_any(columns, chunks)
     few = _encode_few(store, column, encoder, phases) if len(chunks) else None
@@ -473,7 +475,7 @@ def extract_images(
     Raises:
         SourceError: Images of a chunk are other bytes than when a column of `seen` was made.
     """
-    phases = Phases()
+    phases = options.phases
     reader = SampleReader(index, max_pixels=encoder.max_pixels)
     feeder = Feeder(encoder)
     made_by = {f"image/{column.name}": column for column in encoder.columns}

@@ -20,6 +20,7 @@ from pipeline.run.config import RunConfig
 from pipeline.run.cpu import usable_processors
 from pipeline.run.device import prepare_device
 from pipeline.run.finished import check_quarantined, columns_of
+from pipeline.run.time_split import TimeSplit
 
 logger = logging.getLogger(__name__)
 Splits = Sequence[tuple[FeatureStore, Index]]
@@ -77,13 +78,17 @@ def fill_encoder(
         for names in columns_of(config, store, name):
             columns, phases = [store.column(each) for each in names], None
             if pending := pending_in_any(columns):
+                phases = Phases()
                 with progress_line(store, columns, pending) as line:
+                    split = TimeSplit(config.run.dir, line, phases, of=_named(store, columns))
                     options = ExtractOptions(
                         workers=config.extract.workers or usable_processors(),
                         should_stop=stop,
-                        on_rows=line.advance,
+                        on_rows=split.advance,
+                        phases=phases,
                     )
-                    phases = extract(store, columns, index, encoder, options, pending)
+                    extract(store, columns, index, encoder, options, pending)
+                split.finish()
             finish_columns(config, store, columns, phases, stop)
 
 
@@ -111,9 +116,12 @@ def progress_line(
     store: FeatureStore, columns: Sequence[Column], chunks: Sequence[int]
 ) -> ProgressLine:
     """Return the line of progress over the rows of some chunks of some columns."""
-    names = ", ".join(column.name for column in columns)
     rows = sum(map(columns[0].chunk_rows, chunks))
-    return ProgressLine(f"{store.path.stem}  {names}", rows, "rows")
+    return ProgressLine("  ".join(_named(store, columns).values()), rows, "rows")
+
+
+def _named(store: FeatureStore, columns: Sequence[Column]) -> dict[str, str]:
+    return {"split": store.path.stem, "columns": ", ".join(column.name for column in columns)}
 
 
 def finish_columns(
@@ -137,8 +145,7 @@ def finish_columns(
         SourceError: More rows are quarantined than the recipe allows.
     """
     if phases is not None:
-        names = ", ".join(column.name for column in columns)
-        logger.info("%s  %s: %s", store.path.stem, names, phases.summary())
+        logger.info("%s  %s: %s", *_named(store, columns).values(), phases.summary())
     for column in columns:
         column.remove_leftovers()
     stop.check()

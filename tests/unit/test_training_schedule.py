@@ -7,6 +7,7 @@ nothing of this. Here each is compared with what its settings say.
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from align.checkpoint import Checkpoint
 from align.config import AlignConfig
+from align.loader import Batch, Loader
 from align.trainer import train
 from features.errors import StoreCorruptError
 from features.store import FeatureStore
@@ -332,3 +334,27 @@ def test_a_checkpoint_is_on_the_disk_before_anything_points_to_it(
     assert [after[i][1].split(" -> ")[1] for i in links] == ["last", "best"]
     for i in links:
         assert after[i + 1] == ("fsync", ".")
+
+
+def test_a_training_that_waits_for_its_data_says_what_would_help(
+    store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, original = Clock(monkeypatch), Loader.batches
+
+    def slow(self: Loader, *steps: int) -> Iterator[Batch]:
+        for batch in original(self, *steps):
+            clock.ahead += 30
+            yield batch
+
+    monkeypatch.setattr(Loader, "batches", slow)
+    with caplog.at_level("INFO"):
+        run(store, tmp_path / "a", settings(steps=4))
+    assert re.search(r"waited for its data (100|99|98) % of 1\d\d s\. Raise align", caplog.text)
+    caplog.clear()
+    monkeypatch.setattr(Loader, "batches", original)
+    with caplog.at_level("INFO"):
+        run(store, tmp_path / "b", settings(steps=4))
+    assert "waited for its data" not in caplog.text
