@@ -35,7 +35,10 @@ from features.errors import EncoderError
 
 IMAGES = "`python:package.module:function` (your own function of pictures)"
 TEXTS = "`python:package.module:function` (your own function of captions)"
-WAY_OUT = "A function as docs/encoders.md describes it was expected. Correct it."
+WAY_OUT = (
+    "A function with a `version`, of a list of pictures or of captions, that returns an array "
+    "(items, dim) was expected. Correct it."
+)
 TRIAL = (64, 48)
 MOST_BYTES = 4096
 
