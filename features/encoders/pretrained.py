@@ -29,6 +29,7 @@ from features.encoders.packing import PACKED_ATTENTION, TokenBatch
 from features.encoders.plan import Decision, EncoderPlan
 from features.encoders.processors import make_preprocessing, read_image_processor
 from features.encoders.sentence_modules import Behind
+from features.encoders.static_sentences import is_static, load_static, resolve_static
 from features.encoders.text import PooledModel, PooledUse, TextColumn, TextEncoder, batch_budget
 from features.encoders.text_plan import TextResolution, is_half, resolve_text
 from features.encoders.tokenizer import (
@@ -90,6 +91,8 @@ def resolve(config: ImageEncoderConfig | TextEncoderConfig) -> EncoderPlan:
         )
     if isinstance(config, ImageEncoderConfig):
         return resolve_image(config, files)
+    if is_static(files):
+        return resolve_static(config, files)[0]
     if _is_nvembed(files):
         return _resolve_nvembed(config, files)
     return resolve_text(config, files).plan
@@ -149,6 +152,8 @@ def load_text(name: str, config: TextEncoderConfig, device: torch.device) -> Tex
         EncoderError: It cannot be found or loaded, has no such pooling, or reads fewer tokens.
     """
     files = find(config.model, config.revision)
+    if is_static(files):
+        return load_static(name, files, config, device)
     return (_nvembed if _is_nvembed(files) else _pooled)(name, files, config, device)
 
 

@@ -21,7 +21,8 @@ from features.errors import EncoderError
 
 LIBRARY = "sentence_transformers"
 SETTINGS = "config_sentence_transformers.json"
-KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
+STATIC = "StaticEmbedding"
+KINDS = ("Transformer", STATIC, "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 TRANSFORMER_FILES = (
     "sentence_bert_config.json",
     *(
@@ -63,6 +64,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SentenceModules:
     """What the files say; None where they do not."""
 
+    is_static: bool = False
+    """Whether the first is a table of vectors, which is not pooled."""
     pooling: str | None = None
     pooling_file: str = ""
     include_prompt: bool = True
@@ -144,11 +147,15 @@ def _read_module(found: SentenceModules, folder: Path, number: int, module: dict
             f"{', '.join(KINDS)} of {LIBRARY} were expected. Choose another text encoder, or bring "
             f"its vectors with `sail import-store`."
         )
-    is_in_order = (kind == "Transformer") == (number == 0) and (kind == "Pooling") == (number == 1)
+    found.is_static |= number == 0 and kind == STATIC
+    is_first = kind in ("Transformer", STATIC)
+    is_pooling = number == 1 and not found.is_static
+    is_in_order = is_first == (number == 0) and (kind == "Pooling") == is_pooling
     if not is_in_order:
         raise EncoderError(
-            f"{folder / MODULES} has a {kind} at place {number}. A Transformer, one Pooling, and "
-            f"then what works on sentences was expected. Choose another text encoder."
+            f"{folder / MODULES} has a {kind} at place {number}. A Transformer and one Pooling, or "
+            f"a {STATIC}, and then what works on sentences was expected. Choose another text "
+            f"encoder."
         )
     place = str(module.get("path") or "")
     if kind == "Pooling":

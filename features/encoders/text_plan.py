@@ -71,7 +71,7 @@ def resolve_text(config: TextEncoderConfig, files: EncoderFiles) -> TextResoluti
     for name, column in config.columns("").items():
         _decide_column(made, config.model, whole, modules, (name, column))
     _decide_tokens(made, config, files.trunk, modules, (tokenizer, trunk))
-    _decide_prompt(made, config, modules)
+    decide_prompt(made, config, modules)
     behind = [f"{kind} ({place})" if place else kind for kind, place in modules.behind]
     made.decisions["behind"] = Decision(
         behind, "modules.json" if modules.pooling is not None else "no modules.json"
@@ -271,7 +271,12 @@ def positions_of(config: Any) -> int | None:
     return found
 
 
-def _decide_prompt(made: PlanBuilder, config: TextEncoderConfig, modules: SentenceModules) -> None:
+def decide_prompt(made: PlanBuilder, config: TextEncoderConfig, modules: SentenceModules) -> None:
+    """Decide what stands before every text.
+
+    Raises:
+        EncoderError: The recipe names a prompt that the files have not.
+    """
     default = modules.default_prompt
     stated = Decision(None if default is None else modules.prompts[default], f"{SETTINGS}")
     told = config.instruction

@@ -46,14 +46,14 @@ def check_files(folder: Path, weights: str = WEIGHTS) -> None:
     """Check the files of a checkpoint before anything is loaded: cheap, whatever their size.
 
     Args:
-        folder: Has its config.json.
+        folder: Where they are, with the config.json of the model if it has one.
         weights: Which of its files hold the weights.
 
     Raises:
         EncoderError: A weight file is a pointer, is cut short or missing; the weights are
             quantised; or an adapter lies beside them.
     """
-    settings = read_settings(folder)
+    settings = read_settings(folder) if (folder / "config.json").is_file() else {}
     if quantised := settings.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise EncoderError(
