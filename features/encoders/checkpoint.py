@@ -175,8 +175,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return what config.json of a folder says, also of a model that transformers does not have.
 
     Raises:
-        EncoderError: It is missing, or no JSON object.
+        EncoderError: It is missing, or no JSON object; or the folder holds an adapter alone.
     """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").is_file():
+        raise EncoderError(
+            f"{folder} holds an adapter (adapter_config.json) without the model that it changes. A "
+            f"whole model was expected. Merge both into one checkpoint (`merge_and_unload` of the "
+            f"package peft), and name that."
+        )
     return read_json(folder / "config.json")
 
 

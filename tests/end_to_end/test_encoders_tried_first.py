@@ -59,6 +59,12 @@ def nested_too_deep(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
 
 
+def adapter_alone(folder: Path) -> None:
+    adapter(folder)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
 def change_config(folder: Path, **settings: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -70,6 +76,7 @@ BROKEN = {
     pointer: "is a pointer of Git LFS",
     quantised: r"are quantised \(gptq\)",
     adapter: r"an adapter \(LORA\) belongs to the weights",
+    adapter_alone: "holds an adapter .* without the model",
     larger_vocabulary: "tokens up to number 500, but the model has 19",
     other_shape: r"\(24,\), where \(25,\) was expected",
     own_code: r"code of its own, 'someone/code--own\.Model'",
