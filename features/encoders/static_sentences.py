@@ -95,10 +95,10 @@ def load_static(
             f"{len(table)} vectors. One for each token was expected. Fetch both again from one "
             f"revision."
         )
-    if not table.isfinite().all():
+    if table.ndim != 2 or not table.isfinite().all():
         raise EncoderError(
-            f"The weights in {files.trunk} are not finite. Finite numbers were expected. Fetch "
-            f"them again."
+            f"The weights in {files.trunk}, of shape {tuple(table.shape)}, are not finite or no "
+            f"table. Finite vectors of one length were expected. Fetch them again."
         )
     behind = Behind(files.folder, modules.behind)
     model = StaticSentences(tokenizer, table, behind, config).to(device)

@@ -96,9 +96,12 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"embedding.weight": table[:-3].clone()}, path)
     with pytest.raises(EncoderError, match="has the token"):
         encode(folder, ["a"])
-    table[0] = torch.nan
+    table = torch.full((500, 12), torch.nan)
     save_file({"embedding.weight": table}, path)
     with pytest.raises(EncoderError, match="not finite"):
+        encode(folder, ["a"])
+    save_file({"embedding.weight": torch.zeros(500)}, path)
+    with pytest.raises(EncoderError, match="no table"):
         encode(folder, ["a"])
     save_file({"other": table}, path)
     with pytest.raises(EncoderError, match="cannot be read"):
