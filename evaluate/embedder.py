@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from align.checkpoint import Checkpoint
 from align.heads import AlignmentModel
-from features.config import TextEncoderConfig
+from features.config import VECTORS, TextEncoderConfig
 from features.errors import EvaluationError, UnusableSplitError
 from features.storage.column import Column
 from features.storage.files import appearing
@@ -147,6 +147,7 @@ def check_same_encoder(
     found: dict[str, object],
     expected: dict[str, object],
     *,
+    dim: int,
     remedy: str = "Correct the run file.",
 ) -> None:
     """Check that an encoder of the run file is the one that a head was trained on.
@@ -154,17 +155,31 @@ def check_same_encoder(
     Args:
         section: Of the run file, for the message.
         found: Fingerprint of the encoder as it was loaded.
-        expected: What the checkpoint of the head says.
+        expected: What the checkpoint of the head says. Of imported features that is what was told
+            of them.
+        dim: Length of the features that the head reads.
         remedy: What to do where they differ.
 
     Raises:
         EvaluationError: They differ in what decides the features.
     """
+    if expected.get("imported"):
+        known = {} if found.get("looked_up") else expected
+        expected = {name: value for name, value in known.items() if name != "imported"}
+        found = {name: found.get(name) for name in expected} | {"dim": found["dim"]}
+    expected = {**expected, "dim": dim}
     for place, value, wanted in Fingerprint(found).differences(expected):
         raise EvaluationError(
             f"[{section}] has {place} = {value!r}, but the head was trained with {wanted!r}. "
             f"The same encoder was expected. {remedy}"
         )
+
+
+def looked_up_in(encoders: Mapping[str, TextEncoderConfig]) -> list[str]:
+    """Return the sha256 of each table in which vectors of texts are looked up."""
+    names = [each.model for each in encoders.values() if each.model.startswith(VECTORS)]
+    files = [Path(name.removeprefix(VECTORS)) for name in names]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def prompt_features(
@@ -182,7 +197,8 @@ def prompt_features(
         EvaluationError: The recipe's text encoder is not the one that the head was trained on.
     """
     compared = Fingerprint(embedder.checkpoint.text["fingerprint"]).deciding
-    digest = hashlib.sha256(json.dumps([compared, prompts], sort_keys=True).encode()).hexdigest()
+    made_of = [compared, prompts, *looked_up_in(encoders)]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     path = cache / f"prompts-{digest[:16]}.npy"
     dim = int(embedder.checkpoint.text["dim"])
     if (kept := read_kept(path, (len(prompts), dim))) is not None:
@@ -196,7 +212,7 @@ def prompt_features(
     from features.encoders import load_text_encoder  # slow to import, and mostly not needed
 
     encoder = load_text_encoder(name, encoders[name], embedder.device)
-    check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared)
+    check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared, dim=dim)
     features: np.ndarray = encoder.encode(prompts).astype(np.float16)
     with appearing(path) as partial:
         with partial.open("wb") as file:

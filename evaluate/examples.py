@@ -102,6 +102,8 @@ class Gallery:
         """The reader of the images, None where there is no index."""
         from features.index import Index, SampleReader
 
+        if self.store.source.get("taken"):  # of what was imported there are none
+            return None
         try:
             return SampleReader(Index.open(self.index), max_pixels=self.max_pixels)
         except SourceError as error:

@@ -27,6 +27,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 LAYOUTS = ("timm:", "open_clip:", "model2vec:")
 """Backends of encoders behind whose name the path of a folder can stand."""
+VECTORS = "vectors:"
+"""Before a table of texts and their vectors, relative to the run file."""
 OWN = "python:"
 """Before a function of the user's own: its module may lie beside the run file."""
 
@@ -74,6 +76,8 @@ def _model(value: str, info: Any) -> str:
         file = module if module.endswith(".py") else f"{module.replace('.', '/')}.py"
         path = str(_beside_run_file(file, info))
         return f"{OWN}{path}{colon}{function}" if Path(path).is_file() else value
+    if value.startswith(VECTORS):
+        return f"{VECTORS}{_beside_run_file(value.removeprefix(VECTORS), info)}"
     library, colon, place = value.rpartition(":") if value.startswith(LAYOUTS) else ("", "", value)
     path = str(_beside_run_file(place, info))
     return f"{library}{colon}{path}" if Path(path).is_dir() else value

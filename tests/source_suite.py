@@ -176,4 +176,5 @@ def parsed(settings: dict[str, Any], context: dict[str, Any] | None = None) -> S
 
 def kinds_without_suite() -> set[str]:
     """Return the kinds of sources of which no suite was imported."""
-    return SOURCES.keys() - {suite.kind for suite in SourceTests.__subclasses__()}
+    with_samples = {kind for kind, settings in SOURCES.items() if settings.has_samples}
+    return with_samples - {suite.kind for suite in SourceTests.__subclasses__()}

@@ -15,6 +15,7 @@ from features.encoders import (
     pretrained,
     static_embeddings,
     timm_models,
+    vectors,
 )
 from features.encoders.checkpoint import EncoderFiles, layouts_of
 from features.encoders.plan import EncoderPlan
@@ -66,6 +67,7 @@ ENCODERS: dict[str, EncoderBackend] = {
     "open_clip": open_clip_models,
     "model2vec": static_embeddings,
     "python": own_functions,
+    "vectors": vectors,
 }
 
 

@@ -12,6 +12,7 @@ from features.sources.cifar import CifarSource
 from features.sources.class_folders import ClassFolderSource
 from features.sources.folder import FolderSource
 from features.sources.hub import HubSource
+from features.sources.imported import ImportedSource
 from features.sources.parquet import ParquetSource
 from features.sources.scenes import ScenesSource
 from features.sources.webdataset import WebdatasetSource
@@ -28,6 +29,7 @@ SOURCES: Mapping[str, type[SourceSettings]] = MappingProxyType(
         "cifar": CifarSource,
         "annotations": AnnotationSource,
         "scenes": ScenesSource,
+        "imported": ImportedSource,
     }
 )
 """Settings of each kind of source, by what `kind` is in a run file."""

@@ -183,6 +183,9 @@ class SourceSettings(BaseModel):
     two numbers by its hash. `[0, 0.9]` in one split and `[0.9, 1]` in another of the same `path`
     have no sample in common, also when rows are added."""
 
+    has_samples: ClassVar[bool] = True
+    """Whether there is something to read; not where the features of a split were imported."""
+
     unused: ClassVar[Set[str]] = frozenset()
     """Settings that a kind inherits and has no use for; they are refused."""
 

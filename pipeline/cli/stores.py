@@ -100,6 +100,11 @@ def convert(
     "--table", type=click.Path(path_type=Path), help="A row for each row: captions, keys."
 )
 @click.option("--about", multiple=True, metavar="ENCODER.FACT=TEXT", help="For the fingerprint.")
+@click.option(
+    "--class-names",
+    metavar="FILE|LIST",
+    help="Of the labels: a text file with one name a line, or a list that ships, as imagenet-1k.",
+)
 @click.option("--rows-per-chunk", type=COUNT, metavar="N", help="Of the store.")
 @json_option
 def import_store(
@@ -109,6 +114,7 @@ def import_store(
     take: tuple[str, ...],
     table: Path | None,
     about: tuple[str, ...],
+    class_names: str | None,
     rows_per_chunk: int | None,
     as_json: bool,
 ) -> None:
@@ -129,13 +135,17 @@ def import_store(
       sail import-store tensor_data --table cc3m.csv --take caption/raw=table/raw_caption \\
         --about image/dinov2-large.pooling=cls+mean --out cc3m.zarr
     """
+    from features.class_lists import CLASS_LISTS
+    from features.sources.base import read_class_names
     from pipeline.stores.convert import Wanted, import_store
 
     facts = dict[str, dict[str, str]]()
     for name, text in _pairs("--about", about).items():
         encoder, _, fact = name.rpartition(".")
         facts.setdefault(encoder, {})[fact] = text
-    wanted = Wanted(form, _pairs("--take", take), table, facts, rows_per_chunk)
+    is_list = class_names is None or class_names in CLASS_LISTS
+    names = read_class_names(class_names if is_list else Path(str(class_names)))
+    wanted = Wanted(form, _pairs("--take", take), table, facts, names, rows_per_chunk)
     _write(out, as_json, lambda stop: import_store(path, out, wanted, stop))
 
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from align.processes import Ring
 from align.trainer import train
 from features.device.cuda import choose, is_gpu
 from features.device.memory import refusing_without_memory
-from features.errors import TrainingError
+from features.errors import ConfigError, TrainingError
 from features.storage.files import remove_leftovers
+from features.store import FeatureStore
 from pipeline.card import export_model
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.progress import ProgressLine
@@ -93,12 +95,30 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
     return best if ring.leads else None
 
 
+def _aligned_encoder(config: RunConfig, kind: Literal["image", "text"], store: FeatureStore) -> str:
+    """Return the encoder of the recipe, or of a recipe without any the only one of the store.
+
+    Raises:
+        ConfigError: There are several, or none.
+    """
+    given = config.align.image if kind == "image" else config.align.text
+    if given is not None or getattr(config.encoders, kind):
+        return config.aligned_encoder(kind)
+    names = dict.fromkeys(name.split("/")[1] for name in store.columns() if name.startswith(kind))
+    if len(names) != 1:
+        raise ConfigError(
+            f"{store.path} has {len(names)} {kind} encoders ({', '.join(names) or 'none'}). One "
+            f"was expected, since the recipe has none. Set align.{kind} to the name of one of them."
+        )
+    return next(iter(names))
+
+
 def _train(
     config: RunConfig, folder: RunFolder, ring: Ring, device: torch.device, stop: StopRequest
 ) -> Path | None:
-    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     mix = config.align.mix or {config.align.split: 1.0}
     stores = [open_store(config, folder, split) for split in mix]
+    image, text = (_aligned_encoder(config, kind, stores[0]) for kind in ("image", "text"))
     for each in stores:
         check_complete(each, config, image, text)
     with ProgressLine("align", None, "steps") if ring.leads else nullcontext() as line:

@@ -86,7 +86,7 @@ class Aligned:
         name, settings = self.image_settings
         encoder = load_image_encoder(name, settings, self.device, self.max_pixels)
         found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
-        self._check(f"encoders.image.{name}", found, self.checkpoint.image["fingerprint"])
+        self._check(f"encoders.image.{name}", found, self.checkpoint.image)
         return encoder
 
     @cached_property
@@ -186,8 +186,7 @@ class Aligned:
         """
         name = str(self.checkpoint.text["name"])
         encoder = load_text_encoder(name, self.text_settings, self.device)
-        expected = self.checkpoint.text["fingerprint"]
-        self._check(f"encoders.text.{name}", encoder.fingerprint, expected)
+        self._check(f"encoders.text.{name}", encoder.fingerprint, self.checkpoint.text)
         return encoder
 
     def with_image_encoder(self, **changes: Any) -> "Aligned":
@@ -233,17 +232,18 @@ class Aligned:
             raise _no_encoder("text", name)
         return columns[name]
 
-    def _check(self, section: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    def _check(self, section: str, found: dict[str, Any], trained_on: dict[str, Any]) -> None:
         """Check that an encoder is the one that the head was trained on.
 
         An exported copy has another name, and may be used on another device: its weights count.
         """
+        expected, dim = trained_on["fingerprint"], int(trained_on["dim"])
         if self.run_config is not None:
-            check_same_encoder(section, found, expected)
+            check_same_encoder(section, found, expected, dim=dim)
             return
         found = found | {name: expected.get(name) for name in ("model", "revision", "dtype")}
         remedy = f"Put the encoder back into {self.checkpoint.path}, or export the run again."
-        check_same_encoder(section, found, expected, remedy=remedy)
+        check_same_encoder(section, found, expected, dim=dim, remedy=remedy)
 
 
 def _read(path: str | Path) -> bytes:

@@ -146,9 +146,14 @@ class RunConfig(BaseModel):
             ("image", list(self.encoders.image_columns), self.align.image),
             ("text", list(self.encoders.text_columns), self.align.text),
         ]:
-            if name is not None and name not in names:
+            if name is not None and names and name not in names:
                 raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")
         return self
+
+    @property
+    def extracted(self) -> dict[str, Source]:
+        """The splits whose features `sail extract` makes: those that were not imported."""
+        return {split: source for split, source in self.data.items() if source.has_samples}
 
     @property
     def trained_splits(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from align.checkpoint import Checkpoint, load_head
 from evaluate.charts import Curve
 from evaluate.context import Context
-from evaluate.embedder import Embedder
+from evaluate.embedder import Embedder, looked_up_in
 from evaluate.measures import MEASURES, measure_of
 from evaluate.measures.measure import Inputs, Measure, Splits
 from evaluate.report import (
@@ -480,6 +480,8 @@ def _digest(
             for measure, opened in inputs.items()
         },
     }
+    if tables := looked_up_in(config.encoders.text):
+        known["looked_up"] = tables
     return _sha256(json.dumps(known, sort_keys=True, default=str).encode())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from features.errors import ConfigError, EncoderMissingError
+from features.errors import ConfigError, EncoderMissingError, SourceError
 from features.storage.files import remove_leftovers
 from features.storage.lock import locked
 from features.storage.place import Place
@@ -60,8 +60,14 @@ def extract(
             f"Call `sail align`, or leave run.features out."
         )
     folder = run_folder(config)
-    names = [f"image/{name}" for name in config.encoders.image]
-    names += [f"text/{name}" for name in config.encoders.text]
+    imported = _imported(config, folder)
+    if not config.extracted:
+        start_run(config, "features")
+        return imported
+    names = [
+        *(f"image/{name}" for name in config.encoders.image),
+        *(f"text/{name}" for name in config.encoders.text),
+    ]
     with _cluster(config, scheduler, workers) as cluster, ExitStack() as until_done:
         known = KnownEncoders(folder.path / "encoders.json")
         encoders = _Encoders(config, known, cluster, stop)
@@ -101,7 +107,26 @@ def extract(
 
             fill_encoder(config, encoders.loaded, splits, name, stop)
     check_usable(stores)
-    return [store.path for store in stores]
+    return [*imported, *(store.path for store in stores)]
+
+
+def _imported(config: RunConfig, folder: RunFolder) -> list[Place]:
+    """Return the stores of the splits without a source.
+
+    Raises:
+        SourceError: One is not there.
+    """
+    if config.align.store is not None:
+        return []
+    places = [folder.store(split) for split in config.data if split not in config.extracted]
+    for place in places:
+        if not FeatureStore.is_at(place):
+            raise SourceError(
+                f"The split of {place} has no source (kind = 'imported'), and no store is there. "
+                f"Features that were imported were expected. Use `sail import-store ... --out "
+                f"{place}`."
+            )
+    return places
 
 
 class _Encoders:

@@ -85,7 +85,7 @@ def is_whole(config: RunConfig, name: str) -> bool:
         for names in columns_of(config, store, name)
         for column in names
     ]
-    return len(stores) == len(config.data) and all(
+    return len(stores) == len(config.extracted) and all(
         column in store.columns() and not store.column(column).pending()
         for store, column in columns
     )
@@ -93,7 +93,7 @@ def is_whole(config: RunConfig, name: str) -> bool:
 
 def _stores(config: RunConfig) -> list[FeatureStore]:
     folder = run_folder(config)
-    paths = [folder.store(split) for split in config.data]
+    paths = [folder.store(split) for split in config.extracted]
     return [FeatureStore.open(path) for path in paths if FeatureStore.is_at(path)]
 
 

@@ -97,13 +97,13 @@ def plan_rows(
         Stopped: A signal came; indexes are as they were, but those that were made anew are kept.
     """
     # Drawing scenes writes files, so it comes after what may be refused.
-    splits = sorted(config.data.items(), key=lambda each: isinstance(each[1], ScenesSource))
+    splits = sorted(config.extracted.items(), key=lambda each: isinstance(each[1], ScenesSource))
     opened = {
         split: _open(folder, split, source)
         for split, source in splits
         if not isinstance(source, ScenesSource)
     }
-    there = [split for split in config.data if FeatureStore.is_at(folder.store(split))]
+    there = [split for split in config.extracted if FeatureStore.is_at(folder.store(split))]
     stores = {split: FeatureStore.open(folder.store(split)) for split in there}
     check_stores(list(stores.values()))
     with _candidates(folder.index("any").parent) as plans:
@@ -115,7 +115,7 @@ def plan_rows(
             if (store := stores.get(split)) is not None:
                 check_first_rows(store, plan.index, append=append)
                 plan.store = store
-        order = list(config.data)
+        order = list(config.extracted)
         yield sorted(plans, key=lambda plan: order.index(plan.split))
 
 

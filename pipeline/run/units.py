@@ -283,7 +283,7 @@ def _checked(job: ClusterJob, config: RunConfig, name: str) -> Encoder:
     encoder, key = _loaded(job, config, name), (job["id"], name)
     if _process.checked != key:
         folder = run_folder(config)
-        add_columns((FeatureStore.open(folder.store(split)) for split in config.data), encoder)
+        add_columns((FeatureStore.open(folder.store(split)) for split in config.extracted), encoder)
         _process.checked = key
     return encoder
 

@@ -57,6 +57,8 @@ class Wanted:
     """A table with a row for each row, whose columns are arrays `table/<column>`."""
     about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Facts for the fingerprints, by `image/<encoder>` and `text/<encoder>`."""
+    class_names: tuple[str, ...] | None = None
+    """Of the labels, in their order."""
     rows_per_chunk: int | None = None
     """Of the store; that of the store that was converted, or 4096, if not given."""
 
@@ -115,7 +117,19 @@ def _rows(path: Path, form: str, arrays: Arrays, wanted: Wanted, stop: StopReque
         "taken": taken,
         **_fingerprint(path, arrays.files, stop),
     }
-    return TakenRows(arrays, taken, stem=path.stem, fingerprints=wanted.about, source=source)
+    if wanted.class_names is not None and "label" not in taken:
+        raise ConfigError(
+            "There are names of classes, but no labels. An array of labels was expected. Name it "
+            "with --take label=ARRAY."
+        )
+    return TakenRows(
+        arrays,
+        taken,
+        stem=path.stem,
+        fingerprints=wanted.about,
+        source=source,
+        class_names=wanted.class_names,
+    )
 
 
 def _checked(path: Path, arrays: Arrays, layout: Layout) -> Layout:

@@ -40,6 +40,7 @@ class TakenRows:
         stem: str,
         fingerprints: Mapping[str, Mapping[str, Any]],
         source: Mapping[str, Any],
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         """Check names and shapes.
 
@@ -50,6 +51,7 @@ class TakenRows:
             stem: What keys begin with where none are taken.
             fingerprints: What is known of encoders, by `image/<encoder>` and `text/<encoder>`.
             source: Where the arrays are from.
+            class_names: Of the labels.
 
         Raises:
             ConfigError: A name in the store is of no such form, or there is no such array.
@@ -79,6 +81,7 @@ class TakenRows:
                 for name in encoders
             },
             source=source,
+            class_names=class_names,
         )
 
     def block(self, start: int, stop: int) -> Block:
