@@ -424,12 +424,15 @@ class Preprocessing:
         return np.asarray(resized[0].numpy())
 
 
-@functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return those of `FORMATS` that this build of Pillow reads."""
+    """Return those of `FORMATS` that are read here."""
+    return _formats_of_pillow(reads_heic())
+
+
+@functools.cache
+def _formats_of_pillow(with_heic: bool) -> tuple[str, ...]:
     Image.init()
-    reads_heic()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN and (with_heic or name != "HEIF"))
 
 
 def _begins_as_image(data: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from features.config import TextEncoderConfig
 from features.encoders import TextEncoder, load_text_encoder
 from features.errors import SourceError, StoreMismatchError
 from features.extract import Phases, log_faults
+from features.images import reads_heic
 from features.status import Status
 from features.store import FeatureStore
 from pipeline.interrupt import Stopped, StopRequest
@@ -90,6 +93,16 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     extracted(run_file)
 
 
+@pytest.fixture
+def _without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the extra `heif` were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reads_heic.cache_clear()
+    yield
+    reads_heic.cache_clear()
+
+
+@pytest.mark.usefixtures("_without_heif")
 def test_bad_images_keep_their_row_and_say_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
