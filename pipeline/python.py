@@ -10,6 +10,7 @@ from align.checkpoint import CONFIG, load_head
 from features.config import OWN
 from features.errors import ConfigError
 from features.storage.reading import Expected, checked, read_json
+from pipeline.hub import fetched
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import (
     SETTINGS_FILE,
@@ -37,14 +38,15 @@ def load_aligned(run: str | Path, device: str = "auto") -> Aligned:
     Of a run it is the best head, with the encoders that its features were made by.
 
     Args:
-        run: Folder of the run, such as `runs/demo`, or the exported folder.
+        run: Folder of the run, such as `runs/demo`, or the exported folder; also where it lies on
+            the hub, as `hf://owner/name`.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: the first GPU if there is one.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or the hub does not have it.
         CheckpointError: There is no trained head.
     """
-    folder = Path(run)
+    folder = fetched(str(run))
     if (exported := _read_exported(folder)) is not None:
         chosen = prepare_device(RunSettings(device=device))
         model, checkpoint = load_head(folder, chosen)

@@ -126,7 +126,7 @@ class WebServer(Server):
 
 
 class HubServer(Server):
-    """Answers as the Hugging Face hub does for one dataset, whose files are those of a folder.
+    """Answers as the Hugging Face hub does for one repository, whose files are those of a folder.
 
     The folder is the branch `main`; a further branch has a folder of its own. A commit is the sha1
     of the name of its branch.
@@ -139,18 +139,23 @@ class HubServer(Server):
         *,
         card: dict[str, Any] | None = None,
         branches: dict[str, Path] | None = None,
+        kind: str = "datasets",
     ) -> None:
-        self._api, self._content = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
+        self._api = f"/api/{kind}/{repository}"
+        self._content = f"/{'' if kind == 'models' else f'{kind}/'}{repository}/resolve/"
         self._about = {"id": repository, "cardData": card or {}}
         self._branches = {"main": folder, **(branches or {})}
         hub = self
 
         class Handler(_Quiet):
             def answer(self) -> None:
-                path = unquote(self.path.partition("?")[0])
-                found = hub.found(path)
+                path, _, query = unquote(self.path).partition("?")
+                found = hub.found(path, all_below="recursive=true" in query.lower())
                 if isinstance(found, Path):
-                    self.send_part(found.read_bytes())
+                    content = found.read_bytes()
+                    etag = hashlib.sha256(content).hexdigest()
+                    commit = ("X-Repo-Commit", commit_of("main"))
+                    self.send_part(content, ("ETag", f'"{etag}"'), commit)
                 elif found is None:
                     self.send(404, [("X-Error-Code", hub.error(path))], b"")
                 else:
@@ -159,10 +164,10 @@ class HubServer(Server):
 
         super().__init__(Handler)
 
-    def found(self, path: str) -> object:
+    def found(self, path: str, *, all_below: bool = False) -> object:
         """A file, or what is said of the dataset or a folder; None where there is nothing."""
         if path in (self._api, f"{self._api}/revision/main"):
-            return self._about | {"sha": commit_of("main")}
+            return self._told("main")
         part, is_tree = self._content, path.startswith(f"{self._api}/tree/")
         if is_tree or path.startswith(f"{self._api}/revision/"):
             part = f"{self._api}/{'tree' if is_tree else 'revision'}/"
@@ -170,15 +175,23 @@ class HubServer(Server):
             for revision in (branch, commit_of(branch)):
                 name = path.removeprefix(f"{part}{revision}")
                 if name != path and name[:1] in ("", "/"):
-                    return self._inside(part, branch, folder, name.strip("/"))
+                    return self._inside(part, branch, folder, name.strip("/"), all_below)
         return None
 
-    def _inside(self, part: str, branch: str, folder: Path, name: str) -> object:
+    def _inside(self, part: str, branch: str, folder: Path, name: str, all_below: bool) -> object:
         if part.endswith("/revision/"):
-            return self._about | {"sha": commit_of(branch)}
+            return self._told(branch)
         if part == self._content:
             return folder / name if (folder / name).is_file() else None
-        return _listed_on_the_hub(folder, name) if (folder / name).is_dir() else None
+        if not (folder / name).is_dir():
+            return None
+        return _listed_on_the_hub(folder, name, "**/*" if all_below else "*")
+
+    def _told(self, branch: str) -> dict[str, Any]:
+        folder = self._branches[branch]
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        siblings = [{"rfilename": file.as_posix()} for file in sorted(files)]
+        return self._about | {"sha": commit_of(branch), "siblings": siblings}
 
     def error(self, path: str) -> str:
         """The code that the hub gives for what it has not."""
@@ -277,9 +290,9 @@ def reach_s3(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
 
 
-def _listed_on_the_hub(root: Path, folder: str) -> list[dict[str, object]]:
+def _listed_on_the_hub(root: Path, folder: str, which: str) -> list[dict[str, object]]:
     listed: list[dict[str, object]] = []
-    for path in sorted((root / folder).iterdir()):
+    for path in sorted((root / folder).glob(which)):
         content = path.read_bytes() if path.is_file() else b""
         about: dict[str, object] = {
             "type": "file" if path.is_file() else "directory",

@@ -176,23 +176,25 @@ def export(run: Path, form: str, out: Path | None, with_encoders: bool, as_json:
 
 
 @click.command(name="import-head")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @stage
-def import_head(run: Stage, file: Path) -> None:
+def import_head(run: Stage, file: str) -> None:
     """Make a released SAIL head the checkpoint of a run.
 
-    FILE is its .pt; `sail eval` measures it there. The recipe's features must be extracted, by the
-    encoders that the head was trained on. Nothing in the file is run. Prints the path of the
-    checkpoint.
+    FILE is its .pt, also on the hub (hf://owner/name/FILE); `sail eval` measures it there. The
+    recipe's features must be extracted, by the encoders that the head was trained on. Nothing in
+    the file is run. Prints the path of the checkpoint.
 
     \b
     Example:
-      sail import-head sail_dinov2l_nv2.pt sail-paper --set run.dir=runs/released
+      sail import-head hf://le723z/sail/sail_dinov2l_nv2.pt sail-paper \\
+        --set run.dir=runs/released
       sail eval sail-paper --set run.dir=runs/released
     """
     from pipeline.export import released
+    from pipeline.hub import fetched
 
-    checkpoint = str(run.run(lambda config, _stop: released.import_head(file, config)))
+    checkpoint = str(run.run(lambda config, _stop: released.import_head(fetched(file), config)))
     say_written(checkpoint, [checkpoint], as_json=run.as_json)
 
 
