@@ -120,11 +120,6 @@ class Checkpoint:
         return cls.open(path)  # training has put another one there
 
     @property
-    def is_there(self) -> bool:
-        """Whether its weights still are: training removes those that better ones replace."""
-        return (self.path / MODEL).is_file()
-
-    @property
     def step(self) -> int:
         """Updates that were made."""
         return int(self.metadata["step"])

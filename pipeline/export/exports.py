@@ -1,6 +1,5 @@
 """Writes a run in the form that is asked for, where nothing else may be lost."""
 
-import itertools
 import logging
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +7,6 @@ from types import ModuleType
 
 from safetensors import SafetensorError
 
-from align.checkpoint import ATTEMPTS
 from features.errors import CheckpointError, ConfigError
 from features.storage.files import remove_leftovers, replacing_folder, without_empty_folders
 from pipeline.card import CARD
@@ -36,17 +34,10 @@ def export_run(run: Path, form: str, out: Path, *, with_encoders: bool = False) 
     """
     _check_free(out)
     module = import_module(f"pipeline.export.{FORMS[form]}")
-    for attempt in itertools.count(1):
-        parts = parts_of(run, with_encoders=with_encoders)
-        try:
-            with without_empty_folders(out):
-                remove_leftovers(out.parent)
-                _write(parts, module, out)
-        except OSError:
-            if parts.aligned.checkpoint.is_there or attempt == ATTEMPTS:
-                raise
-            continue  # training has put a better head there
-        break
+    parts = parts_of(run, with_encoders=with_encoders)
+    with without_empty_folders(out):
+        remove_leftovers(out.parent)
+        _write(parts, module, out)
     logger.info("exported the head of step %d to %s", parts.aligned.checkpoint.step, out)
     return out
 

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from align import heads
 from align.checkpoint import CONFIG, MODEL
 from features.encoders.processors import read_image_processor
@@ -41,7 +43,8 @@ def write(parts: Parts, folder: Path) -> str:
     checkpoint = parts.aligned.checkpoint
     parts.image.copy_to(folder / IMAGE)
     parts.text.copy_to(folder / TEXT)
-    shutil.copyfile(checkpoint.path / MODEL, folder / MODEL)
+    # From memory: training may have removed the files, which are read once.
+    save_file(parts.aligned.model.state_dict(), folder / MODEL)
     copy_heads(folder)
     if parts.results is not None:
         shutil.copyfile(parts.results, folder / parts.results.name)
