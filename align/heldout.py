@@ -93,7 +93,10 @@ class Ranks:
 
 
 def retrieval_ranks(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+    image: Float[Tensor, "images dim"],
+    text: Float[Tensor, "texts dim"],
+    relevance: Relevance,
+    offsets: tuple[Float[Tensor, "images"], Float[Tensor, "texts"]] | None = None,
 ) -> Ranks:
     """Rank every caption for every image and the other way round, block by block.
 
@@ -108,15 +111,22 @@ def retrieval_ranks(
         image: Image embeddings of any length; normalised here.
         text: Caption embeddings, likewise.
         relevance: What is right.
+        offsets: What is taken off the cosines with each image, and with each caption, where it is
+            not the query but searched; nothing if not given.
     """
     image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    taken = offsets or (image.new_zeros(len(image)), text.new_zeros(len(text)))
     nearest = _nearest_own if relevance.words is None else _nearest_of_equal_words
-    best_of_image, best_of_text, right_of_image, right_of_text = nearest(image, text, relevance)
+    best_of_image, best_of_text, right_of_image, right_of_text = nearest(
+        image, text, relevance, taken
+    )
     by_image, by_text = _zeros(image), _zeros(text)
     for images, texts, cosine, right in _blocks(image, text, relevance):
         # "Not lower" rather than "higher or equal", so that a NaN on either side counts.
-        by_image[images] += (~(cosine < best_of_image[images, None] - TIE) & ~right).sum(dim=1)
-        by_text[texts] += (~(cosine < best_of_text[texts] - TIE) & ~right).sum(dim=0)
+        of_image = cosine if offsets is None else cosine - taken[1][texts]
+        by_image[images] += (~(of_image < best_of_image[images, None] - TIE) & ~right).sum(dim=1)
+        of_text = cosine if offsets is None else cosine - taken[0][images, None]
+        by_text[texts] += (~(of_text < best_of_text[texts] - TIE) & ~right).sum(dim=0)
     return Ranks(by_image, by_text, right_of_image, right_of_text)
 
 
@@ -125,7 +135,10 @@ Nearest = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _nearest_own(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+    image: Float[Tensor, "images dim"],
+    text: Float[Tensor, "texts dim"],
+    relevance: Relevance,
+    taken: tuple[Float[Tensor, "images"], Float[Tensor, "texts"]],
 ) -> Nearest:
     """Compare each caption with its own image only."""
     owner = relevance.owner
@@ -134,14 +147,18 @@ def _nearest_own(
         (text[start : start + step] * image[owner[start : start + step]]).sum(dim=1)
         for start in range(0, len(text), step)
     ]
-    of_text = torch.cat(parts) if parts else text.new_empty(0)
+    cosine = torch.cat(parts) if parts else text.new_empty(0)
     of_image = image.new_full((len(image),), -torch.inf)
-    of_image = of_image.scatter_reduce(0, owner, of_text, "amax")
+    of_image = of_image.scatter_reduce(0, owner, cosine - taken[1], "amax")
+    of_text = cosine - taken[0][owner]
     return of_image, of_text, torch.bincount(owner, minlength=len(image)), _zeros(text) + 1
 
 
 def _nearest_of_equal_words(
-    image: Float[Tensor, "images dim"], text: Float[Tensor, "texts dim"], relevance: Relevance
+    image: Float[Tensor, "images dim"],
+    text: Float[Tensor, "texts dim"],
+    relevance: Relevance,
+    taken: tuple[Float[Tensor, "images"], Float[Tensor, "texts"]],
 ) -> Nearest:
     """Compare everything with everything: any caption may be right."""
     of_image = image.new_full((len(image),), -torch.inf)
@@ -149,8 +166,9 @@ def _nearest_of_equal_words(
     right_of_image, right_of_text = _zeros(image), _zeros(text)
     for images, texts, cosine, right in _blocks(image, text, relevance):
         own = cosine.masked_fill(~right, -torch.inf)
-        of_image[images] = torch.maximum(of_image[images], own.amax(dim=1))
-        of_text[texts] = torch.maximum(of_text[texts], own.amax(dim=0))
+        best = ((own - taken[1][texts]).amax(dim=1), (own - taken[0][images, None]).amax(dim=0))
+        of_image[images] = torch.maximum(of_image[images], best[0])
+        of_text[texts] = torch.maximum(of_text[texts], best[1])
         right_of_image[images] += right.sum(dim=1)
         right_of_text[texts] += right.sum(dim=0)
     return of_image, of_text, right_of_image, right_of_text

@@ -8,6 +8,8 @@ from features.config import SETTINGS, EachOnce
 
 Names = Annotated[tuple[str, ...], EachOnce]
 Settings = TypeVar("Settings", bound="EvalSettings")
+Score = Literal["csls", "inverted-softmax", "dual-bank"]
+"""What `evaluate.hubness` makes of cosines with the help of a bank of training rows."""
 
 
 class CheckConfig(BaseModel):

@@ -149,6 +149,28 @@ def nearest_neighbours(
     return nearest
 
 
+def nearest_by_score(
+    query: Float32[np.ndarray, "1 dim"],
+    reference: Iterable[Float[np.ndarray, "_ dim"]],
+    offsets: Float[np.ndarray, "rows"],
+    k: int,
+) -> Neighbours:
+    """Find the k rows whose cosine with a vector, less a number of the row, is greatest, exactly.
+
+    Takes and returns what `nearest_neighbours` does, of one query; the cosines are those of the
+    rows that were found, without the numbers taken off.
+    """
+    query = unit_rows(query)
+    best = Neighbours(np.empty((1, 0), dtype=np.float32), np.empty((1, 0), dtype=np.int64))
+    start = 0
+    for block in normalised_blocks(reference, query.shape[1]):
+        rows = np.arange(start, start + len(block))
+        scores = np.concatenate([best.cosines, query @ block.T - offsets[rows]], axis=1)
+        best = nearest_of(scores, np.concatenate([best.rows, rows[None]], axis=1), k)
+        start += len(block)
+    return Neighbours(best.cosines + offsets[best.rows], best.rows)
+
+
 def nearest_others(features: Float[np.ndarray, "rows dim"], k: int) -> Neighbours:
     """Find the k nearest other rows of every row, by cosine, exactly.
 

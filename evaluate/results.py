@@ -56,6 +56,8 @@ class Result:
             parts.append(self.encoders["image"])  # frozen features: the encoder is what is measured
         if self.metric == "knn_top1":
             parts.append(f"k={self.protocol['k']}")
+        if "score" in self.protocol:
+            parts.append(self.protocol["score"])
         return " ".join(parts)
 
     @property

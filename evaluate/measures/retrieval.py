@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from evaluate.config import EvalSettings, Names
+from evaluate.config import EvalSettings, Names, Score
 from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
-from evaluate.measures.measure import TIES, Context, Headline, Measure, Tensor
+from evaluate.measures.measure import TIES, Context, Headline, Measure, Splits, Tensor
 from evaluate.results import Findings, Items, Result
-from features.errors import UnusableSplitError
+from features.config import EachOnce
+from features.errors import EvaluationError, UnusableSplitError
 
 RECALL_AT = (1, 5, 10)
 REPEATED = 0.02  # above this share of captions that repeat, the report says so
@@ -38,6 +39,13 @@ class RetrievalSettings(EvalSettings):
     retrieval_positives: Literal["own", "identical"] = "own"
     """`own`: only an image's own captions are right (the usual protocol). `identical`: also those
     of other images with the same words, for captions that repeat."""
+    retrieval_scores: Annotated[
+        tuple[Literal["cosine", Score, "inverted-softmax-transductive"], ...], EachOnce
+    ] = ("cosine",)
+    """By what items are ranked, beside the cosine, which is always there. `csls`,
+    `inverted-softmax` and `dual-bank` take off the cosine how near an item is to a bank of
+    training rows; the transductive form has the queries of the test itself as its bank, and so is
+    no score of single queries."""
 
 
 class Retrieval(Measure):
@@ -71,17 +79,41 @@ class Retrieval(Measure):
             parts |= {f"{split}/{name}": (name,) for name in fields}
         for dataset, names in parts.items():
             pairs = _searched(context, split, names)
-            ranks = retrieval_ranks(pairs.image, pairs.text, pairs.relevance)
             _note_repeated(found, dataset, pairs)
-            arrays = {name: value.cpu().numpy() for name, value in vars(ranks).items()}
-            _add_results(context, found, dataset, names, pairs, arrays)
-            if dataset == split:
-                _add_examples(context, found, split, pairs, arrays)
+            for score in dict.fromkeys(("cosine", *settings.retrieval_scores)):
+                offsets, about = _offsets(context, pairs, score)
+                ranks = retrieval_ranks(pairs.image, pairs.text, pairs.relevance, offsets)
+                arrays = {name: value.cpu().numpy() for name, value in vars(ranks).items()}
+                protocol = {
+                    "captions": list(names),
+                    "positives": settings.retrieval_positives,
+                    "ties": TIES,
+                }
+                _add_results(context, found, dataset, pairs, arrays, protocol | about)
+                if dataset == split and score == "cosine":
+                    _add_examples(context, found, split, pairs, arrays)
         return found
 
+    def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:
+        """Return the splits; raises also where a score needs training rows and there are none."""
+        scores = [each for each in settings.of(RetrievalSettings).retrieval_scores if _needs(each)]
+        if scores and not splits.stores.keys() & set(splits.trained):
+            raise EvaluationError(
+                f"eval.retrieval_scores has {scores[0]!r}, whose bank is rows of the training, but "
+                f"the run has no split that was trained on. Such a split was expected in [data]. "
+                f"Add it, or take the score out."
+            )
+        return super().splits(settings, splits)
+
+    def variant(self, result: Result) -> str:
+        """Return the score, where it is not the cosine."""
+        return str(result.protocol.get("score", ""))
+
     def label(self, result: Result) -> str:
-        """Return the direction and the metric."""
-        return f"{DIRECTIONS[result.task][0]}, {result.metric}"
+        """Return the direction, the metric, and the score where it is not the cosine."""
+        return ", ".join(
+            filter(None, [DIRECTIONS[result.task][0], result.metric, self.variant(result)])
+        )
 
     def headlines(self, results: Sequence[Result]) -> list[Headline]:
         """Return the recall@1 of either direction."""
@@ -96,8 +128,14 @@ class Retrieval(Measure):
         ]
 
     def view(self, results: Sequence[Result], exhibits: Sequence[Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return the titles of the directions."""
-        return {"titles": {task: title for task, (_, title, _) in DIRECTIONS.items()}}
+        """Return the titles of the directions, and the results of each line of the table."""
+        lines: dict[tuple[str, str, str], list[Result]] = {}
+        for each in results:
+            lines.setdefault((each.dataset, each.task, self.variant(each)), []).append(each)
+        return {
+            "titles": {task: title for task, (_, title, _) in DIRECTIONS.items()},
+            "lines": lines,
+        }
 
 
 @dataclass(frozen=True)
@@ -190,6 +228,37 @@ def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searche
     )
 
 
+def _needs(score: str) -> bool:
+    """Return whether a score needs a bank of training rows."""
+    return score not in ("cosine", "inverted-softmax-transductive")
+
+
+def _offsets(
+    context: Context, pairs: _Searched, score: Any
+) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Any]]:
+    """Return what a score takes off the cosines, and what its results say of it."""
+    if score == "cosine":
+        return None, {}
+    from evaluate.hubness import Bank, draw_bank, embeddings_of
+
+    embedder = context.embedder
+
+    def drawn() -> Bank:
+        rows = draw_bank(embedder, context.stores, context.trained, context.settings.seed)
+        return Bank.of(rows, embeddings_of(embedder), embedder.device)
+
+    bank = context.once("bank", drawn) if _needs(score) else Bank(pairs.image, pairs.text)
+    scale = embedder.model.scale_and_bias[0]
+    form: Score = score if _needs(score) else "inverted-softmax"
+    offsets = (
+        bank.offsets(form, pairs.image, asked_by="text", scale=scale),
+        bank.offsets(form, pairs.text, asked_by="image", scale=scale),
+    )
+    size = {"images": len(bank.image), "captions": len(bank.text)}
+    of = "training" if _needs(score) else "the rows that are searched"
+    return offsets, {"score": score, "bank": {"of": of} | size, "scale": round(scale, 4)}
+
+
 def _note_repeated(found: Findings, dataset: str, pairs: _Searched) -> None:
     if pairs.relevance.words is not None:
         return
@@ -209,16 +278,11 @@ def _add_results(
     context: Context,
     found: Findings,
     dataset: str,
-    fields: tuple[str, ...],
     pairs: _Searched,
     ranks: dict[str, np.ndarray],
+    protocol: dict[str, Any],
 ) -> None:
     images, texts = len(pairs.rows), len(pairs.owner)
-    protocol = {
-        "captions": list(fields),
-        "positives": context.settings.of(RetrievalSettings).retrieval_positives,
-        "ties": TIES,
-    }
     for task, by_query, right, owner, gallery in (
         (
             "retrieval/image_to_text",
@@ -230,9 +294,10 @@ def _add_results(
         ("retrieval/text_to_image", ranks["by_text"], ranks["right_images"], pairs.owner, images),
     ):
         # Results are fractions, and a protocol holds what is set: a rank is neither.
+        by_score = f" by {protocol['score']}" if "score" in protocol else ""
         found.note(
             f"The median rank of {task.removeprefix('retrieval/').replace('_', ' ')} in "
-            f"{dataset} is {median_rank(by_query):g} of {gallery:,}."
+            f"{dataset}{by_score} is {median_rank(by_query):g} of {gallery:,}."
         )
         for k in RECALL_AT:
             hits, counts = hits_per_image(by_query, owner, images=images, k=k)

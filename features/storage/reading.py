@@ -338,22 +338,22 @@ def _crc(file: BinaryIO, size: int, name: str) -> bytes:
     return crc.to_bytes(CRC_BYTES, "little")
 
 
-def read_kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Map a sealed `.npy` file of float16; None where it is missing, damaged, or of another shape.
+def read_kept(path: Path, shape: tuple[int, ...], dtype: str = "<f2") -> np.ndarray | None:
+    """Map a sealed `.npy` file; None where it is missing, damaged, or of another shape or dtype.
 
     The name of such a file stands for what is in it.
     """
     if not is_sealed(path):
         return None
     with path.open("rb") as file:
-        found, dtype = npy_header(file, os.fstat(file.fileno()).st_size - CRC_BYTES)
+        found, its_dtype = npy_header(file, os.fstat(file.fileno()).st_size - CRC_BYTES)
         start = file.tell()
-    if found != shape or dtype != np.float16:
-        logger.warning("%s has shape %s of %s. It is made again.", path, found, dtype)
+    if found != shape or its_dtype != np.dtype(dtype):
+        logger.warning("%s has shape %s of %s. It is made again.", path, found, its_dtype)
         return None
     if not math.prod(shape):
-        return np.empty(shape, dtype=np.float16)
-    return np.memmap(path, np.float16, "r", start, shape)
+        return np.empty(shape, dtype=dtype)
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 def read_safetensors(path: Path, expected: Expected) -> dict[str, Any]:

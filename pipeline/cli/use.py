@@ -39,6 +39,13 @@ from pipeline.export import FORMS
     help="What to find.",
 )
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option(
+    "--score",
+    type=click.Choice(["cosine", "csls", "inverted-softmax", "dual-bank"]),
+    default="cosine",
+    show_default=True,
+    help="What comes first; the others push down what is near to every query.",
+)
 @json_option
 def search(
     run: Path,
@@ -47,6 +54,7 @@ def search(
     split: str | None,
     among: str,
     top: int,
+    score: Any,
     as_json: bool,
 ) -> None:
     """Find the rows of a run that fit a sentence or an image best.
@@ -62,7 +70,7 @@ def search(
     if (not query) == (image is None):
         raise click.UsageError("Give either a sentence or --image FILE.")
     from pipeline.python import load_aligned
-    from pipeline.search import search_captions, search_images
+    from pipeline.search import Ranking, search_captions, search_images
     from pipeline.tables import hits_table
 
     aligned = load_aligned(run)
@@ -71,7 +79,8 @@ def search(
     where = split or (others or splits)[0]
     vector = aligned.encode_text([query]) if query else aligned.encode_image([str(image)])
     find = search_images if among == "images" else search_captions
-    hits = [asdict(hit) for hit in find(aligned, where, vector, top)]
+    by = Ranking("text" if query else "image", None if score == "cosine" else score)
+    hits = [asdict(hit) for hit in find(aligned, where, vector, top, by)]
     if as_json:
         say_json(hits, indent=2)
     else:

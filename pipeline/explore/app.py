@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evaluate.config import Score
 from features.errors import SailError, refused
 from features.images import ImageFault
 from pipeline.explore.search import (
@@ -45,6 +46,7 @@ from pipeline.explore.views import (
     results,
     training_facts,
 )
+from pipeline.search import Ranking
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 HEADERS = {
@@ -273,18 +275,26 @@ def search(
     text: Annotated[str, Query(min_length=1, max_length=MOST_WORDS)],
     among: Among = "images",
     top: Top = 24,
+    score: Score | None = None,
 ) -> dict[str, Any]:
     """Search by words."""
     session.store(split)
-    return find(session, split, vector_of_words(session, text), among, top)
+    by = Ranking("text", score)
+    return find(session, split, vector_of_words(session, text), among, top, by)
 
 
 @router.get("/api/similar")
 def similar(
-    session: InSession, split: str, row: Row, among: Among = "images", top: Top = 24
+    session: InSession,
+    split: str,
+    row: Row,
+    among: Among = "images",
+    top: Top = 24,
+    score: Score | None = None,
 ) -> dict[str, Any]:
     """Search by the image of a row."""
-    return find(session, split, vector_of_row(session, split, row), among, top)
+    by = Ranking("image", score)
+    return find(session, split, vector_of_row(session, split, row), among, top, by)
 
 
 async def _body(request: Request) -> bytes:
@@ -306,10 +316,12 @@ def search_by_image(
     split: str,
     among: Among = "images",
     top: Top = 24,
+    score: Score | None = None,
 ) -> dict[str, Any]:
     """Search by an image, which is the body of the request."""
     session.store(split)
-    return find(session, split, vector_of_image(session, data), among, top)
+    by = Ranking("image", score)
+    return find(session, split, vector_of_image(session, data), among, top, by)
 
 
 @router.get("/api/rows")

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from evaluate.nearest import blocks_of, nearest_by_score
 from features.errors import EncoderError, EvaluationError
 from features.images import ImageFault, open_image
 from features.storage.files import appearing
 from features.storage.reading import is_sealed, seal
 from features.store import FeatureStore
 from pipeline.explore.session import Searchable, Session
+from pipeline.search import COSINE, Ranking
 from pipeline.stores.inspect import describe_row
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,12 @@ def vector_of_row(session: Session, split: str, row: int) -> Float32[np.ndarray,
 
 
 def find(
-    session: Session, split: str, vector: Float32[np.ndarray, "dim"], among: Among, top: int
+    session: Session,
+    split: str,
+    vector: Float32[np.ndarray, "dim"],
+    among: Among,
+    top: int,
+    by: Ranking = COSINE,
 ) -> dict[str, Any]:
     """Return the rows nearest to a vector, and how they were found.
 
@@ -91,27 +98,38 @@ def find(
         vector: What is searched for.
         among: Its images, or its captions of all fields.
         top: How many.
+        by: What comes first. The first search by a score reads features of the training.
+
+    Raises:
+        EvaluationError: A score has no bank.
     """
     store = session.store(split)
     fields: list[str | None] = [None] if among == "images" else list(store.fields)
     columns = [(field, _column(session, split, field)) for field in fields]
     started = time.perf_counter()
-    hits: list[tuple[float, int, str | None]] = []
+    hits: list[tuple[float, float, int, str | None]] = []
     for field, column in columns:
-        found = column.search(vector, top)
-        rows = column.rows[found.rows[0]]
-        hits += [(float(c), int(row), field) for c, row in zip(found.cosines[0], rows, strict=True)]
+        offsets = np.zeros(len(column.rows), dtype=np.float32)
+        if by.score is None:
+            found = column.search(vector, top)
+        else:
+            offsets = session.offsets(split, field, by)
+            k = min(top, len(offsets))
+            found = nearest_by_score(vector[None], blocks_of(column.embeddings), offsets, k)
+        for cosine, place in zip(found.cosines[0], found.rows[0], strict=True):
+            score = float(cosine - offsets[place])
+            hits.append((score, float(cosine), int(column.rows[place]), field))
     hits = sorted(hits, key=lambda hit: -hit[0])[:top]
-    shown = show(session, store, [row for _, row, _ in hits])
+    shown = show(session, store, [row for _, _, row, _ in hits])
     seconds = time.perf_counter() - started
     return {
         "hits": [
             asdict(each) | {"cosine": round(cosine, 4), "field": field}
-            for each, (cosine, _, field) in zip(shown, hits, strict=True)
+            for each, (_, cosine, _, field) in zip(shown, hits, strict=True)
         ],
         "milliseconds": round(1000 * seconds, 1),
         "searched": sum(len(column.rows) for _, column in columns),
-        "method": columns[0][1].search.name if columns else "exact",
+        "method": columns[0][1].search.name if columns and by.score is None else "exact",
     }
 
 

@@ -16,13 +16,14 @@ from evaluate.nearest import RowSearch, open_search
 from features.errors import CheckpointError, EvaluationError, StoreError, StoreNotFoundError
 from features.images import as_rgb, open_image, turned
 from features.index import Index, SampleReader
+from features.storage.column import Column
 from features.storage.place import Place
 from features.store import FeatureStore
 from pipeline.python import load_aligned, open_run
 from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.folder import RunFolder, open_store, run_folder
-from pipeline.search import embeddings_file, open_embeddings
+from pipeline.search import Ranking, embeddings_file, open_embeddings, open_offsets
 
 SIDES = (96, 256, 768)
 """Pixels of the longer side: on the map, in the grid, of the whole row."""
@@ -194,17 +195,28 @@ class Session:
         label = int(labels[row])
         return names[label] if names and label < len(names) else str(label)
 
+    def offsets(self, split: str, field: str | None, by: Ranking) -> Float32[np.ndarray, "ok"]:
+        """Return what a score takes off the cosines of the embedded rows of a column.
+
+        Raises:
+            EvaluationError: There are no features of the training for its bank.
+        """
+        with self._opening:
+            aligned, embedder, column = self._opened(split, field)
+            return open_offsets(aligned, embedder, column, column.ok_rows(), by)
+
+    def _opened(self, split: str, field: str | None) -> tuple[Aligned, Embedder, Column]:
+        aligned, store = self.aligned(), self.store(split)
+        embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
+        if field is None:
+            return aligned, embedder, embedder.image_column(store)
+        return aligned, embedder, embedder.text_column(store, field)
+
     def _searchable(self, split: str, field: str | None) -> Searchable:
         with self._opening:
-            aligned, store = self.aligned(), self.store(split)
-            known = (split, field, store.keys_sha256)
+            known = (split, field, self.store(split).keys_sha256)
             if known not in self._columns:
-                embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
-                column = (
-                    embedder.image_column(store)
-                    if field is None
-                    else embedder.text_column(store, field)
-                )
+                aligned, embedder, column = self._opened(split, field)
                 rows = column.ok_rows()
                 embeddings = open_embeddings(aligned, embedder, column, rows)
                 path = embeddings_file(aligned, column, rows)

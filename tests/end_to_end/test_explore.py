@@ -113,6 +113,9 @@ def test_words_an_image_and_a_row_find_what_sail_search_finds(
         certain = {hit["key"] for hit in expected if hit["cosine"] > cosines[-1] + 1e-3}
         assert certain <= {hit["key"] for hit in found["hits"]}
     assert found["hits"][0]["field"] == "long"
+    expected = json.loads(sail("search", run, words, "--score", "csls", "--json").stdout)
+    found = given(page, "/api/search", split="test", text=words, score="csls", top=10)
+    assert [hit["row"] for hit in found["hits"]] == [hit["row"] for hit in expected]
     picture = page.get("/image/test/5", params={"side": 256}).content
     sent = page.post("/api/search", params={"split": "test", "top": 1}, content=picture).json()
     alike = given(page, "/api/similar", split="test", row=5, top=3)

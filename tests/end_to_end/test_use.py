@@ -14,6 +14,8 @@ import pytest
 import zarr
 
 from evaluate.embedder import Embedder
+from evaluate.hubness import NEIGHBOURS
+from evaluate.results import read_items, read_results
 from features.errors import EncoderError
 from features.store import FeatureStore
 from pipeline.interrupt import StopRequest
@@ -114,6 +116,55 @@ def test_an_image_finds_itself_and_a_caption_finds_its_words(
         (hit["cosine"] for hit in found), reverse=True
     )
     assert words in " ".join(sail("search", run, words, "--among", "captions").stdout.split())
+
+
+def test_a_score_against_hubness_is_reported_beside_the_cosine_and_ranks_a_search(
+    run: Path, test_store: FeatureStore
+) -> None:
+    path = Path(
+        sail(
+            "eval", run, "--set", 'eval.retrieval_scores=["csls"]', "--set", "eval.bootstrap=0"
+        ).stdout.splitlines()[-2]
+    )
+    found = [
+        each
+        for each in read_results(path)
+        if each.dataset == "test/short" and each.task.startswith("retrieval/")
+    ]
+    by_score = {(each.protocol.get("score"), each.task, each.metric): each for each in found}
+    assert len(by_score) == len(found) == 2 * 2 * 3
+    first = by_score["csls", "retrieval/text_to_image", "recall@1"]
+    assert first.protocol["bank"] == {"of": "training", "images": 48, "captions": 96}
+    assert set(read_items(path.with_name("items.npz"))) >= {each.name for each in found}
+    assert "Caption → image, csls" in path.with_name("report.html").read_text()
+
+    words = str(test_store.captions("short")[0])
+    query = ("search", run, words, "--top", test_store.rows, "--json")
+    plain, ranked = (json.loads(sail(*query, *more).stdout) for more in ((), ("--score", "csls")))
+    cosines = {hit["row"]: hit["cosine"] for hit in plain}
+    for hit in ranked:
+        assert hit["cosine"] == pytest.approx(cosines[hit["row"]], abs=1e-6)
+    # By hand: cosines less half of the mean of those of the nearest captions of the training.
+    aligned = load_aligned(run, device="cpu")
+    embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
+    train = FeatureStore.open(run / "features" / "train.zarr")
+    bank = np.concatenate([embedder.captions(train, name).vectors for name in train.fields])
+    images = embedder.images(test_store).vectors.numpy()
+    offsets = np.sort(images @ bank.T, axis=1)[:, -NEIGHBOURS:].mean(axis=1) / 2
+    scores = images @ aligned.encode_text([words])[0] - offsets
+    in_order = scores[[hit["row"] for hit in ranked]]
+    assert np.all(np.diff(in_order) < 2e-3)
+    assert json.loads(sail(*query, "--score", "csls").stdout) == ranked
+
+
+def test_a_score_is_refused_where_the_features_of_the_training_are_gone(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "features" / "train.zarr")
+    error = the_error_of(sail("search", copy, "a star", "--score", "csls", expect=1))
+    assert "needs rows of the training as its bank, but there are none" in error
+    assert len(json.loads(sail("search", copy, "a star", "--json").stdout))
 
 
 def test_a_second_search_embeds_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

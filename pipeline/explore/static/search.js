@@ -28,6 +28,7 @@ import { openRow } from "./row.js";
  * @typedef {{
  *   split: string,
  *   among: "images" | "captions",
+ *   score: string | null,
  *   text: string | null,
  *   row: string | null,
  *   sent: { file: File, url: string } | null,
@@ -35,6 +36,8 @@ import { openRow } from "./row.js";
  */
 
 const TOP = 24;
+const COSINE = "cosine";
+const SCORES = ["csls", "inverted-softmax", "dual-bank"]; // against hubness
 /** @type {State["sent"]} */
 let sent = null; // the image that was sent last, for changes of split or of what is found
 
@@ -49,6 +52,7 @@ export async function showSearch(main, parameters, run) {
   const state = {
     split,
     among: parameters.get("among") === "captions" ? "captions" : "images",
+    score: SCORES.find((score) => score === parameters.get("score")) ?? null,
     text: parameters.get("text"),
     row: parameters.get("row"),
     sent: parameters.has("sent") ? sent : null,
@@ -131,6 +135,9 @@ function form(state, run) {
       choice("in", Object.keys(run.splits), state.split, (split) =>
         again(state, { split, row: null }),
       ),
+      choice("by", [COSINE, ...SCORES], state.score ?? COSINE, (score) =>
+        again(state, { score: score === COSINE ? null : score }),
+      ),
       el("p", { class: "soft hint" }, "or drop an image here"),
     ),
   );
@@ -165,8 +172,8 @@ async function show(results, state, run, signal) {
  * @param {State} state
  * @returns {{ title: Element, ask: (signal: AbortSignal) => Promise<Found> } | null}
  */
-function asked({ split, among, text, row, sent }) {
-  const common = { split, among, top: TOP };
+function asked({ split, among, score, text, row, sent }) {
+  const common = { split, among, score, top: TOP };
   if (text)
     return {
       title: el("h2", { class: "asked", dir: "auto" }, `“${text}”`),
@@ -237,13 +244,13 @@ function send(files, state) {
 }
 
 /** Ask anew, for something else. @param {State} state @param {Parameters} question */
-function go({ split, among }, question) {
-  location.hash = address("search", { split, among, ...question });
+function go({ split, among, score }, question) {
+  location.hash = address("search", { split, among, score, ...question });
 }
 
 /** Ask the same, but for a change. @param {State} state @param {Parameters} change */
-function again({ split, among, text, row, sent }, change) {
-  const now = { split, among, text, row, sent: sent && named(sent), ...change };
+function again({ split, among, score, text, row, sent }, change) {
+  const now = { split, among, score, text, row, sent: sent && named(sent), ...change };
   location.hash = address("search", now);
 }
 
