@@ -206,6 +206,12 @@ class TextEncoderConfig(TextColumnConfig):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and of computing; `auto` is float32 on CPU and bfloat16 on GPU; on
     GPU it is float16 before Ampere, and for NV-Embed, as its reference computes."""
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the weights of the linear layers in 8 bits (LLM.int8) or 4 (NF4), by the library
+    bitsandbytes (extra `quantised`). The vectors are others, and the store says so."""
+    devices: Annotated[tuple[str, ...], EachOnce] = ()
+    """GPUs of this machine over which the layers are laid, such as `["cuda:0", "cuda:1"]`, where
+    one is too small; all on `run.device` if not given."""
     also: dict[Name, TextColumnConfig] = {}
     """Further columns from the same forward pass, by the name that each has in the store: what an
     encoder of its own would give with that layer and pooling; if that is `auto`, with the pooling

@@ -6,7 +6,7 @@ registered with transformers under `PACKED_ATTENTION`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -60,6 +60,11 @@ class TokenBatch:
             starts=to_device(torch.from_numpy(starts.astype(np.int32)), device),
             runs=tuple((stop - start, int(lengths[start])) for start, stop in pairwise(bounds)),
         )
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """Return it on another device."""
+        names = ("ids", "positions", "starts")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @cached_property
     def longest(self) -> int:

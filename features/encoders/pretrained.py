@@ -24,6 +24,7 @@ from features.encoders.checkpoint import (
     versions,
 )
 from features.encoders.image_plan import image_config, resolve_image
+from features.encoders.large import first_device, is_large, lay_out, quantised_by
 from features.encoders.nvembed import LICENCE, load_nvembed
 from features.encoders.packing import PACKED_ATTENTION, TokenBatch
 from features.encoders.plan import Decision, EncoderPlan
@@ -225,17 +226,21 @@ def _nvembed(
     instruction = config.instruction or ""
     instruction_tokens = len(tokenizer.tokenize(instruction)) if instruction else 0
     # The reference computes in float16 on a GPU; bfloat16 is sixty times less exact.
+    device = first_device(config, device)
     is_half = config.precision == "auto" and is_gpu(device)
     dtype = torch.float16 if is_half else compute_dtype(config.precision, device)
     model = load_nvembed(
         files.folder,
         settings,
         instruction_tokens=instruction_tokens if masks_instruction and is_right_padded else 0,
-        device=device,
+        device=torch.device("cpu") if is_large(config) else device,
         dtype=dtype,
     )
+    if is_large(config):
+        lay_out(model.trunk, config, device, dtype)
+        model.latent.to(device).prepare()
     dim = model.trunk.config.hidden_size
-    fingerprint = _fingerprint(files, plan, dtype, dim)
+    fingerprint = _fingerprint(files, plan, dtype, dim) | quantised_by(config)
     return TextEncoder(
         name=name,
         model=model,
@@ -266,6 +271,7 @@ def _pooled(
         and not own_outputs
         and (window is None or window >= length)
     )
+    device = first_device(config, device)
     dtype = compute_dtype(config.precision, device)
     if plan["attention"] in ("causal", "bidirectional") and _is_told(plan):
         model_config.is_causal = plan["attention"] == "causal"
@@ -276,7 +282,8 @@ def _pooled(
         dtype=dtype,
         config=model_config,
         **({"attn_implementation": PACKED_ATTENTION} if is_packed else {}),
-    ).to(device)
+    )
+    model = lay_out(model, config, device, dtype)
     _check_positions(model, plan, config.model)
     _check_vocabulary(model, tokenizer, config.model)
     model.config.use_cache = False  # or a decoder keeps all keys and values for nothing
@@ -320,6 +327,7 @@ def _pooled(
             column or name,
             dim,
             _fingerprint(files, plan, dtype, dim)
+            | quantised_by(config)
             | {"pooling": use.pooling}
             | _told(plan, use.layer)
             | changed,

@@ -230,7 +230,7 @@ class PooledModel(nn.Module):
                     f"{type(self.model).__name__} has no layer {use.layer}. {-len(layers)} to "
                     f"{len(layers) - 1} was expected. Correct `layer`."
                 )
-            states = layers[use.layer]
+            states = layers[use.layer].to(batch.ids.device)  # of several devices, maybe another
         return pool_tokens(states.flatten(0, 1), batch.runs, use.pooling, skip=use.skip)
 
     def _own_output(self, output: Any, pooling: str) -> Tensor:

@@ -31,7 +31,8 @@ LOADED_BY_OTHERS = {
         "open-clip-torch",
         "torchvision",
         "model2vec",
-    ),  # imported when a model of theirs is named
+        "bitsandbytes",
+    ),  # imported when a recipe names them
 }
 
 Graph = dict[str, set[str]]
