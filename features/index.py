@@ -343,7 +343,8 @@ def update_index(
         )
     candidate, moved = partial_path(index.path), changes.moved_to is not None
     reader = changes.moved_to or reader
-    is_same = not (moved or changes.tables or changes.settings - {"path"} or reader.source.rows)
+    of_others = reader.files_beside or reader.source.rows  # what is not in the files alone
+    is_same = not (moved or changes.tables or changes.settings - {"path"} or of_others)
     try:
         write_index(reader, candidate, on_progress, before=index.as_earlier(), is_copied=is_same)
         _check_rows(index, Index.open(candidate), append=append, moved=moved)

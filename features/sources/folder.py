@@ -20,13 +20,13 @@ from features.sources.base import (
     Known,
     Sample,
     SourceReader,
-    SourceSettings,
     is_left_behind,
     split_image_suffix,
 )
 from features.sources.image_folder import FoundImage, ImageFolder, place_image
+from features.sources.joined import JoinableSettings, JoiningReader
 from features.sources.tables import READERS, table_rows, table_suffix
-from features.sources.text import Encoding, decoded, number_or_name
+from features.sources.text import decoded, number_or_name
 from features.storage.files import is_file
 from features.storage.parallel import in_order
 from features.storage.place import Place
@@ -47,7 +47,7 @@ OTHER_LABELS = "images whose rows have several labels (that of the first is used
 EMPTY_ROWS = "empty rows of a table (ignored)"
 
 
-class FolderSource(SourceSettings):
+class FolderSource(JoinableSettings):
     """Pictures: a table that names them beside their captions, or their folder alone."""
 
     kind: Literal["folder"]
@@ -65,15 +65,13 @@ class FolderSource(SourceSettings):
     images: DataPlace | None = Field(default=None, json_schema_extra=OF_LATER)
     """Folder of the images, or its URL: what the table names is relative to it, or an absolute path
     inside of it. The folder of the table if not given."""
-    encoding: Encoding | None = Field(default=None, json_schema_extra=OF_LATER)
-    """Encoding of a table that has no byte order mark, such as `cp1252` of Excel's plain CSV; UTF-8
-    if not given."""
 
     def _open(self, known: Known) -> "SourceReader[FolderSource]":
         if isinstance(self.path, Path) and self.path.is_dir():
-            tables = sorted(
-                each.name for each in self.path.iterdir() if table_suffix(each) in READERS
-            )
+            beside = [place for place in self.path.iterdir() if table_suffix(place) in READERS]
+            if self.table:
+                beside = [place for place in beside if place not in self.tables()]
+            tables = sorted(place.name for place in beside)
             named = [name for name in tables if not name.lower().endswith((".txt", ".json"))]
             if named:
                 raise SourceError(
@@ -91,7 +89,7 @@ class FolderSource(SourceSettings):
         return CaptionTable(self, [self.path], known)
 
 
-class CaptionTable(SourceReader[FolderSource]):
+class CaptionTable(JoiningReader[FolderSource]):
     """Lists the images that a table names.
 
     Rules: all rows of one image (and of one group) are one sample, wherever they stand, their
@@ -130,6 +128,9 @@ class CaptionTable(SourceReader[FolderSource]):
             if len({str(self._value(row, self.source.label)) for row in rows}) > 1:
                 counts[OTHER_LABELS] += 1
             place_image(sample, found, images, self, counts)
+            columns = (*(self.joined.columns if self.joined else ()), "url", "key")
+            names = found.name, Path(found.name).name
+            self.join(sample, (*map(rows[0].get, columns), *names), counts)
             yield sample
 
     def _grouped(self, file: Place, counts: Counts) -> Iterator[tuple[str, Sequence[Row]]]:
@@ -203,7 +204,7 @@ class CaptionTable(SourceReader[FolderSource]):
         return row.get(column) if column else None
 
 
-class PictureFolder(SourceReader[FolderSource]):
+class PictureFolder(JoiningReader[FolderSource]):
     """Lists all pictures below a folder, with the text file beside each as its caption.
 
     Rules: folders and files that systems leave behind (`__MACOSX`, `._a.jpg`, hidden ones) are left
@@ -239,6 +240,7 @@ class PictureFolder(SourceReader[FolderSource]):
                     counts["texts that cannot be decoded (left out)"] += text is None
                     about["txt"] = text and text.strip()
                 self.describe(sample, about, counts)
+                self.join(sample, (f"{within}{suffix}", str(path), name), counts)
                 yield sample
 
 

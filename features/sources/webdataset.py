@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from features.config import DataPattern, DataPlace
+from features.config import DataPattern
 from features.errors import SailError, SourceError, UnreadableError
 from features.sources.base import (
     IMAGE_SUFFIXES,
@@ -18,14 +18,12 @@ from features.sources.base import (
     Keys,
     Known,
     Sample,
-    SourceReader,
-    SourceSettings,
     matching_files,
     read_class_names,
 )
-from features.sources.joined import JoinedTable
+from features.sources.joined import JoinableSettings, JoiningReader
 from features.sources.tar import Member, TarFault, TarFile
-from features.sources.text import Encoding, decoded, lines_of
+from features.sources.text import decoded, lines_of
 from features.status import Status
 from features.storage import files
 from features.storage.place import Place
@@ -41,7 +39,7 @@ MAX_SUFFIXES_COUNTED = 32
 _parse_json = json.JSONDecoder().decode
 
 
-class WebdatasetSource(SourceSettings):
+class WebdatasetSource(JoinableSettings):
     """Tar shards whose members share a base name: an image, and `.txt` or `.json` captions."""
 
     kind: Literal["webdataset"]
@@ -50,16 +48,6 @@ class WebdatasetSource(SourceSettings):
     image: str | None = Field(default=None, json_schema_extra=OF_LATER)
     """Which member is the image, by all that follows the first dot of its name: `image.png` of
     `KEY.image.png`. Any member with the suffix of an image if not given."""
-    encoding: Encoding | None = Field(default=None, json_schema_extra=OF_LATER)
-    """Encoding of the texts that have no byte order mark, such as `cp1252` or `gb18030`; UTF-8 if
-    not given."""
-    table: DataPlace | None = Field(default=None, json_schema_extra=OF_LATER)
-    """Table (`.csv`, `.tsv`, `.jsonl`, `.parquet`) of further captions for the samples of these
-    tars, joined to them by `join`. Its columns are the caption fields, all of text that are not
-    named alike in `captions`, where that is given."""
-    join: str | None = Field(default=None, json_schema_extra=OF_LATER)
-    """Column of `table` that says whose captions a row has: the `url` in the sample's `.json`, or
-    its key. The first column if not given."""
 
     @property
     def image_names(self) -> frozenset[str]:
@@ -70,7 +58,7 @@ class WebdatasetSource(SourceSettings):
         return TarShards(self, matching_files(self.path), known)
 
 
-class TarShards(SourceReader[WebdatasetSource]):
+class TarShards(JoiningReader[WebdatasetSource]):
     """Lists the samples of tars by their headers, and reads captions; images are not read.
 
     Rules: members of one base name (up to the first dot of the file's name) that follow each other
@@ -82,11 +70,6 @@ class TarShards(SourceReader[WebdatasetSource]):
     CLIP_benchmark do: then each of its lines is one.
     """
 
-    @property
-    def files_beside(self) -> tuple[Place, ...]:
-        """The table of further captions."""
-        return () if self.source.table is None else (self.source.table,)
-
     _ids: Sequence[object] = ()
     """By what the sample at hand may be named in the table."""
     _depth_came_first = False
@@ -97,13 +80,6 @@ class TarShards(SourceReader[WebdatasetSource]):
         source = self.source
         captions = source.captions or ("caption",)
         return {"json", "txt", *captions, source.label or "txt"} | source.image_names
-
-    @cached_property
-    def _table(self) -> JoinedTable | None:
-        source = self.source
-        if source.table is None:
-            return None
-        return JoinedTable(source.table, source.join, source.captions, source.encoding)
 
     @cached_property
     def _lines_are_captions(self) -> bool:
@@ -200,8 +176,8 @@ class TarShards(SourceReader[WebdatasetSource]):
     def _record(self, suffix: str, text: str, counts: Counts) -> dict[str, Any]:
         if suffix == "json":
             record = _json_record(text, counts)
-            if self._table is not None:
-                self._ids = [record.get(name) for name in (self._table.column, "url", "key")]
+            if self.joined is not None:
+                self._ids = [record.get(name) for name in (*self.joined.columns, "url", "key")]
             return record
         text = text.strip()
         if suffix == "txt" and self._lines_are_captions:
@@ -214,27 +190,12 @@ class TarShards(SourceReader[WebdatasetSource]):
         if sample.size < 0:
             counts["samples without an image (quarantined)"] += 1
             sample.problem = sample.problem or int(Status.MISSING_IMAGE)
-        if self._table is not None:
-            name = sample.key.partition("/")[2]
-            ids = [*self._ids, sample.key, name, name.rpartition("/")[2]]
-            self._ids = []
-            captions = self._table.captions_of(ids)
-            if captions is None:
-                counts[f"samples without a row in {self._table.place.name}"] += 1
-            sample.captions |= captions or {}
+        self.join(sample, self._ids, counts)
+        self._ids = ()
         others = [text.strip() for field, text in sample.captions.items() if field != "txt"]
         if (text := sample.captions.get("txt")) and text in others:
             counts[REPEATED] += 1
         return sample
-
-    def check(self) -> None:
-        """Refuse a name of captions that no sample had; those of the table count as had."""
-        self.picker.see_captions(self._table.fields if self._table else ())
-        super().check()
-
-    def leftover(self) -> Counts:
-        """Count the rows of the table that are of no sample."""
-        return self._table.unused() if self._table else Counts()
 
 
 def _parts(tar: TarFile, keys: Keys, counts: Counts) -> Iterator[tuple[str, str, Member]]:

@@ -30,6 +30,7 @@ CPU_MODULES = [
     "formats",
     "head",
     "indexing",
+    "joining",
     "knn",
     "loader",
     "loss",

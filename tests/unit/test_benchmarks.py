@@ -24,6 +24,7 @@ from tests.benchmarks import (
     formats,
     gpu,
     indexing,
+    joining,
     knn,
     loader,
     loss,
@@ -131,6 +132,13 @@ def test_indexing_and_writer_benchmarks_measure_ratios() -> None:
         5_000, 8, rounds=1, chunks_in_order=2
     )
     assert all(figure.value > 0 for figure in figures)
+
+
+@pytest.mark.slow
+def test_joining_benchmark_measures_bytes_of_another_process() -> None:
+    peak, seconds = joining.measure(rows=50_000)
+    assert 50 < peak.value < 300
+    assert seconds.value > 0
 
 
 @pytest.mark.slow

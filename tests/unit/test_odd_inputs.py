@@ -384,53 +384,6 @@ def test_shards_put_behind_each_other_keep_all_samples_apart(tmp_path: Path) -> 
     assert SampleReader(index).read(0, 4) == [IMAGE, IMAGES[1]] * 2
 
 
-def webdataset(folder: Path, **settings: Any) -> Index:
-    """Three samples as img2dataset writes them, and a table with captions of two."""
-    members = [(f"{i:09d}.jpg", IMAGE) for i in range(3)]
-    about = [{"url": f"https://x.org/{i}", "caption": f"old {i}", "uid": f"u{i}"} for i in range(3)]
-    members += [(f"{i:09d}.json", json.dumps(each).encode()) for i, each in enumerate(about)]
-    tiny.write_tar(folder / "00000.tar", sorted(members))
-    return built(folder, kind="webdataset", path=folder / "00000.tar", **settings)
-
-
-@pytest.mark.parametrize(
-    ("ids", "join"),
-    [
-        (["https://x.org/0", "https://x.org/2", "https://x.org/9"], {}),
-        (["000000000", "000000002", "000000009"], {}),
-        (["00000/000000000", "00000/000000002", "x"], {}),
-        (["u0", "u2", "u9"], {"join": "uid"}),
-    ],
-)
-def test_captions_of_a_table_are_joined_to_shards(
-    tmp_path: Path, ids: list[str], join: dict[str, str]
-) -> None:
-    name = join.get("join", "Image Path")
-    lines = [f"{each},new {i},s {i},0.{i}" for i, each in enumerate(ids)]
-    (tmp_path / "t.csv").write_text("\n".join([f"{name},longSV,shortSV,similarity", *lines]))
-    index = webdataset(tmp_path, table=tmp_path / "t.csv", **join)
-    assert index.fields == ("longSV", "caption", "shortSV") or set(index.fields) == {
-        "caption",
-        "longSV",
-        "shortSV",
-    }
-    assert captions_of(index) == [
-        {"caption": "old 0", "longSV": "new 0", "shortSV": "s 0"},
-        {"caption": "old 1"},
-        {"caption": "old 2", "longSV": "new 1", "shortSV": "s 1"},
-    ]
-    assert index.counts["samples without a row in t.csv"] == 1
-    assert index.counts["rows of t.csv that are of no sample"] == 1
-    named = webdataset(tmp_path, table=tmp_path / "t.csv", captions=["shortSV"], **join)
-    assert captions_of(named) == [{"shortSV": "s 0"}, {}, {"shortSV": "s 1"}]
-
-
-def test_a_table_that_cannot_be_joined_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("url,caption\nx,new\n")
-    with pytest.raises(SourceError, match=r"columns \['url', 'caption'\]\. 'uid', which says"):
-        webdataset(tmp_path, table=tmp_path / "t.csv", join="uid")
-
-
 def views(kind: pa.DataType) -> pa.Table:
     image = pa.array(IMAGES[:2], pa.binary()).cast(kind)
     return pa.table({"image": image, "caption": pa.array(["a", "b"], pa.string_view())})

@@ -68,6 +68,10 @@ class TestEveryFolder(SourceTests):
         (folder / "table.csv").write_text("\n".join(["image", *names]))
         return {"path": folder / "table.csv"}
 
+    def all_used(self, folder: Path) -> dict[str, Any]:
+        (folder / "more.csv").write_text("image,long\nu,b\n")
+        return {"table": folder / "more.csv", "join": "image"}
+
 
 class TestEveryParquet(SourceTests):
     kind = "parquet"
