@@ -14,6 +14,7 @@ from features.sources.folder import FolderSource
 from features.sources.hub import HubSource
 from features.sources.imported import ImportedSource
 from features.sources.parquet import ParquetSource
+from features.sources.published import PublishedSource
 from features.sources.scenes import ScenesSource
 from features.sources.webdataset import WebdatasetSource
 
@@ -27,6 +28,7 @@ SOURCES: Mapping[str, type[SourceSettings]] = MappingProxyType(
         "hub": HubSource,
         "classes": ClassFolderSource,
         "cifar": CifarSource,
+        "published": PublishedSource,
         "annotations": AnnotationSource,
         "scenes": ScenesSource,
         "imported": ImportedSource,

@@ -23,7 +23,7 @@ from features.sources.folder import REPEATED_ROWS
 from features.sources.parquet import ParquetImages
 from features.sources.webdataset import REPEATED
 from features.status import Status
-from tests import tiny
+from tests import published, tiny
 from tests.servers import HubServer
 from tests.source_suite import IMAGES, SourceTests, kinds_without_suite, parsed
 
@@ -129,6 +129,14 @@ class TestEveryCifar(SourceTests):
 
     def planes(self, image: bytes) -> bytes:
         return image.ljust(3072, b"x")[:3072]
+
+
+class TestEveryPublished(SourceTests):
+    kind = "published"
+
+    def make(self, folder: Path, images: Sequence[bytes]) -> dict[str, Any]:
+        pictures = [(image, label) for label, image in enumerate(images)]
+        return {"path": published.write(folder, "food-101", pictures), "dataset": "food-101"}
 
 
 class TestEveryAnnotations(SourceTests):
