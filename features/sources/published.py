@@ -84,7 +84,7 @@ class Published(SourceReader[PublishedSource]):
     has_captions = False
 
     @cached_property
-    def _layout(self) -> "Layout":
+    def _layout(self) -> "DatasetLayout":
         return LAYOUTS[self.source.dataset]
 
     def own_class_names(self) -> tuple[tuple[str, ...], Place] | None:
@@ -128,7 +128,7 @@ class Published(SourceReader[PublishedSource]):
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """Where a data set has what."""
 
     lists: Mapping[str, str]
@@ -252,32 +252,32 @@ def _both(name: str) -> dict[str, str]:
     return {split: name.format(split) for split in ("train", "test")}
 
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+LAYOUTS: Mapping[str, DatasetLayout] = MappingProxyType(
     {
-        "food-101": Layout(
+        "food-101": DatasetLayout(
             _both("meta/{}.json"), _food, lambda s: list(map(_words, _food_classes(s)))
         ),
-        "dtd": Layout(_both("labels/{}1.txt"), _dtd, _dtd_classes),
-        "fgvc-aircraft": Layout(
+        "dtd": DatasetLayout(_both("labels/{}1.txt"), _dtd, _dtd_classes),
+        "fgvc-aircraft": DatasetLayout(
             {"train": "data/images_variant_trainval.txt", "test": "data/images_variant_test.txt"},
             _aircraft,
             _aircraft_classes,
         ),
-        "oxford-pets": Layout(
+        "oxford-pets": DatasetLayout(
             {"train": "annotations/trainval.txt", "test": "annotations/test.txt"},
             _pets,
             _pets_classes,
         ),
-        "flowers-102": Layout(_both("setid.mat"), _flowers, lambda _: []),
-        "stanford-cars": Layout(
+        "flowers-102": DatasetLayout(_both("setid.mat"), _flowers, lambda _: []),
+        "stanford-cars": DatasetLayout(
             {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"},
             _cars,
             _cars_classes,
         ),
-        "sun397": Layout(
+        "sun397": DatasetLayout(
             {"test": "ClassName.txt"}, _sun, lambda s: list(map(_words, _sun_classes(s)))
         ),
-        "imagenet-val": Layout(
+        "imagenet-val": DatasetLayout(
             {"test": f"{DEVKIT}/ILSVRC2012_validation_ground_truth.txt"},
             _imagenet,
             _imagenet_classes,
