@@ -1,5 +1,6 @@
 """Compositional scores of a split whose rows form groups of two, or are each a choice."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from evaluate.results import Findings, Items, Result
 from features.errors import UnusableSplitError
 from features.store import FeatureStore
 
+NEGATIVE = "negative"
+"""How the names of fields begin that hold wrong captions; else all but the first are wrong."""
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": round(1 / 6, 8)}
 """Scores of random cosines: both of two independent choices, and all four at once."""
 
@@ -39,7 +42,8 @@ class CompositionalScores(Measure):
         "know *how* it is put together. **text score**: each picture prefers its own caption. "
         "**image score**: each caption prefers its own picture. **group score**: both. A tie is "
         "wrong. Scores below guessing are common: when one of the two pictures is nearer to *both* "
-        "captions, the image score is lost for certain."
+        "captions, the image score is lost for certain. Where the authors name kinds of examples, "
+        "each is scored apart, and so is the mean over the kinds."
     )
     method = "Winoground’s scores, by strictly greater cosine."
     metric = "group_score"
@@ -55,7 +59,8 @@ class CompositionalScores(Measure):
     def run(self, context: Context, split: str) -> Findings:
         """Score the groups, for each caption field that tells the rows of a group apart.
 
-        Where every group is one row with several captions, the first of these is the right one.
+        Where every group is one row with several captions, the first of these is the right one, or
+        all that are not called `negative…` are.
         """
         found = Findings()
         named = context.settings.of(CompositionalSettings).compositional_fields
@@ -157,23 +162,49 @@ def compare_groups(
 
 
 def choose_captions(
-    image: Float[np.ndarray, "groups dim"], text: Float[np.ndarray, "groups captions dim"]
+    image: Float[np.ndarray, "groups dim"],
+    text: Float[np.ndarray, "groups captions dim"],
+    *,
+    right: int = 1,
 ) -> Bool[np.ndarray, "groups"]:
-    """Return for which images their first caption is nearer than each of the others.
+    """Return for which images their first captions are nearer than each of the others.
 
     Equally near ones, and cosines that are not numbers, count as wrong, as in `compare_groups`.
 
     Args:
         image: Image embeddings of any length; normalised here.
-        text: Caption embeddings, likewise; the first of each image is the right one.
+        text: Caption embeddings, likewise; the first of each image are right.
+        right: How many of them.
 
     Reference:
         Hsieh et al. 2023, SugarCrepe, arXiv:2306.14610; Yuksekgonul et al. 2023, ARO,
-        arXiv:2210.01936, whose argmax would count some ties as right.
+        arXiv:2210.01936, whose argmax would count some ties as right. Dumpala et al. 2024,
+        SugarCrepe++, arXiv:2406.11171 (image-to-text task), with two right ones.
     """
     cosines = (_normalised(image)[:, None] * _normalised(text)).sum(axis=-1)
-    right: np.ndarray = (cosines[:, :1] > cosines[:, 1:]).all(axis=1)
-    return right
+    chosen: np.ndarray = cosines[:, :right].min(axis=1) > cosines[:, right:].max(axis=1)
+    return chosen
+
+
+def tell_texts_apart(
+    text: Float[np.ndarray, "groups captions dim"], *, right: int
+) -> Bool[np.ndarray, "groups"]:
+    """Return where the right captions are nearer to each other than to any wrong one.
+
+    Args:
+        text: Caption embeddings of any length; the first `right` of each group are right.
+        right: How many of them, two or more.
+
+    Reference:
+        Dumpala et al. 2024, SugarCrepe++, arXiv:2406.11171 (text-only task).
+    """
+    texts = _normalised(text)
+    cosines = np.einsum("gid,gjd->gij", texts, texts)
+    first, second = np.triu_indices(right, 1)
+    chosen: np.ndarray = cosines[:, first, second].min(axis=1) > cosines[:, :right, right:].max(
+        axis=(1, 2)
+    )
+    return chosen
 
 
 def pair_rows(
@@ -224,26 +255,24 @@ def _score_field(context: Context, found: Findings, dataset: str, field: str) ->
     numbers = np.arange(pairs.size).reshape(-1, 2)
     flat = pairs.ravel()
     compared = compare_groups(images.at(flat).cpu().numpy(), texts.at(flat).cpu().numpy(), numbers)
+    scores = _Scores(context, found, pairs, dataset)
     for metric, hits in compared.hits().items():
-        context.add(
-            found,
-            Items(hits.astype(np.int64), rows=pairs),
-            task="compositional",
-            dataset=dataset,
-            metric=metric,
-            protocol={
-                "form": "Winoground: two images, two captions",
-                "captions": field,
-                "ties": "count as wrong (strictly greater)",
-                "groups_left_out": left_out,
-                "chance": CHANCE[metric],
-            },
-        )
+        protocol = {
+            "form": "Winoground: two images, two captions",
+            "captions": field,
+            "ties": "count as wrong (strictly greater)",
+            "groups_left_out": left_out,
+            "chance": CHANCE[metric],
+        }
+        scores.add(metric, hits, protocol)
     _add_examples(context, found, dataset, field, pairs, compared)
 
 
 def _score_choice(context: Context, found: Findings, split: str, fields: tuple[str, ...]) -> None:
     store = context.stores[split]
+    wrong = tuple(field for field in fields if field.startswith(NEGATIVE))
+    fields = tuple(field for field in fields if field not in wrong) + wrong
+    right = len(fields) - len(wrong) if 0 < len(wrong) < len(fields) else 1
     images = context.embedder.images(store)
     texts = [context.embedder.captions(store, field) for field in fields]
     rows = np.flatnonzero(_groups(store) >= 0)
@@ -262,21 +291,53 @@ def _score_choice(context: Context, found: Findings, split: str, fields: tuple[s
             f"eval.compositional."
         )
     vectors = np.stack([embedded.at(rows).cpu().numpy() for embedded in texts], axis=1)
-    hits = choose_captions(images.at(rows).cpu().numpy(), vectors)
-    context.add(
-        found,
-        Items(hits.astype(np.int64), rows=rows[:, None]),
-        task="compositional",
-        dataset=split,
-        metric="text_score",
-        protocol={
-            "form": f"one image, {len(fields)} captions, the first right",
-            "captions": list(fields),
-            "ties": "count as wrong (strictly greater)",
-            "groups_left_out": left_out,
-            "chance": round(1 / len(fields), 8),
-        },
+    first = "the first right" if right == 1 else f"the first {right} right"
+    about = {
+        "form": f"one image, {len(fields)} captions, {first}",
+        "captions": list(fields),
+        "ties": "count as wrong (strictly greater)",
+        "groups_left_out": left_out,
+        "chance": round(1 / math.comb(len(fields), right), 8),
+    }
+    scores = _Scores(context, found, rows[:, None], split)
+    scores.add(
+        "text_score", choose_captions(images.at(rows).cpu().numpy(), vectors, right=right), about
     )
+    if right > 1:
+        pairs = math.comb(right, 2), right * len(wrong)  # of right ones, and with a wrong one
+        about |= {"form": "texts alone", "chance": round(1 / math.comb(sum(pairs), pairs[0]), 8)}
+        scores.add("text_only_score", tell_texts_apart(vectors, right=right), about)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Keeps the scores of groups; where their rows have classes, of each and their mean too."""
+
+    context: Context
+    found: Findings
+    rows: Int64[np.ndarray, "groups each"]
+    dataset: str
+
+    def add(self, metric: str, hits: Bool[np.ndarray, "groups"], protocol: dict[str, Any]) -> None:
+        right, rows = hits.astype(np.int64), self.rows
+        self._add(self.dataset, metric, Items(right, rows=rows), protocol)
+        store = self.context.stores[self.dataset.partition("/")[0]]
+        labels, names = store.labels(), store.class_names
+        kinds = np.full(len(rows), -1) if labels is None else labels[rows[:, 0]].astype(np.int64)
+        there, known = np.unique(kinds[kinds >= 0]), kinds >= 0
+        if names is None or len(there) < 2:
+            return
+        for kind in there:
+            chosen = kinds == kind
+            items = Items(right[chosen], rows=rows[chosen])
+            self._add(f"{self.dataset}/{names[kind]}", metric, items, protocol)
+        mean = f"{self.dataset}/mean of {len(there)} kinds"
+        items = Items(right[known], classes=kinds[known], rows=rows[known])
+        self._add(mean, metric, items, protocol | {"mean_over": [names[kind] for kind in there]})
+
+    def _add(self, dataset: str, metric: str, items: Items, protocol: dict[str, Any]) -> None:
+        about = {"dataset": dataset, "metric": metric, "protocol": protocol}
+        self.context.add(self.found, items, task="compositional", **about)
 
 
 def _add_examples(

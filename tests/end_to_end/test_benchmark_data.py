@@ -33,6 +33,16 @@ kind = "annotations"
 format = "sugarcrepe"
 path = "add_att.json"
 images = "pictures"
+[data.all-crepe]
+kind = "annotations"
+format = "sugarcrepe"
+path = ["add_att.json", "swap_obj.json"]
+images = "pictures"
+[data.crepe-plus]
+kind = "annotations"
+format = "sugarcrepe"
+path = "plus.json"
+images = "pictures"
 [data.aro]
 kind = "annotations"
 format = "aro"
@@ -104,6 +114,10 @@ def write_benchmarks(folder: Path) -> None:
         for seed in range(12)
     }
     (folder / "add_att.json").write_text(json.dumps(examples))
+    few = {name: example for name, example in examples.items() if int(name) < 4}
+    (folder / "swap_obj.json").write_text(json.dumps(few))
+    plus = [each | {"caption2": tiny.caption(i + 20)} for i, each in enumerate(examples.values())]
+    (folder / "plus.json").write_text(json.dumps(plus))
     write_aro(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
     records = b"".join(bytes([i % 10]) + row.tobytes() for i, row in enumerate(pixels))
@@ -147,6 +161,8 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert choice["protocol"]["chance"] == 0.5
     assert choice["value"] == pytest.approx(share_of_right_choices(tmp_path / "run"))
 
+    check_kinds(results, choice)
+
     (aro,), (boxes,) = (
         [row for row in results if row["dataset"] == name] for name in ("aro", "boxes")
     )
@@ -162,6 +178,22 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert {row["metric"] for row in zero_shot} == {"top1", "top5", "mean_per_class"}
     assert zero_shot[0]["protocol"]["templates"] == list(read_class_list("cifar-10").templates)
     assert zero_shot[0]["n"] == 20
+
+
+def check_kinds(results: Rows, choice: dict[str, Any]) -> None:
+    """Parts of SugarCrepe are scored apart, and two right captions must both be nearer."""
+    parts = {row["dataset"]: row for row in results if row["dataset"].startswith("all-crepe")}
+    first, second = (parts.pop(f"all-crepe/{name}") for name in ("add_att", "swap_obj"))
+    assert first["value"] == choice["value"]
+    assert (first["n"], second["n"], parts["all-crepe"]["n"]) == (12, 4, 16)
+    mean = parts["all-crepe/mean of 2 kinds"]
+    assert mean["value"] == pytest.approx((first["value"] + second["value"]) / 2)
+    assert mean["protocol"]["mean_over"] == ["add_att", "swap_obj"]
+
+    plus = {row["metric"]: row for row in results if row["dataset"] == "crepe-plus"}
+    assert plus.keys() == {"text_score", "text_only_score"}
+    assert plus["text_score"]["value"] <= choice["value"]
+    assert [row["protocol"]["chance"] for row in plus.values()] == [round(1 / 3, 8)] * 2
 
 
 def share_of_right_choices(run: Path) -> float:

@@ -1,5 +1,6 @@
 """Benchmarks in the files of their authors: small ones, in exactly these formats."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,8 @@ from tests import tiny
 
 def listed(counts: Counter[str] | None = None, **settings: Any) -> list[Sample]:
     """All samples of annotations given as in a run file."""
-    source: Source = TypeAdapter(Source).validate_python({"kind": "annotations", **settings})
+    settings = {"kind": "annotations", **settings, "path": str(settings["path"])}
+    source: Source = TypeAdapter(Source).validate_python(settings)
     shards = source.open()
     counts = Counter() if counts is None else counts
     return [sample for file in shards.files for sample in shards.samples(file, counts)]
@@ -284,3 +286,136 @@ def test_a_name_that_no_file_can_have_is_of_a_missing_image(tmp_path: Path) -> N
 def test_annotations_that_are_not_there_say_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="The annotations of coco were expected"):
         listed(path=tmp_path / "no.json", format="coco")
+
+
+def conversation(answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": "<image>\nSay."}, {"from": "gpt", "value": answer}]
+
+
+AUTHORS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
+    "urban1k": (
+        "caption/*.txt",
+        {"caption/1.txt": "A long street.\n", "caption/2.txt": "A  wall."},
+        [{"long": "A long street."}, {"long": "A wall."}],
+    ),
+    "sharegpt4v": (
+        "share.json",
+        {"share.json": [{"id": "1", "image": "1.jpg", "conversations": conversation("A\ncat.")}]},
+        [{"long": "A cat."}],
+    ),
+    "docci": (
+        "d.jsonlines",
+        {
+            "d.jsonlines": [
+                {"split": s, "image_file": f"{s}.jpg", "description": f"in {s}", "example_id": s}
+                for s in ("train", "test")
+            ]
+        },
+        [{"long": "in test"}],
+    ),
+    "dci": (
+        "complete/*.json",
+        {
+            "complete/sa_1.json": {
+                "image": "sa_1.jpg",
+                "short_caption": "A cat.",
+                "extra_caption": "It sleeps.",
+                "mask_data": {},
+            }
+        },
+        [{"short": "A cat.", "long": "A cat.\nIt sleeps."}],
+    ),
+    "xm3600": (
+        "captions.jsonl",
+        {
+            "captions.jsonl": [
+                {
+                    "image/key": "0a",
+                    "image/locale": "de",
+                    "de": {"caption": ["Haus", "Tür"], "caption/tokenized": ["Haus"]},
+                    "sw": {"caption": ["nyumba"]},
+                }
+            ]
+        },
+        [{"de.0": "Haus", "de.1": "Tür", "sw.0": "nyumba"}],
+    ),
+    "multi30k": (
+        "image_splits/test_2016_flickr.txt",
+        {
+            "image_splits/test_2016_flickr.txt": "1.jpg\n2.jpg#0\n",
+            "raw/test_2016_flickr.en.gz": "A cat.\nA dog.\n",
+            "raw/test_2016_flickr.de": "Katze.\nHund.\n",
+            "raw/train.de": "Nichts.\n",
+        },
+        [{"de": "Katze.", "en": "A cat."}, {"de": "Hund.", "en": "A dog."}],
+    ),
+    "colorswap": (
+        "test.json",
+        {
+            "test.json": [
+                {"id": 4, "image_1": "images/1.png", "caption_1": "a", "caption_2": "b"}
+                | {"image_2": "images/2.png", "image_source": "dalle"}
+            ]
+        },
+        [{"0": "a"}, {"0": "b"}],
+    ),
+    "cola": (
+        "c.json",
+        {"c.json": [["https://x.edu/vg/1.jpg", "a", "https://x.edu/vg/2.jpg", "b"]]},
+        [{"0": "a"}, {"0": "b"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", AUTHORS)
+def test_files_of_their_authors_are_read(tmp_path: Path, form: str) -> None:
+    pattern, contents, expected = AUTHORS[form]
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        if isinstance(content, list) and ".jsonl" in name:
+            text = "\n".join(map(json.dumps, content))
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        packed = text.encode()
+        path.write_bytes(gzip.compress(packed) if name.endswith(".gz") else packed)
+    for name in (
+        "1.jpg",
+        "2.jpg",
+        "test.jpg",
+        "sa_1.jpg",
+        "0a.jpg",
+        "images/1.png",
+        "images/2.png",
+    ):
+        image(tmp_path / "pictures" / name)
+    samples = listed(path=tmp_path / pattern, format=form, images=tmp_path / "pictures")
+    assert [sample.captions for sample in samples] == expected
+    assert [sample.problem for sample in samples] == [0] * len(expected)
+    if form in ("colorswap", "cola"):
+        assert [sample.group for sample in samples] == [0, 0]
+
+
+def test_categories_of_their_authors_are_labels(tmp_path: Path) -> None:
+    lines = [
+        "Question ID,Type,Statement",
+        "1,Color,red",
+        "2,Color,blue",
+        "3,State,up",
+        "4,State,on",
+    ]
+    (tmp_path / "Questions.csv").write_text("\n".join(lines))
+    samples = listed(path=tmp_path / "Questions.csv", format="mmvp")
+    assert [(sample.group, sample.label_name) for sample in samples] == [
+        (0, "Color"),
+        (0, "Color"),
+        (1, "State"),
+        (1, "State"),
+    ]
+    example = {"0": {"filename": "1.jpg", "caption": "a", "negative_caption": "b"}}
+    for name in ("add_att", "swap_obj"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(example))
+    samples = listed(path=tmp_path / "*.json", format="sugarcrepe")
+    assert [(sample.group_name, sample.label_name) for sample in samples] == [
+        ("add_att/0", "add_att"),
+        ("swap_obj/0", "swap_obj"),
+    ]

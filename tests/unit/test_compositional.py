@@ -9,6 +9,7 @@ from evaluate.measures.compositional import (
     choose_captions,
     compare_groups,
     pair_rows,
+    tell_texts_apart,
 )
 
 
@@ -75,6 +76,20 @@ def test_the_first_caption_must_be_nearer_than_every_other() -> None:
 def test_a_caption_that_is_not_a_number_is_not_chosen() -> None:
     text = np.array([[[np.nan, 0.0], [1.0, 0.0]], [[1.0, 0.0], [np.nan, 0.0]]])
     assert choose_captions(np.ones((2, 2)), text).tolist() == [False, False]
+
+
+def test_all_right_captions_must_be_nearer_than_every_wrong_one() -> None:
+    image = np.array([[1.0, 0.0]] * 3)
+    near, nearer, far = [2.0, 0.5], [2.0, 0.1], [0.1, 2.0]
+    text = np.array([[near, nearer, far], [near, far, nearer], [nearer, far, near]])
+    assert choose_captions(image, text, right=2).tolist() == [True, False, False]
+    assert choose_captions(image, text).tolist() == [False, False, True]
+
+
+def test_right_captions_must_be_nearer_to_each_other_than_to_the_wrong_one() -> None:
+    one, alike, other = [2.0, 0.5], [2.0, 0.1], [0.1, 2.0]
+    text = np.array([[one, alike, other], [one, other, alike], [other, one, alike], [one] * 3])
+    assert tell_texts_apart(text, right=2).tolist() == [True, False, False, False]
 
 
 def test_groups_are_pairs_of_rows_wherever_they_stand() -> None:
