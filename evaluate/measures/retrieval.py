@@ -1,7 +1,8 @@
 """Retrieval on a split: over all its caption fields, and over each that has a name."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from features.config import EachOnce
 from features.errors import EvaluationError, UnusableSplitError
 
 RECALL_AT = (1, 5, 10)
+LANGUAGE = re.compile(r"([a-z]{2}|fil|quz)([-_][A-Za-z0-9]{2,8})?")
+"""What kinds of captions are called that are languages: ISO 639-1, and XM3600's two others."""
 REPEATED = 0.02  # above this share of captions that repeat, the report says so
 DIRECTIONS = {
     "retrieval/image_to_text": ("image → text", "Image → caption", "A right caption comes first"),
@@ -68,7 +71,8 @@ class Retrieval(Measure):
         """Score both directions.
 
         Fields that are numbers are captions of one kind; fields with names (`short`, `long`) are of
-        different kinds, and so each is also a data set of its own.
+        different kinds, and so each is also a data set of its own, those of a language (`de.0`,
+        `de.1`) together. Of languages there is their mean too.
         """
         from align.heldout import retrieval_ranks
 
@@ -76,7 +80,7 @@ class Retrieval(Measure):
         fields = context.caption_fields(split, settings.retrieval_fields, "retrieval_fields")
         parts = {split: fields}
         if len(fields) > 1 and not all(name.isdigit() for name in fields):
-            parts |= {f"{split}/{name}": (name,) for name in fields}
+            parts |= _kinds(split, fields)
         for dataset, names in parts.items():
             pairs = _searched(context, split, names)
             _note_repeated(found, dataset, pairs)
@@ -92,6 +96,7 @@ class Retrieval(Measure):
                 _add_results(context, found, dataset, pairs, arrays, protocol | about)
                 if dataset == split and score == "cosine":
                     _add_examples(context, found, split, pairs, arrays)
+        _add_mean_over_languages(found, split)
         return found
 
     def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:
@@ -192,6 +197,48 @@ def same_words(captions: Sequence[str]) -> Int64[np.ndarray, "texts"]:
     return np.array(
         [numbers.setdefault(caption, len(numbers)) for caption in captions], dtype=np.int64
     )
+
+
+def _kinds(split: str, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the fields of each kind, which a number behind a dot does not tell apart."""
+    kinds: dict[str, tuple[str, ...]] = {}
+    for name in fields:
+        stem, _, number = name.rpartition(".")
+        kind = f"{split}/{stem if stem and number.isdigit() else name}"
+        kinds[kind] = (*kinds.get(kind, ()), name)
+    return kinds
+
+
+def _add_mean_over_languages(found: Findings, split: str) -> None:
+    """Add the mean of every number over the languages, each counted alike; without an interval."""
+    numbers: dict[tuple[str, ...], list[Result]] = {}
+    for result in found.results:
+        language = result.dataset.partition("/")[2].rpartition(".")[2]
+        if LANGUAGE.fullmatch(language):
+            score = str(result.protocol.get("score", ""))
+            numbers.setdefault((result.task, result.metric, score), []).append(result)
+    for results in numbers.values():
+        if len(results) < 2:
+            continue
+        first, chances = results[0], [float(each.protocol["chance"]) for each in results]
+        protocol = {
+            **first.protocol,
+            "captions": [name for each in results for name in each.protocol["captions"]],
+            "queries": sum(each.protocol["queries"] for each in results),
+            "gallery": max(each.protocol["gallery"] for each in results),
+            "chance": round(float(np.mean(chances)), 8),
+            "mean_over": [each.dataset.partition("/")[2] for each in results],
+        }
+        protocol.pop("rows_sha256", None)
+        mean = replace(
+            first,
+            dataset=f"{split}/mean of {len(results)} languages",
+            value=float(np.mean([each.value for each in results])),
+            n=sum(each.n for each in results),
+            ci95=None,
+            protocol=protocol,
+        )
+        found.add(mean)
 
 
 def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searched:

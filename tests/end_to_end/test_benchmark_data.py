@@ -38,6 +38,11 @@ kind = "annotations"
 format = "sugarcrepe"
 path = ["add_att.json", "swap_obj.json"]
 images = "pictures"
+[data.languages]
+kind = "annotations"
+format = "xm3600"
+path = "captions.jsonl"
+images = "pictures"
 [data.crepe-plus]
 kind = "annotations"
 format = "sugarcrepe"
@@ -118,6 +123,12 @@ def write_benchmarks(folder: Path) -> None:
     (folder / "swap_obj.json").write_text(json.dumps(few))
     plus = [each | {"caption2": tiny.caption(i + 20)} for i, each in enumerate(examples.values())]
     (folder / "plus.json").write_text(json.dumps(plus))
+    lines = [
+        {"image/key": f"{i}", "de": {"caption": [tiny.caption(i)]}}
+        | {"fil": {"caption": [tiny.caption(i + 30), tiny.caption(i + 60)]}}
+        for i in range(12)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     write_aro(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
     records = b"".join(bytes([i % 10]) + row.tobytes() for i, row in enumerate(pixels))
@@ -144,7 +155,7 @@ def write_aro(folder: Path) -> None:
 def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -> None:
     run_file = tiny.world(tmp_path, rows=24)
     write_benchmarks(tmp_path)
-    settings = 'eval.retrieval=["coco"]', 'eval.split_templates={cifar="cifar-10"}'
+    settings = 'eval.retrieval=["coco", "languages"]', 'eval.split_templates={cifar="cifar-10"}'
     with run_file.open("a") as file:
         file.write(SPLITS)
     results = [row for row in evaluated(run_file, *settings) if row["metric"] != "seen"]
@@ -162,6 +173,7 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert choice["value"] == pytest.approx(share_of_right_choices(tmp_path / "run"))
 
     check_kinds(results, choice)
+    check_languages(results)
 
     (aro,), (boxes,) = (
         [row for row in results if row["dataset"] == name] for name in ("aro", "boxes")
@@ -178,6 +190,23 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert {row["metric"] for row in zero_shot} == {"top1", "top5", "mean_per_class"}
     assert zero_shot[0]["protocol"]["templates"] == list(read_class_list("cifar-10").templates)
     assert zero_shot[0]["n"] == 20
+
+
+def check_languages(results: Rows) -> None:
+    """Each language is scored apart, and so is their mean."""
+    for task in ("retrieval/image_to_text", "retrieval/text_to_image"):
+        found = {
+            row["dataset"]: row
+            for row in results
+            if row["task"] == task and row["metric"] == "recall@5"
+        }
+        parts = [found[f"languages/{name}"] for name in ("de", "fil")]
+        assert parts[1]["protocol"]["captions"] == ["fil.0", "fil.1"]
+        mean = found["languages/mean of 2 languages"]
+        assert mean["value"] == pytest.approx((parts[0]["value"] + parts[1]["value"]) / 2)
+        assert mean["protocol"]["mean_over"] == ["de", "fil"]
+        assert mean["n"] == 24
+        assert "coco/mean of 2 languages" not in found
 
 
 def check_kinds(results: Rows, choice: dict[str, Any]) -> None:
