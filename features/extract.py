@@ -52,6 +52,7 @@ class Phases:
     """Seconds the encoder waited for the workers."""
     rows: int = 0
     faults: int = 0
+    cut: int = 0  # captions with more tokens than the encoder keeps
 
     def add(self, other: "Phases") -> None:
         """Count in what another run did of the same column."""
@@ -60,8 +61,9 @@ class Phases:
 
     def summary(self) -> str:
         """Return one line for the log."""
+        cut = f", {self.cut} captions cut at the encoder's length" * bool(self.cut)
         return (
-            f"{self.rows} rows, {self.faults} not ok; seconds: read {self.read:.1f}, decode "
+            f"{self.rows} rows, {self.faults} not ok{cut}; seconds: read {self.read:.1f}, decode "
             f"{self.decode:.1f}, encode {self.encode:.1f}, write {self.write:.1f}, encoder waited "
             f"{self.wait:.1f}"
         )
@@ -123,9 +125,10 @@ def extract_captions(
     def load(chunk: int) -> tuple[UInt8[np.ndarray, "batch"], np.ndarray, list[Tokens]]:
         started = time.perf_counter()
         captions, status = _captions_of(store, column, index, chunk)
-        loaded = _numbered(captions[status == Status.OK], encoder, few)
+        inverse, tokens, cut = _numbered(captions[status == Status.OK], encoder, few)
+        phases.cut += cut
         phases.decode += time.perf_counter() - started
-        return status, *loaded
+        return status, inverse, tokens
 
     with ThreadPoolExecutor(1) as pool, Writer(phases) as writer:
         loaded = prefetch(pool, load, chunks, ahead=2, phases=phases)
@@ -199,12 +202,14 @@ def _captions_of(
 
 def _numbered(
     captions: np.ndarray, encoder: TextEncoder, few: "_FewCaptions | None"
-) -> tuple[np.ndarray, list[Tokens]]:
-    """Return which text each caption is, and the tokens of those that are not encoded yet."""
+) -> tuple[np.ndarray, list[Tokens], int]:
+    """Return which text each caption is, tokens of those not encoded yet, how many are cut."""
     if few is not None:
-        return few.places(captions), []
+        places = few.places(captions)
+        return places, [], int(few.is_cut[places].sum())
     distinct, inverse = np.unique(captions, return_inverse=True)
-    return inverse, encoder.tokenise(distinct.tolist()) if len(distinct) else []
+    tokens = encoder.tokenise(texts := distinct.tolist()) if len(distinct) else (texts := [])
+    return inverse, tokens, int(encoder.cut(texts, tokens)[inverse].sum())
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,7 @@ class _FewCaptions:
 
     numbers: dict[str, int]
     features: Float16[np.ndarray, "texts dim"]
+    is_cut: np.ndarray
 
     def places(self, captions: np.ndarray) -> np.ndarray:
         """Return which of them each caption is."""
@@ -238,10 +244,12 @@ def _encode_few(
             return None
     words = "%s: %d different captions in %d rows: each is encoded once"
     logger.info(words, column.name, len(found), column.rows)
-    texts = sorted(found)
-    encoded = encoder.encode(texts).astype(np.float16)
+    numbers = {text: number for number, text in enumerate(sorted(found))}
+    texts = list(numbers)
+    tokens = encoder.tokenise(texts)
+    encoded = encoder.encode_tokens(tokens).astype(np.float16)
     phases.encode += time.perf_counter() - started
-    return _FewCaptions({text: number for number, text in enumerate(texts)}, encoded)
+    return _FewCaptions(numbers, encoded, encoder.cut(texts, tokens))
 
 
 def prefetch(

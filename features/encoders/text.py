@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +82,19 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts feature_dim"]:
         """Return one vector per text, not normalised unless the model itself does it."""
         return self.encode_tokens(self.tokenise(texts))
+
+    def cut(self, texts: Sequence[str], ids: Sequence[Tokens]) -> Bool[np.ndarray, "texts"]:
+        """Return which texts have more tokens than are kept, where the tokenizer can tell.
+
+        Args:
+            texts: As they were given to `tokenise`.
+            ids: What it returned.
+        """
+        is_cut, tell = np.zeros(len(texts), dtype=bool), getattr(self.tokenise, "cut", None)
+        full = [i for i, each in enumerate(ids) if len(each) >= self.tokenise.max_length]
+        if full and tell is not None:
+            is_cut[full] = tell([texts[i] for i in full])
+        return is_cut
 
     @torch.inference_mode()
     def encode_tokens(

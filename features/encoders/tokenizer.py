@@ -52,6 +52,23 @@ class CaptionTokenizer:
             ids = [tokens + [self.padding] * (self.max_length - len(tokens)) for tokens in ids]
         return ids
 
+    def cut(self, captions: Sequence[str]) -> list[bool]:
+        """Return which captions have more tokens than are kept of them."""
+        kept, characters = self.max_length - (self.end is not None), 0
+        cut = [False] * len(captions)
+        left = list(range(len(captions)))
+        while left:
+            characters = 8 * characters or self.max_length * CHARACTERS_PER_TOKEN
+            texts = [self.instruction + captions[i] + self.suffix for i in left]
+            beginnings = [_beginning(text, characters) for text in texts]
+            counts = map(len, self.tokenizer(beginnings, truncation=False)["input_ids"])
+            is_whole = [len(one) == len(all_) for one, all_ in zip(beginnings, texts, strict=True)]
+            over = [count > kept for count in counts]
+            for i, is_over in zip(left, over, strict=True):
+                cut[i] = is_over
+            left = [i for i, *done in zip(left, over, is_whole, strict=True) if not any(done)]
+        return cut
+
     def _read_beginnings(self, texts: Sequence[str], characters: int) -> list[Tokens]:
         beginnings = [_beginning(text, characters) for text in texts]
         kept = self.max_length - (self.end is not None)

@@ -73,6 +73,22 @@ def test_a_local_nv_embed_gives_caption_features_like_any_text_encoder(tmp_path:
     assert store.column("text/nv/long").fingerprint["licence"] == "cc-by-nc-4.0"
 
 
+def test_captions_longer_than_the_encoder_reads_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_file = tiny.world(tmp_path)
+    run_file.write_text(run_file.read_text().replace("max_length = 32", "max_length = 9"))
+    with caplog.at_level("INFO"):
+        store = extracted(run_file)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    for field in store.fields:  # `short` has but five texts, each encoded once
+        ids = tokenizer(store.captions(field).tolist())["input_ids"]
+        longer = sum(len(tokens) > 9 for tokens in ids)
+        assert 0 < longer < 40
+        (line,) = [each for each in caplog.messages if f"text/bert/{field}: 40 rows" in each]
+        assert f"0 not ok, {longer} captions cut at the encoder's length;" in line
+
+
 def test_rows_keep_the_order_of_shards_with_key_captions_label_and_group(tmp_path: Path) -> None:
     store = extracted(tiny.world(tmp_path))
     assert store.keys(19, 21).tolist() == ["train-0/00019", "train-1/00020"]

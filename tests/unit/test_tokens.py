@@ -116,3 +116,8 @@ def test_of_a_long_caption_with_text_around_it_no_token_is_lost(
     for characters in (1, 2, 16):
         monkeypatch.setattr("features.encoders.tokenizer.CHARACTERS_PER_TOKEN", characters)
         assert tokenise(captions) == expected
+        assert tokenise.cut(captions) == [True, True, False, False, True]
+        assert tokenise.cut([captions[0][: 2 * n] for n in range(15)]) == [
+            len(tokenizer(f"Query: {captions[0][: 2 * n]}</s>")["input_ids"]) > 24
+            for n in range(15)
+        ]
