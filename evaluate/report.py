@@ -82,6 +82,26 @@ class Section:
     """What its template shows beside the numbers."""
 
 
+@dataclass(frozen=True)
+class PublishedBeside:
+    """What was published of the same tasks."""
+
+    by: str
+    rows: tuple[tuple[str, float, Result | None], ...]
+    """Name of a result, the published number in per cent, and the run's own."""
+    absent: dict[str, str]
+    """Data sets that were not there, and what was looked for."""
+
+    @classmethod
+    def beside(
+        cls, results: Iterable[Result], by: str, percent: dict[str, float], absent: dict[str, str]
+    ) -> "PublishedBeside":
+        """Put published numbers beside those of a run."""
+        own = {result.name: result for result in results}
+        rows = tuple((name, value, own.get(name)) for name, value in percent.items())
+        return cls(by, rows, absent)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the page shows."""
@@ -99,6 +119,8 @@ class Report:
     sections: tuple[Section, ...]
     notes: tuple[str, ...] = ()
     """What a reader must know: measures that were left out, captions that repeat."""
+    published: PublishedBeside | None = None
+    """Numbers of a publication, beside the run's own."""
     reference: tuple[dict[str, Any], ...] = ()
     """Rows of numbers that were recorded earlier, elsewhere."""
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.io import savemat
 
 from features.class_lists import read_class_list
+from tests import tiny
 
 Pictures = Sequence[tuple[bytes, int]]
 """Images, and the numbers of their classes."""
@@ -134,4 +136,112 @@ def write(root: Path, dataset: str, pictures: Pictures) -> Path:
     folder = root / FOLDERS[dataset]
     folder.mkdir(parents=True)
     WRITERS[dataset](folder, pictures)
+    return folder
+
+
+def image_name(number: int) -> str:
+    return f"{number:012d}.jpg"
+
+
+def coco(folder: Path, count: int = 12) -> None:
+    """val2017 with five captions of each image, and the masks of COCO-Stuff."""
+    images, annotations = [], []
+    for number in range(count):
+        _put(folder / "val2017" / image_name(number), tiny.encoded(tiny.picture(number)))
+        images.append({"id": number, "file_name": image_name(number)})
+        annotations += [
+            {"image_id": number, "caption": tiny.caption(10 * number + each)} for each in range(5)
+        ]
+        masks(folder / "stuffthingmaps_trainval2017/val2017", image_name(number), [0, 1, 255])
+    document = {"images": images, "annotations": annotations}
+    _put(folder / "annotations/captions_val2017.json", json.dumps(document))
+
+
+def masks(folder: Path, name: str, values: Sequence[int]) -> None:
+    """A mask of stripes, of the size of `tiny.picture`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stripes = np.repeat(np.array(values, dtype=np.uint8), -(-20 // len(values)))[:20]
+    image = Image.fromarray(np.tile(stripes[:, None], (1, 24)))
+    image.save(folder / Path(name).with_suffix(".png").name)
+
+
+def flickr30k(folder: Path, count: int = 10) -> None:
+    images = []
+    for number in range(count):
+        name = f"{number}.jpg"
+        _put(folder / "flickr30k-images" / name, tiny.encoded(tiny.picture(100 + number)))
+        sentences = [{"raw": tiny.caption(700 + 10 * number + each)} for each in range(5)]
+        images.append({"filename": name, "split": "test", "sentences": sentences})
+    _put(folder / "dataset_flickr30k.json", json.dumps({"images": images}))
+
+
+def winoground(folder: Path, count: int = 8) -> None:
+    lines = []
+    for number in range(count):
+        example: dict[str, object] = {"id": number}
+        for each in range(2):
+            name = f"ex_{number}_img_{each}"
+            picture = tiny.encoded(tiny.picture(300 + 2 * number + each), "PNG")
+            _put(folder / f"winoground/data/images/{name}.png", picture)
+            example |= {f"image_{each}": name, f"caption_{each}": tiny.caption(2 * number + each)}
+        lines.append(json.dumps(example))
+    _put(folder / "winoground/data/examples.jsonl", "\n".join(lines))
+
+
+def mmvp(folder: Path, count: int = 10) -> None:
+    lines = ["Question ID,Type,Statement"]
+    for number in range(1, count + 1):
+        lines.append(f"{number},Color,{tiny.caption(number)}")
+        image = tiny.encoded(tiny.picture(400 + number))
+        _put(folder / f"MMVP_VLM/MLLM_VLM Images/Color/{number}.jpg", image)
+    _put(folder / "MMVP_VLM/Questions.csv", "\n".join(lines) + "\n")
+
+
+def ade20k(folder: Path, count: int = 3) -> None:
+    place = folder / "ADEChallengeData2016"
+    for number in range(count):
+        name = f"ADE_val_{number:08d}.jpg"
+        _put(place / "images/validation" / name, tiny.encoded(tiny.picture(number)))
+        masks(place / "annotations/validation", name, [0, 1, 5, 150])
+
+
+def voc(folder: Path, count: int = 3) -> None:
+    place = folder / "VOCdevkit/VOC2012"
+    for number in range(count):
+        _put(place / f"JPEGImages/2007_{number}.jpg", tiny.encoded(tiny.picture(number)))
+        masks(place / "SegmentationClass", f"2007_{number}.jpg", [0, 1, 20, 255])
+    names = "".join(f"2007_{number}\n" for number in range(count))
+    _put(place / "ImageSets/Segmentation/val.txt", names)
+
+
+def cifar(folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    for name, head, file, names in (
+        ("cifar-10", b"", "cifar-10-batches-bin/test_batch.bin", "batches.meta.txt"),
+        ("cifar-100", b"\0", "cifar-100-binary/test.bin", "fine_label_names.txt"),
+    ):
+        records = b"".join(head + bytes([i]) + row.tobytes() for i, row in enumerate(pixels))
+        _put(folder / file, records)
+        classes = "\n".join(each.replace(" ", "_") for each in read_class_list(name).classes)
+        _put(folder / file.partition("/")[0] / names, classes)
+
+
+def class_folders(folder: Path, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        _put(folder / name / f"image_{number}.jpg", tiny.encoded(tiny.picture(500 + number)))
+
+
+def root(folder: Path) -> Path:
+    """Write every data set of the suites, each in the layout of its authors."""
+    pictures = [(tiny.encoded(tiny.picture(number)), number % 5) for number in range(6)]
+    every_pet = [(pictures[0][0], label) for label in range(37)]
+    for dataset in WRITERS:
+        write(folder, dataset, every_pet if dataset == "oxford-pets" else pictures)
+    caltech = read_class_list("caltech-101").folders or ()
+    class_folders(folder / "caltech101/101_ObjectCategories", caltech[1:5])
+    class_folders(folder / "imagenetv2-matched-frequency-format-val", ["0", "1", "10", "999"])
+    coco(folder / "coco")
+    flickr30k(folder / "flickr30k")
+    for each in (winoground, mmvp, ade20k, voc, cifar):
+        each(folder)
     return folder

@@ -83,7 +83,15 @@ class Knn(Measure):
 
     def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:
         """Return the splits with the classes of the reference, where that has labels."""
-        own, reference = settings.of(KnnSettings), knn_reference(settings, splits.trained)
+        own = settings.of(KnnSettings)
+        if own.knn_reference is None and not splits.trained:
+            if own.knn:
+                raise EvaluationError(
+                    "eval.knn names splits, but the run has none that was trained on, whose rows "
+                    "would vote. A labelled split was expected. Set eval.knn_reference."
+                )
+            return ()
+        reference = knn_reference(settings, splits.trained)
         voters = splits.stores[reference]
         if not is_labelled(voters):
             if not own.knn and own.knn_reference is None:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from evaluate.config import EvalSettings, Names
-from evaluate.measures.measure import Context, Measure, is_labelled
+from evaluate.measures.measure import Context, Measure, Splits, is_labelled
 from evaluate.nearest import nearest_neighbours
 from evaluate.results import Findings, Result
 from features.errors import UnusableSplitError
@@ -60,6 +60,10 @@ class Leaks(Measure):
     def can_measure(self, store: FeatureStore) -> bool:
         """Return whether anything else is measured on it."""
         return bool(store.fields) or is_labelled(store) or store.groups() is not None
+
+    def splits(self, settings: EvalSettings, splits: Splits) -> tuple[str, ...]:
+        """Return the splits; none where the head was trained elsewhere."""
+        return super().splits(settings, splits) if splits.trained else ()
 
     def run(self, context: Context, split: str) -> Findings:
         """Compare pictures of the split with those of every split that was trained on."""

@@ -222,17 +222,22 @@ class Stage:
         return found
 
 
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+def optional_stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do as `stage` does, where the recipe may be missing: it is then empty."""
+    return stage(function, required=False)
+
+
+def stage(function: Callable[..., Any], *, required: bool = True) -> Callable[..., Any]:
     """Give a command a `Stage` as its first argument, and the options that fill it."""
 
     @functools.wraps(function)
     def command(
-        recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool, **others: Any
+        recipe: str | None, overrides: tuple[str, ...], as_json: bool, verbose: bool, **others: Any
     ) -> Any:
-        return function(Stage(recipe, overrides, as_json, verbose), **others)
+        return function(Stage(recipe or "", overrides, as_json, verbose), **others)
 
     options = [
-        click.argument("recipe", shell_complete=complete_recipe),
+        click.argument("recipe", shell_complete=complete_recipe, required=required),
         override,
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--verbose", is_flag=True, help="Log more."),

@@ -3,13 +3,23 @@
 Nothing heavy is imported at the top, so that `sail --help` answers at once.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli.options import Stage, say_json, say_paths, stage
+from pipeline.cli.options import (
+    Stage,
+    optional_stage,
+    say_json,
+    say_paths,
+    stage,
+    start_log,
+    until_stopped,
+)
 
 
 @click.command()
@@ -95,11 +105,33 @@ def _print_paths(run: Stage, paths: Iterable[object]) -> None:
     is_flag=True,
     help="Instead, embed some rows in several ways and see how far the embeddings drift.",
 )
-@stage
-def evaluate(run: Stage, check: bool) -> None:
+@click.option("--suite", help="Instead, measure a head on a published suite; without RECIPE.")
+@click.option("--head", help="Of --suite: a run, an exported folder, a released .pt, or hf://….")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Of --suite: the folder of its data sets, in their authors' layouts.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Of --suite: run folder; runs/SUITE if not given.",
+)
+@optional_stage
+def evaluate(
+    run: Stage,
+    check: bool,
+    suite: str | None,
+    head: str | None,
+    data: Path | None,
+    out: Path | None,
+) -> None:
     """Measure the trained head; write its results and report.
 
     Prints a table, and the paths of results.json and report.html in run.dir/eval.
+
+    --suite measures any head on the data sets of a publication that are there, with its protocol,
+    and shows the published numbers beside: no run file is needed. docs/paper.md lists the suites.
 
     --check tells how far embeddings drift with batch size, padding, image mode and device, and
     from the store; check.json is beside those. Exit 1 above eval.check.tolerance.
@@ -109,7 +141,13 @@ def evaluate(run: Stage, check: bool) -> None:
       sail eval demo
       sail eval my.toml --json | jq '.results[] | [.task, .metric, .value]'
       sail eval my.toml --check
+      sail eval --suite sail-released --head hf://le723z/sail/sail_dinov2l_nv2.pt --data /data
     """
+    if suite is not None:
+        _suite(run, suite, head, data, out)
+        return
+    if not run.recipe or head or data or out:
+        raise click.UsageError("Give a RECIPE, or --suite with --head and --data.")
     if check:
         _check(run)
         return
@@ -117,6 +155,27 @@ def evaluate(run: Stage, check: bool) -> None:
 
     results = run.run(evaluate_run)
     run.show(results, lambda _: results_table(results), results, results.with_name("report.html"))
+
+
+def _suite(run: Stage, suite: str, head: str | None, data: Path | None, out: Path | None) -> None:
+    if run.recipe or head is None or data is None:
+        raise click.UsageError("--suite needs --head and --data, and takes no RECIPE.")
+    from pipeline.run.cpu import keep_freed_memory
+    from pipeline.run.evaluate import published_table, results_table
+    from pipeline.suites import run_suite
+
+    if run.verbose:
+        start_log(logging.DEBUG)
+    keep_freed_memory()
+    results, config = until_stopped(
+        lambda stop: run_suite(suite, head, data, out, run.overrides, stop)
+    )
+    run.show(
+        results,
+        lambda _: f"{results_table(results)}\n{published_table(results, config)}",
+        results,
+        results.with_name("report.html"),
+    )
 
 
 def _check(run: Stage) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from align.checkpoint import Checkpoint, CheckpointFolder, Snapshot, load_head
 from align.columns import Columns, describe
-from align.config import HeadConfig
+from align.config import AlignConfig, HeadConfig
 from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
-from features.storage.column import Column
 from features.storage.files import write
 from features.storage.reading import Expected, read_torch
 from pipeline.card import CARD, export_model
@@ -180,13 +179,8 @@ def import_head(file: Path, config: RunConfig) -> Path:
     """
     model, head = load_released(file)
     folder = run_folder(config)
-    store = open_store(config, folder, config.trained_splits[0])
     settings = config.align.model_copy(update={"head": head})
-    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
-    columns = Columns.open(store, settings, image, text)
-    for column, network in [(columns.image, model.image_head), (columns.text[0], model.text_head)]:
-        _check_length(file, column, network)
-    described = describe([columns], [1.0], settings, config.run.seed)
+    described = _described(file, model, config, settings)
     described["imported"] = {"file": file.name, "sha256": _sha256(file)}
     with stage_lock(config, "align"):
         checkpoints = CheckpointFolder(folder.align)
@@ -205,6 +199,30 @@ def import_head(file: Path, config: RunConfig) -> Path:
     return checkpoints.best
 
 
+def _described(
+    file: Path, model: AlignmentModel, config: RunConfig, settings: AlignConfig
+) -> dict[str, Any]:
+    """Describe a training on the features of the run, of which the head takes their lengths."""
+    folder, splits = run_folder(config), dict.fromkeys((*config.trained_splits, *config.data))
+    image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
+    stores = [open_store(config, folder, split) for split in splits]
+    store = next((each for each in stores if each.fields), stores[0])
+    of_image = store.column(f"image/{image}")
+    _check_length(file, str(of_image.path), of_image.dim, model.image_head)
+    if store.fields:
+        columns = Columns.open(store, settings, image, text)
+        first = columns.text[0]
+        _check_length(file, str(first.path), first.dim, model.text_head)
+        return describe([columns], [1.0], settings, config.run.seed)
+    from features.encoders import load_text_encoder  # no split has captions: it is asked itself
+
+    encoder = load_text_encoder(text, config.encoders.text_columns[text], torch.device("cpu"))
+    _check_length(file, f"encoders.text.{text}", encoder.dim, model.text_head)
+    columns = Columns(store, of_image, (of_image,), ())
+    about = {"name": text, "dim": encoder.dim, "fingerprint": encoder.fingerprint}
+    return describe([columns], [1.0], settings, config.run.seed) | {"text": about}
+
+
 def export_head(checkpoint: Path, file: Path) -> Path:
     """Write the head of a checkpoint in the released layout.
 
@@ -221,13 +239,13 @@ def export_head(checkpoint: Path, file: Path) -> Path:
     return file
 
 
-def _check_length(file: Path, column: Column, network: torch.nn.Module) -> None:
+def _check_length(file: Path, place: str, dim: int, network: torch.nn.Module) -> None:
     expected = int(network.get_parameter("norm.weight").shape[0])
-    if column.dim != expected:
+    if dim != expected:
         raise CheckpointError(
-            f"The head in {file} takes features of length {expected}, but {column.path} has "
-            f"{column.dim}. The encoders that the head was trained on were expected. Choose them "
-            f"in the recipe (model and pooling), and extract."
+            f"The head in {file} takes features of length {expected}, but {place} has {dim}. The "
+            f"encoders that the head was trained on were expected. Choose them in the recipe "
+            f"(model and pooling), and extract."
         )
 
 

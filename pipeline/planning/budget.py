@@ -135,6 +135,7 @@ def plan_run(
     Raises:
         SourceError: The rows of the training split are not known.
     """
+    config.check_trains()
     folder = run_folder(config)
     parts = 2 + len(config.encoders.image) + len(config.encoders.text)
     splits, missing = _rows_of_splits(config, folder, rows, seconds / parts)

@@ -191,7 +191,7 @@ def sample_index(config: RunConfig, folder: RunFolder) -> Iterator[Index | None]
 
     Of several that are mixed it is the first.
     """
-    split = config.trained_splits[0]
+    split = (*config.trained_splits, *config.data)[0]
     source, path = config.data[split], folder.index(split)
     if path.is_file():
         yield Index.open(path)
@@ -275,7 +275,7 @@ class Measuring:
     def _captions(self) -> dict[str, list[str]]:
         """Return some captions of each field; none where there is no data."""
         if self._index is None:
-            source = self._config.data[self._config.trained_splits[0]]
+            source = self._config.data[(*self._config.trained_splits, *self._config.data)[0]]
             return {name: [] for name in source.expected_fields or ("caption",)}
         stop = min(SAMPLES, self._index.rows)
         names = tuple(f"caption/{name}" for name in self._index.fields)

@@ -78,6 +78,7 @@ def align_run(config: RunConfig, stop: StopRequest) -> Path | None:
         TrainingError: A store has not all the rows done that the recipe trains on.
         Stopped: A signal came, here or to another process; the last checkpoint is on disk.
     """
+    config.check_trains()
     with joined_processes(config.run) as (ring, device):
         folder = run_folder(config)
         with (

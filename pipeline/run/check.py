@@ -230,7 +230,8 @@ def _split(config: RunConfig, folder: RunFolder) -> tuple[str, FeatureStore]:
         store = open_store(config, folder, split)
         if store.fields:
             return split, store
-    return trained[0], open_store(config, folder, trained[0])
+    split = (*trained, *config.data)[0]
+    return split, open_store(config, folder, split)
 
 
 def _check_same_rows(index: Index, store: FeatureStore, rows: Int64[np.ndarray, "rows"]) -> None:

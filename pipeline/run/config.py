@@ -1,6 +1,7 @@
 """The run file: one TOML document that describes a whole run."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,10 +101,26 @@ class EncodersConfig(BaseModel):
         return self
 
 
+class PublishedNumbers(BaseModel):
+    """Numbers of a publication, of a suite of evaluations (`sail eval --suite`)."""
+
+    model_config = SETTINGS
+
+    by: str
+    """Who published them, and for which model."""
+    percent: dict[str, float]
+    """By the name of a result: task, data set, metric."""
+    absent: dict[str, str] = {}
+    """Data sets of the suite that were not found, and what was looked for."""
+
+
 class ReportConfig(BaseModel):
     """What stands in the report beside the run's own numbers."""
 
     model_config = SETTINGS
+
+    published: PublishedNumbers | None = None
+    """Shown beside the run's own numbers, with the difference; a suite sets it."""
 
     title: str | None = None
     """Title of the report; the name of the run if not given."""
@@ -129,7 +146,7 @@ class RunConfig(BaseModel):
     def _names_exist(self) -> "RunConfig":
         named: list[tuple[str, str | None]] = [
             *(("align.mix", split) for split in self.align.mix),
-            ("align.split", None if self.align.mix else self.align.split),
+            ("align.split", None if self.align.mix or not self._names_split else self.align.split),
             *(
                 (setting, split)
                 for measure in MEASURES
@@ -157,8 +174,29 @@ class RunConfig(BaseModel):
 
     @property
     def trained_splits(self) -> tuple[str, ...]:
-        """The splits that the head is trained on: those that are mixed, or the one."""
-        return tuple(self.align.mix) or (self.align.split,)
+        """The splits that the head is trained on: those that are mixed, or the one.
+
+        None where the run has no such split: its features are for a head from elsewhere.
+        """
+        named = tuple(self.align.mix) or (self.align.split,)
+        return tuple(split for split in named if split in self.data)
+
+    @property
+    def _names_split(self) -> bool:
+        return "split" in self.align.model_fields_set
+
+    def check_trains(self) -> None:
+        """Refuse a run that has no split to train on.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        if not self.trained_splits:
+            raise ConfigError(
+                f"align.split names the split {self.align.split!r}; [data] has {list(self.data)}. "
+                f"A split to train on was expected. Add it to [data], or set align.split to one "
+                f"of these."
+            )
 
     def aligned_encoder(self, kind: Literal["image", "text"]) -> str:
         """Return the name of the encoder of one kind that `align` uses.
@@ -202,7 +240,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(run, dict):
         run.setdefault("name", path.stem)
         run.setdefault("dir", str(Path("runs") / str(run["name"])))
-    return _checked(document, str(path), path.resolve().parent)
+    return config_of(document, str(path), path.resolve().parent)
 
 
 def vary_config(config: RunConfig, folder: Path, overrides: Sequence[str]) -> RunConfig:
@@ -217,14 +255,32 @@ def vary_config(config: RunConfig, folder: Path, overrides: Sequence[str]) -> Ru
         ConfigError: A setting is unknown or out of range.
     """
     document = config.model_dump(mode="json", exclude_unset=True)
+    features = config.run.features or config.run.dir
+    where = [f"run.dir={json.dumps(str(folder))}", f"run.features={json.dumps(str(features))}"]
+    what = f"The run {config.run.name!r} with {', '.join(overrides)}"
+    return config_of(document, what, overrides=[*overrides, *where])
+
+
+def config_of(
+    document: dict[str, Any],
+    what: str,
+    folder: Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Check the settings of a run.
+
+    Args:
+        document: As TOML has them; changed by the overrides.
+        what: Where they are from, for messages.
+        folder: That paths in them are relative to.
+        overrides: As in `load_config`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
     for override in overrides:
         _apply(document, override)
-    features = config.run.features or config.run.dir
-    document.setdefault("run", {}).update(dir=str(folder), features=str(features))
-    return _checked(document, f"The run {config.run.name!r} with {', '.join(overrides)}")
-
-
-def _checked(document: dict[str, Any], what: str, folder: Path | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate(document, context={"folder": folder})
     except ValidationError as error:

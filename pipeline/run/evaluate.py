@@ -23,6 +23,7 @@ from evaluate.measures.measure import Inputs, Measure, Splits
 from evaluate.report import (
     ColumnFacts,
     EncoderFacts,
+    PublishedBeside,
     Report,
     Section,
     SplitFacts,
@@ -55,7 +56,7 @@ from pipeline.run.aligned import Aligned
 from pipeline.run.config import RunConfig
 from pipeline.run.device import prepare_device
 from pipeline.run.folder import check_extracted, keep_settings, open_store, run_folder, stage_lock
-from pipeline.tables import rendered
+from pipeline.tables import numbers, rendered, words
 
 RECALLS = ("recall@1", "recall@5", "recall@10")
 
@@ -100,8 +101,16 @@ def make_report(
             for measure in MEASURES
         ),
         notes=tuple(dict.fromkeys(note for each in found.values() for note in each.notes)),
+        published=_published(config, [each for part in found.values() for each in part.results]),
         reference=tuple(read_reference(config.report.reference)),
     )
+
+
+def _published(config: RunConfig, results: list[Result]) -> PublishedBeside | None:
+    given = config.report.published
+    if given is None:
+        return None
+    return PublishedBeside.beside(results, given.by, given.percent, given.absent)
 
 
 def training_facts(context: Context, metrics: Path) -> TrainingFacts:
@@ -376,11 +385,16 @@ def _plan(config: RunConfig, splits: Splits) -> dict[str, tuple[str, ...]]:
     if not any(work[measure.name] for measure in MEASURES if measure.is_of_head):
         trained = splits.trained
         others = ", ".join(split for split in splits.stores if split not in trained)
+        beside = (
+            f"beside {', '.join(map(repr, trained))}, on which the head was trained, "
+            if trained
+            else ""
+        )
+        measured = f", or name {trained[0]!r} in eval.retrieval" if trained else ""
         raise EvaluationError(
-            f"There is nothing to measure: beside {', '.join(map(repr, trained))}, on which the "
-            f"head was trained, [data] has {'only ' * bool(others)}{others or 'no split'}. A "
-            f"split with captions, labels or groups was expected. Add one of pictures kept from "
-            f"training, such as [data.test], or name {trained[0]!r} in eval.retrieval."
+            f"There is nothing to measure: {beside}[data] has {'only ' * bool(others)}"
+            f"{others or 'no split'}. A split with captions, labels or groups was expected. Add "
+            f"one of pictures kept from training, such as [data.test]{measured}."
         )
     return work
 
@@ -425,6 +439,20 @@ def results_table(path: Path) -> str:
             name = f"  {result.dataset:<{width}}  {_metric(result)}"
             table.add_row(Text(harmless(name)), *_numbers(result))
     return rendered(table)
+
+
+def published_table(path: Path, config: RunConfig) -> str:
+    """Return what `sail eval --suite` prints beside the numbers: those that were published."""
+    found = _published(config, read_results(path))
+    if found is None:
+        return ""
+    table = Table(*words("published by " + found.by), *numbers("published", "here", "difference"))
+    for name, value, own in found.rows:
+        here = None if own is None else 100 * own.value
+        shown = ("–", "–") if here is None else (f"{here:.2f}", f"{here - value:+.2f}")
+        table.add_row(Text(harmless(name)), f"{value:.2f}", *shown)
+    absent = [f"not found: {name} ({place})" for name, place in found.absent.items()]
+    return "\n".join([rendered(table), *absent])
 
 
 def _metric(result: Result) -> str:

@@ -88,6 +88,7 @@ def scored_rows(config: RunConfig, split: str | None) -> StudyRows:
         ConfigError: Nothing is held out, or several splits are mixed.
         EvaluationError: Too few rows are usable by every encoder.
     """
+    config.check_trains()
     if config.align.mix:
         raise ConfigError(
             "align.mix names several splits. Set align.split to the one on which all pairs train."
