@@ -15,7 +15,6 @@ from evaluate.classification import class_embeddings
 from evaluate.config import EvalSettings
 from evaluate.embedder import ROWS_AT_ONCE, Embedder, prompt_features
 from evaluate.examples import Gallery
-from evaluate.prompts import make_prompts
 from evaluate.results import Findings, Items, Result
 from evaluate.statistics import Interval, interval_of, value_of
 from features.config import TextEncoderConfig
@@ -79,24 +78,24 @@ class Context:
         made: Made = self._made[key]
         return made
 
-    def class_embeddings(
-        self, names: Sequence[str], templates: Sequence[str]
-    ) -> Float[Tensor, "names dim"]:
-        """Embed names by the mean of their prompts, so many at once as rows of a store.
+    def class_embeddings(self, prompts: Sequence[Sequence[str]]) -> Float[Tensor, "classes dim"]:
+        """Embed classes, each by the mean of its prompts; so many at once as rows of a store.
 
         Raises:
-            EvaluationError: A template has no place for the name, or the text encoder is another.
+            EvaluationError: The text encoder is not the one that the head was trained on.
         """
-        prompts = make_prompts(names, templates)
-        features = prompt_features(self.text_encoders, self.embedder, prompts, self.prompts)
-        step = max(1, ROWS_AT_ONCE // len(templates)) * len(templates)
-        embed = self.embedder.model.embed_text
-        parts = [
-            self.embedder.apply(embed, features[start : start + step])
-            for start in range(0, len(features), step)
-        ]
-        shape = (len(templates), parts[0].shape[-1])
-        return torch.cat([class_embeddings(part.view(-1, *shape)) for part in parts])
+        texts = [text for each in prompts for text in each]
+        features = prompt_features(self.text_encoders, self.embedder, texts, self.prompts)
+        counts = list(map(len, prompts))
+        step, start = max(1, ROWS_AT_ONCE // max(counts)), 0
+        found = []
+        for first in range(0, len(counts), step):
+            some = counts[first : first + step]
+            stop = start + sum(some)
+            embedded = self.embedder.apply(self.embedder.model.embed_text, features[start:stop])
+            found += [class_embeddings(each[None]) for each in embedded.split_with_sizes(some)]
+            start = stop
+        return torch.cat(found)
 
     def interval(self, items: Items) -> Interval | None:
         """Return the bootstrap interval of what items sum up to, as the settings ask for it."""

@@ -323,9 +323,11 @@ class _Scores:
         self._add(self.dataset, metric, Items(right, rows=rows), protocol)
         store = self.context.stores[self.dataset.partition("/")[0]]
         labels, names = store.labels(), store.class_names
-        kinds = np.full(len(rows), -1) if labels is None else labels[rows[:, 0]].astype(np.int64)
+        if labels is None or names is None or (labels[rows] != labels[rows[:, :1]]).any():
+            return  # labels of the pictures, and not of the groups
+        kinds = labels[rows[:, 0]].astype(np.int64)
         there, known = np.unique(kinds[kinds >= 0]), kinds >= 0
-        if names is None or len(there) < 2:
+        if len(there) < 2:
             return
         for kind in there:
             chosen = kinds == kind

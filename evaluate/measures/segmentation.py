@@ -23,7 +23,7 @@ from pydantic import (
 from evaluate.config import EvalSettings
 from evaluate.examples import thumbnail
 from evaluate.measures.measure import Context, Inputs, Measure, Splits, Tensor
-from evaluate.prompts import read_templates
+from evaluate.prompts import make_prompts, read_templates
 from evaluate.results import Findings, Items, Result
 from evaluate.segmentation_sets import SEGMENTATION_SETS
 from features.config import (
@@ -346,9 +346,8 @@ def _class_names(
         for number, names in enumerate(pictures.classes.names)
         for name in (names if settings.synonyms else names[:1])
     ]
-    embeddings = context.class_embeddings(
-        [name for name, _ in wanted], read_templates(settings.templates)
-    )
+    templates = read_templates(settings.templates)
+    embeddings = context.class_embeddings(make_prompts([name for name, _ in wanted], templates))
     import torch
 
     from evaluate.segmentation import Names

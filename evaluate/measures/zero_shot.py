@@ -1,6 +1,8 @@
 """Zero-shot classification of a labelled split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ from pydantic import Field
 from evaluate.config import EvalSettings, Names
 from evaluate.confusion import Confusions, confusion_matrix, confusion_view
 from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
-from evaluate.measures.measure import TIES, Context, Measure, Tensor, is_labelled
-from evaluate.prompts import read_templates
-from evaluate.results import Findings, Items, Result
+from evaluate.measures.measure import TIES, Context, Inputs, Measure, Tensor, is_labelled
+from evaluate.prompts import is_of_classes, read_prompts, read_templates
+from evaluate.results import Findings, Items, Result, sha256_of
+from features.class_lists import CLASS_LISTS
 from features.config import Templates
 from features.store import FeatureStore
 
@@ -27,10 +30,14 @@ class ZeroShotSettings(EvalSettings):
     with groups, if empty."""
     templates: Templates = ("a photo of a {}.",)
     """Prompts for a class name; their embeddings are averaged. A list, the name of a data set whose
-    prompts ship with the program (`imagenet-1k`: the 80 of CLIP; docs/datasets.md has all), or a
-    JSON file `{"templates": […]}`."""
+    prompts ship with the program (`imagenet-1k`: the 80 of CLIP; docs/datasets.md has all), a JSON
+    file `{"templates": […]}`, or one with prompts for each class by its name, as CuPL's."""
     split_templates: dict[str, Templates] = Field(default={})
-    """Prompts for splits that have their own, in the same three forms."""
+    """Prompts for splits that have their own, in the same forms."""
+
+    def templates_of(self, split: str) -> tuple[str, ...] | str:
+        """Return the prompts of a split."""
+        return self.split_templates.get(split, self.templates)
 
 
 class ZeroShot(Measure):
@@ -63,6 +70,16 @@ class ZeroShot(Measure):
         of_splits = tuple(settings.of(ZeroShotSettings).split_templates)
         return super().mentions(settings) | {"eval.split_templates": of_splits}
 
+    def inputs(self, settings: EvalSettings, max_pixels: int) -> Mapping[str, Inputs]:  # noqa: ARG002
+        """Return the files of templates, so that a changed one is measured again."""
+        own = settings.of(ZeroShotSettings)
+        named = {"": own.templates} | own.split_templates
+        return {
+            split: _PromptFile(Path(each))
+            for split, each in named.items()
+            if isinstance(each, str) and each not in CLASS_LISTS
+        }
+
     def run(self, context: Context, split: str) -> Findings:
         """Score all images, and apart those of classes that training had no row of."""
         from evaluate.classification import classify
@@ -71,7 +88,8 @@ class ZeroShot(Measure):
         names = store.class_names or ()
         rows, labels = context.labelled_rows(split, embedder.image_column(store))
         images = embedder.images(store).at(rows)
-        classes = context.class_embeddings(names, _templates(context, split))
+        settings = context.settings.of(ZeroShotSettings)
+        classes = context.class_embeddings(read_prompts(settings.templates_of(split), names))
         classified = classify(images, classes, labels)
         _add_results(context, found, split, rows, classified)
         seen = _seen_classes(context, store)
@@ -94,9 +112,24 @@ class ZeroShot(Measure):
         }
 
 
-def _templates(context: Context, split: str) -> tuple[str, ...]:
-    settings = context.settings.of(ZeroShotSettings)
-    return read_templates(settings.split_templates.get(split, settings.templates))
+@dataclass(frozen=True)
+class _PromptFile:
+    """A file of templates or prompts."""
+
+    path: Path
+
+    def version(self) -> object:
+        """Return the hash of the file."""
+        return sha256_of(self.path)
+
+
+def _templates(settings: ZeroShotSettings, split: str) -> list[str]:
+    """Return what a protocol says of the prompts: the templates, or the file with those of each."""
+    setting = settings.templates_of(split)
+    if not is_of_classes(setting):
+        return list(read_templates(setting))
+    path = Path(str(setting))
+    return [f"those of each class in {path.name}, sha256 {sha256_of(path)}"]
 
 
 def _add_results(
@@ -122,7 +155,7 @@ def _add_results(
             dataset=dataset,
             metric=metric,
             protocol={
-                "templates": list(_templates(context, split)),
+                "templates": _templates(context.settings.of(ZeroShotSettings), split),
                 "classes": num_classes,
                 "ties": TIES,
                 "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),

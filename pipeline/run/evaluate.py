@@ -262,7 +262,7 @@ def _loss_name(loss: dict[str, Any]) -> str:
 
 logger = logging.getLogger(__name__)
 WRITTEN = ("items.npz", "results.json", "report.html")
-VERSION = 8  # raised when the same inputs give other results or another report
+VERSION = 9  # raised when the same inputs give other results or another report
 
 
 def evaluate_run(config: RunConfig, stop: StopRequest) -> Path:

@@ -190,6 +190,7 @@ def test_files_of_benchmarks_become_results_of_their_protocols(tmp_path: Path) -
     assert {row["metric"] for row in zero_shot} == {"top1", "top5", "mean_per_class"}
     assert zero_shot[0]["protocol"]["templates"] == list(read_class_list("cifar-10").templates)
     assert zero_shot[0]["n"] == 20
+    check_prompts_of_classes(run_file, {row["metric"]: row["value"] for row in zero_shot})
 
 
 def check_languages(results: Rows) -> None:
@@ -223,6 +224,26 @@ def check_kinds(results: Rows, choice: dict[str, Any]) -> None:
     assert plus.keys() == {"text_score", "text_only_score"}
     assert plus["text_score"]["value"] <= choice["value"]
     assert [row["protocol"]["chance"] for row in plus.values()] == [round(1 / 3, 8)] * 2
+
+
+def check_prompts_of_classes(run_file: Path, by_templates: dict[str, float]) -> None:
+    """A file with prompts for each class: those that the templates give score the same."""
+    names, templates = read_class_list("cifar-10").classes, read_class_list("cifar-10").templates
+    prompts = {name.upper(): [each.format(name) for each in templates] for name in names}
+    path = run_file.with_name("CuPL.json")
+    path.write_text(json.dumps(prompts))
+    settings = 'eval.retrieval=["coco"]', f'eval.split_templates={{cifar="{path}"}}'
+
+    def zero_shot() -> dict[str, Any]:
+        config = load_config(str(run_file), settings)
+        rows = json.loads(evaluate_run(config, StopRequest()).read_text())["results"]
+        return {row["metric"]: row for row in rows if row["task"] == "zero_shot"}
+
+    found = zero_shot()
+    assert {metric: row["value"] for metric, row in found.items()} == by_templates
+    assert "CuPL.json, sha256" in found["top1"]["protocol"]["templates"][0]
+    path.write_text(json.dumps(prompts | {names[0].upper(): ["a long frog"]}))
+    assert zero_shot()["top1"]["protocol"] != found["top1"]["protocol"]
 
 
 def share_of_right_choices(run: Path) -> float:

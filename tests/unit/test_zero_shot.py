@@ -9,7 +9,7 @@ import torch
 
 from evaluate.classification import class_embeddings, classify
 from evaluate.confusion import confusion_matrix
-from evaluate.prompts import make_prompts, read_templates
+from evaluate.prompts import make_prompts, read_prompts, read_templates
 from evaluate.results import Items
 from evaluate.statistics import value_of
 from features.errors import EvaluationError
@@ -19,10 +19,8 @@ CLASSES = torch.eye(3)
 
 def test_every_name_is_put_into_every_template_class_by_class() -> None:
     assert make_prompts(["cat", "{dog}"], ["a {}", "{}, one {}"]) == [
-        "a cat",
-        "cat, one cat",
-        "a {dog}",
-        "{dog}, one {dog}",
+        ["a cat", "cat, one cat"],
+        ["a {dog}", "{dog}, one {dog}"],
     ]
 
 
@@ -38,6 +36,18 @@ def test_templates_are_a_list_the_name_of_a_data_set_or_a_file_of_ones_own(tmp_p
     assert read_templates(str(own)) == ("one {}",)
     assert len(read_templates("imagenet-1k")) == 80
     assert read_templates("food-101") == ("a photo of {}, a type of food.",)
+
+
+def test_each_class_may_have_prompts_of_its_own(tmp_path: Path) -> None:
+    own = tmp_path / "CuPL.json"
+    own.write_text(json.dumps({"tench": ["A fish.", "It swims."], "Goldfish": ["Orange."]}))
+    assert read_prompts(str(own), ["goldfish", "tench"]) == [["Orange."], ["A fish.", "It swims."]]
+    assert read_prompts(["a {}"], ["cat"]) == [["a cat"]]
+    with pytest.raises(EvaluationError, match=r"no prompts for 1 of 2 classes, of which 'shark'"):
+        read_prompts(str(own), ["tench", "shark"])
+    own.write_text(json.dumps({"tench": "A fish."}))
+    with pytest.raises(EvaluationError, match=r"The templates .* cannot be read"):
+        read_prompts(str(own), ["tench"])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"templates": "a {}"}', '{"templates": [1]}'])
