@@ -1,9 +1,10 @@
-"""`--to sentence-transformers`: the text encoder with its head, in its modules.
+"""`--to sentence-transformers`: both encoders with their heads, in its modules.
 
 Nothing of that library is needed to write them: a folder for each module, with its settings and
 weights, and `modules.json`, which names them in order.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.checkpoint import CONFIG, MODEL
+from features.encoders.towers import IMAGE_TOWERS
 from features.errors import EncoderError
 from features.storage.files import write_json
 from pipeline.card import TEMPLATES
-from pipeline.export.parts import Parts
-from pipeline.python import TEXT
+from pipeline.export.parts import EncoderPart, Parts
+from pipeline.python import IMAGE, TEXT
 
+logger = logging.getLogger(__name__)
+LIBRARY = "sentence_transformers.models"
+FLOAT32 = {"dtype": "float32"}
+"""As it was encoded, whatever the file of an encoder holds."""
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+TASK = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
 POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
 IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
 DENSE = {"linear": [("linear", IDENTITY)], "mlp": [("up", GELU), ("down", IDENTITY)]}
@@ -33,42 +41,53 @@ class Module(NamedTuple):
 
 
 def write(parts: Parts, folder: Path) -> str:
-    """Write text encoder, pooling and head as the modules of a `SentenceTransformer`.
+    """Write encoders, poolings and heads as the modules of a `SentenceTransformer`.
+
+    Where that library can express the image side too, it is a model of two towers: a `Router` by
+    what is encoded. Otherwise it is the text side alone, and the log says why.
 
     Returns:
         How they are used.
 
     Raises:
-        EncoderError: That library has no module for a part of it, or the licence of the encoder is
-            not known to allow a copy.
+        EncoderError: That library has no module for a part of the text side, or the licence of an
+            encoder is not known to allow a copy.
     """
     _check_expressible(parts)
     parts.text.check_copyable("The folder")
     prompt = parts.text.settings.instruction
-    parts.text.copy_to(folder / TEXT)
     transformer = {
         "max_seq_length": parts.text.settings.max_length,
         "do_lower_case": False,
-        "model_args": {"dtype": "float32"},  # as it was encoded, whatever its file holds
+        "model_args": FLOAT32,
     }
-    write_json(folder / TEXT / "sentence_bert_config.json", transformer)
-    named = [("Transformer", TEXT)]
-    for number, module in enumerate(_modules(parts), start=1):
-        named.append((module.kind, f"{number}_{module.kind}"))
-        place = folder / named[-1][1]
-        place.mkdir()
-        write_json(place / CONFIG, module.settings)
-        if module.weights:
-            save_file(module.weights, place / MODEL)
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
+    why_not = _not_expressible(parts)
+    if why_not:
+        logger.warning("sentence-transformers gets the text side alone: %s", why_not)
+        text = _write_side(folder, TEXT, parts.text, transformer, _text_modules(parts))
+        modules = _listed(text)
+    else:
+        parts.image.check_copyable("The folder")
+        image = {"modality_config": {"image": FORWARD}, "model_args": FLOAT32} | TASK
+        sides = {
+            "image": _write_side(folder, IMAGE, parts.image, image, _image_modules(parts)),
+            "text": _write_side(
+                folder,
+                TEXT,
+                parts.text,
+                transformer | {"modality_config": {"text": FORWARD}} | TASK,
+                _text_modules(parts),
+            ),
         }
-        for number, (kind, path) in enumerate(named)
-    ]
+        router = {
+            "types": {
+                place: f"{LIBRARY}.{kind}" for side in sides.values() for kind, place in side
+            },
+            "structure": {name: [place for _, place in side] for name, side in sides.items()},
+            "parameters": {"default_route": "text", "allow_empty_key": True},
+        }
+        write_json(folder / "router_config.json", router)
+        modules = _listed([("Router", "")])
     write_json(folder / "modules.json", modules)
     library = {
         "prompts": {"aligned": prompt} if prompt else {},
@@ -76,7 +95,46 @@ def write(parts: Parts, folder: Path) -> str:
         "similarity_fn_name": "cosine",
     }
     write_json(folder / "config_sentence_transformers.json", library)
-    return TEMPLATES.get_template("sentence_transformers.md.j2").render(dim=parts.aligned.dim)
+    template = TEMPLATES.get_template("sentence_transformers.md.j2")
+    return template.render(dim=parts.aligned.dim, has_images=not why_not)
+
+
+def _write_side(
+    folder: Path,
+    name: str,
+    part: EncoderPart[Any],
+    transformer: dict[str, Any],
+    modules: Iterator[Module],
+) -> list[tuple[str, str]]:
+    """Write an encoder and what comes behind it; return the kind and the folder of each."""
+    part.copy_to(folder / name)
+    write_json(folder / name / "sentence_bert_config.json", transformer)
+    named = [("Transformer", name)]
+    for number, module in enumerate(modules, start=1):
+        named.append((module.kind, f"{name.removesuffix('_encoder')}_{number}_{module.kind}"))
+        place = folder / named[-1][1]
+        place.mkdir()
+        write_json(place / CONFIG, module.settings)
+        if module.weights:
+            save_file(module.weights, place / MODEL)
+    return named
+
+
+def _listed(named: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"idx": number, "name": str(number), "path": path, "type": f"{LIBRARY}.{kind}"}
+        for number, (kind, path) in enumerate(named)
+    ]
+
+
+def _not_expressible(parts: Parts) -> str:
+    """Say what of the image side that library has no module for; nothing where it has all."""
+    image, model_type = parts.image.settings, parts.image.model_settings.get("model_type")
+    if image.pooling != "cls" or image.layer != -1:
+        return f"it has no pooling of images as {image.pooling!r} of layer {image.layer}"
+    if model_type in IMAGE_TOWERS or model_type == "vit_mae" or image.upright:
+        return f"it loads or prepares pictures of {image.model} otherwise"
+    return ""
 
 
 def _check_expressible(parts: Parts) -> None:
@@ -113,21 +171,33 @@ def _check_expressible(parts: Parts) -> None:
         )
 
 
-def _modules(parts: Parts) -> Iterator[Module]:
-    """Yield what comes behind the transformer, in order."""
-    dim = parts.aligned.checkpoint.text["dim"]
-    mode = POOLINGS[parts.text.settings.pooling]
-    pooling = {
+def _text_modules(parts: Parts) -> Iterator[Module]:
+    mode, model = POOLINGS[parts.text.settings.pooling], parts.aligned.model
+    yield _pooling(parts.aligned.checkpoint.text["dim"], mode)
+    yield from _head(model.text_head, parts.aligned.checkpoint.head.kind)
+
+
+def _image_modules(parts: Parts) -> Iterator[Module]:
+    yield _pooling(parts.aligned.checkpoint.image["dim"], "cls")
+    yield from _head(parts.aligned.model.image_head, parts.aligned.checkpoint.head.kind)
+
+
+def _pooling(dim: int, mode: str) -> Module:
+    settings = {
         "word_embedding_dimension": dim,
         "pooling_mode_cls_token": mode == "cls",
         "pooling_mode_mean_tokens": mode == "mean",
         "pooling_mode_lasttoken": mode == "lasttoken",
         "include_prompt": True,
     }
-    yield Module("Pooling", pooling, {})
-    head: Any = parts.aligned.model.text_head
-    yield Module("LayerNorm", {"dimension": dim}, _weights(head.norm, "norm"))
-    for name, activation in DENSE[parts.aligned.checkpoint.head.kind]:
+    return Module("Pooling", settings, {})
+
+
+def _head(head: Any, kind: str) -> Iterator[Module]:
+    """Yield the modules of a head, and what makes its vectors of length 1."""
+    norm = _weights(head.norm, "norm")
+    yield Module("LayerNorm", {"dimension": len(norm["norm.weight"])}, norm)
+    for name, activation in DENSE[kind]:
         linear = head.get_submodule(name)
         settings = {
             "in_features": linear.in_features,
