@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from align.heads import HEADS, AlignmentModel, build_model
 from features.errors import CheckpointError, ConfigError, remedy_of
 from features.storage.files import write_json
 from features.storage.fingerprint import RECORDED_ONLY, differences
+from features.storage.joined_column import BESIDE
 from features.storage.reading import (
     Expected,
     check_regular,
@@ -53,14 +54,29 @@ REMEDY = "Delete the folder of this training and run `sail align` again."
 ATTEMPTS = 10
 MODEL, STATE, CONFIG = "model.safetensors", "state.safetensors", "config.json"
 Result = TypeVar("Result")
+Length = Annotated[int, Field(gt=0, le=1 << 24)]
 EXPECTED = Expected("A whole checkpoint", REMEDY, CheckpointError)
 NOT_DESCRIBED = ("sha256", "exported")
 
 
 class _Encoder(BaseModel):
     name: str
-    dim: Annotated[int, Field(gt=0, le=1 << 24)]
+    dim: Length
     fingerprint: dict[str, Any]
+    dims: dict[str, Length] | None = None
+
+    @model_validator(mode="after")
+    def _columns_add_up(self) -> "_Encoder":
+        if self.dims is not None:
+            names = self.name.split(BESIDE)
+            known = [fp for fp in self.fingerprint.values() if isinstance(fp, dict)]
+            if not (
+                len(known) == len(names)
+                and set(names) == set(self.dims) == set(self.fingerprint)
+                and sum(self.dims.values()) == self.dim
+            ):
+                raise ValueError(f"its columns {self.name!r} are not those of its dims {self.dims}")
+        return self
 
 
 class _Align(BaseModel):
@@ -149,7 +165,7 @@ class Checkpoint:
 
     @property
     def image(self) -> dict[str, Any]:
-        """The image encoder: `name`, `dim`, `fingerprint`."""
+        """The image encoder: `name`, `dim`, `fingerprint`; of several columns see `columns`."""
         encoder: dict[str, Any] = self.run["image"]
         return encoder
 
@@ -158,6 +174,10 @@ class Checkpoint:
         """The text encoder: `name`, `dim`, `fingerprint`."""
         encoder: dict[str, Any] = self.run["text"]
         return encoder
+
+    def columns(self, kind: Literal["image", "text"]) -> list[dict[str, Any]]:
+        """Return what each column that a head reads is of: `name`, `dim`, `fingerprint`."""
+        return columns_of(self.run[kind])
 
     @property
     def heldout(self) -> dict[str, float]:
@@ -270,13 +290,33 @@ def build_described(run: dict[str, Any], head: HeadConfig) -> AlignmentModel:
     try:
         return build_model(
             dict(head),
-            image_dim=run["image"]["dim"],
-            text_dim=run["text"]["dim"],
+            image_dim=[each["dim"] for each in columns_of(run["image"])],
+            text_dim=[each["dim"] for each in columns_of(run["text"])],
             initial_scale=run["align"]["loss"]["initial_scale"],
             initial_bias=run["align"]["loss"]["initial_bias"],
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def columns_of(encoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `name`, `dim` and `fingerprint` of each column that stands under one description."""
+    if (dims := encoder.get("dims")) is None:
+        return [encoder]
+    names = encoder["name"].split(BESIDE)
+    known = encoder["fingerprint"]
+    return [{"name": name, "dim": dims[name], "fingerprint": known[name]} for name in names]
+
+
+def facts_of(encoder: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of an encoder to show; where columns differ, all values."""
+    every = [each["fingerprint"] for each in columns_of(encoder)]
+    facts = {}
+    for key in {key: None for each in every for key in each}:
+        values = [each.get(key) for each in every]
+        same = all(value == values[0] for value in values)
+        facts[key] = values[0] if same else f" {BESIDE} ".join(map(str, values))
+    return facts
 
 
 def load_weights(model: AlignmentModel, checkpoint: Checkpoint) -> None:

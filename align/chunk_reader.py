@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -86,6 +87,45 @@ class ChunkCache:
 
 
 class RowsInMemory:
+    """Rows of a column on the host or on a GPU: the parts of a joined column each by themselves."""
+
+    def __init__(
+        self, rows: int, column: Column, memory: torch.device, device: torch.device
+    ) -> None:
+        """Allocate; see `PartInMemory`."""
+        self.parts = [
+            PartInMemory((rows, part.dim), part.dtype, memory, device) for part in column.parts
+        ]
+        self._spans = [
+            slice(stop - dim, stop)
+            for stop, dim in zip(accumulate(column.dims), column.dims, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.parts[0].values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(part.nbytes for part in self.parts)
+
+    def gather(self, rows: Int64[np.ndarray, "batch"], out: Float16[Tensor, "batch dim"]) -> None:
+        """Copy rows into the memory of a batch."""
+        for part, span in zip(self.parts, self._spans, strict=True):
+            part.gather(rows, out[:, span])
+
+    def copy(self, rows: slice, out: Float16[Tensor, "batch dim"]) -> None:
+        """Copy consecutive rows into the memory of a batch."""
+        for part, span in zip(self.parts, self._spans, strict=True):
+            part.copy(rows, out[:, span])
+
+    def view(self, rows: slice) -> Float16[Tensor, "batch dim"] | None:
+        """Return consecutive rows where they lie, None if they must be copied."""
+        first = self.parts[0]
+        return first.values[rows] if len(self.parts) == 1 and first.scale is None else None
+
+
+class PartInMemory:
     """Rows of features on the host or on a GPU; int8 rows have their factors beside them.
 
     If the rows are on the host and the batches on a GPU, rows are gathered into pinned memory and
@@ -186,8 +226,9 @@ class ChunkReader:
         self.memory = memory
         self.threads = threads
         self._checked = {
-            column.name: np.full(column.num_chunks, not verify)
+            part.name: np.full(part.num_chunks, not verify)
             for column in (columns.image, *columns.text)
+            for part in column.parts
         }
         self._on_gpu = is_gpu(memory)
         self._stream = torch.cuda.Stream(memory) if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -210,6 +251,10 @@ class ChunkReader:
         Raises:
             StoreCorruptError: The chunk is not what was written.
         """
+        for part, into in zip(column.parts, rows.parts, strict=True):
+            self._read(part, chunk, into, first)
+
+    def _read(self, column: Column, chunk: int, rows: PartInMemory, first: int) -> None:
         part = slice(first, first + column.rows_per_chunk)
         if not self._on_gpu:
             self._read_into(column, chunk, rows.values[part])
@@ -237,6 +282,12 @@ class ChunkReader:
         Raises:
             StoreCorruptError: The chunk is not what was written.
         """
+        for part, into in zip(column.parts, rows.parts, strict=True):
+            self._scatter(part, chunk, into, places)
+
+    def _scatter(
+        self, column: Column, chunk: int, rows: PartInMemory, places: Int64[np.ndarray, "rows"]
+    ) -> None:
         if rows.scale is not None:
             self._put(rows.scale, places, self._scale(column, chunk))
         straight = not self._on_gpu and not column.is_remote and self._checked[column.name][chunk]
@@ -313,8 +364,9 @@ class ChunkReader:
 def largest_chunk(columns: Columns) -> int:
     """Compute the bytes of the largest chunk of features of any column."""
     return max(
-        column.rows_per_chunk * column.dim * column.dtype.itemsize
+        part.rows_per_chunk * part.dim * part.dtype.itemsize
         for column in (columns.image, *columns.text)
+        for part in column.parts
     )
 
 

@@ -109,7 +109,7 @@ def _differing(image: FeatureStore, text: FeatureStore, row: int) -> TrainingErr
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one image encoder and one text encoder, a text column per caption field."""
+    """The image column and the text columns, one per caption field; each may be a joined one."""
 
     store: FeatureStore
     image: Column
@@ -137,8 +137,9 @@ class Columns:
 
     def _check_texts(self) -> None:
         """Refuse caption fields whose features cannot lie in one array."""
-        first = self.text[0]
-        for column in self.text[1:]:
+        of_first = self.text[0].parts
+        pairs = [pair for text in self.text[1:] for pair in zip(text.parts, of_first, strict=True)]
+        for column, first in pairs:
             for what, found, expected in [
                 ("dim", column.dim, first.dim),
                 ("dtype", column.dtype.name, first.dtype.name),
@@ -163,8 +164,9 @@ def open_columns(
     """
     opened = [Columns.open(each, config, image, text) for each in stores]
     for columns in opened[1:]:
-        _check_same_encoder(opened[0].image, columns.image)
-        _check_same_encoder(opened[0].text[0], columns.text[0])
+        for ours, other in [(opened[0].image, columns.image), (opened[0].text[0], columns.text[0])]:
+            for pair in zip(ours.parts, other.parts, strict=True):
+                _check_same_encoder(*pair)
     return opened
 
 
@@ -190,11 +192,16 @@ def describe(
 
 
 def _describe_encoder(column: Column) -> dict[str, Any]:
+    """Describe what a head reads, as JSON: of several columns `dims` by their names too."""
     described = {
         "name": column.name.split("/")[1],
         "dim": column.dim,
         "fingerprint": column.fingerprint,
     }
+    if len(column.parts) > 1:
+        described["dims"] = dict(zip(column.fingerprint, column.dims, strict=True))
+        scaled = [part.name.split("/")[1] for part in column.parts if part.is_scaled]
+        return described | ({"int8": scaled} if scaled else {})
     return described | ({"dtype": column.dtype.name} if column.is_scaled else {})
 
 

@@ -109,10 +109,12 @@ class AlignConfig(BaseModel):
     text_store: PlaceSetting | None = None
     """Store, or folder of a run, whose text features and captions are used with the images of the
     other; its keys must be the same, in the same order."""
-    image: str | None = None
-    """Name of the image encoder; the only one of the recipe if not given."""
-    text: str | None = None
-    """Name of the text encoder; the only one of the recipe if not given."""
+    image: str | Annotated[tuple[str, ...], EachOnce, Field(min_length=1)] | None = None
+    """Name of the image encoder, or of a column of its `also`; the only encoder of the recipe if
+    not given. Several, `["dinov2", "dinov2-mean"]`, are read side by side as one feature, in which
+    each has mean 0 and variance 1 in every row."""
+    text: str | Annotated[tuple[str, ...], EachOnce, Field(min_length=1)] | None = None
+    """The same of the text encoder."""
     fields: Annotated[tuple[str, ...], EachOnce] = ()
     """Caption fields used as positives; all if empty."""
     rows: PositiveInt | None = None
@@ -171,6 +173,11 @@ class AlignConfig(BaseModel):
     head: HeadConfig = HeadConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def names(self, kind: Literal["image", "text"]) -> tuple[str, ...]:
+        """Return the columns of a kind that are named, none if that is left open."""
+        given = self.image if kind == "image" else self.text
+        return (given,) if isinstance(given, str) else given or ()
 
     @model_validator(mode="after")
     def _start_has_a_map(self) -> "AlignConfig":

@@ -5,7 +5,7 @@ the weights of a head. What the settings mean and which values they take is in `
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -300,17 +300,40 @@ def linear_map(head: nn.Module) -> nn.Linear | None:
     return shortcut.linear if isinstance(shortcut, Shortcut) else None
 
 
+def standardised(features: Tensor, dims: Sequence[int]) -> Tensor:
+    """Give each of several columns side by side mean 0 and variance 1 in every row.
+
+    So none outweighs the others by its scale. A single column is left to the head as it is.
+
+    Args:
+        features: (..., sum of the lengths).
+        dims: Length of each column.
+    """
+    if len(dims) < 2:
+        return features
+    parts = torch.split(features, list(dims), dim=-1)
+    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
+
+
 class AlignmentModel(nn.Module):
     """Two heads into one shared space, and the scale and bias that turn cosines into logits.
 
     Logits are exp(log_scale)·cosine + bias. Embeddings are not normalised; losses and measures do
-    that.
+    that. Features of several columns are `standardised` before a head.
     """
 
     def __init__(
-        self, image_head: nn.Module, text_head: nn.Module, *, log_scale: float, bias: float
+        self,
+        image_head: nn.Module,
+        text_head: nn.Module,
+        *,
+        image_dims: Sequence[int] = (),
+        text_dims: Sequence[int] = (),
+        log_scale: float,
+        bias: float,
     ) -> None:
         super().__init__()
+        self.image_dims, self.text_dims = tuple(image_dims), tuple(text_dims)
         self.image_head = image_head
         self.text_head = text_head
         self.log_scale = nn.Parameter(torch.tensor(log_scale))
@@ -318,12 +341,14 @@ class AlignmentModel(nn.Module):
 
     def embed_image(self, features: Tensor) -> Tensor:
         """Embed features of images, of any floating type: (rows, feature length) to (rows, dim)."""
-        embedding: Tensor = self.image_head(features.to(self.log_scale.dtype))
+        columns = standardised(features.to(self.log_scale.dtype), self.image_dims)
+        embedding: Tensor = self.image_head(columns)
         return embedding
 
     def embed_text(self, features: Tensor) -> Tensor:
         """Embed features of captions or prompts, as `embed_image` does those of images."""
-        embedding: Tensor = self.text_head(features.to(self.log_scale.dtype))
+        columns = standardised(features.to(self.log_scale.dtype), self.text_dims)
+        embedding: Tensor = self.text_head(columns)
         return embedding
 
     @property
@@ -340,8 +365,8 @@ class AlignmentModel(nn.Module):
 def build_model(
     head: Mapping[str, Any],
     *,
-    image_dim: int,
-    text_dim: int,
+    image_dim: int | Sequence[int],
+    text_dim: int | Sequence[int],
     initial_scale: float = 1.0,
     initial_bias: float = 0.0,
 ) -> AlignmentModel:
@@ -349,17 +374,20 @@ def build_model(
 
     Args:
         head: `[align.head]` of the run file, or `run.align.head` in config.json of a checkpoint.
-        image_dim: Length of an image feature.
-        text_dim: Length of a text feature.
+        image_dim: Length of an image feature, or those of several columns side by side.
+        text_dim: Length of a text feature, likewise.
         initial_scale: exp(log_scale).
         initial_bias: Of the logits.
 
     Raises:
         ValueError: There is no such kind of head.
     """
+    image, text = ((dim,) if isinstance(dim, int) else dim for dim in (image_dim, text_dim))
     return AlignmentModel(
-        build_head(image_dim, **head),
-        build_head(text_dim, **head),
+        build_head(sum(image), **head),
+        build_head(sum(text), **head),
+        image_dims=image,
+        text_dims=text,
         log_scale=math.log(initial_scale),
         bias=initial_bias,
     )

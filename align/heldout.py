@@ -226,6 +226,7 @@ class HeldOut:
             device: Where the features are kept.
         """
         self.device = device
+        self.dims = parts[0].columns.image.dims, parts[0].columns.text[0].dims
         fields = max(len(part.columns.text) for part in parts)
         images = [part.columns.image.rows_at(part.rows) for part in parts]
         texts = [_filled(part.texts(), fields) for part in parts]

@@ -84,8 +84,8 @@ class WindowMemory(ABC):
         self.device = device
         self._reader = reader
         image, text = self.columns.image, self.columns.text[0]
-        self._image = RowsInMemory((images, image.dim), image.dtype, reader.memory, device)
-        self._text = RowsInMemory((captions, text.dim), text.dtype, reader.memory, device)
+        self._image = RowsInMemory(images, image, reader.memory, device)
+        self._text = RowsInMemory(captions, text, reader.memory, device)
         self._with_caption_ids = with_caption_ids
         self._caption_ids = np.empty(captions if with_caption_ids else 0, dtype=np.int64)
         self._used: torch.cuda.Event | None = None
@@ -257,16 +257,16 @@ class StreamingMemory(WindowMemory):
         return self._caption_ids[self._caption_span(part)].reshape(-1, self._captions)
 
     def view(self, part: StepPart) -> Features | None:
-        """Return the features of a part where they lie, None if they are int8."""
-        if self._image.scale is not None or self._text.scale is not None:
+        """Return the features of a part where they lie, None if they are int8 or joined."""
+        image, text = self._image.view(part.span), self._text.view(self._caption_span(part))
+        if image is None or text is None:
             return None
-        text = self._text.values[self._caption_span(part)]
-        return self._image.values[part.span], text.view(-1, self._captions, text.shape[1])
+        return image, text.view(-1, self._captions, text.shape[1])
 
     def _read_images(
         self, chunk: int, rows: Int64[np.ndarray, "used"], places: Int64[np.ndarray, "used"]
     ) -> None:
-        targets = np.full(self.columns.image.rows_per_chunk, len(self._image.values) - 1)
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._image) - 1)
         targets[rows] = places
         self._reader.scatter(self.columns.image, chunk, self._image, targets)
 
@@ -281,7 +281,7 @@ class StreamingMemory(WindowMemory):
         which, caption = np.nonzero(is_drawn)
         if not len(which):
             return  # the field was drawn for none of these rows
-        targets = np.full(self.columns.image.rows_per_chunk, len(self._text.values) - 1)
+        targets = np.full(self.columns.image.rows_per_chunk, len(self._text) - 1)
         targets[rows[which]] = places[which] * self._captions + caption
         self._reader.scatter(self.columns.text[field], chunk, self._text, targets)
         if self._with_caption_ids:
@@ -333,7 +333,9 @@ class Needs:
         image, text = self.columns.image, self.columns.text[0]
         kinds = [(image, 1), (text, self.captions)]
         size = sum(count * 2 * column.dim for column, count in kinds)
-        size += sum(count * column.dim for column, count in kinds if column.is_scaled)
+        size += sum(
+            count * part.dim for column, count in kinds for part in column.parts if part.is_scaled
+        )
         return self.share * size
 
     def _row_bytes(self, captions: int) -> int:

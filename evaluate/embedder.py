@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class Embedder:
         Raises:
             EvaluationError: They are not all there, or are of another encoder.
         """
-        return self._checked(store, f"image/{self.image}", self.checkpoint.image["fingerprint"])
+        return self._opened(store, f"image/{self.image}")
 
     def text_column(self, store: FeatureStore, name: str) -> Column:
         """Open the features of one caption field that the head's text side reads.
@@ -81,8 +82,7 @@ class Embedder:
         Raises:
             EvaluationError: They are not all there, or are of another encoder.
         """
-        column = f"text/{self.text}/{name}"
-        return self._checked(store, column, self.checkpoint.text["fingerprint"])
+        return self._opened(store, f"text/{self.text}/{name}")
 
     def blocks(
         self, column: Column, rows: Int64[np.ndarray, "rows"]
@@ -115,15 +115,20 @@ class Embedder:
             self._known[key] = Embedded(rows, torch.cat(blocks))
         return self._known[key]
 
-    def _checked(self, store: FeatureStore, name: str, fingerprint: dict[str, object]) -> Column:
-        column = complete_column(store, name)
-        for place, value, expected in column.fingerprint.differences(fingerprint):
-            raise EvaluationError(
-                f"{column.path} has {place} = {value!r}, but the head was trained on features with "
-                f"{expected!r}. Features of the same encoder were expected. Extract them again, or "
-                f"train a head on these."
-            )
-        return column
+    def _opened(self, store: FeatureStore, name: str) -> Column:
+        """Open a column, or several side by side, each as the head was trained on it."""
+        opened = store.column(name)
+        kind: Literal["image", "text"] = "image" if name.startswith("image/") else "text"
+        known = self.checkpoint.columns(kind)
+        for column, trained_on in zip(opened.parts, known, strict=True):
+            _check_complete(column)
+            for place, value, expected in column.fingerprint.differences(trained_on["fingerprint"]):
+                raise EvaluationError(
+                    f"{column.path} has {place} = {value!r}, but the head was trained on features "
+                    f"with {expected!r}. Features of the same encoder were expected. Extract them "
+                    f"again, or train a head on these."
+                )
+        return opened
 
 
 def complete_column(store: FeatureStore, name: str) -> Column:
@@ -134,12 +139,16 @@ def complete_column(store: FeatureStore, name: str) -> Column:
         EvaluationError: It has chunks that are not done.
     """
     column = store.column(name)
+    _check_complete(column)
+    return column
+
+
+def _check_complete(column: Column) -> None:
     if pending := column.pending():
         raise EvaluationError(
             f"{column.path} has {len(pending)} chunks that are not done. A complete column "
             f"was expected. Finish it with `sail extract`."
         )
-    return column
 
 
 def check_same_encoder(
@@ -187,6 +196,8 @@ def prompt_features(
 ) -> Float16[np.ndarray, "prompts dim"]:
     """Return the frozen features of prompts, from the cache if they were encoded before.
 
+    Those of several columns lie side by side.
+
     Args:
         encoders: Settings of the text encoders of the recipe.
         embedder: Says of what encoder the features must be.
@@ -196,14 +207,28 @@ def prompt_features(
     Raises:
         EvaluationError: The recipe's text encoder is not the one that the head was trained on.
     """
-    compared = Fingerprint(embedder.checkpoint.text["fingerprint"]).deciding
+    parts = [
+        _column_of_prompts(encoders, each, embedder.device, prompts, cache)
+        for each in embedder.checkpoint.columns("text")
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def _column_of_prompts(
+    encoders: Mapping[str, TextEncoderConfig],
+    column: Mapping[str, Any],
+    device: torch.device,
+    prompts: list[str],
+    cache: Path,
+) -> Float16[np.ndarray, "prompts dim"]:
+    compared = Fingerprint(column["fingerprint"]).deciding
     made_of = [compared, prompts, *looked_up_in(encoders)]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     path = cache / f"prompts-{digest[:16]}.npy"
-    dim = int(embedder.checkpoint.text["dim"])
+    dim = int(column["dim"])
     if (kept := read_kept(path, (len(prompts), dim))) is not None:
         return np.array(kept)
-    name = embedder.text
+    name = str(column["name"])
     if name not in encoders:
         raise EvaluationError(
             f"The head was trained on the text encoder {name!r}, which the recipe does not have. "
@@ -211,7 +236,7 @@ def prompt_features(
         )
     from features.encoders import load_text_encoder  # slow to import, and mostly not needed
 
-    encoder = load_text_encoder(name, encoders[name], embedder.device)
+    encoder = load_text_encoder(name, encoders[name], device)
     check_same_encoder(f"encoders.text.{name}", encoder.fingerprint, compared, dim=dim)
     features: np.ndarray = encoder.encode(prompts).astype(np.float16)
     with appearing(path) as partial:

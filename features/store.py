@@ -37,6 +37,7 @@ from features.storage.files import (
 from features.storage.fingerprint import Fingerprint
 from features.storage.groups import new_group
 from features.storage.identity import Keys
+from features.storage.joined_column import BESIDE, JoinedColumn
 from features.storage.manifest import (
     FILE,
     METADATA,
@@ -263,11 +264,15 @@ class FeatureStore:
         ]
 
     def column(self, name: str) -> Column:
-        """Open one column.
+        """Open one column, or several side by side as one: `image/cls+mean`.
 
         Raises:
             StoreError: There is none of that name.
         """
+        if BESIDE in name:
+            kind, encoders, *field = name.split("/")
+            parts = ["/".join([kind, each, *field]) for each in encoders.split(BESIDE)]
+            return JoinedColumn(self.path, [self.column(part) for part in parts])
         encoder = encoder_of(name)
         if not all(
             is_file(self.path / part / "zarr.json") for part in (encoder, f"{name}/features")

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from align.checkpoint import CONFIG, MODEL, Checkpoint
+from align.checkpoint import CONFIG, MODEL, Checkpoint, facts_of
 from evaluate.results import Result, read_results
 from features.storage.files import replacing_folder
 
@@ -105,11 +105,11 @@ def model_card(
 def _encoders(checkpoint: Checkpoint) -> list[tuple[str, object, object]]:
     """Return the rows of the table: name, and what it is of either encoder."""
     encoders = checkpoint.image, checkpoint.text
-    image, text = (each["fingerprint"] for each in encoders)
+    image, text = map(facts_of, encoders)
     rows = [(name, _told(image.get(field)), _told(text.get(field))) for name, field in FIELDS]
     layer = "" if image.get("layer", -1) == -1 else f" of layer {image['layer']}"
     return [
-        ("encoder", *(f"{each['name']}: {each['fingerprint']['model']}" for each in encoders)),
+        ("encoder", *(f"{each['name']}: {facts_of(each)['model']}" for each in encoders)),
         *rows,
         ("pooling", f"{_told(image.get('pooling'))}{layer}", _told(text.get("pooling"))),
         ("feature length", *(each["dim"] for each in encoders)),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.config import AlignConfig
-from align.heads import MAX_LOG_SCALE, AlignmentModel, linear_map
+from align.heads import MAX_LOG_SCALE, AlignmentModel, linear_map, standardised
 from align.heldout import HeldOut, HeldOutRows, retrieval_ranks
 from align.start.moments import Moments, PairedRows, normalised
 from features.store import store_key_hashes
@@ -164,7 +164,12 @@ class HeldOutTrial:
     def _features(
         self,
     ) -> tuple[Float64[Tensor, "images image_dim"], Float64[Tensor, "texts text_dim"]]:
-        return normalised(self._heldout.image.cpu()), normalised(self._heldout.text.cpu())
+        held = self._heldout
+        image, text = (
+            normalised(standardised(features.cpu().double(), dims))
+            for features, dims in zip((held.image, held.text), held.dims, strict=True)
+        )
+        return image, text
 
     def log_ranks(self, image: float, text: float, dim: int) -> dict[float, float]:
         """Return the sum of `HeldOut.log_ranks` over the rows, for each of the powers.

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.columns import Columns, Selection
+from align.heads import standardised
 from align.processes import Ring
 from features.device.cuda import set_current
 from features.errors import CheckpointError, TrainingError
@@ -221,7 +222,12 @@ class PairedRows:
                 f"Extract it again, or see the row with `sail inspect {store.path} --row {row}`."
             )
         if len(rows):
-            sums.add(*(torch.from_numpy(each).to(device) for each in (image, text, weights)))
+            images, texts, shares = (
+                torch.from_numpy(each).to(device) for each in (image, text, weights)
+            )
+            images = standardised(images.double(), self.columns.image.dims)
+            texts = standardised(texts.double(), self.columns.text[0].dims)
+            sums.add(images, texts, shares)
 
     def _kept(self, path: Path | None) -> tuple[int, Moments | None]:
         """Return how many rows of the store a file has the sums of, and these."""
@@ -261,7 +267,8 @@ class PairedRows:
             "fields": list(columns.fields),
             "columns": [
                 [each.name, each.dim, each.dtype.name, each.fingerprint.deciding]
-                for each in (columns.image, *columns.text)
+                for joined in (columns.image, *columns.text)
+                for each in joined.parts
             ],
         }
 

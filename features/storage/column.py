@@ -126,6 +126,16 @@ class Column:
         self._sound = set() if sound is None else sound
 
     @property
+    def parts(self) -> Sequence["Column"]:
+        """The columns of the store that it is made of: itself alone."""
+        return (self,)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Lengths of the features of each of its parts."""
+        return tuple(part.dim for part in self.parts)
+
+    @property
     def is_scaled(self) -> bool:
         """Whether the features are whole numbers, to be multiplied by the `scale` of their row."""
         return bool(self.dtype == np.int8)

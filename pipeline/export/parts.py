@@ -156,19 +156,22 @@ def parts_of(run: Path, *, with_encoders: bool = False) -> Parts:
         EncoderError: An encoder is untrained, or its files are not to be found.
     """
     aligned = load_aligned(run, device="cpu")
+    aligned.check_single("A folder for other programs holds")
     _, image = aligned.image_settings
     column = image.also.get(str(aligned.checkpoint.image["name"]), image)
     pooling = aligned.checkpoint.image["fingerprint"].get("pooling", column.pooling)
     image = image.model_copy(
         update={"pooling": pooling, "layer": column.layer, "also": {}, "compile": False}
     )
-    known = aligned.checkpoint.text["fingerprint"]
+    (_, text), known = aligned.text_settings, aligned.checkpoint.text["fingerprint"]
     decided = {name: known[name] for name in DECIDED if name in known} | {"prompt": None}
     return Parts(
         aligned=aligned,
         image=_part(image, aligned.checkpoint.image, with_encoders),
         text=_part(
-            aligned.text_settings.model_copy(update=decided), aligned.checkpoint.text, with_encoders
+            text.model_copy(update=decided),
+            aligned.checkpoint.text,
+            with_encoders,
         ),
         results=_results(run / "eval" / "results.json", aligned.checkpoint.sha256),
     )

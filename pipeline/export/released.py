@@ -19,6 +19,7 @@ from align.config import AlignConfig, HeadConfig
 from align.heads import AlignmentModel, build_model
 from features.errors import CheckpointError
 from features.storage.files import write
+from features.storage.joined_column import BESIDE
 from features.storage.reading import Expected, read_torch
 from pipeline.card import CARD, export_model
 from pipeline.run.config import RunConfig
@@ -205,6 +206,7 @@ def _described(
     """Describe a training on the features of the run, of which the head takes their lengths."""
     folder, splits = run_folder(config), dict.fromkeys((*config.trained_splits, *config.data))
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
+    _check_single(image, text)
     stores = [open_store(config, folder, split) for split in splits]
     store = next((each for each in stores if each.fields), stores[0])
     of_image = store.column(f"image/{image}")
@@ -235,8 +237,18 @@ def export_head(checkpoint: Path, file: Path) -> Path:
     """
     best = checkpoint / "align" / "best"
     model, found = load_head(best if best.exists() else checkpoint)
+    _check_single(found.image["name"], found.text["name"])
     save_released(model, found.head.kind, file, epoch=int(found.metadata["epoch"]))
     return file
+
+
+def _check_single(*names: str) -> None:
+    for name in names:
+        if BESIDE in name:
+            raise CheckpointError(
+                f"A released head reads one column of each kind, and this one would read {name}. "
+                f"One was expected. Set align.image and align.text to one name each."
+            )
 
 
 def _check_length(file: Path, place: str, dim: int, network: torch.nn.Module) -> None:

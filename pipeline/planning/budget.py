@@ -15,6 +15,7 @@ from features.errors import SailError, SourceError
 from features.index import Index
 from features.sources import Counts, Source, SourceReader
 from features.storage.files import version
+from features.storage.joined_column import BESIDE
 from features.storage.parallel import in_order
 from features.storage.place import Place
 from pipeline.planning.estimate import (
@@ -256,12 +257,15 @@ def _stage_two(
     image, text = config.aligned_encoder("image"), config.aligned_encoder("text")
     dims = {name: dim for each in passes for name, dim in each.dims.items()}
     align = config.align
-    fields = [name.split("/")[2] for name in dims if name.startswith(f"text/{text}/")]
+    first, *_ = texts = text.split(BESIDE)
+    fields = [name.split("/")[2] for name in dims if name.startswith(f"text/{first}/")]
     fields = [name for name in fields if not align.fields or name in align.fields]
-    image_dim = dims.get(f"image/{image}")
-    text_dim = dims[f"text/{text}/{fields[0]}"] if fields else None
-    if image_dim is None or text_dim is None:
+    needed = [f"image/{name}" for name in image.split(BESIDE)]
+    of_texts = [f"text/{name}/{fields[0]}" for name in texts] if fields else []
+    image_dims, text_dims = ([dims.get(name) for name in names] for names in (needed, of_texts))
+    if not fields or None in image_dims or None in text_dims:
         return None
+    image_dim, text_dim = (sum(filter(None, each)) for each in (image_dims, text_dims))
     every = sum(splits[name].count for name in config.trained_splits)
     rows = round(every * (1 - align.holdout))
     rows = max(1, min(rows, align.rows or rows))

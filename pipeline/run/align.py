@@ -102,8 +102,7 @@ def _aligned_encoder(config: RunConfig, kind: Literal["image", "text"], store: F
     Raises:
         ConfigError: There are several, or none.
     """
-    given = config.align.image if kind == "image" else config.align.text
-    if given is not None or getattr(config.encoders, kind):
+    if config.align.names(kind) or getattr(config.encoders, kind):
         return config.aligned_encoder(kind)
     names = dict.fromkeys(name.split("/")[1] for name in store.columns() if name.startswith(kind))
     if len(names) != 1:

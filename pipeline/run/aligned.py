@@ -1,16 +1,16 @@
 """A trained run as one model: photographs and sentences into one space."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Num
+from jaxtyping import Float32, Int64, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +27,8 @@ from features.images import ImageFault
 from features.storage.files import read
 from pipeline.run.config import EncodersConfig, RunConfig
 from pipeline.run.cpu import usable_processors
+
+KINDS: tuple[Literal["image"], Literal["text"]] = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,43 @@ class Aligned:
         """
         name, settings = self.image_settings
         encoder = load_image_encoder(name, settings, self.device, self.max_pixels)
-        found = encoder.fingerprints[f"image/{self.checkpoint.image['name']}"]
-        self._check(f"encoders.image.{name}", found, self.checkpoint.image)
+        for each in self.checkpoint.columns("image"):
+            found = encoder.fingerprints[f"image/{each['name']}"]
+            self._check(f"encoders.image.{name}", found, each)
         return encoder
 
     @cached_property
+    def image_columns(self) -> list[ImageColumn]:
+        """The columns of it that the head reads, in their order."""
+        columns = {column.name: column for column in self.image_encoder.columns}
+        return [columns[each["name"]] for each in self.checkpoint.columns("image")]
+
+    @property
     def image_column(self) -> ImageColumn:
-        """The column of it that the head was trained on."""
-        name = self.checkpoint.image["name"]
-        return next(column for column in self.image_encoder.columns if column.name == name)
+        """The one column of it that the head reads.
+
+        Raises:
+            EvaluationError: The head reads several, of which a patch has no single vector.
+        """
+        self.check_single("Vectors of patches need")
+        return self.image_columns[0]
+
+    def check_single(self, what: str) -> None:
+        """Refuse a head that reads several columns.
+
+        Args:
+            what: What takes one, with its verb, for the message.
+
+        Raises:
+            EvaluationError: It does.
+        """
+        for kind in KINDS:
+            if len(self.checkpoint.columns(kind)) > 1:
+                name = self.checkpoint.run[kind]["name"]
+                raise EvaluationError(
+                    f"The head reads several {kind} columns side by side, {name}. {what} a head "
+                    f"with one column of each kind. Train one, with align.{kind} set to one name."
+                )
 
     def encode_image(
         self, images: Sequence[str | Path | bytes]
@@ -133,7 +163,7 @@ class Aligned:
     def encode_tokens(self, tokens: Sequence[Tokens]) -> Float32[np.ndarray, "texts dim"]:
         """Embed sentences that the text encoder's `tokenise` gave; normalised."""
         features = torch.from_numpy(self.text_encoder.encode_tokens(tokens))
-        return self._embedded(self.model.text_head, features)
+        return self._embedded(self.model.embed_text, features[:, self._text_places])
 
     @staticmethod
     def similarity(
@@ -166,15 +196,15 @@ class Aligned:
         pixels = encoder.room_for(len(prepared))
         for place, image in zip(pixels.numpy(), prepared, strict=True):
             place[:] = image
-        (features,) = encoder.encode(pixels, [self.image_column])
-        return self._embedded(self.model.image_head, features)
+        features = torch.cat(encoder.encode(pixels, self.image_columns), dim=-1)
+        return self._embedded(self.model.embed_image, features)
 
     @torch.inference_mode()
     def _embedded(
-        self, head: torch.nn.Module, features: Tensor
+        self, embed: Callable[[Tensor], Tensor], features: Tensor
     ) -> Float32[np.ndarray, "batch dim"]:
         stored = features.to(self.device, torch.float16).float()  # as they would lie in a store
-        embeddings: np.ndarray = F.normalize(head(stored).float(), dim=-1).cpu().numpy()
+        embeddings: np.ndarray = F.normalize(embed(stored).float(), dim=-1).cpu().numpy()
         return embeddings
 
     @cached_property
@@ -184,10 +214,20 @@ class Aligned:
         Raises:
             EvaluationError: The run file does not have it, or it is another than the head's.
         """
-        name = str(self.checkpoint.text["name"])
-        encoder = load_text_encoder(name, self.text_settings, self.device)
-        self._check(f"encoders.text.{name}", encoder.fingerprint, self.checkpoint.text)
+        name, settings = self.text_settings
+        encoder = load_text_encoder(name, settings, self.device)
+        for each in self.checkpoint.columns("text"):
+            found = encoder.fingerprints[f"text/{each['name']}"]
+            self._check(f"encoders.text.{name}", found, each)
         return encoder
+
+    @cached_property
+    def _text_places(self) -> Int64[Tensor, "dim"]:
+        """Which of the numbers that the text encoder gives the head reads, in their order."""
+        columns = self.text_encoder.columns
+        numbers = torch.split(torch.arange(self.text_encoder.dim), [each.dim for each in columns])
+        places = {each.name: of for each, of in zip(columns, numbers, strict=True)}
+        return torch.cat([places[each["name"]] for each in self.checkpoint.columns("text")])
 
     def with_image_encoder(self, **changes: Any) -> "Aligned":
         """Return the same model with fields of its loaded image encoder changed."""
@@ -197,40 +237,43 @@ class Aligned:
 
     def on_device(self, device: torch.device) -> "Aligned":
         """Return the same model on another device, where it computes in the same types."""
-        (image, image_settings), text = self.image_settings, str(self.checkpoint.text["name"])
-        precision = {"precision": self.image_column.fingerprint["dtype"]}
+        (image, image_settings), (text, text_settings) = self.image_settings, self.text_settings
+        precision = {"precision": self.image_columns[0].fingerprint["dtype"]}
         images = self.encoders.image | {image: image_settings.model_copy(update=precision)}
         precision = {"precision": self.text_encoder.fingerprint["dtype"]}
-        texts = {text: self.text_settings.model_copy(update=precision)}
+        texts = {text: text_settings.model_copy(update=precision)}
         encoders = self.encoders.model_copy(update={"image": images, "text": texts})
         model = deepcopy(self.model).to(device)
         return replace(self, encoders=encoders, model=model, device=device)
 
     @property
     def image_settings(self) -> tuple[str, ImageEncoderConfig]:
-        """Name and settings of the encoder whose own column, or one of `also`, the head reads.
+        """Name and settings of the encoder whose own column, or some of `also`, the head reads.
 
         Raises:
-            EvaluationError: The run file does not have it.
+            EvaluationError: The run file does not have it, or the head reads several encoders.
         """
-        column = self.checkpoint.image["name"]
+        names = [str(each["name"]) for each in self.checkpoint.columns("image")]
         for name, settings in self.encoders.image.items():
-            if column == name or column in settings.also:
+            if {name, *settings.also}.issuperset(names):
                 return name, settings
-        raise _no_encoder("image", column)
+        raise _no_encoder("image", names, self.encoders.image_columns)
 
     @property
-    def text_settings(self) -> TextEncoderConfig:
-        """Settings of the encoder that the head reads.
+    def text_settings(self) -> tuple[str, TextEncoderConfig]:
+        """Name and settings of the text encoder, likewise; of one column, as if it were its own.
 
         Raises:
-            EvaluationError: The run file does not have it.
+            EvaluationError: The run file does not have it, or the head reads several encoders.
         """
-        name = str(self.checkpoint.text["name"])
+        names = [str(each["name"]) for each in self.checkpoint.columns("text")]
         columns = self.encoders.text_columns
-        if name not in columns:
-            raise _no_encoder("text", name)
-        return columns[name]
+        if len(names) == 1 and names[0] in columns:
+            return names[0], columns[names[0]]
+        for name, settings in self.encoders.text.items():
+            if {name, *settings.also}.issuperset(names):
+                return name, settings
+        raise _no_encoder("text", names, columns)
 
     def _check(self, section: str, found: dict[str, Any], trained_on: dict[str, Any]) -> None:
         """Check that an encoder is the one that the head was trained on.
@@ -256,7 +299,15 @@ def _read(path: str | Path) -> bytes:
         ) from error
 
 
-def _no_encoder(kind: str, name: str) -> EvaluationError:
+def _no_encoder(kind: str, names: Sequence[str], there: Collection[str]) -> EvaluationError:
+    missing = [name for name in names if name not in there]
+    if not missing:
+        return EvaluationError(
+            f"The head reads the columns {', '.join(names)}, of several {kind} encoders. To embed "
+            f"what is new, columns of one encoder and its `also` were expected. Train a head on "
+            f"such; features that are extracted are embedded as they are."
+        )
+    name = missing[0]
     return EvaluationError(
         f"The head was trained on the {kind} encoder {name!r}, which the run file does not have. "
         f"It is needed to embed what is new. Add [encoders.{kind}.{name}] to it."

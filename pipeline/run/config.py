@@ -25,6 +25,7 @@ from features.config import (
 )
 from features.errors import ConfigError
 from features.sources import Source
+from features.storage.joined_column import BESIDE
 from features.storage.place import FolderSetting, without_secrets
 from features.storage.reading import Expected, cut, read_text, read_toml, reason_of, shown
 
@@ -159,12 +160,13 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"{setting} names the split {split!r}; [data] has {list(self.data)}"
                 )
-        for kind, names, name in [
-            ("image", list(self.encoders.image_columns), self.align.image),
-            ("text", list(self.encoders.text_columns), self.align.text),
+        for kind, names, given in [
+            ("image", list(self.encoders.image_columns), self.align.names("image")),
+            ("text", list(self.encoders.text_columns), self.align.names("text")),
         ]:
-            if name is not None and names and name not in names:
-                raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")
+            for name in given:
+                if names and name not in names:
+                    raise ValueError(f"align.{kind} names {name!r}; [encoders.{kind}] has {names}")
         return self
 
     @property
@@ -199,15 +201,14 @@ class RunConfig(BaseModel):
             )
 
     def aligned_encoder(self, kind: Literal["image", "text"]) -> str:
-        """Return the name of the encoder of one kind that `align` uses.
+        """Return the name of the column of one kind that `align` uses, several joined by `+`.
 
         Raises:
             ConfigError: The recipe has several and names none, or has none.
         """
         encoders = self.encoders.image if kind == "image" else self.encoders.text
-        name = self.align.image if kind == "image" else self.align.text
-        if name is not None:
-            return name
+        if names := self.align.names(kind):
+            return BESIDE.join(names)
         if len(encoders) != 1:
             raise ConfigError(
                 f"The recipe has {len(encoders)} {kind} encoders ({', '.join(encoders) or 'none'}) "

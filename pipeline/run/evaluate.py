@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from align.checkpoint import Checkpoint, load_head
+from align.checkpoint import Checkpoint, facts_of, load_head
 from evaluate.charts import Curve
 from evaluate.context import Context
 from evaluate.embedder import Embedder, looked_up_in
@@ -181,7 +181,7 @@ def _encoders(context: Context) -> list[EncoderFacts]:
     checkpoint = context.embedder.checkpoint
     aligned = [("image", checkpoint.image), ("text", checkpoint.text)]
     facts = [
-        EncoderFacts(kind, each["name"], True, int(each["dim"]), _full(each["fingerprint"]))
+        EncoderFacts(kind, each["name"], True, int(each["dim"]), _full(facts_of(each)))
         for kind, each in aligned
     ]
     for name in context.image_columns:

@@ -181,8 +181,8 @@ def check_complete(store: FeatureStore, config: RunConfig, image: str, text: str
         TrainingError: There are pending chunks.
     """
     used = [field for field in store.fields if field in (config.align.fields or store.fields)]
-    for name in [f"image/{image}", *(f"text/{text}/{field}" for field in used)]:
-        column = store.column(name)
+    names = [f"image/{image}", *(f"text/{text}/{field}" for field in used)]
+    for column in (part for name in names for part in store.column(name).parts):
         if pending := column.pending():
             raise TrainingError(
                 f"{column.path} has {len(pending)} chunks that are not done. Finish it with `sail "

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zarr
 
-from align.chunk_reader import RowsInMemory
+from align.chunk_reader import PartInMemory
 from align.columns import Columns, JoinedStore, open_columns, select_rows
 from align.config import AlignConfig
 from align.heads import build_model
@@ -220,7 +220,7 @@ def test_batches_of_8_bit_features_are_those_that_the_store_stands_for(
 @pytest.mark.parametrize("dtype", [np.float16, np.int8])
 def test_rows_kept_on_the_host_reach_the_batch_of_another_device(dtype: type) -> None:
     other = torch.device("cpu", 0)  # another name: rows are copied
-    rows = RowsInMemory((50, 4), np.dtype(dtype), CPU, other)
+    rows = PartInMemory((50, 4), np.dtype(dtype), CPU, other)
     values = torch.arange(200).view(50, 4) % 100
     rows.values.copy_(values)
     if rows.scale is not None:
