@@ -21,6 +21,7 @@ from pipeline.export import released
 from pipeline.hub import fetched
 from pipeline.interrupt import StopRequest
 from pipeline.python import load_aligned
+from pipeline.run.aligned import KINDS
 from pipeline.run.config import RunConfig, config_of, is_run, vary_config
 from pipeline.run.evaluate import evaluate_run
 from pipeline.run.extract import extract
@@ -229,7 +230,7 @@ def _encoders_of(folder: Path) -> dict[str, Any]:
     checkpoint = aligned.checkpoint
     return {
         "encoders": aligned.encoders.model_dump(mode="json", exclude_unset=True),
-        "align": {"image": checkpoint.image["name"], "text": checkpoint.text["name"]},
+        "align": {kind: [each["name"] for each in checkpoint.columns(kind)] for kind in KINDS},
     }
 
 
