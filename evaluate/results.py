@@ -62,8 +62,8 @@ class Result:
 
     @property
     def is_detail(self) -> bool:
-        """Whether it is the IoU of a single class: overviews and comparisons leave it out."""
-        return self.metric == "iou"
+        """Whether it is of a single class (IoU, AP): overviews and comparisons leave it out."""
+        return self.metric in ("iou", "ap")
 
     @property
     def chance(self) -> float | None:

@@ -14,6 +14,7 @@ from evaluate.measures.knn import Knn
 from evaluate.measures.leaks import Leaks
 from evaluate.measures.linear_probe import LinearProbeAccuracy
 from evaluate.measures.measure import Measure
+from evaluate.measures.multi_label import MultiLabel
 from evaluate.measures.retrieval import Retrieval
 from evaluate.measures.segmentation import Segmentation
 from evaluate.measures.zero_shot import ZeroShot
@@ -21,6 +22,7 @@ from evaluate.results import Result
 
 MEASURES: tuple[Measure, ...] = (
     ZeroShot(),
+    MultiLabel(),
     Retrieval(),
     Knn(),
     LinearProbeAccuracy(),

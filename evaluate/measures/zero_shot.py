@@ -123,7 +123,7 @@ class _PromptFile:
         return sha256_of(self.path)
 
 
-def _templates(settings: ZeroShotSettings, split: str) -> list[str]:
+def prompts_protocol(settings: ZeroShotSettings, split: str) -> list[str]:
     """Return what a protocol says of the prompts: the templates, or the file with those of each."""
     setting = settings.templates_of(split)
     if not is_of_classes(setting):
@@ -155,7 +155,7 @@ def _add_results(
             dataset=dataset,
             metric=metric,
             protocol={
-                "templates": _templates(context.settings.of(ZeroShotSettings), split),
+                "templates": prompts_protocol(context.settings.of(ZeroShotSettings), split),
                 "classes": num_classes,
                 "ties": TIES,
                 "chance": round((TOP if metric == "top5" else 1) / num_classes, 8),
