@@ -1,5 +1,6 @@
 """Tables for the terminal, made of the plain data that `--json` prints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -354,3 +355,12 @@ def doctor_table(examination: dict[str, Any]) -> str:
     broken = sum(check["status"] == "broken" for check in examination["checks"])
     end = "Nothing that is needed is broken." if not broken else f"{broken} broken, see above."
     return f"{rendered(table)}\n{end}"
+
+
+def scores_table(found: Sequence[dict[str, Any]]) -> str:
+    """Return what `sail eval --mteb` prints: the main score of each task, in per cent."""
+    table = Table(*words("task", "split", "subset", "metric"), *numbers("%"))
+    for each in found:
+        name = (each["task"], each["split"], each["subset"], each["metric"])
+        table.add_row(*map(harmless, name), f"{100 * each['value']:.2f}")
+    return rendered(table)

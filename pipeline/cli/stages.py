@@ -14,6 +14,7 @@ import click
 from pipeline.cli.options import (
     Stage,
     optional_stage,
+    say,
     say_json,
     say_paths,
     stage,
@@ -117,10 +118,18 @@ def _print_paths(run: Stage, paths: Iterable[object]) -> None:
     type=click.Path(path_type=Path),
     help="Of --suite: run folder; runs/SUITE if not given.",
 )
+@click.option(
+    "--mteb",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="Instead, let mteb measure the run on a task of its own; may be repeated.",
+)
 @optional_stage
 def evaluate(
     run: Stage,
     check: bool,
+    tasks: tuple[str, ...],
     suite: str | None,
     head: str | None,
     data: Path | None,
@@ -132,6 +141,9 @@ def evaluate(
 
     --suite measures any head on the data sets of a publication that are there, with its protocol,
     and shows the published numbers beside: no run file is needed. docs/paper.md lists the suites.
+
+    --mteb lets mteb (extra `mteb`) measure the run on tasks of its own, whose data it fetches from
+    the hub. Features are kept in run.dir/mteb, or that of run.features, for other heads.
 
     --check tells how far embeddings drift with batch size, padding, image mode and device, and
     from the store; check.json is beside those. Exit 1 above eval.check.tolerance.
@@ -150,6 +162,9 @@ def evaluate(
         raise click.UsageError("Give a RECIPE, or --suite with --head and --data.")
     if check:
         _check(run)
+        return
+    if tasks:
+        _mteb(run, tasks)
         return
     from pipeline.run.evaluate import evaluate_run, results_table
 
@@ -176,6 +191,22 @@ def _suite(run: Stage, suite: str, head: str | None, data: Path | None, out: Pat
         results,
         results.with_name("report.html"),
     )
+
+
+def _mteb(run: Stage, tasks: tuple[str, ...]) -> None:
+    from pipeline.mteb_model import evaluate_by_mteb
+    from pipeline.python import load_aligned
+    from pipeline.tables import scores_table
+
+    def work(config: Any, _stop: Any) -> Any:
+        folder = (config.run.features or config.run.dir) / "mteb"
+        return evaluate_by_mteb(load_aligned(config.run.dir, config.run.device), tasks, folder)
+
+    found = run.run(work)
+    if run.as_json:
+        say_json(found, indent=1)
+    else:
+        say(scores_table(found))
 
 
 def _check(run: Stage) -> None:

@@ -1,6 +1,7 @@
 """A trained run as one model: photographs and sentences into one space."""
 
-from collections.abc import Callable, Collection, Sequence
+import io
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, Num
+from jaxtyping import Float, Float32, Int64, Num
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,8 @@ from pipeline.run.config import EncodersConfig, RunConfig
 from pipeline.run.cpu import usable_processors
 
 KINDS: tuple[Literal["image"], Literal["text"]] = ("image", "text")
+Picture = str | Path | bytes | Image.Image | np.ndarray
+PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,12 @@ class Aligned:
                     f"with one column of each kind. Train one, with align.{kind} set to one name."
                 )
 
-    def encode_image(
-        self, images: Sequence[str | Path | bytes]
-    ) -> Float32[np.ndarray, "images dim"]:
+    def encode_image(self, images: Sequence[Picture]) -> Float32[np.ndarray, "images dim"]:
         """Embed images, decoded and prepared as in `sail extract`.
 
         Args:
-            images: Paths, or the bytes of encoded images.
+            images: Paths, the bytes of encoded images, PIL images, or arrays of uint8 (height,
+                width), (height, width, 3) or (height, width, 4).
 
         Returns:
             Normalised vectors.
@@ -139,13 +142,41 @@ class Aligned:
         Raises:
             EncoderError: One of the images cannot be used, or the encoder cannot be loaded.
         """
-        size = self.image_batch
         blocks = [np.empty((0, self.dim), dtype=np.float32)]
-        with ThreadPoolExecutor(usable_processors()) as pool:
-            for start in range(0, len(images), size):
-                prepared = list(pool.map(self.prepare, images[start : start + size]))
-                blocks.append(self.encode_pixels(prepared))
+        blocks += [self.embed_images(features) for features in self._features_of(images)]
         return np.concatenate(blocks)
+
+    def image_features(
+        self, images: Sequence[Picture]
+    ) -> Float32[np.ndarray, "images feature_dim"]:
+        """Return the frozen features of images; takes and raises what `encode_image` does."""
+        blocks = [features.float().cpu().numpy() for features in self._features_of(images)]
+        empty = np.empty((0, int(self.checkpoint.image["dim"])), dtype=np.float32)
+        return np.concatenate([empty, *blocks])
+
+    def text_features(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts feature_dim"]:
+        """Return the frozen features of sentences; raises what `encode_text` does."""
+        found: np.ndarray = self.text_encoder.encode(texts)[:, self._text_places.numpy()]
+        return found
+
+    def _features_of(self, images: Sequence[Picture]) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(usable_processors()) as pool:
+            for start in range(0, len(images), self.image_batch):
+                prepared = list(pool.map(self.prepare, images[start : start + self.image_batch]))
+                yield self._pixel_features(prepared)
+
+    def embed_images(
+        self,
+        features: Float[np.ndarray, "images feature_dim"] | Float[Tensor, "images feature_dim"],
+    ) -> Float32[np.ndarray, "images dim"]:
+        """Embed frozen features of images by the head; normalised."""
+        return self._embedded(self.model.embed_image, torch.as_tensor(features))
+
+    def embed_texts(
+        self, features: Float[np.ndarray, "texts feature_dim"] | Float[Tensor, "texts feature_dim"]
+    ) -> Float32[np.ndarray, "texts dim"]:
+        """Embed frozen features of sentences by the head; normalised."""
+        return self._embedded(self.model.embed_text, torch.as_tensor(features))
 
     def encode_text(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
         """Embed sentences.
@@ -163,7 +194,7 @@ class Aligned:
     def encode_tokens(self, tokens: Sequence[Tokens]) -> Float32[np.ndarray, "texts dim"]:
         """Embed sentences that the text encoder's `tokenise` gave; normalised."""
         features = torch.from_numpy(self.text_encoder.encode_tokens(tokens))
-        return self._embedded(self.model.embed_text, features[:, self._text_places])
+        return self.embed_texts(features[:, self._text_places])
 
     @staticmethod
     def similarity(
@@ -173,13 +204,14 @@ class Aligned:
         cosines: np.ndarray = image @ text.T
         return cosines
 
-    def prepare(self, image: str | Path | bytes) -> Num[np.ndarray, "3 height width"]:
+    def prepare(self, image: Picture) -> Num[np.ndarray, "3 height width"]:
         """Decode, resize and crop an image, as the checkpoint of the encoder asks.
 
         Raises:
             EncoderError: It cannot be used.
         """
-        data, name = (image, "An image") if isinstance(image, bytes) else (_read(image), str(image))
+        data = _bytes(image)
+        name = str(image) if isinstance(image, str | Path) else "An image"
         try:
             return self.image_encoder.prepare(data)
         except ImageFault as fault:
@@ -192,12 +224,16 @@ class Aligned:
         self, prepared: Sequence[Num[np.ndarray, "3 height width"]]
     ) -> Float32[np.ndarray, "images dim"]:
         """Embed one batch of images that `prepare` gave; normalised."""
+        return self.embed_images(self._pixel_features(prepared))
+
+    def _pixel_features(
+        self, prepared: Sequence[Num[np.ndarray, "3 height width"]]
+    ) -> Float[Tensor, "images feature_dim"]:
         encoder = self.image_encoder
         pixels = encoder.room_for(len(prepared))
         for place, image in zip(pixels.numpy(), prepared, strict=True):
             place[:] = image
-        features = torch.cat(encoder.encode(pixels, self.image_columns), dim=-1)
-        return self._embedded(self.model.embed_image, features)
+        return torch.cat(encoder.encode(pixels, self.image_columns), dim=-1)
 
     @torch.inference_mode()
     def _embedded(
@@ -287,6 +323,21 @@ class Aligned:
         found = found | {name: expected.get(name) for name in ("model", "revision", "dtype")}
         remedy = f"Put the encoder back into {self.checkpoint.path}, or export the run again."
         check_same_encoder(section, found, expected, dim=dim, remedy=remedy)
+
+
+def _bytes(image: Picture) -> bytes:
+    """Return an encoded image; of pixels as a PNG file, which loses nothing."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return _read(image)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=image.getexif())  # which says how a photograph is to be turned
+    return buffer.getvalue()
 
 
 def _read(path: str | Path) -> bytes:

@@ -1,5 +1,6 @@
 """What was trained, used: embeddings of new images and sentences, and search among the old ones."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from PIL import Image
 
 from evaluate.embedder import Embedder
 from evaluate.hubness import NEIGHBOURS
@@ -91,6 +93,24 @@ def test_the_example_of_the_readme_runs(
     exec(code.replace("runs/demo", str(run)), scope)
     assert scope["cosines"].shape == (2, 2)
     np.testing.assert_allclose(scope["cosines"][0], scope["cosines"][1], atol=1e-6)
+
+
+def test_pictures_in_memory_get_the_vectors_of_their_files(
+    aligned: Aligned, pictures: list[bytes]
+) -> None:
+    opened = [tiny.reopened(Image.open(io.BytesIO(each))) for each in pictures[:3]]
+    files = [tiny.encoded(each, "PNG") for each in opened]
+    arrays = [np.asarray(each) for each in opened]
+    expected = aligned.encode_image(files)
+    np.testing.assert_array_equal(aligned.encode_image(opened), expected)
+    np.testing.assert_array_equal(aligned.encode_image(arrays), expected)
+    features = aligned.image_features(files)
+    assert features.shape == (3, 16)
+    np.testing.assert_allclose(aligned.embed_images(features), expected, atol=1e-6)
+    cmyk = opened[0].convert("CMYK")
+    np.testing.assert_array_equal(
+        aligned.encode_image([cmyk]), aligned.encode_image([cmyk.convert("RGB")])
+    )
 
 
 def test_nothing_gives_no_vector(aligned: Aligned) -> None:

@@ -32,6 +32,7 @@ LOADED_BY_OTHERS = {
         "torchvision",
         "model2vec",
         "bitsandbytes",
+        "mteb",
     ),  # imported when a recipe names them
 }
 
