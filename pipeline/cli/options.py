@@ -45,6 +45,8 @@ def settings_of(texts: Sequence[str]) -> dict[str, list[str]]:
                 f"{key.strip()!r} is named twice: give all its values together.",
                 param_hint="--over",
             )
+        if key.strip() in ("rows", "align.rows"):  # 30,1k, as for `sail scaling`
+            key, values = "align.rows", [str(count_of(value)) for value in values]
         settings[key.strip()] = values
     return settings
 

@@ -33,6 +33,7 @@ from pipeline.run.align import align_run
 from pipeline.run.config import RunConfig, vary_config
 from pipeline.run.evaluate import evaluate_run
 from pipeline.run.folder import stage_lock
+from pipeline.study.gains import ROWS, gains_of
 from pipeline.tables import numbers, rendered, words
 
 CHOSEN = "heldout/recall@10"
@@ -55,7 +56,7 @@ def sweep_table(document: dict[str, Any]) -> str:
             table.add_row(*settings, name, f"{100 * score['mean']:.1f}{spread}", str(score["n"]))
         if row["failed"]:
             table.add_row(*settings, "failed; see `runs` in the JSON", "–", str(row["failed"]))
-    return rendered(table)
+    return "\n".join([rendered(table), *document["gains"]])
 
 
 def sweep_plot(document: dict[str, Any], path: Path) -> None:
@@ -95,7 +96,7 @@ def _over_a_number(axes: Axes, rows: list[dict[str, Any]], name: str, setting: s
     means, spreads = _percent([score for _, score in points])
     axes.errorbar(x, means, yerr=spreads, marker="o", capsize=3)
     axes.set_xscale("log")
-    axes.set_xlabel("image–text pairs" if setting == "align.rows" else setting)
+    axes.set_xlabel("image–text pairs" if setting == ROWS else setting)
     axes.set_ylabel(f"{name}, %")
     axes.grid(alpha=0.3)
 
@@ -249,6 +250,7 @@ def _document(sweep: Sweep, done: list[Trial]) -> dict[str, Any]:
         "over": sweep.over,
         "seeds": sweep.seeds,
         "summary": summary(done),
+        "gains": gains_of([asdict(trial) for trial in done], CHOSEN),
         "runs": [asdict(trial) for trial in done],
     }
 

@@ -15,6 +15,7 @@ from features.errors import ConfigError, TrainingError
 from pipeline.cli.options import count_of, seeds_of, settings_of
 from pipeline.interrupt import Stopped, StopRequest
 from pipeline.run.config import load_config
+from pipeline.study.gains import gains_of
 from pipeline.study.sweep import Sweep, _label, sweep_run, sweep_table
 from tests.feature_stores import make_run
 
@@ -84,7 +85,32 @@ def test_scaling_trains_on_nested_rows(recipe: str) -> None:
     found = document(sizes, recipe)
     assert [row["settings"]["align.rows"] for row in found["summary"]] == ["40", "100"]
     assert found["summary"][0]["scores"]["heldout/recall@10"]["sd"] is None
+    assert "with 100 more pairs (200 in all) heldout/recall@10 gains" in sweep_table(found)
     assert (Path(recipe).parent / "scaling" / "scaling.png").is_file()
+
+
+def test_a_curve_says_what_more_pairs_give_and_which_head_is_ahead() -> None:
+    def run(kind: str, rows: int, seed: int, score: float) -> dict[str, Any]:
+        settings = {"align.rows": str(rows), "align.head.kind": kind}
+        return {"settings": settings, "seed": seed, "scores": {"m": score}}
+
+    # linear gains exactly 4 points (seed 0) or 6 points (seed 1) with every doubling
+    runs = [
+        run(kind, rows, seed, start + doubled * (0.04 + 0.02 * seed))
+        for kind, start in (("glu", 0.1), ("linear", 0.3))
+        for doubled, rows in enumerate((100, 200, 400, 800))
+        for seed in (0, 1)
+    ]
+    assert gains_of(runs, "m") == [
+        "kind=glu: with 800 more pairs (1,600 in all) m gains 5.0 ± 1.0 points",
+        "kind=linear: with 800 more pairs (1,600 in all) m gains 5.0 ± 1.0 points",
+        "kind=linear is ahead of kind=glu by 20.0 ± 0.0 points of m on average, at all sizes",
+    ]
+    runs[0]["scores"]["m"] = 0.9  # glu with 100 rows, seed 0
+    assert gains_of(runs, "m")[-1].endswith(", but not at 100 pairs")
+    for each in runs:
+        del each["settings"]["align.rows"]
+    assert gains_of(runs, "m") == []
 
 
 def test_a_training_that_fails_is_noted_and_the_others_go_on(
@@ -126,6 +152,12 @@ def test_what_cannot_be_varied_is_refused_before_anything_is_trained(
 
 def one_setting(text: str) -> dict[str, list[str]]:
     return settings_of([text])
+
+
+def test_rows_are_read_as_counts() -> None:
+    assert settings_of(["rows=300, 1k"]) == {"align.rows": ["300", "1000"]}
+    with pytest.raises(click.BadParameter, match="is no number of rows"):
+        settings_of(["rows=few"])
 
 
 def test_values_are_read_as_they_are_written() -> None:
