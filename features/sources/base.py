@@ -9,7 +9,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -336,6 +336,11 @@ class SourceReader(ABC, Generic[Settings]):
     @property
     def files_beside(self) -> tuple[Place, ...]:
         """Further files that the samples are made of, such as a table of captions."""
+        return ()
+
+    @property
+    def known_fields(self) -> Collection[str]:
+        """Caption fields that are known before a sample is listed."""
         return ()
 
     def leftover(self) -> Counts:

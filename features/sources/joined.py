@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import logging
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from features.sources.text import NUMBER, Encoding
 from features.storage.files import is_file, matching_places
 from features.storage.place import Place, as_place
 
+logger = logging.getLogger(__name__)
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 """Suffixes by which `captions` names a table; `.txt` and `.json` are members of a sample too."""
 ALL_OF_THE_TABLE = "*"
@@ -132,6 +134,11 @@ class JoiningReader(SourceReader[Joinable]):
         """The tables, read when the first sample wants its captions."""
         return JoinedTables(self._tables, self.source) if self._tables else None
 
+    @property
+    def known_fields(self) -> Collection[str]:
+        """The fields of the tables, so that samples without a row come first at no cost."""
+        return self.joined.fields if self.joined else ()
+
     def join(self, sample: Sample, ids: Iterable[object], counts: Counts) -> None:
         """Give a sample the captions of the table, found by the first of its names that is there.
 
@@ -182,6 +189,7 @@ class JoinedTables:
         self._pickers: dict[tuple[str, ...], CaptionPicker | None] = {}
         self._fields: dict[str, bool] = {}
         """Whether a field has anything but numbers and URLs, which are no captions."""
+        logger.info("the captions of %s are read", self.names)
         try:
             # One thread at a time lists samples, though not always the one that began.
             self._rows = sqlite3.connect("", isolation_level=None, check_same_thread=False)

@@ -209,6 +209,6 @@ def facts_of_first(samples: Sequence[Sample], reader: SourceReader[Any]) -> Surv
     """Return what the first samples tell of all, None where it takes a survey."""
     if any(sample.label_name or sample.group_name for sample in samples):
         return None
-    fields = set().union(*(sample.captions for sample in samples))
+    fields = set(reader.known_fields).union(*(sample.captions for sample in samples))
     check_fields(fields, reader)
     return Survey(sorted_fields(fields))

@@ -211,3 +211,13 @@ def test_further_tars_count_the_rows_of_the_table_anew(tmp_path: Path) -> None:
     assert [each["long"] for each in captions_of(index)] == [f"new {i}" for i in range(6)]
     assert index.counts[unused.format(6)] == 1
     assert first not in index.counts
+
+
+def test_fields_of_the_table_are_known_where_the_first_samples_have_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("features.sources.index_writer.ROWS_PER_GROUP", 1)
+    monkeypatch.setattr("features.index.ROWS_PER_GROUP", 1)
+    monkeypatch.setattr("features.sources.index_writer.survey", None)  # a call is a TypeError
+    given = table(tmp_path, "url,long\nhttps://x.org/2,new\n")
+    assert captions_of(webdataset(tmp_path, captions=str(given))) == [{}, {}, {"long": "new"}]
