@@ -18,8 +18,9 @@ SHORTCUTS = {"linear": False, "glu": True, "mlp": True}
 """The kinds of head that can start from the closed form, and whether beside their layers."""
 EPOCHS, RATE, DROPOUT = 27.0, 1e-4, 0.2
 """From the closed form: passes over the rows, peak learning rate, and dropout of `glu`."""
-FULL_RATE_ROWS = 1000
-"""With fewer rows the rate is lower in proportion: there is little to gain on the closed form."""
+FEW_ROWS = 1000
+"""With fewer, the closed form is the result: steps from it made it worse on other rows. Where steps
+are asked for all the same, their rate is lower in proportion to the rows."""
 
 
 def settled(config: AlignConfig, *, rows: int, fits: int, dims: tuple[int, int]) -> AlignConfig:
@@ -42,9 +43,9 @@ def settled(config: AlignConfig, *, rows: int, fits: int, dims: tuple[int, int])
         from_rows = {"dim": min(config.head.dim, *dims), "dropout": DROPOUT * (kind == "glu")}
         head |= {name: each for name, each in from_rows.items() if not _gives(config.head, name)}
         if not _gives(config.optimizer, "learning_rate"):
-            rate["learning_rate"] = float(f"{RATE * min(1.0, rows / FULL_RATE_ROWS):.2g}")
+            rate["learning_rate"] = float(f"{RATE * min(1.0, rows / FEW_ROWS):.2g}")
         if not _gives(config, "steps", "epochs"):
-            changes["epochs"] = EPOCHS
+            changes |= {"epochs": EPOCHS} | ({"steps": 0} if rows < FEW_ROWS else {})
     changes["head"] = config.head.model_copy(update=head)
     changes["optimizer"] = config.optimizer.model_copy(update=rate)
     decided = config.model_copy(update=changes)
@@ -89,6 +90,9 @@ def _batch(config: AlignConfig, rows: int, fits: int) -> int:
 def _say(config: AlignConfig, rows: int) -> None:
     head, steps = config.head, config.steps
     how = f"{config.epochs:g} epochs" if steps is None else f"{steps} steps"
+    if steps == 0 and config.start == "cca":
+        logger.info("%s rows: the closed form of a %s head is the result", f"{rows:,}", head.kind)
+        return
     logger.info(
         "%s rows: a %s head of dim %d from %s weights, %s of %d, learning rate %g",
         f"{rows:,}",

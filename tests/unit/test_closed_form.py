@@ -248,3 +248,23 @@ def test_closed_form_of_the_command_line(tmp_path: Path) -> None:
     assert (found.step, found.head.kind, found.metadata["finished"]) == (0, "linear", True)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "moments" / "store-0.safetensors").is_file()
+
+
+def test_with_few_rows_and_nothing_said_of_steps_the_closed_form_is_the_result(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path / "a.zarr")
+    for name, config, steps in [
+        ("open", AlignConfig(), 0),
+        ("epochs", AlignConfig(epochs=2), 2),
+        ("rate", AlignConfig.model_validate({"optimizer": {"learning_rate": 1e-3}}), 30),
+    ]:
+        where = tmp_path / name
+        best = train(
+            [store], config, weights=[1.0], image=IMAGE, text=TEXT, run_dir=where, device=CPU,
+            seed=0, moments=where,
+        )  # fmt: skip
+        assert best is not None
+        last = Checkpoint.open(where / "last")
+        assert last.step == steps
+        assert last.run["align"]["start"] == ("random" if name == "rate" else "cca")
