@@ -156,7 +156,7 @@ class MultiLabel(Measure):
         settings = context.settings.of(ZeroShotSettings)
         classes = context.class_embeddings(read_prompts(settings.templates_of(split), names))
         cosines = (images.at(rows[there]) @ classes.T).double().cpu().numpy()
-        ranked = {name: _ranked(cosines[:, i], marks[:, i]) for i, name in enumerate(names)}
+        ranked = {name: rank_pictures(cosines[:, i], marks[:, i]) for i, name in enumerate(names)}
         ranked = {name: each for name, each in ranked.items() if each[1].any()}
         protocol = {
             "templates": prompts_protocol(settings, split),
@@ -219,7 +219,7 @@ def average_precision(
     return np.stack([whole, np.where(right[:, -1] > 0, eleven, np.nan)], axis=1)
 
 
-def _ranked(
+def rank_pictures(
     cosines: Float[np.ndarray, "pictures"], marks: Int8[np.ndarray, "pictures"]
 ) -> tuple[Int64[np.ndarray, "ranked"], Bool[np.ndarray, "ranked"]]:
     """Order the pictures that are not left out; one without the class goes before one as near."""

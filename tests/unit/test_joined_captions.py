@@ -221,3 +221,17 @@ def test_fields_of_the_table_are_known_where_the_first_samples_have_no_row(
     monkeypatch.setattr("features.sources.index_writer.survey", None)  # a call is a TypeError
     given = table(tmp_path, "url,long\nhttps://x.org/2,new\n")
     assert captions_of(webdataset(tmp_path, captions=str(given))) == [{}, {}, {"long": "new"}]
+
+
+def test_samples_that_are_listed_twice_are_counted_once(tmp_path: Path) -> None:
+    members = []
+    for i in range(3):
+        record = json.dumps({"url": f"https://x.org/{i % 2}", "label": "cat"})  # a name: two passes
+        members += [(f"{i}.jpg", IMAGES[0]), (f"{i}.json", record.encode())]
+    tar = tiny.write_tar(tmp_path / "named.tar", members)
+    given = table(tmp_path, "url,long\nhttps://x.org/0,new\n")
+    index = built(tmp_path, kind="webdataset", path=tar, captions=str(given))
+    assert index.class_names == ("cat",)
+    assert index.counts["samples without a row in t.csv: 'named/1'"] == 1
+    shared = "rows of t.csv that are of several samples (each has the captions)"
+    assert index.counts[shared] == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluate.measures.multi_label import ClassFiles, average_precision
+from evaluate.measures.multi_label import ClassFiles, average_precision, rank_pictures
 from features.errors import EvaluationError
 
 
@@ -21,6 +21,13 @@ def test_average_precision_by_hand() -> None:
     whole, eleven = average_precision(order, shown, once)[0]
     assert whole == pytest.approx((1 + 2 / 3) / 2)
     assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+
+
+def test_a_picture_without_the_class_goes_before_one_as_near_and_some_are_left_out() -> None:
+    cosines = np.array([0.5, 0.5, 0.9, 0.5 + 5e-7, np.nan])
+    order, shown = rank_pictures(cosines, np.array([1, -1, 0, 1, 1], dtype=np.int8))
+    assert order.tolist() == [1, 3, 0, 4]
+    assert shown.tolist() == [False, True, True, True]
 
 
 def test_a_resample_without_a_picture_of_the_class_has_no_precision() -> None:
