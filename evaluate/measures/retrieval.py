@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int64
+from pydantic import PositiveInt
 
 from evaluate.config import EvalSettings, Names, Score
 from evaluate.examples import ExamplePanel, ExampleQuery, draw, search_example
@@ -49,6 +50,10 @@ class RetrievalSettings(EvalSettings):
     `inverted-softmax` and `dual-bank` take off the cosine how near an item is to a bank of
     training rows; the transductive form has the queries of the test itself as its bank, and so is
     no score of single queries."""
+    retrieval_dims: Annotated[tuple[PositiveInt, ...], EachOnce] = ()
+    """Rank also by so many of the first numbers of each embedding, as `[32, 64, 128]`: what a
+    smaller index would find. Of a `linear` head from the closed form, whose numbers are in
+    order."""
 
 
 class Retrieval(Measure):
@@ -96,6 +101,12 @@ class Retrieval(Measure):
                 _add_results(context, found, dataset, pairs, arrays, protocol | about)
                 if dataset == split and score == "cosine":
                     _add_examples(context, found, split, pairs, arrays)
+            for dim in settings.retrieval_dims:
+                _check_ordered(context, dim)
+                ranks = retrieval_ranks(pairs.image[:, :dim], pairs.text[:, :dim], pairs.relevance)
+                arrays = {name: value.cpu().numpy() for name, value in vars(ranks).items()}
+                shorter = protocol | {"score": f"the first {dim} numbers", "dim": dim}
+                _add_results(context, found, dataset, pairs, arrays, shorter)
         _add_mean_over_languages(found, split)
         return found
 
@@ -273,6 +284,17 @@ def _searched(context: Context, split: str, fields: tuple[str, ...]) -> _Searche
         captions=captions,
         relevance=Relevance(len(rows), torch.from_numpy(owner).to(device), words),
     )
+
+
+def _check_ordered(context: Context, dim: int) -> None:
+    align = context.embedder.checkpoint.run["align"]
+    kind, start, most = align["head"]["kind"], align.get("start", "random"), align["head"]["dim"]
+    if (kind, start) != ("linear", "cca") or dim > most:
+        raise EvaluationError(
+            f"eval.retrieval_dims has {dim}, and the head is a {kind} one of {most} numbers from "
+            f"start = {start!r}. A linear head from the closed form with as many was expected, for "
+            f"its numbers are in order. Take {dim} out, or train such a head."
+        )
 
 
 def _needs(score: str) -> bool:

@@ -1,10 +1,15 @@
 """Retrieval: ranks worked out by hand, several captions per image, ties, and the chance of it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from align.checkpoint import load_head
+from align.heads import LinearHead
 from align.heldout import Relevance, retrieval_ranks
+from evaluate.embedder import Embedder
 from evaluate.measures.retrieval import (
     chance_recall,
     hits_per_image,
@@ -12,6 +17,13 @@ from evaluate.measures.retrieval import (
     recall,
     same_words,
 )
+from evaluate.results import read_results
+from features.errors import EvaluationError
+from features.store import FeatureStore
+from pipeline.interrupt import StopRequest
+from pipeline.run.config import load_config
+from pipeline.run.evaluate import evaluate_run
+from tests.trained import trained
 
 
 def angles(*degrees: float) -> torch.Tensor:
@@ -144,3 +156,34 @@ def test_captions_are_counted_with_their_image() -> None:
     hits, counts = hits_per_image(np.array([0, 3, 0]), np.array([1, 0, 1]), images=3, k=1)
     assert hits.tolist() == [0, 2, 0]
     assert counts.tolist() == [1, 2, 0]
+
+
+def test_the_first_numbers_of_a_head_rank_as_one_without_the_others(tmp_path: Path) -> None:
+    closed = ("align.start='cca'", "align.steps=0", "align.head={kind='linear', dim=8}")
+    run = trained(tmp_path, *closed)
+
+    def recalls(run: Path, *overrides: str) -> dict[tuple[int | None, str, str], float]:
+        path = evaluate_run(load_config(str(run), overrides), StopRequest())
+        found = [each for each in read_results(path) if each.task.startswith("retrieval")]
+        return {
+            (each.protocol.get("dim"), each.dataset + each.task, each.metric): each.value
+            for each in found
+        }
+
+    found = recalls(run, "eval.retrieval_dims=[3, 8]")
+    names = [(task, metric) for dim, task, metric in found if dim is None]
+    assert len(names) == 18
+    assert all(found[8, task, metric] == found[None, task, metric] for task, metric in names)
+    model, checkpoint = load_head(run / "align" / "best")
+    for head in (model.image_head, model.text_head):
+        assert isinstance(head, LinearHead)
+        head.linear.weight[3:] = head.linear.bias[3:] = 0
+    embedder = Embedder(model, checkpoint, torch.device("cpu"))
+    store = FeatureStore.open(run / "features" / "test.zarr")
+    image, text = embedder.images(store).vectors, embedder.captions(store, "long").vectors
+    ranks = retrieval_ranks(image, text, own(*range(store.rows)))
+    for task, by_query in (("image_to_text", ranks.by_image), ("text_to_image", ranks.by_text)):
+        value = found[3, f"test/longretrieval/{task}", "recall@5"]
+        assert value == pytest.approx(recall(by_query.numpy(), 5))
+    with pytest.raises(EvaluationError, match="retrieval_dims has 9, and the head is a linear one"):
+        recalls(run, "eval.retrieval_dims=[9]")
