@@ -93,7 +93,7 @@ class ClassFiles:
                 raise EvaluationError(
                     f"The marks of {name!r} ({self.pattern}) are of {len(marks)} pictures, and "
                     f"those of {next(iter(columns))!r} of {len(pictures)} others. The same "
-                    f"pictures in each file were expected. Let eval.multi_label name one split."
+                    f"pictures in each file were expected. Name one split in eval.multi_label."
                 )
         marked = [[marks[picture] for marks in columns.values()] for picture in pictures]
         return pictures, list(columns), np.array(marked, dtype=np.int8)

@@ -73,7 +73,7 @@ class PublishedSource(SourceSettings):
             raise SourceError(
                 f"{self.path} has no file {LAYOUTS[self.dataset].lists[self.split]}. The folder of "
                 f"{self.dataset} as torchvision unpacks it was expected. Correct `path` of the "
-                f"source; docs/datasets.md lists the files."
+                f"source."
             )
         return Published(self, [file], known)
 

@@ -75,7 +75,9 @@ def read_suite(name: str) -> Suite:
         ConfigError: There is none of that name.
     """
     if name not in SUITES:
-        raise ConfigError(f"There is no suite {name!r}. One of {', '.join(SUITES)} was expected.")
+        raise ConfigError(
+            f"There is no suite {name!r}. One of {', '.join(SUITES)} was expected. Correct --suite."
+        )
     path = FOLDER / f"{name}.toml"
     suite: Suite = checked(read_toml(path, OF_A_SUITE), Suite, path, OF_A_SUITE)
     return suite
@@ -103,7 +105,7 @@ def settings_of(suite: Suite, root: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{root} has none of the data sets of the suite that have labels or captions, such as "
             f"a folder with {suite.sets[0].found_by}. One at least was expected, in the layout of "
-            f"its authors. Correct --data; docs/paper.md lists the files."
+            f"its authors. Correct --data."
         )
     return {
         "data": {name: each.split for name, each in splits.items()},
