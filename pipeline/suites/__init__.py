@@ -191,7 +191,11 @@ def run_suite(
             f"There is no head {head}. A run, an exported folder or a released .pt was expected, "
             f"or hf://… of one. Correct --head."
         )
-    document |= _encoders_of(place) if place.is_dir() else {"encoders": suite.encoders}
+    if place.is_dir():
+        document |= _encoders_of(place)
+    else:
+        released.load_released(place)  # refused before anything is extracted for it
+        document["encoders"] = suite.encoders
     document["run"] = {"name": name, "dir": str(out or Path("runs") / name)}
     config = config_of(document, f"The suite {name}", overrides=overrides)
     extract(config, stop)

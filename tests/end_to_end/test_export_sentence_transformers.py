@@ -81,6 +81,7 @@ assert not {"pipeline", "features", "align", "evaluate"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_folder_needs_nothing_of_this_program(tmp_path: Path) -> None:
     run = trained(tmp_path / "world", "align.start=random", "align.head.kind=linear")
     out, photo = tmp_path / "out", tmp_path / "photo.png"
@@ -95,6 +96,7 @@ def test_the_folder_needs_nothing_of_this_program(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "cosines.npy"), image @ text.T, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_an_image_side_that_it_cannot_express_is_left_out_and_the_log_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

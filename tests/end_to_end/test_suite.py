@@ -161,6 +161,7 @@ def check_protocol(found: dict[str, Any], out: Path, encoders: Path) -> None:
 
 
 @needs_goldens
+@pytest.mark.slow
 def test_what_is_absent_is_named_and_a_second_head_shares_the_features(
     tmp_path: Path, encoders: Path
 ) -> None:
@@ -185,6 +186,7 @@ def test_what_is_absent_is_named_and_a_second_head_shares_the_features(
 
 
 @needs_goldens
+@pytest.mark.slow
 def test_a_data_set_with_labels_alone_is_enough(tmp_path: Path, encoders: Path) -> None:
     pictures = [(tiny.encoded(tiny.picture(number)), number % 5) for number in range(6)]
     data = tmp_path / "data"
@@ -223,6 +225,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path) -> None:
     command = ("eval", "--suite", "sail-released", "--data", tmp_path / "data")
     error = the_error_of(sail(*command, "--head", head, expect=1))
     assert "There is no head" in error
+    head.write_bytes(b"no head")
+    error = the_error_of(sail(*command, "--head", head, expect=1))
+    assert f"{head} " in error
     assert "--suite needs --head" in sail(*command, expect=2).stderr
     assert not (tmp_path / "runs").exists()
 

@@ -84,6 +84,7 @@ def test_no_column_outweighs_another_by_its_scale() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_reads_several_columns_embeds_what_is_new_as_it_embeds_the_store(
     run: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_what_reads_several_columns_embeds_what_is_new_as_it_embeds_the_store(
     np.testing.assert_allclose(images, embedder.images(store).vectors.numpy(), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_what_cannot_read_several_columns_refuses_them(run: Path, tmp_path: Path) -> None:
     for form in ("hf", "onnx", "open_clip"):
         with pytest.raises(EvaluationError, match=r"several image columns side by side, flat\+vit"):
