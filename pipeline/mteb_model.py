@@ -7,17 +7,20 @@ encoders encodes nothing: only the heads are computed again.
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float16, Float32
+from jaxtyping import Float16, Float32, Int64
 from PIL import Image
+from zarr.codecs import Crc32cCodec
 
 from features.encoders.checkpoint import first_line
 from features.errors import ConfigError, EvaluationError, SailError
 from features.storage.fingerprint import Fingerprint
+from features.storage.lock import locked
 from pipeline.run.aligned import Aligned
 
 logger = logging.getLogger(__name__)
@@ -29,18 +32,36 @@ EXTRA = "Install the extra with `pip install -e '.[mteb]'`."
 class FeatureCache:
     """Features of frozen encoders by the sha256 of what they are of, in one Zarr group.
 
-    Of each encoder it has `features` (items, dim), float16, and `items` (items, 32), uint8; items
-    are written after their features, so that what a kill cut off is not read.
+    Of each encoder it has `features` (items, dim), float16, and `items` (items, 32), uint8, both
+    with a crc32c for each chunk; items are written after their features, so that what a kill cut
+    off is not read. It is a context: one process at a time has it open.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open a cache, or make one.
+        """Name a cache; it is opened, or made, where the context begins.
 
         Args:
             folder: Of the group.
         """
-        self._group = zarr.open_group(str(folder), mode="a")
+        self.folder = folder
         self._known: dict[str, dict[bytes, int]] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> "FeatureCache":
+        """Open it.
+
+        Raises:
+            LockedError: Another process has it open.
+        """
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        self._open.enter_context(locked(lock, f"{self.folder} is being written"))
+        self._group = zarr.open_group(str(self.folder), mode="a")
+        self._known.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes open it."""
+        self._open.close()
 
     def read(
         self,
@@ -54,25 +75,38 @@ class FeatureCache:
             encoder: Its name here, which stands for all that decides its features.
             items: The sha256 of each.
             encode: Returns the features of the items at some places, in that order.
+
+        Raises:
+            EvaluationError: The cache is damaged.
         """
         known = self._opened(encoder)
         new = list({item: place for place, item in enumerate(items) if item not in known}.values())
         for start in range(0, len(new), AT_ONCE):
             some = new[start : start + AT_ONCE]
             self._append(encoder, [items[place] for place in some], encode(some))
-        rows = np.array([known[item] for item in items], dtype=np.int64)
-        features: Any = self._group[f"{encoder}/features"]
-        whole: np.ndarray = features[:]
-        return whole[rows]
+        rows, places = np.unique([known[item] for item in items], return_inverse=True)
+        found: np.ndarray = self._array(f"{encoder}/features", rows)[places]
+        return found
 
     def _opened(self, encoder: str) -> dict[bytes, int]:
         if encoder not in self._known:
             known: dict[bytes, int] = {}
             if f"{encoder}/items" in self._group:
-                items: Any = self._group[f"{encoder}/items"]
-                known = {row.tobytes(): number for number, row in enumerate(items[:])}
+                items = self._array(f"{encoder}/items")
+                known = {row.tobytes(): number for number, row in enumerate(items)}
             self._known[encoder] = known
         return self._known[encoder]
+
+    def _array(self, path: str, rows: Int64[np.ndarray, "rows"] | None = None) -> np.ndarray:
+        try:
+            array: Any = self._group[path]
+            values: np.ndarray = array[:] if rows is None else array.oindex[rows]
+        except (ValueError, LookupError, OSError) as error:
+            raise EvaluationError(
+                f"{self.folder}/{path} cannot be read: {first_line(error)} What `sail eval --mteb` "
+                f"wrote was expected. Delete {self.folder}, and call it again."
+            ) from error
+        return values
 
     def _append(
         self, encoder: str, items: Sequence[bytes], features: Float32[np.ndarray, "some dim"]
@@ -83,8 +117,13 @@ class FeatureCache:
         for name, values in (("features", features.astype(np.float16)), ("items", digests)):
             path = f"{encoder}/{name}"
             if path not in self._group:
-                shape, chunks = (0, values.shape[1]), (AT_ONCE, values.shape[1])
-                self._group.create_array(path, shape=shape, chunks=chunks, dtype=values.dtype)
+                self._group.create_array(
+                    path,
+                    shape=(0, values.shape[1]),
+                    chunks=(AT_ONCE, values.shape[1]),
+                    dtype=values.dtype,
+                    compressors=[Crc32cCodec()],
+                )
             array: Any = self._group[path]
             array.resize((last, values.shape[1]))
             array[first:last] = values
@@ -168,12 +207,17 @@ def _images(
     def encode(places: Sequence[int]) -> np.ndarray:
         return aligned.image_features([images[place] for place in places])
 
-    digests = [
-        hashlib.sha256(f"{each.mode} {each.size} ".encode() + each.tobytes()).digest()
-        for each in images
-    ]
+    digests = [_digest(each) for each in images]
     name = _name("image", aligned.checkpoint.image["fingerprint"])
     return aligned.embed_images(_features(cache, name, digests, encode))
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Return the sha256 of all of a picture that its features may depend on."""
+    colours = (image.getpalette("RGBA"), image.info.get("transparency"), dict(image.getexif()))
+    return hashlib.sha256(
+        f"{image.mode} {image.size} {colours} ".encode() + image.tobytes()
+    ).digest()
 
 
 def _texts(
@@ -214,19 +258,20 @@ def evaluate_by_mteb(aligned: Aligned, tasks: Sequence[str], folder: Path) -> li
     Raises:
         ConfigError: mteb is not installed, or has no such task.
         EvaluationError: A task cannot be evaluated, as where its data cannot be fetched.
+        LockedError: Another process measures by mteb with the same features.
     """
-    library, found = mteb(), []
-    model = model_of(aligned, FeatureCache(folder / "features.zarr"))
+    library, chosen = mteb(), list[Any]()
     for name in tasks:
         try:
-            task = library.get_task(name)
+            chosen.append(library.get_task(name))
         except KeyError as error:
             raise ConfigError(
                 f"mteb {library.__version__} has no task {name!r}. The name of one was expected, "
                 f"as in `python -m mteb available-tasks`. Correct --mteb."
             ) from error
-        found += measured(model, task, folder)
-    return found
+    with FeatureCache(folder / "features.zarr") as cache:
+        model = model_of(aligned, cache)
+        return [score for task in chosen for score in measured(model, task, folder)]
 
 
 def measured(model: Any, task: Any, folder: Path) -> list[dict[str, Any]]:

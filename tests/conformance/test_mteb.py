@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluate.embedder import Embedder
-from features.errors import EvaluationError
+from features.errors import EvaluationError, LockedError
 from features.store import FeatureStore
 from pipeline.mteb_model import FeatureCache, measured, model_of
 from pipeline.python import load_aligned
@@ -48,8 +49,6 @@ def zero_shot() -> Any:
 
 def winoground(folder: Path) -> Any:
     """Mteb's Winoground task, on the groups of `published.winoground`."""
-    from PIL import Image
-
     task, rows = mteb.get_task("Winoground"), []
     for line in (folder / "winoground/data/examples.jsonl").read_text().splitlines():
         example = json.loads(line)
@@ -92,7 +91,8 @@ def test_a_second_head_encodes_nothing(
     run: Path, aligned: Aligned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "features.zarr"
-    first = measured(model_of(aligned, FeatureCache(folder)), zero_shot(), tmp_path / "a")
+    with FeatureCache(folder) as cache:
+        first = measured(model_of(aligned, cache), zero_shot(), tmp_path / "a")
     again = load_aligned(run, device="cpu")
 
     def refuse(*_: object, **__: object) -> None:
@@ -100,7 +100,8 @@ def test_a_second_head_encodes_nothing(
 
     for name in ("load_image_encoder", "load_text_encoder"):
         monkeypatch.setattr(f"pipeline.run.aligned.{name}", refuse)
-    found = measured(model_of(again, FeatureCache(folder)), zero_shot(), tmp_path / "b")
+    with FeatureCache(folder) as cache:
+        found = measured(model_of(again, cache), zero_shot(), tmp_path / "b")
     assert found == first
 
 
@@ -109,14 +110,46 @@ def test_features_that_are_kept_are_those_of_the_store(
 ) -> None:
     store = FeatureStore.open(run / "features" / "test.zarr")
     captions = [str(each) for each in store.captions("long")]
-    model = model_of(aligned, FeatureCache(tmp_path / "f.zarr"))
     batches = [{"text": captions[:5]}, {"text": captions[5:]}]
     embedder = Embedder(aligned.model, aligned.checkpoint, aligned.device)
     expected = embedder.captions(store, "long").vectors.numpy()
-    np.testing.assert_allclose(model.encode(batches), expected, atol=2e-3)
-    np.testing.assert_array_equal(model.encode(batches), model.encode(batches))
-    with pytest.raises(EvaluationError, match=r"has items of \['audio'\]"):
-        model.encode([{"audio": [1]}])
+    with FeatureCache(tmp_path / "f.zarr") as cache:
+        model = model_of(aligned, cache)
+        np.testing.assert_allclose(model.encode(batches), expected, atol=2e-3)
+        np.testing.assert_array_equal(model.encode(batches), model.encode(batches))
+        with pytest.raises(EvaluationError, match=r"has items of \['audio'\]"):
+            model.encode([{"audio": [1]}])
+
+
+def test_pictures_that_differ_in_colours_or_orientation_alone_are_told_apart(
+    aligned: Aligned, tmp_path: Path
+) -> None:
+    red, blue = (Image.new("P", (20, 20)) for _ in range(2))
+    red.putpalette([255, 0, 0] + [0] * 765)
+    blue.putpalette([0, 0, 255] + [0] * 765)
+    with FeatureCache(tmp_path / "f.zarr") as cache:
+        found = model_of(aligned, cache).encode([{"image": [red, blue]}])
+    expected = aligned.encode_image([red.convert("RGB"), blue.convert("RGB")])
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_two_commands_do_not_write_one_cache_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    folder, items = tmp_path / "f.zarr", [bytes([number]) * 32 for number in range(5)]
+    features = np.arange(15, dtype=np.float32).reshape(5, 3)
+    with FeatureCache(folder) as cache:
+        cache.read("x", items[:2], lambda places: features[list(places)])
+        with pytest.raises(LockedError, match="is being written"), FeatureCache(folder):
+            pass
+    with FeatureCache(folder) as cache:
+        found = cache.read("x", items[::-1], lambda places: features[::-1][list(places)])
+        np.testing.assert_array_equal(found, features[::-1])
+    (chunk,) = (path for path in (folder / "x/features").rglob("0") if path.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    with FeatureCache(folder) as cache, pytest.raises(EvaluationError, match="cannot be read"):
+        cache.read("x", items, lambda places: features[list(places)])
 
 
 def test_a_task_that_is_not_there_is_refused_in_one_line(run: Path) -> None:
