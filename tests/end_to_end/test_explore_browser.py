@@ -177,7 +177,7 @@ def test_everything_can_be_done_with_the_keyboard_alone(page: Page) -> None:
     expect(page.get_by_role("status")).to_have_text("15 results of 15 images.")
     expect(page.get_by_label("What to search for")).to_be_focused()
     cards = page.locator(".card")
-    for _ in range(5):  # an image, the button, the kind, the split, and then
+    for _ in range(6):  # an image, the button, the kind, the split, the score, and then
         keys.press("Tab")
     expect(cards.first).to_be_focused()
     keys.press("ArrowRight")

@@ -27,6 +27,7 @@ WAITS_OF_EXTRACTION = {
     # Once, when an encoder is loaded:
     "features/images.py:Preprocessing.normaliser",
     "features/encoders/image.py:load_image_encoder",
+    "features/encoders/large.py:lay_out",
     "features/encoders/pretrained.py:_pooled",
     "features/encoders/weights.py:check_storable",
     # Once for the captions of a chunk:
